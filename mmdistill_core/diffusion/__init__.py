@@ -1,0 +1,1 @@
+"""Schedules, transitions, predictions, times and weights: pure functions, keyword-only."""

@@ -1,0 +1,68 @@
+"""The forward process and the transitions between noise levels, for any schedule.
+
+z_t = alpha_t x + sigma_t eps. All times are [b]; z, x, eps are [b, ...]; s < t is less noisy.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmdistill_core.diffusion.schedules import Schedule
+
+
+def expand(coefficient: Tensor, *, like: Tensor) -> Tensor:
+    """[b] -> [b, 1, ..., 1], so that it multiplies `like` [b, ...]."""
+    return coefficient.reshape(-1, *(1,) * (like.ndim - 1)).to(like.dtype)
+
+
+def q_sample(*, schedule: Schedule, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = alpha_t x + sigma_t eps."""
+    return expand(schedule.alpha(t), like=x) * x + expand(schedule.sigma(t), like=x) * eps
+
+
+def posterior_coefficients(*, schedule: Schedule, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(c_z, c_x, var) of q(z_s | z_t, x) = N(c_z z_t + c_x x, var I); each [b].
+
+    c_z = alpha_t sigma_s^2 / (alpha_s sigma_t^2), c_x = alpha_s (1 - SNR_t / SNR_s), var = sigma_s^2 (1 - SNR_t / SNR_s):
+    the usual form with sigma_{t|s}^2 = sigma_t^2 (1 - SNR_t / SNR_s), which expm1 keeps exact when s is near t.
+    """
+    alpha_t, alpha_s, sigma_t, sigma_s = (
+        schedule.alpha(t),
+        schedule.alpha(s),
+        schedule.sigma(t),
+        schedule.sigma(s),
+    )
+    gain = -torch.expm1(schedule.logsnr(t) - schedule.logsnr(s))
+    return alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), alpha_s * gain, sigma_s**2 * gain
+
+
+def posterior(*, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+    """z_s ~ q(z_s | z_t, x): ancestral sampling's step and the transition of moment matching (2406.04103, eq. 2)."""
+    c_z, c_x, var = (expand(c, like=x) for c in posterior_coefficients(schedule=schedule, t=t, s=s))
+    return c_z * z_t + c_x * x + var.sqrt() * noise
+
+
+def ddim(*, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """z_s = alpha_s x + (sigma_s / sigma_t) (z_t - alpha_t x): an Euler step of the flow in sigma / alpha (2010.02502)."""
+    ratio = expand(schedule.sigma(s) / schedule.sigma(t), like=x)
+    return expand(schedule.alpha(s), like=x) * x + ratio * (z_t - expand(schedule.alpha(t), like=x) * x)
+
+
+def eta_step(*, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Tensor, eta: float) -> Tensor:
+    """z_s = alpha_s x + sqrt(sigma_s^2 - g^2) eps_hat + g noise, g = eta sigma_s sqrt(1 - SNR_t / SNR_s).
+
+    eta = 1 is `posterior`, eta = 0 is `ddim`; between them every step has the right marginal (2010.02502, eq. 12).
+    """
+    _, _, var = posterior_coefficients(schedule=schedule, t=t, s=s)
+    g = eta * var.sqrt()
+    eps_hat = (z_t - expand(schedule.alpha(t), like=x) * x) / expand(schedule.sigma(t), like=x)
+    kept = (schedule.sigma(s) ** 2 - g**2).clamp_min(0).sqrt()
+    return expand(schedule.alpha(s), like=x) * x + expand(kept, like=x) * eps_hat + expand(g, like=x) * noise
+
+
+def x_from_ddim_ends(*, schedule: Schedule, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t): the x whose DDIM step ends at z_s."""
+    ratio = schedule.sigma(s) / schedule.sigma(t)
+    scale = schedule.alpha(s) - ratio * schedule.alpha(t)
+    return (z_s - expand(ratio, like=z_s) * z_t) / expand(scale, like=z_s)

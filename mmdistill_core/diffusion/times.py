@@ -1,0 +1,45 @@
+"""Times: sampling grids, and draws of s and of the pairs (t, s) that distillation trains on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmdistill_core.diffusion.schedules import Karras, Schedule
+
+TIME_DENSITIES = ("uniform", "karras")
+PAIRINGS = ("uniform", "grid")
+
+
+def uniform_grid(*, k: int, device: torch.device | str = "cpu") -> Tensor:
+    """[1, (k-1)/k, ..., 1/k, 0], k + 1 times: the grid of the k-step sampler (2406.04103, Algorithm 1)."""
+    return torch.linspace(1, 0, k + 1, dtype=torch.float64, device=device).float()
+
+
+def sample_s(*, density: str, schedule: Schedule, b: int, rng: torch.Generator) -> Tensor:
+    """s [b] in [0, 1). `uniform`: in the schedule's own time. `karras`: uniform in the time of EDM's test-time grid
+    (rho 7, sigma .002 to 80), carried over by logsnr: p(s) of 2406.04103, section 4.
+    """
+    u = torch.rand(b, generator=rng, device=rng.device)
+    if density == "uniform":
+        return u
+    if density == "karras":
+        return schedule.t_from_logsnr(Karras().logsnr(u)).clamp(0, 1 - 1e-6)
+    raise ValueError(f"p_s: {density!r} is not one of {', '.join(TIME_DENSITIES)}")
+
+
+def sample_pairs(
+    *, pairing: str, density: str, k: int, schedule: Schedule, b: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """(t, s), each [b], s < t <= 1 and t - s <= 1/k.
+
+    `uniform`: t = min(s + delta, 1), delta ~ U[0, 1/k], as the paper has it (2406.04103, section 3).
+    `grid`: t is the next point above s of the sampler's own grid {i/k}, so that training only sees the t that sampling uses.
+    """
+    s = sample_s(density=density, schedule=schedule, b=b, rng=rng)
+    if pairing == "uniform":
+        delta = torch.rand(b, generator=rng, device=rng.device) / k
+        return (s + delta.clamp_min(1e-6)).clamp_max(1), s
+    if pairing == "grid":
+        return (torch.floor(s * k) + 1) / k, s
+    raise ValueError(f"pairing: {pairing!r} is not one of {', '.join(PAIRINGS)}")

@@ -1,0 +1,31 @@
+"""w(logsnr): how much each noise level counts in a loss written in x, |x_hat - x|^2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WEIGHTINGS = ("flat", "snr", "v", "edm", "sigmoid")
+
+
+def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """w [b] for logsnr [b].
+
+    flat     1
+    snr      alpha^2 / sigma^2: the loss in eps
+    v        1 + SNR: the loss in v (2202.00512, "SNR + 1")
+    edm      (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = SNR + 1 / sigma_data^2: EDM's training weight (2206.00364), the
+             w(s) of 2406.04103
+    sigmoid  SNR sigmoid(-logsnr) = sigmoid(logsnr): eps-weight times sigmoid, bounded by 1 (2410.19324)
+    """
+    if weighting == "flat":
+        return torch.ones_like(logsnr)
+    if weighting == "snr":
+        return logsnr.exp()
+    if weighting == "v":
+        return 1 + logsnr.exp()
+    if weighting == "edm":
+        return logsnr.exp() + 1 / sigma_data**2
+    if weighting == "sigmoid":
+        return torch.sigmoid(logsnr)
+    raise ValueError(f"w_s: {weighting!r} is not one of {', '.join(WEIGHTINGS)}")

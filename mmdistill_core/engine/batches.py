@@ -1,0 +1,47 @@
+"""Batches whose position is n_images: an exact permutation each epoch, nothing to save and nothing to fast-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mmdistill_core.methods.base import Batch
+from mmdistill_core.rng import generator
+
+BatchSource = Callable[[int], Batch]
+"""n_images seen so far -> this worker's part of the next global batch."""
+
+
+class InMemoryBatches:
+    """x [n, ...] and label [n] held by every worker; worker `rank` of `world` takes its slice of each global batch.
+
+    Image number i of the run is permutation_e[i mod n] with e = i // n: every image comes once an epoch, a batch may span two
+    epochs, and the global batches do not depend on the number of workers.
+    """
+
+    def __init__(
+        self, *, x: Tensor, label: Tensor | None, global_batch: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        if global_batch % world:
+            raise ValueError(f"batch: {global_batch} is not a multiple of the {world} workers")
+        self.x, self.label, self.seed = x, label, seed
+        self.local, self.rank = global_batch // world, rank
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._permutation = torch.randperm(len(self.x), generator=generator(self.seed, epoch))
+        return self._permutation
+
+    def __call__(self, n_images: int) -> Batch:
+        n, start = len(self.x), n_images + self.rank * self.local
+        parts, stop = [], start + self.local
+        while start < stop:
+            take = min(stop - start, n - start % n)
+            parts.append(self._order(start // n)[start % n : start % n + take])
+            start += take
+        index = torch.cat(parts)
+        return Batch(self.x[index], None if self.label is None else self.label[index])

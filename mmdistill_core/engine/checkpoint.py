@@ -1,0 +1,114 @@
+"""Checkpoints without pickle: tensors in safetensors, everything else in JSON, a manifest of hashes written last.
+
+A checkpoint is a folder. It is complete or it does not count: `load_checkpoint` verifies every file against the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TENSORS, TREE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+FORMAT = 1
+
+
+class DamagedCheckpoint(ValueError):
+    """A file is missing or differs from the manifest."""
+
+
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """The JSON tree of `value`, its tensors moved to `tensors` under their path. Dictionary keys may be integers."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {"items": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {"list": [_split(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise TypeError(f"{path}: a checkpoint cannot hold a {type(value).__name__}")
+
+
+def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "items" in tree:
+        return {key: _join(item, tensors) for key, item in tree["items"]}
+    if "list" in tree:
+        return [_join(item, tensors) for item in tree["list"]]
+    return tree["value"]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:
+    """hashlib.file_digest for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def save_checkpoint(directory: str | Path, values: dict[str, Any]) -> None:
+    """Writes `values` (nested dictionaries and lists of tensors, numbers, strings) to `directory`, replacing it at once."""
+    directory = Path(directory)
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    tree = _split(values, "", tensors)
+    save_file(tensors, partial / TENSORS)
+    (partial / TREE).write_text(json.dumps(tree))
+    hashes = {name: _digest(partial / name) for name in (TENSORS, TREE)}
+    for name in (TENSORS, TREE):
+        _sync(partial / name)
+    (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}))
+    _sync(partial / MANIFEST)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def verify_checkpoint(directory: str | Path) -> None:
+    """Raises DamagedCheckpoint, naming the file."""
+    directory = Path(directory)
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        expected = manifest["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{directory / MANIFEST}: {error}") from error
+    if manifest.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{directory / MANIFEST}: format {manifest.get('format')}, this version reads {FORMAT}")
+    for name, digest in expected.items():
+        if not (directory / name).is_file():
+            raise DamagedCheckpoint(f"{directory / name}: missing")
+        if _digest(directory / name) != digest:
+            raise DamagedCheckpoint(f"{directory / name}: differs from its manifest")
+
+
+def load_checkpoint(directory: str | Path) -> dict[str, Any]:
+    """The `values` given to `save_checkpoint`, verified. Tuples come back as lists. Raises DamagedCheckpoint."""
+    verify_checkpoint(directory)
+    directory = Path(directory)
+    tensors = load_file(directory / TENSORS)
+    values = _join(json.loads((directory / TREE).read_text()), tensors)
+    assert isinstance(values, dict)
+    return values
+
+
+__all__ = ["DamagedCheckpoint", "load_checkpoint", "save_checkpoint", "verify_checkpoint"]

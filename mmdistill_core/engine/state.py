@@ -1,0 +1,142 @@
+"""TrainState: everything that training changes, and so everything that a checkpoint holds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mmdistill_core.engine.optim import OptimiserOptions, averaged
+from mmdistill_core.methods.base import Method
+
+
+@dataclass
+class Best:
+    """The weights of `role` at the lowest validation score so far."""
+
+    role: str
+    score: float = float("inf")
+    n_images: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class TrainState:
+    """`networks` are plain modules by role. `callables` are what losses call: the same modules, unless a worker has wrapped
+    them (DDP, compile). Learning rates and randomness are functions of n_images and therefore not stored.
+    """
+
+    method: Method
+    networks: dict[str, nn.Module]
+    callables: dict[str, nn.Module]
+    optimisers: dict[str, Optimizer]
+    options: Mapping[str, OptimiserOptions]
+    global_batch: int
+    total_images: int
+    best: Best
+    step: int = 0
+    n_images: int = 0
+    forwards: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        method: Method,
+        given: Mapping[str, nn.Module],
+        options: OptimiserOptions | Mapping[str, OptimiserOptions],
+        global_batch: int,
+        total_images: int,
+        best_role: str,
+        ema_half_life_images: float = 500_000,
+        ema_ramp: float = 0.05,
+    ) -> TrainState:
+        """`given` holds the networks of the roles whose source is "given"; the others start as copies of their source.
+
+        Raises ValueError if a given network is missing or superfluous.
+        """
+        wanted = {r.name for r in method.roles if r.source == "given"}
+        if set(given) != wanted:
+            raise ValueError(f"{method.name} is given the networks {sorted(wanted)}, got {sorted(given)}")
+        networks: dict[str, nn.Module] = {}
+        for role in method.roles:
+            if role.source == "given":
+                networks[role.name] = given[role.name]
+            elif role.life == "ema":
+                networks[role.name] = averaged(
+                    networks[role.source],
+                    half_life_images=ema_half_life_images,
+                    ramp=ema_ramp,
+                    images_per_update=global_batch,
+                )
+            else:
+                networks[role.name] = copy.deepcopy(networks[role.source])
+            networks[role.name].requires_grad_(role.life == "trained")
+            networks[role.name].train(role.life == "trained")
+        trained = [r.name for r in method.roles if r.life == "trained"]
+        by_role = {name: options for name in trained} if isinstance(options, OptimiserOptions) else options
+        return cls(
+            method=method,
+            networks=networks,
+            callables=dict(networks),
+            optimisers={name: by_role[name].build(networks[name]) for name in trained},
+            options=by_role,
+            global_batch=global_batch,
+            total_images=total_images,
+            best=Best(role=best_role),
+        )
+
+    @property
+    def averages(self) -> dict[str, str]:
+        """ema role -> its source."""
+        return {r.name: r.source for r in self.method.roles if r.life == "ema"}
+
+    def best_network(self) -> nn.Module:
+        """A copy of the best role's network with its best weights, or its current ones if nothing was validated."""
+        network = copy.deepcopy(self.networks[self.best.role])
+        if self.best.weights:
+            network.load_state_dict(self.best.weights)
+        return network.requires_grad_(False).eval()
+
+    def keep_if_best(self, score: float) -> bool:
+        if not score < self.best.score:
+            return False
+        weights = self.networks[self.best.role].state_dict()
+        self.best.score, self.best.n_images = score, self.n_images
+        self.best.weights = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Frozen networks are left out: they are inputs, and did not change."""
+        frozen = {r.name for r in self.method.roles if r.life == "frozen"}
+        return {
+            "networks": {name: n.state_dict() for name, n in self.networks.items() if name not in frozen},
+            "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "best": {
+                "score": self.best.score,
+                "n_images": self.best.n_images,
+                "weights": dict(self.best.weights),
+            },
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        for name, weights in values["networks"].items():
+            self.networks[name].load_state_dict(weights)
+        for name, optimiser in values["optimisers"].items():
+            self.optimisers[name].load_state_dict(optimiser)
+        for name, count in values["counters"].items():
+            setattr(self, name, count)
+        self.best = Best(role=self.best.role, **values["best"])
+        torch.set_rng_state(values["torch_rng"])
+
+
+_COUNTERS = ("step", "n_images", "forwards", "skipped", "skipped_in_a_row")

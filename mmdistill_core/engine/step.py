@@ -1,0 +1,74 @@
+"""One engine step: the method's phases, each a loss, a backward, a clip and an optimiser step, guarded against non-finite values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mmdistill_core.engine.batches import BatchSource
+from mmdistill_core.engine.state import TrainState
+from mmdistill_core.methods.base import Losses, Phase
+from mmdistill_core.rng import generator
+
+PATIENCE = 20
+"""Non-finite steps in a row after which training stops."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient was not finite for PATIENCE steps in a row."""
+
+
+@dataclass(frozen=True)
+class PhaseLog:
+    """What a phase leaves for the log: its losses (detached) and the gradient norms before clipping, by role."""
+
+    losses: Losses
+    grad_norms: dict[str, Tensor]
+    skipped: bool
+
+
+def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int = 0) -> list[PhaseLog]:
+    """All phases of this step; advances step and n_images."""
+    logs = []
+    for number, phase in enumerate(state.method.phases(state.step)):
+        batch = batches(state.n_images)
+        rng = generator(seed, rank, state.n_images, number, device=batch.x.device)
+        logs.append(_run_phase(state, phase, phase.loss(state.callables, batch, rng)))
+        state.n_images += state.global_batch
+    for average, source in state.averages.items():
+        state.networks[average].update_parameters(state.networks[source])  # type: ignore[operator]
+    state.step += 1
+    return logs
+
+
+def _run_phase(state: TrainState, phase: Phase, losses: Losses) -> PhaseLog:
+    if set(losses.per_sample) != set(phase.trains):
+        raise AssertionError(f"phase trains {phase.trains}, its loss returned {sorted(losses.per_sample)}")
+    for role in phase.trains:
+        state.optimisers[role].zero_grad(set_to_none=True)
+    total = torch.stack([loss.mean() for loss in losses.per_sample.values()]).sum()
+    # A non-finite loss poisons the gradient, so that under DDP every worker sees it and skips the same step.
+    (total * torch.where(total.isfinite(), 1.0, float("nan"))).backward()
+    norms = {
+        role: nn.utils.clip_grad_norm_(state.networks[role].parameters(), state.options[role].clip_norm)
+        for role in phase.trains
+    }
+    state.forwards += losses.forwards * state.global_batch
+    finite = bool(torch.stack(list(norms.values())).isfinite().all())
+    if finite:
+        state.skipped_in_a_row = 0
+        for role in phase.trains:
+            options, optimiser = state.options[role], state.optimisers[role]
+            optimiser.param_groups[0]["lr"] = options.lr_at(n_images=state.n_images, total=state.total_images)
+            optimiser.step()
+    else:
+        state.skipped += 1
+        state.skipped_in_a_row += 1
+        if state.skipped_in_a_row >= PATIENCE:
+            raise NonFiniteError(
+                f"the loss or gradient of {', '.join(phase.trains)} was not finite for {PATIENCE} steps in a row "
+                f"(at {state.n_images} images); lower the learning rate, or look at the data"
+            )
+    return PhaseLog(losses, {role: norm.detach() for role, norm in norms.items()}, skipped=not finite)

@@ -1,0 +1,62 @@
+"""A small convolutional classifier: its features are where distances are measured when no Inception fits the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    image_size: int
+    channels: int
+    num_classes: int
+    width: int = 32
+    features: int = 32
+
+
+class Classifier(nn.Module):
+    """images [b, c, h, w] in [-1, 1] -> logits [b, num_classes]; `extract` gives the features [b, features] before them.
+
+    `scale` [features] divides the features; `fit_scale` sets it to their standard deviation on the data, so that every
+    feature counts alike in a distance.
+    """
+
+    scale: Tensor
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        w = config.width
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(config.channels, w, 3, padding=1),
+                nn.Conv2d(w, 2 * w, 3, padding=1),
+                nn.Conv2d(2 * w, 2 * w, 3, padding=1),
+            ]
+        )
+        self.features = nn.Linear(2 * w * 4, config.features)
+        self.out = nn.Linear(config.features, config.num_classes)
+        self.register_buffer("scale", torch.ones(config.features))
+
+    def _hidden(self, images: Tensor) -> Tensor:
+        h = F.gelu(self.convs[0](images))
+        h = F.avg_pool2d(F.gelu(self.convs[1](h)), 2)
+        h = F.adaptive_avg_pool2d(F.gelu(self.convs[2](h)), 2)
+        return self.features(h.flatten(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.out(F.dropout(F.gelu(self._hidden(images)), 0.2, self.training))
+
+    @torch.inference_mode()
+    def extract(self, images: Tensor) -> Tensor:
+        """Features divided by their standard deviation on the data, [b, features]."""
+        return torch.cat([self._hidden(part) / self.scale for part in images.split(1024)])
+
+    @torch.inference_mode()
+    def fit_scale(self, images: Tensor) -> None:
+        self.scale.fill_(1)
+        self.scale.copy_(self.extract(images).std(0).clamp_min(1e-3))

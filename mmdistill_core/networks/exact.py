@@ -1,0 +1,76 @@
+"""Exact denoisers: E[x | z_t] in closed form for Gaussian and Gaussian-mixture data. The teachers of the tests."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mmdistill_core.diffusion.process import expand
+from mmdistill_core.diffusion.schedules import Schedule
+
+
+class GaussianDenoiser(nn.Module):
+    """Data N(mean, variance), per coordinate: E[x | z_t] = m + (alpha S / V_t) (z_t - alpha m), V_t = alpha^2 S + sigma^2."""
+
+    def __init__(self, *, mean: float, variance: float, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.variance = nn.Parameter(torch.tensor(variance))
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        a, s = expand(self.schedule.alpha(t), like=z), expand(self.schedule.sigma(t), like=z)
+        return self.mean + a * self.variance / (a**2 * self.variance + s**2) * (z - a * self.mean)
+
+
+class MixtureDenoiser(nn.Module):
+    """Data sum_j p_j N(mean_j, variance_j I), z [b, d]. Given labels, the exact denoiser of that component alone.
+
+    E[x | z] = sum_j r_j (m_j + (alpha S_j / V_j)(z - alpha m_j)), with r the posterior weights of the components.
+    Variance 0 is allowed: the data are then atoms.
+    """
+
+    weights: Tensor
+    means: Tensor
+    variances: Tensor
+
+    def __init__(self, *, weights: Tensor, means: Tensor, variances: Tensor, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        for name, value in (("weights", weights), ("means", means), ("variances", variances)):
+            self.register_buffer(name, value)
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        a, s = (
+            self.schedule.alpha(t)[:, None].to(z.dtype),
+            self.schedule.sigma(t)[:, None].to(z.dtype),
+        )  # [b, 1]
+        marginal = a**2 * self.variances + s**2  # [b, j]
+        offset = z[:, None, :] - a[..., None] * self.means  # [b, j, d]
+        if label is None:
+            log_r = self.weights.log() - z.shape[1] / 2 * marginal.log() - offset.square().sum(-1) / (2 * marginal)
+            r = log_r.softmax(dim=1)
+        else:
+            r = nn.functional.one_hot(label, len(self.weights)).to(z.dtype)
+        component = self.means + (a * self.variances / marginal)[..., None] * offset
+        return (r[..., None] * component).sum(1)
+
+    def sample(self, n: int, *, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n draws of the data: x [n, d] and the component of each [n]."""
+        label = torch.multinomial(self.weights, n, replacement=True, generator=rng)
+        noise = torch.randn(n, self.means.shape[1], generator=rng, dtype=self.means.dtype)
+        return self.means[label] + self.variances[label].sqrt()[:, None] * noise, label
+
+
+def ring_of_gaussians(*, modes: int, radius: float, variance: float, schedule: Schedule) -> MixtureDenoiser:
+    """Equal Gaussians on a circle: the usual two-dimensional test of mode coverage."""
+    angle = torch.arange(modes) * (2 * math.pi / modes)
+    means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
+    return MixtureDenoiser(
+        weights=torch.full((modes,), 1 / modes),
+        means=means,
+        variances=torch.full((modes,), variance),
+        schedule=schedule,
+    )

@@ -1,0 +1,5 @@
+"""Samplers: one sampler is one function of (denoiser, z, times, rng)."""
+
+from mmdistill_core.samplers.samplers import SAMPLERS, ancestral, ddim, heun, sample
+
+__all__ = ["SAMPLERS", "ancestral", "ddim", "heun", "sample"]

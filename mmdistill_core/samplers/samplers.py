@@ -1,0 +1,124 @@
+"""ancestral, ddim, heun: from z at times[0] down to times[-1] = 0. All return the last x_hat, never the last z.
+
+times is [k + 1], falling, from 1 to 0 (`uniform_grid`). A student of k steps is sampled by `ancestral` on the uniform grid
+of k (2406.04103, Algorithm 1); so is its teacher, with more steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdistill_core.diffusion import process
+from mmdistill_core.diffusion.schedules import Schedule
+from mmdistill_core.diffusion.times import uniform_grid
+from mmdistill_core.rng import generator
+
+Denoise = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def ancestral(
+    *,
+    denoiser: Denoise,
+    schedule: Schedule,
+    z: Tensor,
+    times: Tensor,
+    rng: torch.Generator,
+    label: Tensor | None,
+) -> Tensor:
+    """z_s ~ q(z_s | z_t, x_hat) at every step but the last. k evaluations."""
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        t, s = t.expand(len(z)), s.expand(len(z))
+        x_hat = denoiser(z, t, label)
+        if i < len(times) - 2:
+            noise = torch.randn(z.shape, generator=rng, dtype=z.dtype, device=z.device)
+            z = process.posterior(schedule=schedule, z_t=z, x=x_hat, t=t, s=s, noise=noise)
+    return x_hat
+
+
+def ddim(
+    *,
+    denoiser: Denoise,
+    schedule: Schedule,
+    z: Tensor,
+    times: Tensor,
+    rng: torch.Generator,
+    label: Tensor | None,
+) -> Tensor:
+    """Deterministic steps of the probability flow. k evaluations; rng is not used."""
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        t, s = t.expand(len(z)), s.expand(len(z))
+        x_hat = denoiser(z, t, label)
+        if i < len(times) - 2:
+            z = process.ddim(schedule=schedule, z_t=z, x=x_hat, t=t, s=s)
+    return x_hat
+
+
+def heun(
+    *,
+    denoiser: Denoise,
+    schedule: Schedule,
+    z: Tensor,
+    times: Tensor,
+    rng: torch.Generator,
+    label: Tensor | None,
+) -> Tensor:
+    """Second order: the DDIM step is taken again with x_hat averaged over both ends, in the variable sigma / alpha
+    (EDM, 2206.00364, Algorithm 1 without churn). 2k - 1 evaluations; rng is not used.
+
+    With y = z / alpha and r = sigma / alpha the flow is dy/dr = (y - x_hat) / r.
+    """
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        t, s = t.expand(len(z)), s.expand(len(z))
+        x_hat = denoiser(z, t, label)
+        if i == len(times) - 2:
+            break
+        a_t, a_s = (process.expand(schedule.alpha(u), like=z) for u in (t, s))
+        r_t, r_s = (process.expand(schedule.sigma(u), like=z) / a for u, a in ((t, a_t), (s, a_s)))
+        y = z / a_t
+        slope = (y - x_hat) / r_t
+        end = y + (r_s - r_t) * slope
+        slope_end = (end - denoiser(a_s * end, s, label)) / r_s
+        z = a_s * (y + (r_s - r_t) * (slope + slope_end) / 2)
+    return x_hat
+
+
+SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "heun": heun}
+
+
+@torch.inference_mode()
+def sample(
+    *,
+    denoiser: Denoise,
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    k: int,
+    sampler: str = "ancestral",
+    label: Tensor | None = None,
+    seed: int = 0,
+    batch: int = 250,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Samples `first` to `first + shape[0]` of the stream that `seed` and `batch` name, each of `shape[1:]`, in `k` steps.
+
+    Batch number j of the stream has a generator of its own, whose first draw is the starting noise: so that workers may share
+    a stream (`first` a multiple of `batch`), and two denoisers, samplers or step counts start from the same noise.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    if first % batch:
+        raise ValueError(f"first: {first} is not a multiple of the batch, {batch}")
+    times = uniform_grid(k=k, device=device)
+    sigma_1 = schedule.sigma(torch.ones(1, device=device))
+    out = []
+    for start in range(0, shape[0], batch):
+        b = min(batch, shape[0] - start)
+        rng = generator(seed, (first + start) // batch, device=device)
+        z = sigma_1 * torch.randn(b, *shape[1:], generator=rng, device=device)
+        part = None if label is None else label[start : start + b].to(device)
+        out.append(SAMPLERS[sampler](denoiser=denoiser, schedule=schedule, z=z, times=times, rng=rng, label=part))
+    return torch.cat(out)

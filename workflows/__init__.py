@@ -1,0 +1,1 @@
+"""The engine room: stages, Ray, MLflow and the command line around mmdistill_core."""

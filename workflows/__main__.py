@@ -1,0 +1,6 @@
+"""`python -m workflows` is `mmdistill`."""
+
+from workflows.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The command line: `mmdistill STAGE ...`, or `python -m workflows STAGE ...`. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Few-step diffusion students by moment matching: train a teacher, distill it, measure, register, report.",
+)
+
+Workspace_ = Annotated[
+    Path,
+    typer.Option("--workspace", envvar="MMDISTILL_HOME", help="Where models, checkpoints and reports are kept."),
+]
+Tracking = Annotated[
+    str | None,
+    typer.Option("--tracking-uri", help="MLflow server or store; by default SQLite in the workspace."),
+]
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="section.field=value; may be repeated.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DEFAULT_WORKSPACE = Path(".mmdistill")
+
+
+@contextmanager
+def _errors(debug: bool, continues: bool = False) -> Iterator[None]:
+    """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C."""
+    from workflows.config import ConfigError
+    from workflows.runtime.errors import UserError
+    from workflows.runtime.workspace import explain_os_error
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        _say(
+            "interrupted: finished stages and the last checkpoints are kept"
+            + ("; run the same command again to go on from there" if continues else "")
+        )
+        raise typer.Exit(130) from None
+    except (ConfigError, UserError, OSError) as error:
+        if debug:
+            raise
+        shown = explain_os_error(error, DEFAULT_WORKSPACE) if isinstance(error, OSError) else error
+        if shown is None:
+            raise
+        _say(f"error: {shown}")
+        if hint := getattr(shown, "hint", ""):
+            _say(f"       {hint}")
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@app.command()
+def run(
+    recipe: Recipe = "digits",
+    set_: Set = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    workers: Annotated[int | None, typer.Option(help="Workers of each training; by default as many as fit.")] = None,
+    at_once: Annotated[
+        int | None, typer.Option(help="Students trained at once; by default as many as fit.", min=1)
+    ] = None,
+    gpu: Annotated[
+        bool | None, typer.Option("--gpu/--no-gpu", help="By default GPUs are used if there are any.")
+    ] = None,
+    force: Annotated[list[str] | None, typer.Option(help="Redo this stage; may be repeated.")] = None,
+    until: Annotated[str, typer.Option(help="Stop after this stage.")] = "report",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Images to few-step students: prepare, teacher, distill, evaluate, register, report.
+
+    Finished stages are reused; an interrupted run goes on where it was.
+    """
+    with _errors(debug, continues=True):
+        from workflows.config import load_config
+        from workflows.pipeline import RunOptions, check_options, run_pipeline
+        from workflows.runtime.progress import Screen
+
+        config = load_config(recipe, set_)
+        options = RunOptions(
+            workspace=workspace,
+            tracking_uri=tracking_uri,
+            workers=workers,
+            at_once=at_once,
+            gpu=gpu,
+            force=tuple(force or ()),
+            until=until,
+        )
+        check_options(config, options)
+        screen = Screen()
+        summary = run_pipeline(config, options, screen)
+        if as_json:
+            print(json.dumps(summary, indent=2))
+        elif "students" in summary:
+            from workflows.stages.report import last_screen
+
+            last_screen(summary, screen, workspace, tracking_uri)
+
+
+@app.command()
+def config(recipe: Recipe = "digits", set_: Set = None, debug: Debug = False) -> None:
+    """Print a recipe's resolved configuration as YAML."""
+    with _errors(debug):
+        from workflows.config import load_config
+
+        print(load_config(recipe, set_).yaml(), end="")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes."""
+    from workflows.config import RECIPES, recipe_names
+
+    for name in recipe_names():
+        first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
+        print(f"{name:14} {first.lstrip('# ')}")
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
+    ],
+    n: Annotated[int, typer.Option(help="How many images.", min=1)] = 64,
+    labels: Annotated[str | None, typer.Option(help="Classes to draw, such as 3,5; by default all in turn.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1)] = None,
+    out: Annotated[Path, typer.Option(help="A .png for a grid, or a .npy for the images.")] = Path("grid.png"),
+    columns: Annotated[int | None, typer.Option(help="Images in a row of the grid.", min=1)] = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Draw samples from a teacher or a student."""
+    with _errors(debug):
+        from workflows.stages.sample import draw
+
+        print(
+            draw(
+                model=model,
+                n=n,
+                labels=labels,
+                seed=seed,
+                steps=steps,
+                out=out,
+                columns=columns,
+                workspace=workspace,
+                tracking_uri=tracking_uri,
+            )
+        )
+
+
+@app.command()
+def doctor(workspace: Workspace_ = DEFAULT_WORKSPACE, tracking_uri: Tracking = None) -> None:
+    """Check this machine: packages, devices, Ray, the tracking store, the object store."""
+    from workflows.stages.doctor import examine
+
+    raise typer.Exit(0 if examine(workspace, tracking_uri) else 1)
+
+
+@app.command()
+def ui(
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
+    debug: Debug = False,
+) -> None:
+    """Open MLflow's web page for the workspace's own tracking store, on this machine only."""
+    with _errors(debug):
+        from workflows.runtime.workspace import Workspace
+
+        space = Workspace(workspace)
+        os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        words += ["--backend-store-uri", space.default_tracking_uri]
+        words += ["--default-artifact-root", space.default_artifacts.as_uri()]
+        os.execv(sys.executable, [sys.executable, *words])
+
+
+@app.command()
+def bench(
+    what: Annotated[str, typer.Argument(help="engine, sampler, ray, or all.")] = "all",
+    recipe: Recipe = "digits",
+    repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure on this machine: an update against its floor, samples/s against diffusers, the share of Ray and data."""
+    with _errors(debug):
+        from workflows.stages.bench import run_bench
+
+        run_bench(what, recipe=recipe, repeats=repeats, out=out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point. typer's own usage errors exit with 2, in a line."""
+    command: Callable[..., Any] = app
+    command(args=arguments, prog_name="mmdistill")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The run configuration: typed, validated, each default written once, here. Recipes hold only what differs.
+
+Precedence: defaults < recipe < `--set section.field=value`. Nothing heavy is imported here, so that the command line starts fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class ConfigError(ValueError):
+    """The user's mistake, in one line: the field, the value and the choices."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Data(Section):
+    """What is distilled from. `source` is the name of a data set in stages/sources.py."""
+
+    source: Literal["digits"] = "digits"
+    holdout: float = Field(0.2, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
+    shard_rows: int = Field(512, ge=1)
+    classifier_epochs: int = Field(25, ge=1)
+
+
+class Schedule(Section):
+    name: Literal["cosine", "shifted_cosine", "linear", "karras"] = "cosine"
+    resolution: int | None = Field(None, ge=1, description="shifted_cosine only")
+    reference: int | None = Field(None, ge=1, description="shifted_cosine only")
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Schedule:
+        if self.name != "shifted_cosine" and (self.resolution or self.reference):
+            raise ValueError("resolution and reference belong to shifted_cosine")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class Network(Section):
+    """The house backbone, a DiT. Image size, channels and classes come from the data."""
+
+    patch: int = Field(2, ge=1)
+    width: int = Field(96, ge=8)
+    depth: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)
+
+
+class Optimiser(Section):
+    lr: float = Field(3e-4, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    eps: float = Field(1e-12, gt=0)
+    clip_norm: float = Field(1.0, gt=0)
+    warmup_images: int = Field(12_800, ge=0)
+    decay: Literal["linear", "constant"] = "linear"
+
+
+class Training(Section):
+    """What teacher and distill share. Counts are in images."""
+
+    images: int = Field(384_000, ge=1)
+    batch: int = Field(128, ge=1)
+    log_every: int = Field(6_400, ge=1)
+    checkpoint_every: int = Field(64_000, ge=1)
+
+
+class Teacher(Training):
+    optimiser: Optimiser = Optimiser(lr=1e-3)
+    p_t: Literal["uniform", "karras"] = "uniform"
+    w_t: Literal["flat", "snr", "v", "edm", "sigmoid"] = "v"
+    ema_half_life_images: int = Field(500_000, ge=1)
+    ema_ramp: float = Field(0.05, gt=0, le=1)
+
+
+class Distill(Training):
+    """`overrides` holds, per k, the fields of this section that differ: `overrides: {1: {pairing: grid}}`."""
+
+    k: tuple[int, ...] = (1, 2, 4, 8)
+    method: Literal["moment_matching"] = "moment_matching"
+    update: Literal["alternating", "joint"] = "joint"
+    pairing: Literal["uniform", "grid"] = "grid"
+    p_s: Literal["uniform", "karras"] = "uniform"
+    w_s: Literal["flat", "snr", "v", "edm", "sigmoid"] = "flat"
+    sigma_data: float = Field(0.5, gt=0)
+    pull: bool = True
+    optimiser: Optimiser = Optimiser(lr=3e-4, beta1=0.0)
+    validate_every: int = Field(
+        25_600, ge=0, description="distance of the student so far; the best is kept. 0: keep the last"
+    )
+    validate_samples: int = Field(1000, ge=2)
+    overrides: dict[int, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _check_k(self) -> Distill:
+        if not self.k or len(set(self.k)) < len(self.k) or min(self.k) < 1:
+            raise ValueError(f"k: {list(self.k)} should be different whole numbers, at least 1")
+        return self
+
+    def for_k(self, k: int) -> Distill:
+        """This section as it holds for the k-step student alone."""
+        own = self.model_dump(exclude={"overrides"}) | {"k": (k,)}
+        return Distill.model_validate(_merge(own, self.overrides.get(k, {})))
+
+
+class Evaluate(Section):
+    """`samples` for every row of the table, `seeds` times."""
+
+    samples: int = Field(1000, ge=10)
+    seeds: int = Field(3, ge=1)
+    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
+    samplers: tuple[Literal["ancestral", "ddim", "heun"], ...] = ("ancestral", "ddim")
+    neighbours: int = Field(3, ge=1, description="k of precision and recall")
+
+
+class RunConfig(Section):
+    recipe: str
+    seed: int = 0
+    prediction: Literal["x", "eps", "v", "flow"] = "v"
+    data: Data = Data()
+    schedule: Schedule = Schedule()
+    network: Network = Network()
+    teacher: Teacher = Teacher()
+    distill: Distill = Distill()
+    evaluate: Evaluate = Evaluate()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        for k in self.distill.overrides:
+            if k not in self.distill.k:
+                raise ValueError(f"distill.overrides: {k} is not among distill.k {list(self.distill.k)}")
+            self.distill.for_k(k)
+        if self.network.width % self.network.heads:
+            raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
+        return self
+
+    def yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+@cache
+def recipe_names() -> tuple[str, ...]:
+    return tuple(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"recipe: no such file {recipe}")
+    elif recipe in recipe_names():
+        path = RECIPES / f"{recipe}.yaml"
+    else:
+        raise ConfigError(f"recipe: {recipe!r} does not exist; there are: {', '.join(recipe_names())}, or a .yaml file")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe: {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe: {path} should hold sections, not a {type(values).__name__}")
+    parent = values.pop("extends", None)
+    return _merge(_read_recipe(parent), values) if parent else values
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    field, equals, value = text.partition("=")
+    if not equals or not field:
+        raise ConfigError(f"--set: {text!r} should read section.field=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set: the value of {text!r} is not YAML") from error
+    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    nested: Any = parsed
+    for part in reversed(field.split(".")):
+        nested = {int(part) if part.isdigit() else part: nested}
+    assert isinstance(nested, dict)
+    return nested
+
+
+def _fields_at(path: tuple[Any, ...]) -> list[str]:
+    """The names that are valid where `path` ends, for a message about an unknown one."""
+    model: Any = RunConfig
+    for part in path:
+        info = getattr(model, "model_fields", {}).get(part)
+        if info is None:
+            return []
+        model = info.annotation
+    return sorted(getattr(model, "model_fields", {}))
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first mistake: its field, its value, what was expected, and the nearest name if it was misspelt."""
+    first = error.errors()[0]
+    where, value = ".".join(str(p) for p in first["loc"]), first.get("input")
+    if first["type"] == "extra_forbidden":
+        names = _fields_at(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{where}: no such option{hint} Valid: {', '.join(names)}".replace("? Valid", "? valid").replace(
+            "option Valid", "option; valid"
+        )
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if first["type"] == "literal_error":
+        message = f"is not one of {first['ctx']['expected']}"
+        return f"{where}: {value!r} {message}"
+    if not where or first["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
+    return f"{where}: {value!r}: {message}{more}"
+
+
+def load_config(recipe: str, overrides: list[str] | None = None) -> RunConfig:
+    """The resolved configuration of a recipe (a name, or a path to a YAML file). Raises ConfigError, in one line."""
+    values = _read_recipe(recipe)
+    for text in overrides or []:
+        values = _merge(values, _parse_override(text))
+    values = {"recipe": Path(recipe).stem} | values
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """A short stable hash of anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

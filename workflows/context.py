@@ -1,0 +1,246 @@
+"""Context: what every stage is given, and how a stage is tracked, resumed and reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workflows.config import RunConfig, digest
+from workflows.pipeline import Placement
+from workflows.runtime.cluster import Monitor
+from workflows.runtime.progress import Bar, Screen, clock, short
+from workflows.runtime.tracking import Tracker
+from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
+
+METRICS, RUNS, CLOCK = "metrics.jsonl", "runs.json", "clock.json"
+
+
+@dataclass
+class Done:
+    """A finished stage: where its outputs are, what it returned, its tracking run, and whether it was there before."""
+
+    name: str
+    folder: Path
+    result: dict[str, Any]
+    run_id: str
+    seconds: float
+    reused: bool
+
+    @property
+    def identity(self) -> str:
+        """The hash of what the stage made: the part of later stages' keys that comes from it."""
+        return str(self.result["identity"])
+
+
+@dataclass
+class Context:
+    config: RunConfig
+    workspace: Workspace
+    screen: Screen
+    tracker: Tracker
+    parent_run: str
+    resources: dict[str, float]
+    placement: Placement
+    force: frozenset[str]
+    monitor: Monitor
+    listeners: dict[str, Callable[[dict[str, float]], None]] = field(default_factory=dict)
+
+    def tick(self) -> None:
+        """Takes in what the workers sent."""
+        rows, notes = self.monitor.drain()
+        for text in notes:
+            self.screen.line(f"[yellow]![/] {text}")
+        for topic, row in rows:
+            if topic in self.listeners:
+                self.listeners[topic](row)
+
+
+class StageRun:
+    """A stage in progress: its folder, its tracking run, its metrics (on disk first, then tracked, each step once)."""
+
+    def __init__(self, context: Context, folder: StageFolder, config: dict[str, Any], began: bool) -> None:
+        self.context, self.folder, self.path = context, folder, folder.path
+        self._since = time.monotonic()
+        self._spent = _read(self.path / CLOCK, {"seconds": 0.0})["seconds"]
+        self.resumed = began
+        self.run_id = self._run(config)
+        rows = read_metrics(self.path)
+        self._last_step = max((step for step, _ in rows), default=-1)
+        self._pending: list[tuple[int, dict[str, float]]] = []
+        if rows:
+            tracked = max(context.tracker.last_step(self.run_id, name) for name in ("n_images", "step"))
+            self._pending = [row for row in rows if row[0] > tracked]
+        self._flushed = time.monotonic()
+
+    def _run(self, config: dict[str, Any]) -> str:
+        """The stage's run in this tracking store: the one it had, or a new one."""
+        tracker, runs = self.context.tracker, _read(self.path / RUNS, {})
+        run_id = runs.get(tracker.uri)
+        if run_id is None or not tracker.resume_run(run_id):
+            tags = {
+                "mmdistill.stage": self.folder.name,
+                "mmdistill.key": self.folder.key,
+                "git_commit": git_commit(),
+            }
+            run_id = tracker.start_run(self.folder.name, parent=self.context.parent_run, tags=tags)
+            write_json(self.path / RUNS, runs | {tracker.uri: run_id})
+            tracker.log_params(run_id, config)
+        return str(run_id)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this stage, earlier interrupted runs included."""
+        return float(self._spent + time.monotonic() - self._since)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Steps that were logged before are left out: a resumed training replays them."""
+        if step <= self._last_step:
+            return
+        self._last_step = step
+        with (self.path / METRICS).open("a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
+        self._pending.append((step, metrics))
+        if time.monotonic() - self._flushed > 3:
+            self.flush()
+
+    def log_at(self, step: int, metrics: dict[str, float]) -> None:
+        """For metrics whose step is not a time (a number of sampling steps): logged at once, whatever their order."""
+        self.context.tracker.log_metrics(self.run_id, [(step, metrics)])
+
+    def flush(self) -> None:
+        rows, self._pending = self._pending, []
+        self._flushed = time.monotonic()
+        write_json(self.path / CLOCK, {"seconds": self.seconds})
+        if rows:
+            self.context.tracker.log_metrics(self.run_id, rows)
+
+    def finish(self, result: dict[str, Any]) -> Done:
+        self.flush()
+        seconds = self.seconds
+        self.folder.finish(result | {"seconds": seconds})
+        self.context.tracker.end_run(self.run_id)
+        summary = result.get("summary", "")
+        self.context.screen.line(f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{summary}[/]")
+        return Done(self.folder.name, self.path, result, self.run_id, seconds, reused=False)
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """An error inside leaves the run's metrics and its end in the tracking store, and goes on up."""
+        try:
+            yield
+        except BaseException as error:
+            self.abandon(error)
+            raise
+
+    def abandon(self, error: BaseException) -> None:
+        """The stage ends unfinished: what was measured is logged, the run marked."""
+        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+        _quietly(self.flush)
+        _quietly(lambda: self.context.tracker.end_run(self.run_id, status))
+
+
+def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: dict[str, Any]) -> Done | StageRun:
+    """The stage as it was finished before with these dependencies, or a run of it to be done now.
+
+    `depends` makes the key; `config` is what is shown as the run's parameters.
+    """
+    folder = context.workspace.stage(name, digest(depends))
+    if name in context.force or name.rsplit("-", 1)[0] in context.force:
+        context.workspace.discard(folder)
+    result = folder.result
+    if result is None:
+        began = (folder.path / RUNS).exists()
+        write_json(folder.path / "depends.json", depends)
+        return StageRun(context, folder, config, began)
+    run_id = _read(folder.path / RUNS, {}).get(context.tracker.uri) or _republish(context, folder, config, result)
+    context.screen.line(f"[green]✓[/] [bold]{name}[/]  reused  [dim]{result.get('summary', '')}[/]")
+    return Done(name, folder.path, result, run_id, float(result["seconds"]), reused=True)
+
+
+def run_stage(
+    context: Context,
+    name: str,
+    *,
+    depends: dict[str, Any],
+    config: dict[str, Any],
+    body: Callable[[StageRun], Any],
+) -> Done:
+    """`open_stage`, and `body` if it is to be done. `body` returns plain JSON with "identity", the hash of what was made."""
+    opened = open_stage(context, name, depends=depends, config=config)
+    if isinstance(opened, Done):
+        return opened
+    with opened.guarded():
+        return opened.finish(body(opened))
+
+
+def _republish(context: Context, folder: StageFolder, config: dict[str, Any], result: dict[str, Any]) -> str:
+    """A stage that was finished under another tracking store: its metrics and files are logged to this one."""
+    run = StageRun(context, folder, config, began=True)
+    run.flush()
+    for name in result.get("artifacts", []):
+        context.tracker.log_artifact(run.run_id, folder.path / name, None)
+    context.tracker.end_run(run.run_id)
+    return run.run_id
+
+
+def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], None]:
+    """Takes a training's rows: to the metrics, and to its bar."""
+
+    def listen(row: dict[str, float]) -> None:
+        n = row["n_images"]
+        if "resumed" in row:
+            bar.resume_from(n)
+            bar.update(n, "resumed from its checkpoint")
+            run.context.screen.line(f"  {run.folder.name}: goes on from {short(n)} images")
+            return
+        run.log(int(n), row)
+        words = [f"{short(row['images_per_second'])} img/s"]
+        words += [f"{key.split('/')[1]} {value:.3g}" for key, value in row.items() if key.startswith("loss/")]
+        if "score" in row:
+            words.append(f"distance {row['score']:.3g} (best {row['best/score']:.3g})")
+        bar.update(n, "  ".join(words))
+
+    return listen
+
+
+def read_metrics(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    """(step, metrics) of a stage; a line that a kill cut short is left out."""
+    rows = []
+    path = folder / METRICS
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        rows.append((int(row.pop("step")), row))
+    return rows
+
+
+def identity_of(*paths: Path) -> str:
+    """A hash of files' contents."""
+    content = hashlib.sha256()
+    for path in paths:
+        content.update(path.name.encode() + b"\0" + path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def _read(path: Path, default: dict[str, Any]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return default
+    return value if isinstance(value, dict) else default
+
+
+def _quietly(call: Callable[[], Any]) -> None:
+    """While an error is on its way up, a second one must not hide it."""
+    try:
+        call()
+    except Exception:
+        return

@@ -1,0 +1,231 @@
+"""The pipeline: the order of the stages, and what each hands to the next.
+
+prepare -> teacher -> distill (each k) -> evaluate -> register -> report
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflows.config import ConfigError, RunConfig, digest
+from workflows.runtime.errors import UserError
+from workflows.runtime.progress import Screen
+from workflows.runtime.workspace import Workspace, git_commit, write_json
+
+if TYPE_CHECKING:
+    from workflows.context import Context, Done
+    from workflows.runtime.tracking import Tracker
+
+STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run, as against what to run: none of it is part of a stage's key."""
+
+    workspace: Path
+    tracking_uri: str | None = None
+    workers: int | None = None
+    at_once: int | None = None
+    gpu: bool | None = None
+    force: tuple[str, ...] = ()
+    until: str = "report"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Workers of each training, and how many students are trained at once."""
+
+    teacher_workers: int
+    student_workers: int
+    at_once: int
+    use_gpu: bool
+
+
+def check_options(config: RunConfig, options: RunOptions) -> None:
+    """Raises ConfigError for a stage or a number of workers that can't be, before anything starts."""
+    names = {*STAGES, *(f"distill-k{k}" for k in config.distill.k)}
+    for flag, stages in (("--force", options.force), ("--until", (options.until,))):
+        for name in stages:
+            if name not in names:
+                raise ConfigError(f"{flag}: {name!r} is not a stage; stages: {', '.join(STAGES)}, or distill-k<k>")
+    if options.workers is not None:
+        if options.workers < 1:
+            raise ConfigError(f"--workers: {options.workers} should be at least 1")
+        for section, batch in (("teacher", config.teacher.batch), ("distill", config.distill.batch)):
+            if batch % options.workers:
+                raise ConfigError(f"--workers: {options.workers} does not divide {section}.batch {batch}")
+
+
+def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict[str, Any]:
+    """Runs the stages up to `options.until`, reusing what is done; returns the summary, which is also beside the report.
+
+    Raises UserError or ConfigError for what the user can mend.
+    """
+    check_options(config, options)
+    began = time.monotonic()
+    workspace = Workspace(options.workspace)
+    with workspace.lock():
+        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {workspace.root}[/]")
+        from workflows.runtime.tracking import Tracker
+
+        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
+        with screen.status("opening the tracking store"):
+            tracker = Tracker(uri, artifacts=workspace.default_artifacts)
+            parent = _parent_run(config, workspace, tracker)
+        try:
+            summary = _run_stages(config, options, screen, workspace, tracker, parent, began)
+        except BaseException as error:
+            _end_quietly(tracker, parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        tracker.end_run(parent)
+    return summary
+
+
+def _run_stages(
+    config: RunConfig,
+    options: RunOptions,
+    screen: Screen,
+    workspace: Workspace,
+    tracker: Tracker,
+    parent: str,
+    began: float,
+) -> dict[str, Any]:
+    from workflows.context import Context
+    from workflows.runtime.cluster import Monitor, ray_session
+
+    with ExitStack() as stack:
+        with screen.status("starting Ray"):
+            resources = stack.enter_context(ray_session())
+            monitor = Monitor()
+        context = Context(
+            config=config,
+            workspace=workspace,
+            screen=screen,
+            tracker=tracker,
+            parent_run=parent,
+            resources=resources,
+            force=frozenset(options.force),
+            monitor=monitor,
+            placement=place(config, options, resources),
+        )
+        done: list[Done] = []
+        for name, finished in _stages(context):
+            done += finished
+            if name == options.until:
+                break
+    summary = _summary(config, done, time.monotonic() - began)
+    if options.until == STAGES[-1]:
+        folder = workspace.report(config.recipe)
+        shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
+        summary["report"] = str(folder / "report.html")
+        write_json(folder / "summary.json", summary)
+        tracker.log_artifact(parent, folder / "report.html")
+        tracker.log_artifact(parent, folder / "summary.json")
+    return summary
+
+
+def _stages(context: Context) -> Iterator[tuple[str, list[Done]]]:
+    from workflows.stages.distill import distill
+    from workflows.stages.evaluate import evaluate
+    from workflows.stages.prepare import prepare
+    from workflows.stages.register import register
+    from workflows.stages.report import report
+    from workflows.stages.teacher import teacher
+
+    prepared = prepare(context)
+    yield "prepare", [prepared]
+    taught = teacher(context, prepared)
+    yield "teacher", [taught]
+    students = distill(context, prepared, taught)
+    yield "distill", list(students.values())
+    measured = evaluate(context, prepared, taught, students)
+    yield "evaluate", [measured]
+    registered = register(context, prepared, taught, students, measured)
+    yield "register", [registered]
+    yield "report", [report(context, prepared, taught, students, measured, registered)]
+
+
+def place(config: RunConfig, options: RunOptions, resources: dict[str, float]) -> Placement:
+    """Workers of each training, and trainings at once. By default the teacher takes the whole machine, and students share it,
+    each with one worker: small networks gain more from company than from more workers.
+    """
+    gpus = int(resources.get("GPU", 0))
+    use_gpu = gpus > 0 if options.gpu is None else options.gpu
+    slots = max(1, gpus if use_gpu else int(resources.get("CPU", 1)))
+    teacher = options.workers or max(n for n in range(1, slots + 1) if config.teacher.batch % n == 0)
+    student = options.workers or 1
+    return Placement(
+        teacher_workers=teacher,
+        student_workers=student,
+        at_once=options.at_once or max(1, slots // student),
+        use_gpu=use_gpu,
+    )
+
+
+def _summary(config: RunConfig, done: list[Done], seconds: float) -> dict[str, Any]:
+    """summary.json: what ran, what was reused, and the figures as far as they go."""
+    by_name = {d.name: d for d in done}
+    summary: dict[str, Any] = {
+        "recipe": config.recipe,
+        "seconds": round(seconds, 1),
+        "stages": [
+            {"name": d.name, "run_id": d.run_id, "seconds": round(d.seconds, 1), "reused": d.reused} for d in done
+        ],
+    }
+    if "evaluate" in by_name:
+        result = by_name["evaluate"].result
+        registered = by_name["register"].result if "register" in by_name else {"students": {}}
+        rows = {(r["who"], r["sampler"], r["k"]): r for r in result["rows"]}
+        summary |= {
+            "floor": result["floor"]["frechet"],
+            "samples": result["samples"],
+            "seeds": result["seeds"],
+        }
+        at_256 = rows.get(("teacher", "ancestral", 256))
+        summary["teacher_frechet_256"] = at_256["frechet"]["mean"] if at_256 else None
+        summary["students"] = [
+            {
+                "k": k,
+                "frechet": rows["student", "ancestral", k]["frechet"]["mean"],
+                "frechet_spread": rows["student", "ancestral", k]["frechet"]["spread"],
+                "teacher_frechet_same_k": rows["teacher", "ancestral", k]["frechet"]["mean"],
+                "model_uri": registered["students"].get(str(k)),
+                "seconds": round(by_name[f"distill-k{k}"].seconds, 1),
+                "nfe": rows["student", "ancestral", k]["nfe"],
+            }
+            for k in sorted(config.distill.k)
+        ]
+    return summary
+
+
+def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker) -> str:
+    """The pipeline's run: of this resolved configuration in this store, gone on with or new."""
+    folder = workspace.root / "pipelines"
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri])}.json"
+    if file.exists():
+        run_id = str(json.loads(file.read_text())["run_id"])
+        if tracker.resume_run(run_id):
+            return run_id
+    run_id = tracker.start_run(
+        f"{config.recipe} pipeline", tags={"mmdistill.recipe": config.recipe, "git_commit": git_commit()}
+    )
+    write_json(file, {"run_id": run_id})
+    tracker.log_params(run_id, config.model_dump(mode="json"))
+    tracker.log_text(run_id, config.yaml(), "config.yaml")
+    return run_id
+
+
+def _end_quietly(tracker: Tracker, run_id: str, status: str) -> None:
+    """While an error is on its way up, a store that does not answer must not hide it."""
+    with suppress(UserError):
+        tracker.end_run(run_id, status)

@@ -1,0 +1,139 @@
+"""Ray itself: joins the cluster that RAY_ADDRESS names, or starts one on this machine for the length of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from workflows.runtime.errors import UserError
+
+QUIET = {
+    # Ray Train takes in one report per interval; its default of 2 s would make short trainings wait for their checkpoints.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+}
+
+
+@contextmanager
+def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
+    """Ray for the length of the block; gives the cluster's resources. A cluster that was there before is left running."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": {name: os.environ[name] for name in QUIET}},
+    }
+    if not os.environ.get("RAY_ADDRESS"):
+        options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 512 * 1024**2}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"ray: {str(error).splitlines()[0]}",
+            hint="check RAY_ADDRESS, or unset it to use this machine alone",
+        ) from error
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+class Monitor:
+    """Where workers put their progress and the driver takes it: an actor of no weight. Rows are dictionaries of numbers."""
+
+    def __init__(self) -> None:
+        import ray
+
+        @ray.remote(num_cpus=0)
+        class Mailbox:
+            def __init__(self) -> None:
+                self.rows: list[tuple[str, dict[str, float]]] = []
+                self.notes: list[str] = []
+
+            def push(self, topic: str, row: dict[str, float]) -> None:
+                self.rows.append((topic, row))
+
+            def note(self, text: str) -> None:
+                self.notes.append(text)
+
+            def drain(self) -> tuple[list[tuple[str, dict[str, float]]], list[str]]:
+                out = self.rows, self.notes
+                self.rows, self.notes = [], []
+                return out
+
+        self.actor = Mailbox.remote()
+
+    def drain(self) -> tuple[list[tuple[str, dict[str, float]]], list[str]]:
+        import ray
+
+        out: tuple[list[tuple[str, dict[str, float]]], list[str]] = ray.get(self.actor.drain.remote())
+        return out
+
+
+def require(resources: dict[str, float], *, cpus: float, gpus: float = 0) -> None:
+    """Raises UserError where Ray would wait for ever."""
+    for name, need in (("CPU", cpus), ("GPU", gpus)):
+        if need > resources.get(name, 0):
+            raise UserError(
+                f"workers: {need:g} {name}s are needed at once, the cluster has {resources.get(name, 0):g}",
+                hint="give fewer --workers, or start a larger cluster and name it in RAY_ADDRESS",
+            )
+
+
+def run_together(
+    jobs: list[Callable[[], None]],
+    *,
+    at_once: int,
+    tick: Callable[[], None],
+    done: Callable[[int], None],
+    interval: float = 0.2,
+) -> None:
+    """Calls the jobs in threads, at most `at_once` of them. Meanwhile, in the calling thread: `tick()`, and `done(i)` after
+    job i. The first error is raised, once the jobs that had ended before it are done.
+    """
+    ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+    slots, stop = threading.Semaphore(at_once), threading.Event()
+
+    def work(i: int) -> None:
+        with slots:
+            if stop.is_set():
+                return
+            try:
+                jobs[i]()
+                ended.put((i, None))
+            except BaseException as error:
+                stop.set()
+                ended.put((i, error))
+
+    for i in range(len(jobs)):
+        threading.Thread(target=work, args=(i,), daemon=True).start()
+    left = len(jobs)
+    while left:
+        tick()
+        try:
+            i, error = ended.get(timeout=interval)
+        except queue.Empty:
+            continue
+        tick()
+        if error is not None:
+            raise error
+        done(i)
+        left -= 1

@@ -1,0 +1,130 @@
+"""The only file that knows Ray Data: writes shards with their manifest, reads them for training.
+
+A data set is a folder of Parquet shards (columns image [c, h, w] float32 in [-1, 1], label, index, holdout) and manifest.json,
+which is written last: without it the folder is not a data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workflows.runtime.workspace import write_json
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """count images of `shape` (c, h, w); `fingerprint` names the content; `labels` counts each class."""
+
+    source: str
+    count: int
+    shape: tuple[int, int, int]
+    num_classes: int
+    labels: dict[str, int]
+    fingerprint: str
+    shards: tuple[str, ...]
+    format: int = FORMAT
+
+
+def read_manifest(folder: Path) -> Manifest:
+    values = json.loads((folder / MANIFEST).read_text())
+    return Manifest(**values | {"shape": tuple(values["shape"]), "shards": tuple(values["shards"])})
+
+
+def _context() -> None:
+    """V1 of Ray's data source (V2 waits seconds before the first batch of every pass), and no bars of its own."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.enable_rich_progress_bars = False
+
+
+def write_shards(
+    folder: Path,
+    *,
+    source: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    holdout: float,
+    rows: int,
+) -> Manifest:
+    """images [n, c, h, w] in [0, 1], labels [n]. `holdout`: share of rows (chosen by hash of their index) marked as held out."""
+    import ray
+
+    if images.ndim != 4 or images.min() < 0 or images.max() > 1:
+        raise ValueError(
+            f"{source}: images [n, c, h, w] in [0, 1] are expected, got {images.shape} in "
+            f"[{images.min():g}, {images.max():g}]"
+        )
+    _context()
+    index = np.arange(len(images))
+    marks = np.array([hashlib.blake2b(str(i).encode(), digest_size=4).digest()[0] / 256 < holdout for i in index])
+    held = ray.put((images.astype(np.float32), labels.astype(np.int64), marks))
+
+    def select(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        i = batch["id"]
+        pixels, classes, holdouts = ray.get(held)
+        return {"image": pixels[i] * 2 - 1, "label": classes[i], "index": i, "holdout": holdouts[i]}
+
+    shards = folder / "shards"
+    shutil.rmtree(shards, ignore_errors=True)
+    rows_of = ray.data.range(len(images), override_num_blocks=max(1, -(-len(images) // rows)))
+    rows_of.map_batches(select, batch_size=None).write_parquet(str(shards), compression="zstd")
+    names = tuple(sorted(str(p.relative_to(folder)) for p in shards.glob("*.parquet")))
+    digest = hashlib.sha256(
+        np.ascontiguousarray(images, dtype=np.float32).tobytes() + labels.astype(np.int64).tobytes()
+    )
+    manifest = Manifest(
+        source=source,
+        count=len(images),
+        shape=tuple(int(n) for n in images.shape[1:]),  # type: ignore[arg-type]
+        num_classes=num_classes,
+        labels={str(c): int(n) for c, n in enumerate(np.bincount(labels, minlength=num_classes))},
+        fingerprint=digest.hexdigest()[:16],
+        shards=names,
+    )
+    write_json(folder / MANIFEST, asdict(manifest))
+    return manifest
+
+
+def dataset(folder: Path) -> Any:
+    """The shards as a Ray Dataset."""
+    import ray
+
+    _context()
+    manifest = read_manifest(folder)
+    return ray.data.read_parquet([str(folder / name) for name in manifest.shards])
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set in memory, in the order of its index."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    holdout: np.ndarray
+
+
+def collect(batches: Any) -> Arrays:
+    """All rows of an iterable of numpy batches (a Ray Dataset's, or a worker's shard's), in the order of their index."""
+    parts = list(batches)
+    whole = {name: np.concatenate([p[name] for p in parts]) for name in ("image", "label", "index", "holdout")}
+    order = np.argsort(whole["index"], kind="stable")
+    return Arrays(whole["image"][order], whole["label"][order], whole["holdout"][order].astype(bool))
+
+
+def read_all(folder: Path) -> Arrays:
+    return collect(dataset(folder).iter_batches(batch_size=4096, batch_format="numpy"))

@@ -1,0 +1,11 @@
+"""Errors that are shown to the user as a line, not as a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(RuntimeError):
+    """What went wrong, what was saved, and what to do: for the screen. Exit code 1 (2 for a wrong option)."""
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint

@@ -1,0 +1,126 @@
+"""Live progress: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
+
+QUIET_INTERVAL = 5.0
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M"""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class _Left(ProgressColumn):
+    """Time left from the whole bar's rate, which is steadier than rich's window."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        if task.finished or not task.total or not task.elapsed or task.completed <= task.fields["start_at"]:
+            return Text("")
+        rate = (task.completed - task.fields["start_at"]) / task.elapsed
+        return Text(f"{clock((task.total - task.completed) / rate)} left", style="cyan")
+
+
+class Bar:
+    """One line of progress: update it with how much is done and a few words (rate, loss)."""
+
+    def __init__(self, screen: Screen, name: str, total: float, unit: str, start_at: float) -> None:
+        self.screen, self.name, self.total, self.unit, self.start_at = screen, name, total, unit, start_at
+        self.began = self._printed = time.monotonic()
+        self.completed, self.detail = start_at, ""
+        self.task = screen.progress.add_task(
+            name, total=total, completed=start_at, count=self._count(), detail="", start_at=start_at
+        )
+
+    def _count(self) -> str:
+        return f"{short(self.completed)}/{short(self.total)} {self.unit}" if self.unit else ""
+
+    def update(self, completed: float, detail: str = "") -> None:
+        self.completed, self.detail = min(completed, self.total), detail or self.detail
+        if self.start_at == 0 and time.monotonic() - self.began > 1 and self.completed / self.total > 0.999:
+            self.completed = self.total
+        self.screen.progress.update(self.task, completed=self.completed, count=self._count(), detail=self.detail)
+        now = time.monotonic()
+        if self.screen.quiet and now - self._printed >= QUIET_INTERVAL:
+            self._printed = now
+            done = self.completed - self.start_at
+            left = f", {clock((self.total - self.completed) * (now - self.began) / done)} left" if done > 0 else ""
+            self.screen.line(f"  {self.name}: {self._count()}{left}  {self.detail}")
+
+    def resume_from(self, start_at: float) -> None:
+        """Work that an earlier run had done: it does not count in the rate."""
+        self.start_at = start_at
+        self.screen.progress.update(self.task, start_at=start_at)
+
+
+class Screen:
+    """Everything that the pipeline shows. `quiet` (no terminal): plain lines. All of it goes to stderr, results to stdout."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.quiet = not self.console.is_terminal
+        self._lock = threading.Lock()
+        self.progress = self._new_progress()
+
+    def _new_progress(self) -> Progress:
+        return Progress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            _Left(),
+            TextColumn("[dim]{task.fields[detail]}"),
+            console=self.console,
+            transient=True,
+            disable=self.quiet,
+        )
+
+    def line(self, text: str = "", style: str = "") -> None:
+        with self._lock:
+            self.console.print(text, style=style or None, markup=not style)
+
+    @contextmanager
+    def bars(self) -> Iterator[Screen]:
+        """Bars live inside; they vanish at the end, and lines take their place."""
+        self.progress = self._new_progress()
+        with self.progress:
+            yield self
+
+    @contextmanager
+    def status(self, text: str) -> Iterator[None]:
+        """A few words while something short goes on."""
+        if self.quiet:
+            yield
+            return
+        with self.console.status(text):
+            yield
+
+    def bar(self, name: str, total: float, *, unit: str = "", start_at: float = 0) -> Bar:
+        return Bar(self, name, total, unit, start_at)

@@ -1,0 +1,296 @@
+"""The only file that knows ray.train and torch.distributed: a training as a Ray Train run of one or more workers.
+
+`Job` describes a training in plain values; `train` runs it on Ray and returns when its model folder is written; `train_worker` is
+what every worker runs: it builds, wraps, restores, and hands `engine.fit` its three callables.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from workflows.runtime.errors import UserError
+
+KEEP = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    name         of the Ray Train run: the same name goes on from its last checkpoint
+    output       folder for the trained model
+    storage      folder for checkpoints
+    method       name in METHODS, and `arguments` its fields but the schedule
+    networks     role -> model folder, for the roles that are given; none: one new network from `network`
+    options      role -> fields of OptimiserOptions ("" for all roles)
+    validate     {"classifier", "samples", "every"}, or None
+    """
+
+    name: str
+    output: str
+    storage: str
+    data: str
+    seed: int
+    method: str
+    arguments: dict[str, Any]
+    networks: dict[str, str]
+    network: dict[str, Any]
+    schedule: dict[str, Any]
+    prediction: str
+    options: dict[str, Any]
+    images: int
+    batch: int
+    log_every: int
+    checkpoint_every: int
+    best_role: str
+    k: int
+    ema_half_life_images: int = 500_000
+    ema_ramp: float = 0.05
+    validate: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+    threads: int = 1
+    fault: dict[str, Any] | None = None
+
+
+def build_state(job: Job) -> Any:
+    """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed."""
+    import torch
+
+    from mmdistill_core.artifact import build_denoiser, load_model
+    from mmdistill_core.diffusion.schedules import schedule_from_dict
+    from mmdistill_core.engine import OptimiserOptions, TrainState
+    from mmdistill_core.methods import METHODS
+    from mmdistill_core.networks.dit import DiTConfig
+
+    torch.manual_seed(job.seed)
+    schedule = schedule_from_dict(job.schedule)
+    method = METHODS[job.method](schedule=schedule, **job.arguments)  # type: ignore[call-arg]
+    given: dict[str, torch.nn.Module] = {role: load_model(path).denoiser for role, path in job.networks.items()}
+    for role in method.roles:
+        if role.source == "given" and role.name not in given:
+            given[role.name] = build_denoiser(
+                network=DiTConfig(**job.network), prediction=job.prediction, schedule=job.schedule
+            )
+    return TrainState.create(
+        method=method,
+        given=given,
+        options=OptimiserOptions(**job.options),
+        global_batch=job.batch,
+        total_images=job.images,
+        best_role=job.best_role,
+        ema_half_life_images=job.ema_half_life_images,
+        ema_ramp=job.ema_ramp,
+    )
+
+
+def export(job: Job, state: Any) -> None:
+    """The best (or average) network as a model folder."""
+    from mmdistill_core.artifact import DiffusionModel, save_model
+    from mmdistill_core.networks.denoiser import Denoiser
+
+    network = state.best_network()
+    network = getattr(network, "module", network)
+    assert isinstance(network, Denoiser)
+    figures = {
+        "images": state.n_images,
+        "forwards": state.forwards,
+        "skipped": state.skipped,
+        "seed": job.seed,
+    }
+    if state.best.weights:
+        figures |= {"best_images": state.best.n_images, "best_score": state.best.score}
+    save_model(job.output, DiffusionModel(network, k=job.k, provenance=(job.provenance or {}) | figures))
+
+
+def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, float]]:
+    """state -> {"score": Frechet distance of `samples` samples to the data, in the classifier's features}."""
+    import torch
+
+    from mmdistill_core.artifact import load_classifier
+    from mmdistill_core.metrics.frechet import frechet_distance, moments
+    from mmdistill_core.rng import generator
+    from mmdistill_core.samplers import sample
+
+    assert job.validate is not None
+    n, classifier = int(job.validate["samples"]), load_classifier(job.validate["classifier"])
+    device = images.device
+    classifier.to(device)
+    reference = moments(classifier.extract(images))
+    drawn = labels[torch.randint(len(labels), (n,), generator=generator(job.seed, 1)).to(device)]
+
+    def validate(state: Any) -> dict[str, float]:
+        network = state.networks[job.best_role]
+        was_training = network.training
+        network.eval()
+        fakes = sample(
+            denoiser=network,
+            schedule=network.schedule,
+            shape=(n, *images.shape[1:]),
+            k=job.k,
+            label=drawn,
+            seed=job.seed + 104_729,
+            device=device,
+        )
+        network.train(was_training)
+        distance = frechet_distance(moments(classifier.extract(fakes.clamp(-1, 1))), reference)
+        return {"score": distance}
+
+    return validate
+
+
+def _restore(state: Any, note: Callable[[str], None]) -> None:
+    """The newest undamaged checkpoint of this run, if there is one."""
+    import ray.train
+
+    from mmdistill_core.engine.checkpoint import DamagedCheckpoint, load_checkpoint
+
+    newest = ray.train.get_checkpoint()
+    if newest is None:
+        return
+    reported = [r.checkpoint for r in ray.train.get_all_reported_checkpoints()]
+    candidates = [newest] + [c for c in reversed(reported) if c.path != newest.path]
+    for checkpoint in candidates:
+        with checkpoint.as_directory() as folder:
+            try:
+                values = load_checkpoint(folder)
+            except DamagedCheckpoint as error:
+                note(f"checkpoint {Path(checkpoint.path).name} is damaged ({error}); trying the one before it")
+                continue
+        state.load_state_dict(values)
+        return
+    note("no undamaged checkpoint is left: training starts again")
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from mmdistill_core.engine import FitOptions, InMemoryBatches, fit
+    from mmdistill_core.engine.checkpoint import save_checkpoint
+    from workflows.runtime.data import collect
+
+    job, mailbox = Job(**config["job"]), config["mailbox"]
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(job.threads)
+    device = ray.train.torch.get_device()
+
+    arrays = collect(ray.train.get_dataset_shard("train").iter_batches(batch_size=4096, batch_format="numpy"))
+    images = torch.from_numpy(arrays.images).to(device)
+    labels = torch.from_numpy(arrays.labels).to(device)
+    conditional = int(job.network["num_classes"]) > 0
+    batches = InMemoryBatches(
+        x=images,
+        label=labels if conditional else None,
+        global_batch=job.batch,
+        seed=job.seed,
+        rank=rank,
+        world=world,
+    )
+
+    def note(text: str) -> None:
+        if rank == 0:
+            mailbox.note.remote(f"{job.name.rsplit('-', 1)[0]}: {text}")
+
+    state = build_state(job)
+    for network in state.networks.values():
+        network.to(device)
+    _restore(state, note)
+    if state.n_images and rank == 0:
+        mailbox.push.remote(job.name, {"n_images": float(state.n_images), "resumed": 1.0})
+    if world > 1:
+        for role in state.optimisers:
+            state.callables[role] = DistributedDataParallel(state.networks[role])
+
+    last: dict[str, float] = {}
+
+    def report(metrics: dict[str, float]) -> None:
+        last.update(metrics)
+        if rank == 0:
+            mailbox.push.remote(job.name, metrics)
+        if job.fault and state.n_images >= job.fault["at"] and rank == job.fault["rank"]:
+            _fail_once(job.fault)
+
+    def save(state: Any) -> None:
+        metrics = {"n_images": state.n_images, "score": min(state.best.score, 1e30)} | last
+        if rank:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(Path(folder) / "checkpoint", state.state_dict())
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(Path(folder) / "checkpoint"))
+
+    options = FitOptions(
+        log_every=job.log_every,
+        validate_every=job.validate["every"] if job.validate else 0,
+        checkpoint_every=job.checkpoint_every,
+        seed=job.seed,
+        rank=rank,
+    )
+    validate = validator(job, images, labels) if job.validate else None
+    fit(state=state, batches=batches, options=options, report=report, save=save, validate=validate)
+    if rank == 0:
+        export(job, state)
+
+
+def _fail_once(fault: dict[str, Any]) -> None:
+    """For the tests of recovery: this worker is killed, once."""
+    import os
+    import signal
+
+    marker = Path(fault["marker"])
+    if not marker.exists():
+        marker.write_text("killed\n")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(job: Job, *, dataset: Any, mailbox: Any, workers: int, use_gpu: bool) -> None:
+    """Runs the job on Ray Train to its end, recovering from lost workers. Call it from any thread.
+
+    Raises UserError when training itself fails.
+    """
+    import ray.train
+    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": asdict(job), "mailbox": mailbox},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": job.threads} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=job.name,
+            storage_path=job.storage,
+            failure_config=FailureConfig(max_failures=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
+        ),
+        datasets={"train": dataset},
+        dataset_config=DataConfig(
+            datasets_to_split=[]
+        ),  # each worker holds all rows and takes its slice of every batch
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise UserError(
+            f"{job.name}: training failed: {_root_cause(error)}",
+            hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
+        ) from error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The last line of the innermost cause, without Ray's frames."""
+    failures = getattr(error, "worker_failures", None)
+    inner: BaseException = next(iter(failures.values())) if failures else error
+    while getattr(inner, "cause", None) is not None or inner.__cause__ is not None:
+        inner = getattr(inner, "cause", None) or inner.__cause__  # type: ignore[assignment]
+    lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
+    return lines[-1] if lines else type(inner).__name__

@@ -1,0 +1,173 @@
+"""The report's figures: matplotlib to inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+STUDENT, TEACHER, DDIM, FLOOR, INK = "#d1495b", "#2b6f9e", "#7fb2d1", "#8a8f98", "#22262b"
+TITLES = {"frechet": "in classifier features", "frechet_pixels": "in raw pixels"}
+History = list[tuple[int, dict[str, float]]]
+
+
+def _figure(columns: int, *, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    mpl.rcParams.update(
+        {
+            "font.family": "sans-serif",
+            "font.size": 10.5,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#b8bdc4",
+            "axes.labelcolor": INK,
+            "axes.titlesize": 11,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.grid": True,
+            "grid.color": "#e8eaed",
+            "legend.frameon": False,
+            "svg.fonttype": "path",
+            "svg.hashsalt": "mmdistill",
+        }
+    )
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained", **options)
+
+
+def _svg(figure: Any) -> str:
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _plain(axis: Any, values: list[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [str(v) for v in values])
+    axis.minorticks_off()
+
+
+def distance_against_steps(table: dict[str, Any]) -> str:
+    """Log-log: the teacher by each sampler, the students, the floor; in features and in pixels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure, axes = _figure(2, width=10.4, height=4.3)
+    styles = {
+        ("teacher", "ancestral"): (TEACHER, "-", "o"),
+        ("teacher", "ddim"): (DDIM, "--", "s"),
+        ("teacher", "heun"): ("#9a86c9", ":", "^"),
+        ("student", "ancestral"): (STUDENT, "-", "D"),
+    }
+    for axis, (measure, title) in zip(axes[0], TITLES.items(), strict=True):
+        for (who, sampler), (colour, line, marker) in styles.items():
+            rows = sorted(
+                (r for r in table["rows"] if (r["who"], r["sampler"]) == (who, sampler)), key=lambda r: r["k"]
+            )
+            if not rows:
+                continue
+            label = (
+                "student (moment matching)"
+                if who == "student"
+                else f"teacher, {'DDIM' if sampler == 'ddim' else sampler}"
+            )
+            axis.errorbar(
+                [r["nfe"] for r in rows],
+                [r[measure]["mean"] for r in rows],
+                yerr=[r[measure]["spread"] for r in rows],
+                color=colour,
+                linestyle=line,
+                marker=marker,
+                markersize=6,
+                linewidth=2,
+                capsize=2.5,
+                label=label,
+                zorder=4 if who == "student" else 3,
+            )
+        axis.axhline(table["floor"][measure], color=FLOOR, linewidth=1, linestyle=(0, (2, 3)))
+        axis.annotate(
+            "half the data against the other half",
+            (1, table["floor"][measure]),
+            xytext=(0, 3),
+            textcoords="offset points",
+            color=FLOOR,
+            fontsize=8.5,
+        )
+        axis.set_yscale("log")
+        _plain(axis, sorted({r["nfe"] for r in table["rows"]}))
+        axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xlabel("network evaluations per sample")
+        axis.set_title(f"Frechet distance {title}")
+    axes[0, 0].legend(loc="upper right")
+    return _svg(figure)
+
+
+def _each_k(histories: dict[int, History], draw: Callable[[Any, int, History], None], height: float) -> str:
+    figure, axes = _figure(len(histories), width=10.4, height=height, sharey=True)
+    for axis, (k, history) in zip(axes[0], histories.items(), strict=True):
+        draw(axis, k, history)
+        axis.set_title(f"k = {k}")
+        axis.set_xlabel("images seen, thousands")
+        axis.set_yscale("log")
+    return _svg(figure)
+
+
+def moment_gap(histories: dict[int, History]) -> str:
+    """w(s) |g_phi - g_theta|^2 over training: its mean, and each of 8 noise levels."""
+    import matplotlib as mpl
+
+    levels = mpl.colormaps["viridis"]
+
+    def draw(axis: Any, k: int, history: History) -> None:
+        for level in range(8):
+            points = [
+                (n / 1e3, m[f"moment_gap/level{level}"]) for n, m in history if m.get(f"moment_gap/level{level}", 0) > 0
+            ]
+            if points:
+                name = ("logsnr < -6", *(f"{-6 + 2 * i} to {-4 + 2 * i}" for i in range(6)), "logsnr > 6")[level]
+                axis.plot(*zip(*points, strict=True), color=levels(level / 7.5), linewidth=1, alpha=0.8, label=name)
+        mean = [(n / 1e3, m["moment_gap"]) for n, m in history if m.get("moment_gap", 0) > 0]
+        if mean:
+            axis.plot(*zip(*mean, strict=True), color=INK, linewidth=2, label="mean")
+        if k == min(histories):
+            axis.set_ylabel("moment gap")
+        if k == max(histories):
+            axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
+
+    return _each_k(histories, draw, 3.2)
+
+
+def distance_in_training(histories: dict[int, History], teacher: float, most: int) -> str:
+    """The measured distance over training; the kept weights are those at its lowest point."""
+
+    def draw(axis: Any, k: int, history: History) -> None:
+        points = [(n / 1e3, m["score"]) for n, m in history if "score" in m]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=STUDENT, linewidth=2, marker="D", markersize=4)
+            best = min(points, key=lambda p: p[1])
+            axis.plot(*best, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
+        axis.axhline(teacher, color=TEACHER, linewidth=1.2)
+        axis.annotate(
+            f"teacher, {most} steps",
+            (0.98, teacher),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="right",
+            color=TEACHER,
+            fontsize=8.5,
+        )
+        if k == min(histories):
+            axis.set_ylabel("Frechet distance")
+
+    return _each_k(histories, draw, 2.8)

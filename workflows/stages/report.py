@@ -1,0 +1,161 @@
+"""report: one HTML file, whole in itself, with the table, the plots, the samples, the costs and the lineage."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from workflows.config import digest
+from workflows.context import Context, Done, StageRun, identity_of, read_metrics, run_stage
+from workflows.runtime.progress import Screen, clock, short
+from workflows.runtime.workspace import code_version
+
+CODE = ("workflows/stages/report.py", "workflows/stages/report.html", "workflows/stages/figures.py")
+HEADLINE_STEPS = 256
+
+
+def report(
+    context: Context,
+    prepared: Done,
+    taught: Done,
+    students: dict[int, Done],
+    measured: Done,
+    registered: Done,
+) -> Done:
+    depends = {
+        "evaluate": measured.identity,
+        "register": registered.identity,
+        "config": digest(context.config.model_dump(mode="json")),
+        "code": code_version(*CODE),
+    }
+    return run_stage(
+        context,
+        "report",
+        depends=depends,
+        config={"recipe": context.config.recipe},
+        body=lambda run: _body(run, prepared, taught, students, measured, registered),
+    )
+
+
+def _body(
+    run: StageRun, prepared: Done, taught: Done, students: dict[int, Done], measured: Done, registered: Done
+) -> dict[str, Any]:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from workflows.stages import figures
+
+    table = measured.result
+    histories = {k: read_metrics(s.folder) for k, s in students.items()}
+    grids = {p.stem: _data_uri(p) for p in (measured.folder / "grids").glob("*.png")}
+    rows = {(r["who"], r["sampler"], r["k"]): r for r in table["rows"]}
+    most = max(k for who, sampler, k in rows if who == "teacher" and sampler == "ancestral")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {"short": short, "clock": clock}
+    html = environment.get_template("report.html").render(
+        recipe=run.context.config.recipe,
+        headline=headline(table["rows"], sorted(students)),
+        most=most,
+        table=table,
+        rows=rows,
+        ks=sorted(students),
+        samplers=list(run.context.config.evaluate.samplers),
+        steps=sorted({k for who, _, k in rows if who == "teacher"}),
+        distance_plot=figures.distance_against_steps(table),
+        gap_plot=figures.moment_gap(histories),
+        progress_plot=figures.distance_in_training(
+            histories, rows[("teacher", "ancestral", most)]["frechet"]["mean"], most
+        ),
+        grids=grids,
+        costs=_costs(prepared, taught, students, measured),
+        lineage=registered.result,
+        prepared=prepared.result,
+        config_yaml=run.context.config.yaml(),
+        parent_run=run.context.parent_run,
+        tracking=run.context.tracker.uri,
+    )
+    path = run.path / "report.html"
+    path.write_text(html)
+    run.context.tracker.log_artifact(run.run_id, path)
+    return {"identity": identity_of(path), "artifacts": ["report.html"], "summary": "one HTML file"}
+
+
+def headline(rows: list[dict[str, Any]], ks: list[int]) -> dict[str, Any]:
+    """The student of most steps against the teacher's longest row, and each k against the teacher at the same k."""
+    by = {(r["who"], r["sampler"], r["k"]): r["frechet"]["mean"] for r in rows}
+    most = max(k for who, sampler, k in by if who == "teacher" and sampler == "ancestral")
+    best = min(ks, key=lambda k: by["student", "ancestral", k])
+    return {
+        "k": best,
+        "student": by["student", "ancestral", best],
+        "teacher": by["teacher", "ancestral", most],
+        "ratio": by["student", "ancestral", best] / by["teacher", "ancestral", most],
+        "fewer": most / best,
+        "same_k": {k: by["student", "ancestral", k] / by["teacher", "ancestral", k] for k in ks},
+    }
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _costs(prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> list[dict[str, Any]]:
+    costs: list[dict[str, Any]] = [{"name": "prepare", "run": prepared.run_id, "seconds": prepared.seconds}]
+    for done in (taught, *students.values()):
+        costs.append(
+            {
+                "name": done.name,
+                "run": done.run_id,
+                "seconds": done.seconds,
+                "images": done.result["images"],
+                "forwards": done.result["forwards"],
+                "best_images": done.result.get("best_images"),
+            }
+        )
+    evaluations = sum(r["nfe"] for r in measured.result["rows"]) * measured.result["samples"] * measured.result["seeds"]
+    costs.append({"name": "evaluate", "run": measured.run_id, "seconds": measured.seconds, "forwards": evaluations})
+    return costs
+
+
+def last_screen(summary: dict[str, Any], screen: Screen, workspace: Path, tracking_uri: str | None) -> None:
+    """The table, where the report is, and what to try next."""
+    from rich.table import Table
+
+    table = Table(title=None, header_style="bold", title_justify="left")
+    for name, justify in (
+        ("steps", "right"),
+        ("student", "right"),
+        ("teacher, same steps", "right"),
+        ("student / teacher", "right"),
+        (f"student / teacher at {HEADLINE_STEPS}", "right"),
+        ("trained in", "right"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    at_256 = summary["teacher_frechet_256"]
+    for s in summary["students"]:
+        same = s["frechet"] / s["teacher_frechet_same_k"]
+        table.add_row(
+            str(s["k"]),
+            f"{s['frechet']:.3f} ± {s['frechet_spread']:.3f}",
+            f"{s['teacher_frechet_same_k']:.3f}",
+            f"{same:.3f}",
+            f"{s['frechet'] / at_256:.2f}" if at_256 else "-",
+            clock(s["seconds"]),
+        )
+    where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
+    store = f" --tracking-uri {tracking_uri}" if tracking_uri else ""
+    champion = max(summary["students"], key=lambda s: s["k"])
+    screen.line()
+    screen.console.print(table)
+    teacher = f"; teacher at {HEADLINE_STEPS} steps {at_256:.3f}" if at_256 else ""
+    screen.line(
+        f"Frechet distance in classifier features, {summary['samples']:,} samples x {summary['seeds']} seeds{teacher}; "
+        f"half the data against the other half {summary['floor']:.3f}."
+    )
+    screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{summary['report']}[/]")
+    screen.line("Next:")
+    screen.line(f"  mmdistill sample {champion['model_uri']} --n 64{where}{store}")
+    if not store:
+        screen.line(f"  mmdistill ui{where}")

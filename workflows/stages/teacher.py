@@ -1,0 +1,122 @@
+"""teacher: a diffusion model trained on the prepared images, by denoising; its average over training is what is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
+from workflows.runtime.cluster import require, run_together
+from workflows.runtime.data import dataset
+from workflows.runtime.worker import Job, train
+from workflows.runtime.workspace import code_version
+
+TRAINING_CODE = (
+    "mmdistill_core/artifact.py",
+    "mmdistill_core/diffusion",
+    "mmdistill_core/networks",
+    "mmdistill_core/engine",
+    "mmdistill_core/methods/base.py",
+    "mmdistill_core/methods/parts.py",
+    "workflows/runtime/worker.py",
+)
+CODE = (*TRAINING_CODE, "mmdistill_core/methods/denoising.py", "workflows/stages/teacher.py")
+
+
+def model_config(context: Context) -> dict[str, Any]:
+    c = context.config
+    return {"network": c.network.model_dump(), "schedule": c.schedule.as_dict(), "prediction": c.prediction}
+
+
+def teacher(context: Context, prepared: Done) -> Done:
+    shown = {"teacher": context.config.teacher.model_dump(), **model_config(context)}
+    depends = {
+        "prepare": prepared.identity,
+        "seed": context.config.seed,
+        "code": code_version(*CODE),
+        **shown,
+    }
+    return run_stage(context, "teacher", depends=depends, config=shown, body=lambda run: _body(run, prepared))
+
+
+def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
+    context, c = run.context, run.context.config
+    job = Job(
+        name=f"teacher-{run.folder.key}",
+        output=str(run.path / "model"),
+        storage=str(context.workspace.training_storage),
+        data=str(prepared.folder / "data"),
+        seed=c.seed,
+        method="denoising",
+        arguments={"p_t": c.teacher.p_t, "w_t": c.teacher.w_t},
+        networks={},
+        network=network_config(context, prepared),
+        schedule=c.schedule.as_dict(),
+        prediction=c.prediction,
+        options=c.teacher.optimiser.model_dump(),
+        images=c.teacher.images,
+        batch=c.teacher.batch,
+        log_every=c.teacher.log_every,
+        checkpoint_every=c.teacher.checkpoint_every,
+        best_role="teacher_ema",
+        k=max(c.evaluate.teacher_steps),
+        ema_half_life_images=c.teacher.ema_half_life_images,
+        ema_ramp=c.teacher.ema_ramp,
+        provenance={
+            "role": "teacher",
+            "recipe": c.recipe,
+            "data_fingerprint": prepared.result["fingerprint"],
+        },
+    )
+    with context.screen.bars():
+        run_trainings(context, [(job, run)], at_once=1, workers=context.placement.teacher_workers, done=lambda _: None)
+    return training_result(run, f"{c.teacher.images:,} images")
+
+
+def network_config(context: Context, prepared: Done) -> dict[str, Any]:
+    channels, height, _ = prepared.result["shape"]
+    data = {"image_size": height, "channels": channels, "num_classes": prepared.result["num_classes"]}
+    return data | context.config.network.model_dump()
+
+
+def run_trainings(
+    context: Context,
+    trainings: list[tuple[Job, StageRun]],
+    *,
+    at_once: int,
+    workers: int,
+    done: Callable[[int], None],
+) -> None:
+    """The jobs on Ray Train, at most `at_once` together; their progress goes to their runs and to bars. `done(i)` after job i."""
+    require(context.resources, cpus=workers, gpus=workers if context.placement.use_gpu else 0)
+    shards = {job.data: dataset(Path(job.data)) for job, _ in trainings}
+
+    def start(job: Job) -> Callable[[], None]:
+        return lambda: train(
+            job,
+            dataset=shards[job.data],
+            mailbox=context.monitor.actor,
+            workers=workers,
+            use_gpu=context.placement.use_gpu,
+        )
+
+    for job, run in trainings:
+        bar = context.screen.bar(run.folder.name, job.images, unit="images")
+        context.listeners[job.name] = training_listener(run, bar)
+    try:
+        run_together([start(job) for job, _ in trainings], at_once=at_once, tick=context.tick, done=done)
+    finally:
+        for job, _ in trainings:
+            context.listeners.pop(job.name, None)
+
+
+def training_result(run: StageRun, summary: str) -> dict[str, Any]:
+    """What a training stage returns: the model's folder is logged, and its hash is the stage's identity."""
+    model = run.path / "model"
+    run.context.tracker.log_artifact(run.run_id, model, "model")
+    provenance = json.loads((model / "model.json").read_text())["provenance"]
+    counts = {name: provenance.get(name) for name in ("images", "forwards", "skipped", "best_images", "best_score")}
+    identity = identity_of(model / "weights.safetensors", model / "model.json")
+    return {"identity": identity, "artifacts": ["model"], "summary": summary, **counts}
