@@ -143,7 +143,10 @@ class RunConfig(Section):
         for k in self.distill.overrides:
             if k not in self.distill.k:
                 raise ValueError(f"distill.overrides: {k} is not among distill.k {list(self.distill.k)}")
-            self.distill.for_k(k)
+            try:
+                self.distill.for_k(k)
+            except ValidationError as error:
+                raise ValueError(f"distill.overrides.{k}.{_one_line(error, Distill)}") from None
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
         return self
@@ -203,9 +206,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
-def _fields_at(path: tuple[Any, ...]) -> list[str]:
-    """The names that are valid where `path` ends, for a message about an unknown one."""
-    model: Any = RunConfig
+def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
+    """The names that are valid where `path` ends, below `model`, for a message about an unknown one."""
     for part in path:
         info = getattr(model, "model_fields", {}).get(part)
         if info is None:
@@ -214,26 +216,21 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
     return sorted(getattr(model, "model_fields", {}))
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, model: type[Section]) -> str:
     """The first mistake: its field, its value, what was expected, and the nearest name if it was misspelt."""
     first = error.errors()[0]
     where, value = ".".join(str(p) for p in first["loc"]), first.get("input")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if first["type"] == "extra_forbidden":
-        names = _fields_at(first["loc"][:-1])
+        names = _fields_at(model, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return f"{where}: no such option{hint} Valid: {', '.join(names)}".replace("? Valid", "? valid").replace(
-            "option Valid", "option; valid"
-        )
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{where}: no such option; {hint}valid: {', '.join(names)}"
     if first["type"] == "literal_error":
-        message = f"is not one of {first['ctx']['expected']}"
-        return f"{where}: {value!r} {message}"
-    if not where or first["type"] == "value_error":
+        return f"{where}: {value!r} is not one of {first['ctx']['expected']}"
+    if first["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    more = f" (and {len(error.errors()) - 1} more)" if len(error.errors()) > 1 else ""
-    return f"{where}: {value!r}: {message}{more}"
+    return f"{where}: {value!r} {message}"
 
 
 def load_config(recipe: str, overrides: list[str] | None = None) -> RunConfig:
@@ -245,7 +242,7 @@ def load_config(recipe: str, overrides: list[str] | None = None) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_one_line(error, RunConfig)) from None
 
 
 def digest(value: Any, length: int = 12) -> str:

@@ -58,16 +58,17 @@ class TrainState:
         ema_half_life_images: float = 500_000,
         ema_ramp: float = 0.05,
     ) -> TrainState:
-        """`given` holds the networks of the roles whose source is "given"; the others start as copies of their source.
+        """`given` holds the networks of the roles whose source is "given", and may hold others (a student that does not
+        start as a copy of its teacher); the rest start as copies of their source.
 
-        Raises ValueError if a given network is missing or superfluous.
+        Raises ValueError if a given network is missing or of no role.
         """
-        wanted = {r.name for r in method.roles if r.source == "given"}
-        if set(given) != wanted:
+        wanted, known = {r.name for r in method.roles if r.source == "given"}, {r.name for r in method.roles}
+        if not wanted <= set(given) <= known:
             raise ValueError(f"{method.name} is given the networks {sorted(wanted)}, got {sorted(given)}")
         networks: dict[str, nn.Module] = {}
         for role in method.roles:
-            if role.source == "given":
+            if role.name in given:
                 networks[role.name] = given[role.name]
             elif role.life == "ema":
                 networks[role.name] = averaged(

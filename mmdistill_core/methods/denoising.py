@@ -36,4 +36,4 @@ class Denoising(Method):
         z = noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng)
         x_hat = nets["teacher"](z, t, batch.label)
         loss = denoising_loss(x=batch.x, x_hat=x_hat, weight=weight(weighting=self.w_t, logsnr=logsnr))
-        return Losses({"teacher": loss}, by_level={"loss": loss.detach()}, logsnr=logsnr, forwards=1)
+        return Losses({"teacher": loss}, by_level={"denoising_loss": loss.detach()}, logsnr=logsnr, forwards=1)

@@ -7,6 +7,7 @@ of k (2406.04103, Algorithm 1); so is its teacher, with more steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def ancestral(
     label: Tensor | None,
 ) -> Tensor:
     """z_s ~ q(z_s | z_t, x_hat) at every step but the last. k evaluations."""
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(pairwise(times)):
         t, s = t.expand(len(z)), s.expand(len(z))
         x_hat = denoiser(z, t, label)
         if i < len(times) - 2:
@@ -49,7 +50,7 @@ def ddim(
     label: Tensor | None,
 ) -> Tensor:
     """Deterministic steps of the probability flow. k evaluations; rng is not used."""
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(pairwise(times)):
         t, s = t.expand(len(z)), s.expand(len(z))
         x_hat = denoiser(z, t, label)
         if i < len(times) - 2:
@@ -58,31 +59,21 @@ def ddim(
 
 
 def heun(
-    *,
-    denoiser: Denoise,
-    schedule: Schedule,
-    z: Tensor,
-    times: Tensor,
-    rng: torch.Generator,
-    label: Tensor | None,
+    *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: torch.Generator, label: Tensor | None
 ) -> Tensor:
-    """Second order: the DDIM step is taken again with x_hat averaged over both ends, in the variable sigma / alpha
-    (EDM, 2206.00364, Algorithm 1 without churn). 2k - 1 evaluations; rng is not used.
+    """Second order: every DDIM step but the last is taken again with x_hat averaged over both of its ends.
 
-    With y = z / alpha and r = sigma / alpha the flow is dy/dr = (y - x_hat) / r.
+    Heun's rule on the exponential form of the flow (2211.01095), whose linear part is exact. EDM's Heun, in sigma / alpha
+    (2206.00364, Algorithm 1), would start where sigma / alpha is unbounded under all schedules but its own. 2k - 1
+    evaluations; rng is not used.
     """
-    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, s) in enumerate(pairwise(times)):
         t, s = t.expand(len(z)), s.expand(len(z))
         x_hat = denoiser(z, t, label)
-        if i == len(times) - 2:
-            break
-        a_t, a_s = (process.expand(schedule.alpha(u), like=z) for u in (t, s))
-        r_t, r_s = (process.expand(schedule.sigma(u), like=z) / a for u, a in ((t, a_t), (s, a_s)))
-        y = z / a_t
-        slope = (y - x_hat) / r_t
-        end = y + (r_s - r_t) * slope
-        slope_end = (end - denoiser(a_s * end, s, label)) / r_s
-        z = a_s * (y + (r_s - r_t) * (slope + slope_end) / 2)
+        if i < len(times) - 2:
+            end = process.ddim(schedule=schedule, z_t=z, x=x_hat, t=t, s=s)
+            x_mean = (x_hat + denoiser(end, s, label)) / 2
+            z = process.ddim(schedule=schedule, z_t=z, x=x_mean, t=t, s=s)
     return x_hat
 
 

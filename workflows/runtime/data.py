@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,8 +43,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _context() -> None:
     """V1 of Ray's data source (V2 waits seconds before the first batch of every pass), and no bars of its own."""
-    import ray
+    import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets its own level when it is imported
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False
     context.enable_progress_bars = False
@@ -101,12 +103,15 @@ def write_shards(
 
 
 def dataset(folder: Path) -> Any:
-    """The shards as a Ray Dataset."""
+    """The shards as a Ray Dataset, held in the object store.
+
+    Read before training starts: reading takes CPUs, and on a small machine the workers have taken them all.
+    """
     import ray
 
     _context()
     manifest = read_manifest(folder)
-    return ray.data.read_parquet([str(folder / name) for name in manifest.shards])
+    return ray.data.read_parquet([str(folder / name) for name in manifest.shards]).materialize()
 
 
 @dataclass(frozen=True)

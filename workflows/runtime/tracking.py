@@ -225,8 +225,17 @@ class Tracker:
 
     def download(self, model_uri: str, into: Path) -> Path:
         """The model folder (weights.safetensors, model.json) of a registry URI, below `into`."""
-        with self._reachable(), _silent():
-            local = self._mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(into))
+        with self._reachable():
+            self.client.get_experiment(self.experiment)  # tells "not there" from "does not answer"
+        try:
+            with _silent():
+                local = self._mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(into))
+        except (self._mlflow.exceptions.MlflowException, OSError) as error:
+            names = sorted(m.name for m in self.client.search_registered_models())
+            raise UserError(
+                f"{model_uri}: {str(error).splitlines()[0]}",
+                hint=f"models in {self.uri}: {', '.join(names) or 'none'}",
+            ) from error
         folders = [p.parent for p in Path(local).rglob("model.json")]
         if not folders:
             raise UserError(f"{model_uri}: is in the registry, but is not a model of mmdistill's")
@@ -241,7 +250,7 @@ def _silent() -> Iterator[None]:
 
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.showwarning = lambda *_, **__: None  # MLflow sets filters of its own, so "ignore" is not enough
         level = logging.getLogger("mlflow").level
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         try:

@@ -1,0 +1,89 @@
+"""Samplers with exact denoisers against closed forms."""
+
+import pytest
+import torch
+from oracles import COSINE, MEAN, VARIANCE, sampled_variance, teacher_slope
+
+from mmdistill_core.diffusion.schedules import Karras, Linear
+from mmdistill_core.diffusion.times import uniform_grid
+from mmdistill_core.networks.exact import GaussianDenoiser
+from mmdistill_core.samplers import SAMPLERS, sample
+
+N = 200_000
+
+
+def draw(k, sampler, schedule=COSINE, n=N, **options):
+    teacher = GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=schedule)
+    return sample(denoiser=teacher, schedule=schedule, shape=(n, 1), k=k, sampler=sampler, batch=N, **options).double()
+
+
+@pytest.mark.parametrize(("k", "known"), [(1, 0.0), (2, 0.0533), (4, 0.1156), (8, 0.1694), (16, 0.2153), (64, 0.2713)])
+def test_ancestral_variance(k, known):
+    slopes = [teacher_slope(min(1 - i / k, 1 - 1e-9)) for i in range(k)]
+    assert sampled_variance(slopes) == pytest.approx(known, abs=1e-4)
+    samples = draw(k, "ancestral")
+    assert samples.var().item() == pytest.approx(known, rel=0.02, abs=1e-5)
+    assert samples.mean().item() == pytest.approx(MEAN, abs=0.005)
+
+
+@pytest.mark.parametrize(("k", "known"), [(1, 0.0), (2, 0.0533), (4, 0.1397), (8, 0.2072), (16, 0.2497), (64, 0.2866)])
+def test_ddim_variance(k, known):
+    assert draw(k, "ddim").var().item() == pytest.approx(known, rel=0.02, abs=1e-5)
+
+
+def error_against_the_flow(schedule, sampler, k):
+    """Mean distance to the flow's map, x = m + sqrt(S / V_1) (z_1 - alpha_1 m), which is exact for Gaussian data."""
+    samples = draw(k, sampler, schedule, n=2000)
+    start = sample(denoiser=lambda z, t, label: z, schedule=schedule, shape=(2000, 1), k=1, batch=N).double()
+    one = torch.ones(1, dtype=torch.float64)
+    v_1 = schedule.alpha(one) ** 2 * VARIANCE + schedule.sigma(one) ** 2
+    exact = MEAN + (VARIANCE / v_1).sqrt() * (start - schedule.alpha(one) * MEAN)
+    return (samples - exact).abs().mean().item()
+
+
+@pytest.mark.parametrize("schedule", [COSINE, Linear(), Karras()], ids=lambda s: s.name)
+def test_heun_is_nearer_to_the_flow_than_ddim_with_as_many_evaluations(schedule):
+    errors = [error_against_the_flow(schedule, "heun", k) for k in (16, 32, 64)]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < error_against_the_flow(schedule, "ddim", 127) / 2
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("ancestral", 5), ("ddim", 5), ("heun", 9)])
+def test_evaluations_are_counted(sampler, expected):
+    calls = []
+
+    def denoiser(z, t, label):
+        calls.append(len(z))
+        return 0.5 * z
+
+    sample(denoiser=denoiser, schedule=COSINE, shape=(6, 1), k=5, sampler=sampler)
+    assert len(calls) == expected
+
+
+def test_the_stream_does_not_depend_on_who_draws_which_part():
+    whole = draw_small(first=0, n=30)
+    parts = torch.cat([draw_small(first=0, n=10), draw_small(first=10, n=10), draw_small(first=20, n=10)])
+    assert torch.equal(whole, parts)
+    with pytest.raises(ValueError, match="multiple"):
+        draw_small(first=5, n=10)
+
+
+def draw_small(*, first, n):
+    teacher = GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=COSINE)
+    return sample(denoiser=teacher, schedule=COSINE, shape=(n, 1), k=3, batch=10, first=first, seed=4)
+
+
+def test_all_samplers_start_from_the_same_noise():
+    ends = [
+        sample(denoiser=lambda z, t, label: z, schedule=COSINE, shape=(4, 1), k=1, sampler=name) for name in SAMPLERS
+    ]
+    assert all(torch.equal(ends[0], other) for other in ends)
+
+
+def test_unknown_sampler_names_the_choices():
+    with pytest.raises(ValueError, match="ancestral, ddim, heun"):
+        sample(denoiser=lambda z, t, label: z, schedule=COSINE, shape=(1, 1), k=1, sampler="euler")
+
+
+def test_grid_ends():
+    assert uniform_grid(k=1).tolist() == [1.0, 0.0]

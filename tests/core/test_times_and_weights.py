@@ -1,0 +1,80 @@
+"""Densities of s, pairings of (t, s), weights."""
+
+import pytest
+import torch
+
+from mmdistill_core.diffusion.schedules import Cosine, Karras, Linear
+from mmdistill_core.diffusion.times import PAIRINGS, TIME_DENSITIES, sample_pairs, sample_s, uniform_grid
+from mmdistill_core.diffusion.weighting import WEIGHTINGS, weight
+
+B = 40_000
+
+
+def rng():
+    return torch.Generator().manual_seed(0)
+
+
+def test_uniform_grid():
+    torch.testing.assert_close(uniform_grid(k=4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0]))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 8])
+@pytest.mark.parametrize("density", TIME_DENSITIES)
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_pairs_are_in_order_and_within_a_step(pairing, density, k):
+    t, s = sample_pairs(pairing=pairing, density=density, k=k, schedule=Cosine(), b=B, rng=rng())
+    assert ((s >= 0) & (s < t) & (t <= 1)).all()
+    assert (t - s <= 1 / k + 1e-6).all()
+
+
+def test_grid_only_sees_the_samplers_times():
+    t, _ = sample_pairs(pairing="grid", density="uniform", k=8, schedule=Cosine(), b=B, rng=rng())
+    assert torch.isin((t * 8).round(decimals=4), torch.arange(1, 9).float()).all()
+    counts = torch.bincount((t * 8).round().long(), minlength=9)[1:].float() / B
+    torch.testing.assert_close(counts, torch.full((8,), 1 / 8), atol=0.01, rtol=0)
+
+
+def test_uniform_pairing_is_s_plus_a_uniform_delta_cut_at_one():
+    t, s = sample_pairs(pairing="uniform", density="uniform", k=4, schedule=Cosine(), b=B, rng=rng())
+    inside = s < 0.75
+    delta = (t - s)[inside]
+    assert abs(delta.mean().item() - 0.125) < 0.002
+    assert abs(delta.var().item() - 0.25**2 / 12) < 2e-4
+    assert (t[s > 0.999] > 0.999).all()
+
+
+def test_karras_density_is_uniform_in_the_time_of_edms_grid():
+    for schedule in (Cosine(), Linear()):
+        s = sample_s(density="karras", schedule=schedule, b=B, rng=rng()).double()
+        u = Karras().t_from_logsnr(schedule.logsnr(s))
+        inside = (u > 0.02) & (u < 0.98)
+        quantiles = torch.quantile(u[inside], torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
+        torch.testing.assert_close(quantiles, torch.tensor([0.26, 0.5, 0.74]).double(), atol=0.01, rtol=0)
+
+
+def test_weights():
+    logsnr = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64)
+    snr, sigma = logsnr.exp(), (-logsnr / 2).exp()
+    expected = {
+        "flat": torch.ones(3).double(),
+        "snr": snr,
+        "v": snr + 1,
+        "edm": (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2,
+        "sigmoid": 1 / (1 + (-logsnr).exp()),
+    }
+    assert set(expected) == set(WEIGHTINGS)
+    for name, value in expected.items():
+        torch.testing.assert_close(weight(weighting=name, logsnr=logsnr), value)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: weight(weighting="snrr", logsnr=torch.ones(1)), "flat, snr"),
+        (lambda: sample_s(density="x", schedule=Cosine(), b=1, rng=rng()), "uniform, karras"),
+        (lambda: sample_pairs(pairing="x", density="uniform", k=1, schedule=Cosine(), b=1, rng=rng()), "uniform, grid"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_choices(call, said):
+    with pytest.raises(ValueError, match=said):
+        call()

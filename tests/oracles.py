@@ -1,0 +1,109 @@
+"""Closed forms and small networks for them: Gaussian data, affine denoisers, and what distillation must converge to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from mmdistill_core.diffusion.process import posterior_coefficients
+from mmdistill_core.diffusion.schedules import Cosine, Schedule
+
+MEAN, VARIANCE = 0.7, 0.3
+COSINE = Cosine()
+
+
+def at(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def teacher_slope(t: float, schedule: Schedule = COSINE, variance: float = VARIANCE) -> float:
+    """E[x | z_t] = m + slope (z_t - alpha m): slope = alpha S / (alpha^2 S + sigma^2)."""
+    a, s = schedule.alpha(at(t)).item(), schedule.sigma(at(t)).item()
+    return a * variance / (a**2 * variance + s**2)
+
+
+def student_slope(t: float, s: float, *, schedule: Schedule = COSINE, variance: float = VARIANCE) -> float:
+    """The A of the affine student A z_t + b that fulfils the moment condition at one (t, s): the positive root of
+    V_t c_x (1 - beta c_x) A^2 + V_t c_z (1 - 2 beta c_x) A - beta (c_z^2 V_t + var) = 0, beta the teacher's slope at s.
+    """
+    c_z, c_x, var = (c.item() for c in posterior_coefficients(schedule=schedule, t=at(t), s=at(s)))
+    beta = teacher_slope(s, schedule, variance)
+    v_t = schedule.alpha(at(t)).item() ** 2 * variance + schedule.sigma(at(t)).item() ** 2
+    a2, a1, a0 = v_t * c_x * (1 - beta * c_x), v_t * c_z * (1 - 2 * beta * c_x), -beta * (c_z**2 * v_t + var)
+    return (-a1 + math.sqrt(a1**2 - 4 * a2 * a0)) / (2 * a2)
+
+
+def sampled_variance(slopes: list[float], *, schedule: Schedule = COSINE) -> float:
+    """The variance of the k-step ancestral sampler's samples for an affine denoiser with slope slopes[i] at t = 1 - i/k,
+    started from sigma_1 N(0, 1): slopes multiply, variances add; the last step returns x_hat.
+    """
+    k = len(slopes)
+    variance = schedule.sigma(at(1.0)).item() ** 2
+    for i, slope in enumerate(slopes[:-1]):
+        c_z, c_x, var = (
+            c.item() for c in posterior_coefficients(schedule=schedule, t=at(1 - i / k), s=at(1 - (i + 1) / k))
+        )
+        variance = (c_z + c_x * slope) ** 2 * variance + var
+    return slopes[-1] ** 2 * variance
+
+
+class Affine(nn.Module):
+    """x_hat = A z + b whatever t is: enough at one fixed time."""
+
+    def __init__(self, slope: float, offset: float) -> None:
+        super().__init__()
+        self.slope, self.offset = nn.Parameter(torch.tensor(slope)), nn.Parameter(torch.tensor(offset))
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        return self.slope * z + self.offset
+
+
+class AffineInTime(nn.Module):
+    """x_hat = A(t) (z - alpha m) + m + b(t), A and b linear between `knots` + 1 even knots; starts as the teacher."""
+
+    def __init__(self, knots: int = 64, schedule: Schedule = COSINE) -> None:
+        super().__init__()
+        self.schedule, self.knots = schedule, knots
+        times = [i / knots for i in range(knots + 1)]
+        self.slope = nn.Parameter(torch.tensor([teacher_slope(max(t, 1e-4), schedule) for t in times]))
+        self.offset = nn.Parameter(torch.zeros(knots + 1))
+
+    def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        place = (t * self.knots).clamp(0, self.knots - 1e-4)
+        low = place.floor().long()
+        part = place - low
+        return tuple(p[low] * (1 - part) + p[low + 1] * part for p in (self.slope, self.offset))  # type: ignore[return-value]
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        slope, offset = (v[:, None] for v in self.at(t))
+        return slope * (z - self.schedule.alpha(t)[:, None] * MEAN) + MEAN + offset
+
+
+class Perceptron(nn.Module):
+    """x_hat for z [b, d] by a perceptron of (z, Fourier features of t): x_hat = alpha z - sigma v."""
+
+    def __init__(self, *, dimensions: int, width: int = 128, schedule: Schedule = COSINE) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.register_buffer("frequencies", torch.tensor([1.0, 2.0, 4.0, 8.0]) * math.pi)
+        self.body = nn.Sequential(
+            nn.Linear(dimensions + 9, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, dimensions),
+        )
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        angle = t[:, None] * self.frequencies
+        v = self.body(torch.cat([z, t[:, None], angle.cos(), angle.sin()], dim=1))
+        return self.schedule.alpha(t)[:, None] * z - self.schedule.sigma(t)[:, None] * v
+
+
+def gaussian_batch(b: int, rng: torch.Generator) -> Tensor:
+    """x [b, 1] ~ N(MEAN, VARIANCE)."""
+    return MEAN + math.sqrt(VARIANCE) * torch.randn(b, 1, generator=rng)
