@@ -61,24 +61,83 @@ class Affine(nn.Module):
 
 
 class AffineInTime(nn.Module):
-    """x_hat = A(t) (z - alpha m) + m + b(t), A and b linear between `knots` + 1 even knots; starts as the teacher."""
+    """x_hat = A(t) (z - alpha m) + m + b(t), A and b linear between `knots` + 1 even knots; starts as the teacher.
+
+    t = 1 has a value of its own: pairs t = min(s + delta, 1) have a mass there, and A is not continuous at it.
+    """
 
     def __init__(self, knots: int = 64, schedule: Schedule = COSINE) -> None:
         super().__init__()
         self.schedule, self.knots = schedule, knots
-        times = [i / knots for i in range(knots + 1)]
+        times = [i / knots for i in range(knots + 1)] + [1.0]
         self.slope = nn.Parameter(torch.tensor([teacher_slope(max(t, 1e-4), schedule) for t in times]))
-        self.offset = nn.Parameter(torch.zeros(knots + 1))
+        self.offset = nn.Parameter(torch.zeros(knots + 2))
+
+    def basis(self, t: Tensor) -> Tensor:
+        """[b, knots + 2]: A(t) = basis(t) @ slope."""
+        place = (t * self.knots).clamp(0, self.knots - 1e-6)
+        low = place.floor().long()
+        part = (place - low)[:, None]
+        hats = nn.functional.one_hot(low, self.knots + 2) * (1 - part) + nn.functional.one_hot(
+            low + 1, self.knots + 2
+        ) * part
+        return torch.where((t == 1)[:, None], torch.eye(self.knots + 2, dtype=t.dtype)[-1], hats)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        place = (t * self.knots).clamp(0, self.knots - 1e-4)
-        low = place.floor().long()
-        part = place - low
-        return tuple(p[low] * (1 - part) + p[low + 1] * part for p in (self.slope, self.offset))  # type: ignore[return-value]
+        basis = self.basis(t)
+        return basis @ self.slope, basis @ self.offset
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         slope, offset = (v[:, None] for v in self.at(t))
         return slope * (z - self.schedule.alpha(t)[:, None] * MEAN) + MEAN + offset
+
+
+def population_fixed_point(*, pairing: str, k: int, knots: int, n: int = 160, schedule: Schedule = COSINE) -> Tensor:
+    """The slopes [knots + 2] of an AffineInTime student at which Algorithm 2 stands still on N(MEAN, VARIANCE), with s uniform,
+    w = 1 and an auxiliary that is the best linear predictor of x_tilde from z_s at every s, blind to t. By quadrature,
+    descent from the teacher's slopes and Newton's method.
+
+    phi(s) = E[Cov(x_tilde, z_s)] / E[Var(z_s)], expectations over t given s; the student's gradient at t is that of
+    E[(phi(s) - beta(s)) Cov(z_t, z_s)].
+    """
+    s = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    if pairing == "uniform":
+        delta = (torch.arange(n, dtype=torch.float64) + 0.5) / (n * k)
+        t = (s[:, None] + delta).clamp_max(1)
+    else:
+        t = (torch.floor(s * k) + 1)[:, None] / k
+    wide = s[:, None].expand_as(t)
+    c_z, c_x, var = (
+        c.view_as(t) for c in posterior_coefficients(schedule=schedule, t=t.flatten(), s=wide.reshape(-1))
+    )
+    v_t = schedule.alpha(t) ** 2 * VARIANCE + schedule.sigma(t) ** 2
+    beta = torch.tensor([teacher_slope(u.item(), schedule) for u in s], dtype=torch.float64)
+    student = AffineInTime(knots).double()
+    basis = student.basis(t.flatten()).view(*t.shape, -1)
+
+    def gradient(slope: Tensor) -> Tensor:
+        a = basis @ slope
+        onto = c_z + c_x * a
+        phi = (a * onto * v_t).mean(1) / (onto**2 * v_t + var).mean(1)
+        return ((phi - beta)[:, None, None] * (onto * v_t)[..., None] * basis).mean((0, 1))
+
+    slope, damping = student.slope.detach().clone(), 1e-3
+    slope[-1] = 0.3  # at t = 1 the teacher's slope is 0, which is stationary by symmetry (z_1 and -z_1), and a saddle
+    mass = basis.mean((0, 1))
+    used = mass > 0
+    for _ in range(1500):  # descent first, since Newton's method would as well end in the saddle
+        slope = slope - 0.5 * gradient(slope) / mass.clamp_min(1e-9)
+    for _ in range(100):
+        g, jacobian = gradient(slope), torch.func.jacrev(gradient)(slope)
+        j = jacobian[used][:, used]
+        step = torch.zeros_like(slope)
+        step[used] = torch.linalg.solve(j.T @ j + damping * torch.eye(int(used.sum())).double(), j.T @ g[used])
+        if gradient(slope - step).norm() < g.norm():
+            slope, damping = slope - step, damping * 0.3
+        else:
+            damping = damping * 4 + 1e-18
+    assert gradient(slope).norm() < 1e-8, gradient(slope)
+    return slope
 
 
 class Perceptron(nn.Module):
