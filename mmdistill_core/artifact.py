@@ -65,8 +65,8 @@ class DiffusionModel:
         c = self.network
         if c.num_classes and label is None:
             label = torch.arange(n) % c.num_classes
-        if label is not None and (int(label.min()) < 0 or int(label.max()) >= max(c.num_classes, 1)):
-            classes = f"0 to {c.num_classes - 1}" if c.num_classes else "none: the model is unconditional"
+        if label is not None and (int(label.min()) < 0 or int(label.max()) >= c.num_classes):
+            classes = f"0 to {c.num_classes - 1}" if c.num_classes else "none: it is unconditional"
             raise ValueError(f"labels: {sorted(set(label.tolist()))} given; the model's classes are {classes}")
         images = sample(
             denoiser=self.denoiser,

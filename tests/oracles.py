@@ -78,9 +78,10 @@ class AffineInTime(nn.Module):
         place = (t * self.knots).clamp(0, self.knots - 1e-6)
         low = place.floor().long()
         part = (place - low)[:, None]
-        hats = nn.functional.one_hot(low, self.knots + 2) * (1 - part) + nn.functional.one_hot(
-            low + 1, self.knots + 2
-        ) * part
+        hats = (
+            nn.functional.one_hot(low, self.knots + 2) * (1 - part)
+            + nn.functional.one_hot(low + 1, self.knots + 2) * part
+        )
         return torch.where((t == 1)[:, None], torch.eye(self.knots + 2, dtype=t.dtype)[-1], hats)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,9 +108,7 @@ def population_fixed_point(*, pairing: str, k: int, knots: int, n: int = 160, sc
     else:
         t = (torch.floor(s * k) + 1)[:, None] / k
     wide = s[:, None].expand_as(t)
-    c_z, c_x, var = (
-        c.view_as(t) for c in posterior_coefficients(schedule=schedule, t=t.flatten(), s=wide.reshape(-1))
-    )
+    c_z, c_x, var = (c.view_as(t) for c in posterior_coefficients(schedule=schedule, t=t.flatten(), s=wide.reshape(-1)))
     v_t = schedule.alpha(t) ** 2 * VARIANCE + schedule.sigma(t) ** 2
     beta = torch.tensor([teacher_slope(u.item(), schedule) for u in s], dtype=torch.float64)
     student = AffineInTime(knots).double()

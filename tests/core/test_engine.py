@@ -1,0 +1,279 @@
+"""The engine: resume, determinism, guards, averages, learning rates, batches."""
+
+import copy
+
+import pytest
+import torch
+from oracles import COSINE, Affine, gaussian_batch
+from torch import nn
+
+from mmdistill_core.engine import (
+    FitOptions,
+    InMemoryBatches,
+    NonFiniteError,
+    OptimiserOptions,
+    TrainState,
+    fit,
+    train_step,
+)
+from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
+from mmdistill_core.engine.optim import averaged
+from mmdistill_core.engine.step import PATIENCE
+from mmdistill_core.methods import METHODS, Batch, Denoising, MomentMatching
+from mmdistill_core.networks.denoiser import Denoiser
+from mmdistill_core.networks.dit import DiT, DiTConfig
+from mmdistill_core.rng import derive_seed, generator
+
+CONFIG = DiTConfig(image_size=8, channels=1, num_classes=3, patch=4, width=16, depth=1, heads=2)
+MAKE = {
+    "denoising": lambda: Denoising(schedule=COSINE),
+    "moment_matching": lambda: MomentMatching(schedule=COSINE, k=4, update="joint"),
+    "moment_matching alternating": lambda: MomentMatching(
+        schedule=COSINE, k=4, update="alternating", pairing="uniform"
+    ),
+}
+
+
+def denoiser(seed=0):
+    torch.manual_seed(seed)
+    network = Denoiser(backbone=DiT(CONFIG), schedule=COSINE)
+    for parameter in network.parameters():  # adaLN-Zero starts at zero output: give every weight a gradient
+        nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def make_state(method, total=64 * 24, batch=64):
+    return TrainState.create(
+        method=method,
+        given={"teacher": denoiser()},
+        options=OptimiserOptions(lr=1e-3, warmup_images=128),
+        global_batch=batch,
+        total_images=total,
+        best_role="student" if method.name == "moment_matching" else "teacher_ema",
+        ema_half_life_images=512,
+    )
+
+
+def make_batches(rank=0, world=1, batch=64):
+    rng = generator(1)
+    x, label = torch.randn(150, 1, 8, 8, generator=rng), torch.randint(0, 3, (150,), generator=rng)
+    return InMemoryBatches(x=x, label=label, global_batch=batch, seed=0, rank=rank, world=world)
+
+
+def weights(state):
+    return {f"{r}/{n}": p.clone() for r, net in state.networks.items() for n, p in net.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_method_is_tested():
+    assert {name.split()[0] for name in MAKE} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", MAKE)
+class TestEveryMethod:
+    def run(self, state, until=None, **callbacks):
+        reports = []
+        full = state.total_images
+        state.total_images = full  # the schedule's end does not move when a run is cut short
+
+        class Cut(Exception):
+            pass
+
+        def save(s):
+            if callbacks.get("save"):
+                callbacks["save"](s)
+            if until is not None and s.n_images >= until:
+                raise Cut
+
+        options = FitOptions(log_every=128, checkpoint_every=64, validate_every=256, seed=3)
+        try:
+            fit(
+                state=state,
+                batches=make_batches(),
+                options=options,
+                report=reports.append,
+                save=save,
+                validate=lambda s: {"score": next(s.networks[s.best.role].parameters()).detach().sum().abs().item()},
+            )
+        except Cut:
+            pass
+        return reports
+
+    def test_resume_equals_an_uninterrupted_run_bit_for_bit(self, name, tmp_path):
+        whole = make_state(MAKE[name]())
+        self.run(whole)
+
+        first = make_state(MAKE[name]())
+        self.run(first, until=64 * 11, save=lambda s: save_checkpoint(tmp_path / "c", s.state_dict()))
+        second = make_state(MAKE[name]())
+        torch.manual_seed(999)
+        second.load_state_dict(load_checkpoint(tmp_path / "c"))
+        assert second.n_images == 64 * 11
+        reports = self.run(second)
+        assert same(weights(whole), weights(second))
+        assert whole.best.score == second.best.score
+        assert same(whole.best.weights, second.best.weights)
+        assert whole.forwards == second.forwards
+        for role, optimiser in whole.optimisers.items():
+            for p, q in zip(
+                optimiser.param_groups[0]["params"], second.optimisers[role].param_groups[0]["params"], strict=True
+            ):
+                assert torch.equal(optimiser.state[p]["exp_avg_sq"], second.optimisers[role].state[q]["exp_avg_sq"])
+        assert reports[-1]["n_images"] == whole.total_images
+
+    def test_frozen_stay_trained_move(self, name):
+        state = make_state(MAKE[name]())
+        before = weights(state)
+        for _ in range(4):
+            train_step(state=state, batches=make_batches(), seed=0)
+        after = weights(state)
+        for role in state.method.roles:
+            names = [n for n in before if n.startswith(role.name + "/") and before[n].is_floating_point()]
+            unchanged = [n for n in names if torch.equal(before[n], after[n])]
+            if role.life == "frozen":
+                assert unchanged == names
+            else:
+                assert not unchanged
+
+    def test_a_seed_fixes_the_run(self, name):
+        runs = []
+        for seed in (0, 0, 1):
+            state = make_state(MAKE[name]())
+            for _ in range(3):
+                train_step(state=state, batches=make_batches(), seed=seed)
+            runs.append(weights(state))
+        assert same(runs[0], runs[1])
+        assert not same(runs[0], runs[2])
+
+    def test_logs(self, name):
+        reports = self.run(make_state(MAKE[name]()))
+        for key in ("n_images", "images_per_second", "lr", "forwards", "skipped"):
+            assert key in reports[-1]
+        assert any(key.startswith("grad_norm/") for key in reports[-1])
+        levels = [key for key in reports[-1] if "/level" in key]
+        assert len(levels) >= 6
+        assert reports[-1]["skipped"] == 0
+
+
+def test_network_evaluations_are_counted():
+    """joint: 3 forwards a sample for a pair of updates; alternating: 3 for each of the two."""
+    counts = {}
+    for update in ("joint", "alternating"):
+        state = make_state(MomentMatching(schedule=COSINE, k=4, update=update))
+        calls = 0
+
+        def count(*_):
+            nonlocal calls
+            calls += 1
+
+        for network in state.networks.values():
+            network.register_forward_hook(count)
+        for _ in range(2):
+            train_step(state=state, batches=make_batches(), seed=0)
+        assert state.forwards == calls * 64
+        counts[update] = calls
+    assert counts == {"joint": 6, "alternating": 6}
+
+
+class TestNonFinite:
+    def state(self):
+        return TrainState.create(
+            method=Denoising(schedule=COSINE),
+            given={"teacher": Affine(0.5, 0.0)},
+            options=OptimiserOptions(lr=1e-2, warmup_images=0),
+            global_batch=8,
+            total_images=8 * 1000,
+            best_role="teacher_ema",
+        )
+
+    def test_a_bad_step_is_skipped_and_counted(self):
+        state = self.state()
+        train_step(state=state, batches=lambda n: Batch(gaussian_batch(8, generator(n))), seed=0)
+        before = copy.deepcopy(state.networks["teacher"].state_dict())
+        train_step(state=state, batches=lambda n: Batch(torch.full((8, 1), float("nan"))), seed=0)
+        assert state.skipped == state.skipped_in_a_row == 1
+        assert all(torch.equal(v, before[k]) for k, v in state.networks["teacher"].state_dict().items())
+        train_step(state=state, batches=lambda n: Batch(gaussian_batch(8, generator(n))), seed=0)
+        assert (state.skipped, state.skipped_in_a_row) == (1, 0)
+        assert not all(torch.equal(v, before[k]) for k, v in state.networks["teacher"].state_dict().items())
+
+    def test_an_infinite_loss_with_finite_gradients_is_skipped_too(self):
+        state = self.state()
+        train_step(state=state, batches=lambda n: Batch(torch.full((8, 1), 1e30)), seed=0)
+        assert state.skipped == 1
+
+    def test_too_many_in_a_row_stop_the_run(self):
+        state = self.state()
+        with pytest.raises(NonFiniteError, match=f"{PATIENCE} steps in a row"):
+            for _ in range(PATIENCE):
+                train_step(state=state, batches=lambda n: Batch(torch.full((8, 1), float("inf"))), seed=0)
+        assert state.skipped == PATIENCE
+
+
+class TestBatches:
+    def test_every_image_comes_once_an_epoch(self):
+        source = InMemoryBatches(x=torch.arange(150.0)[:, None], label=None, global_batch=50, seed=0)
+        for epoch in range(2):
+            seen = torch.cat([source(epoch * 150 + i).x for i in (0, 50, 100)]).flatten()
+            assert sorted(seen.tolist()) == list(range(150))
+        assert not torch.equal(source(0).x, source(150).x)
+
+    def test_a_batch_may_span_epochs(self):
+        source = InMemoryBatches(x=torch.arange(10.0)[:, None], label=None, global_batch=8, seed=0)
+        drawn = torch.cat([source(n).x for n in range(0, 40, 8)]).flatten()
+        assert all(sorted(part.tolist()) == list(range(10)) for part in drawn.split(10))
+
+    @pytest.mark.parametrize("world", [2, 4])
+    def test_workers_share_the_global_batch(self, world):
+        whole = make_batches()(128)
+        parts = [make_batches(rank=r, world=world)(128) for r in range(world)]
+        assert torch.equal(torch.cat([p.x for p in parts]), whole.x)
+        assert torch.equal(torch.cat([p.label for p in parts]), whole.label)
+
+    def test_a_batch_that_does_not_divide_is_refused(self):
+        with pytest.raises(ValueError, match="multiple of the 3 workers"):
+            make_batches(world=3)
+
+
+class TestOptimiser:
+    def test_warm_up_and_linear_decay(self):
+        options = OptimiserOptions(lr=1.0, warmup_images=100)
+        rates = [options.lr_at(n_images=n, total=1000) for n in (0, 49, 99, 500, 1000)]
+        assert rates == pytest.approx([0.01, 0.5 * 0.951, 0.901, 0.5, 0.0], abs=1e-9)
+        assert OptimiserOptions(lr=1.0, warmup_images=0, decay="constant").lr_at(n_images=999, total=1000) == 1.0
+
+    def test_defaults_are_the_papers(self):
+        options = OptimiserOptions()
+        adam = options.build(nn.Linear(1, 1)).param_groups[0]
+        assert (adam["betas"], adam["eps"], options.clip_norm) == ((0.0, 0.99), 1e-12, 1.0)
+
+    def test_average_forgets_by_half_in_its_half_life(self):
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(network.weight)
+        average = averaged(network, half_life_images=800, ramp=1e9, images_per_update=8)
+        average.update_parameters(network)
+        nn.init.ones_(network.weight)
+        for _ in range(100):
+            average.update_parameters(network)
+        assert average.module.weight.item() == pytest.approx(0.5, abs=1e-5)
+
+
+def test_given_networks_are_checked():
+    with pytest.raises(ValueError, match="teacher"):
+        TrainState.create(
+            method=Denoising(schedule=COSINE),
+            given={},
+            options=OptimiserOptions(),
+            global_batch=1,
+            total_images=1,
+            best_role="teacher_ema",
+        )
+
+
+def test_seeds_are_apart():
+    seeds = {derive_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}
+    assert len(seeds) == 125
+    assert derive_seed(1, 23) != derive_seed(12, 3)

@@ -1,0 +1,91 @@
+"""Imports point one way: diffusion <- networks <- {methods, samplers, metrics} <- engine <- workflows."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY = {
+    "mmdistill_core.rng": set(),
+    "mmdistill_core.diffusion": set(),
+    "mmdistill_core.networks": {"diffusion"},
+    "mmdistill_core.methods": {"diffusion", "networks", "rng"},
+    "mmdistill_core.samplers": {"diffusion", "networks", "rng"},
+    "mmdistill_core.metrics": {"diffusion", "networks", "rng"},
+    "mmdistill_core.engine": {"diffusion", "networks", "methods", "samplers", "metrics", "rng"},
+    "mmdistill_core.artifact": {"diffusion", "networks", "samplers", "rng"},
+}
+ONLY = {"ray": None, "mlflow": {"tracking.py", "pyfunc_model.py"}, "boto3": {"storage.py"}, "s3fs": {"storage.py"}}
+
+
+def imports(path):
+    """(module, is at the top level) of every import, wherever it stands."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in tree.body
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, node in tree.body
+
+
+@pytest.mark.parametrize("room", MAY)
+def test_the_arrows_of_the_core(room):
+    path = ROOT / room.replace(".", "/")
+    for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
+        for module, _ in imports(file):
+            if module.startswith("mmdistill_core."):
+                part = module.split(".")[1]
+                own = room.split(".")[1]
+                assert part in MAY[room] | {own}, f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_no_method_imports_another():
+    base = {"base", "parts"}
+    for file in (ROOT / "mmdistill_core/methods").glob("*.py"):
+        if file.stem in (*base, "__init__"):
+            continue
+        for module, _ in imports(file):
+            if module.startswith("mmdistill_core.methods"):
+                assert module.split(".")[-1] in base, f"{file.name} imports {module}"
+
+
+def test_the_core_knows_neither_ray_nor_mlflow_nor_the_command_line():
+    for file in (ROOT / "mmdistill_core").rglob("*.py"):
+        for module, _ in imports(file):
+            assert module.split(".")[0] not in {
+                "ray",
+                "mlflow",
+                "typer",
+                "rich",
+                "pydantic",
+                "argparse",
+                "workflows",
+            }, file
+
+
+@pytest.mark.parametrize("library", [name for name, files in ONLY.items() if files is not None])
+def test_a_library_is_known_in_one_place(library):
+    for file in (ROOT / "workflows").rglob("*.py"):
+        if file.name == "doctor.py":  # asks for every library's version
+            continue
+        for module, _ in imports(file):
+            if module.split(".")[0] == library:
+                assert file.name in ONLY[library], f"{file.relative_to(ROOT)} imports {module}"
+
+
+def test_heavy_imports_are_lazy_on_the_way_to_help():
+    heavy = {"torch", "ray", "mlflow", "pandas", "sklearn", "matplotlib", "boto3"}
+    for name in ("cli.py", "config.py", "pipeline.py", "runtime/workspace.py", "runtime/errors.py"):
+        for module, top in imports(ROOT / "workflows" / name):
+            assert not (top and module.split(".")[0] in heavy), f"{name} imports {module}"
+
+
+def test_nothing_is_unpickled():
+    words = ("pickle.load", "torch.load(", "allow_pickle=True", "cloudpickle.load", "joblib.load")
+    for folder in ("mmdistill_core", "workflows"):
+        for file in (ROOT / folder).rglob("*.py"):
+            text = file.read_text()
+            for word in words:
+                assert word not in text, f"{file}: {word}"
