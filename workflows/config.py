@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -195,10 +196,8 @@ def _parse_override(text: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set: the value of {text!r} is not YAML") from error
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
-        try:
+        with suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     nested: Any = parsed
     for part in reversed(field.split(".")):
         nested = {int(part) if part.isdigit() else part: nested}

@@ -38,11 +38,12 @@ class FourierTime(nn.Module):
     def __init__(self, width: int, *, count: int = 64, highest: float = 1000.0) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.logspace(0, math.log10(highest), count), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * count, width), nn.SiLU(), nn.Linear(width, width))
+        self.widen, self.narrow = nn.Linear(2 * count, width), nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t[:, None] * self.frequencies
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp[0].weight.dtype))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.widen.weight.dtype)
+        return self.narrow(F.silu(self.widen(waves)))
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """The engine: resume, determinism, guards, averages, learning rates, batches."""
 
 import copy
+from contextlib import suppress
 
 import pytest
 import torch
@@ -76,8 +77,6 @@ def test_every_method_is_tested():
 class TestEveryMethod:
     def run(self, state, until=None, **callbacks):
         reports = []
-        full = state.total_images
-        state.total_images = full  # the schedule's end does not move when a run is cut short
 
         class Cut(Exception):
             pass
@@ -89,7 +88,7 @@ class TestEveryMethod:
                 raise Cut
 
         options = FitOptions(log_every=128, checkpoint_every=64, validate_every=256, seed=3)
-        try:
+        with suppress(Cut):
             fit(
                 state=state,
                 batches=make_batches(),
@@ -98,8 +97,6 @@ class TestEveryMethod:
                 save=save,
                 validate=lambda s: {"score": next(s.networks[s.best.role].parameters()).detach().sum().abs().item()},
             )
-        except Cut:
-            pass
         return reports
 
     def test_resume_equals_an_uninterrupted_run_bit_for_bit(self, name, tmp_path):
@@ -207,9 +204,11 @@ class TestNonFinite:
 
     def test_too_many_in_a_row_stop_the_run(self):
         state = self.state()
+        bad = Batch(torch.full((8, 1), float("inf")))
+        for _ in range(PATIENCE - 1):
+            train_step(state=state, batches=lambda n: bad, seed=0)
         with pytest.raises(NonFiniteError, match=f"{PATIENCE} steps in a row"):
-            for _ in range(PATIENCE):
-                train_step(state=state, batches=lambda n: Batch(torch.full((8, 1), float("inf"))), seed=0)
+            train_step(state=state, batches=lambda n: bad, seed=0)
         assert state.skipped == PATIENCE
 
 

@@ -62,7 +62,6 @@ class Monitor:
     def __init__(self) -> None:
         import ray
 
-        @ray.remote(num_cpus=0)
         class Mailbox:
             def __init__(self) -> None:
                 self.rows: list[tuple[str, dict[str, float]]] = []
@@ -79,7 +78,7 @@ class Monitor:
                 self.rows, self.notes = [], []
                 return out
 
-        self.actor = Mailbox.remote()
+        self.actor: Any = ray.remote(num_cpus=0)(Mailbox).remote()
 
     def drain(self) -> tuple[list[tuple[str, dict[str, float]]], list[str]]:
         import ray

@@ -55,7 +55,7 @@ class Bar:
         self.began = self._printed = time.monotonic()
         self.completed, self.detail = start_at, ""
         self.task = screen.progress.add_task(
-            name, total=total, completed=start_at, count=self._count(), detail="", start_at=start_at
+            name, total=total, completed=int(start_at), count=self._count(), detail="", start_at=start_at
         )
 
     def _count(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 
 # MLflow reads type hints as a schema of its own kind; the signature is given when the model is logged.
-class DiffusionPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[misc,name-defined]
+class DiffusionPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
     def load_context(self, context):  # type: ignore[no-untyped-def]
         from mmdistill_core.artifact import load_model
 

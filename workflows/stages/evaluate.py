@@ -134,8 +134,7 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
             for row in rows
         ]
     floor = reference.floor(seeds=options.seeds)
-    if labels.numel():
-        _grids(run, rows)
+    _grids(run, rows)
     result = {
         "rows": table,
         "floor": floor,
@@ -145,10 +144,9 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
         "classifier_accuracy": prepared.result["classifier_accuracy"],
     }
     write_json(run.path / "table.json", result)
-    for row in table:
-        step = row["k"]
-        prefix = row["who"] if row["who"] == "student" else f"teacher_{row['sampler']}"
-        run.log_at(step, {f"{prefix}/{name}": row[name]["mean"] for name in MEASURES})
+    for line in table:
+        prefix = line["who"] if line["who"] == "student" else f"teacher_{line['sampler']}"
+        run.log_at(line["k"], {f"{prefix}/{name}": line[name]["mean"] for name in MEASURES})
     for name in ("table.json", "grids"):
         run.context.tracker.log_artifact(run.run_id, run.path / name, None if name == "table.json" else "grids")
     return {

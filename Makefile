@@ -1,0 +1,44 @@
+# make demo | test | test-all | lint | lock | clean
+PYTHON ?= python3
+VENV   ?= .venv
+# Another build of torch: make demo TORCH='torch==2.13.0 --index-url <the index of the build you want>'
+TORCH  ?= torch
+
+BIN  := $(VENV)/bin
+DONE := $(VENV)/.installed
+
+.PHONY: demo test test-all lint types lock clean install
+demo: $(DONE)
+	$(BIN)/mmdistill run --recipe digits
+
+test: $(DONE)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(DONE)
+	$(BIN)/python -m pytest -m "not gpu"
+
+install: $(DONE)
+$(DONE): pyproject.toml infra/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; name one with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing what mmdistill needs into $(VENV): about 2 GB, some minutes ..."
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[dev]'
+	@touch $(DONE)
+
+lint: $(DONE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DONE)
+	$(BIN)/mypy
+
+# Needs uv. The CUDA libraries are left out: they follow from torch's build.
+lock:
+	uv pip compile --universal --python-version 3.10 --all-extras --no-header --no-annotate --no-emit-index-url \
+	    --no-emit-find-links --quiet --output-file infra/.lock pyproject.toml
+	{ sed -n '/^#/p' infra/constraints.txt; grep -vE '^(nvidia-|cuda-|triton|torch==)' infra/.lock; echo 'torch==2.13.0'; } > infra/.new
+	mv infra/.new infra/constraints.txt && rm infra/.lock
+
+clean:
+	rm -rf $(VENV) .mmdistill

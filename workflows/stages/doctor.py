@@ -1,0 +1,126 @@
+"""doctor: what is installed, which devices there are, whether Ray, the tracking store and the object store answer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from workflows.runtime.errors import UserError
+
+PACKAGES = (
+    "torch",
+    "ray",
+    "mlflow",
+    "safetensors",
+    "fsspec",
+    "s3fs",
+    "boto3",
+    "scikit-learn",
+    "matplotlib",
+    "diffusers",
+)
+OPTIONAL = {"diffusers": "only `mmdistill bench sampler` needs it: pip install 'mmdistill[diffusers]'"}
+Line = tuple[bool | None, str, str]
+"""(fine, subject, what was found or what to do); None: neither good nor bad."""
+
+
+def examine(workspace: Path, tracking_uri: str | None) -> bool:
+    """Prints a line a check as it is made; True if none failed."""
+    console = Console(highlight=False)
+    marks = {True: "[green]OK[/]", False: "[red]to do[/]", None: "[dim]-[/]"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    fine = True
+    checks: list[Callable[[], Iterator[Line]]] = [
+        _packages,
+        _devices,
+        lambda: _workspace(workspace),
+        _ray,
+        lambda: _tracking(workspace, tracking_uri),
+        _object_store,
+    ]
+    for check in checks:
+        with console.status(check.__name__.strip("_<>")):
+            for ok, subject, found in check():
+                table.add_row(marks[ok], f"[bold]{subject}[/]", found)
+                fine = fine and ok is not False
+    console.print(table)
+    return fine
+
+
+def _packages() -> Iterator[Line]:
+    yield True, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        try:
+            yield True, name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in OPTIONAL:
+                yield None, name, f"not installed; {OPTIONAL[name]}"
+            else:
+                yield False, name, f"not installed: pip install {name}"
+
+
+def _devices() -> Iterator[Line]:
+    import torch
+
+    yield True, "cpu", f"{os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            yield True, f"gpu {i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    elif torch.version.cuda:
+        yield (
+            False,
+            "gpu",
+            f"this torch is built for CUDA {torch.version.cuda}, but no device answers: check the driver",
+        )
+    else:
+        yield None, "gpu", "none: this torch is a CPU build, which is enough for the digits"
+
+
+def _workspace(path: Path) -> Iterator[Line]:
+    from workflows.runtime.workspace import Workspace
+
+    try:
+        space = Workspace(path)
+        yield True, "workspace", f"{space.root}, {shutil.disk_usage(space.root).free / 2**30:.0f} GiB free"
+    except UserError as error:
+        yield False, "workspace", f"{error}; {error.hint}"
+
+
+def _ray() -> Iterator[Line]:
+    from workflows.runtime.cluster import ray_session
+
+    where = os.environ.get("RAY_ADDRESS", "a cluster of its own on this machine")
+    try:
+        with ray_session() as resources:
+            have = ", ".join(f"{resources.get(n, 0):g} {n}s" for n in ("CPU", "GPU"))
+            yield True, "ray", f"{where}: {have}"
+    except UserError as error:
+        yield False, "ray", f"{error}; {error.hint}"
+
+
+def _tracking(workspace: Path, uri: str | None) -> Iterator[Line]:
+    from workflows.runtime.tracking import Tracker
+    from workflows.runtime.workspace import Workspace
+
+    try:
+        space = Workspace(workspace)
+        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or space.default_tracking_uri
+        Tracker(uri, artifacts=space.default_artifacts)
+        yield True, "tracking", f"{uri} answers"
+    except UserError as error:
+        yield False, "tracking", f"{error}"
+
+
+def _object_store() -> Iterator[Line]:
+    from workflows.runtime.storage import object_store_status
+
+    ok, found = object_store_status()
+    yield ok, "object store", found
