@@ -15,6 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
+def _own_tracking_store(monkeypatch):
+    """MLflow writes its store's address to the environment; the next test must not find it there."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     import torch
 

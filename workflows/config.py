@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from workflows.sources import SOURCES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -28,12 +30,19 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What is distilled from. `source` is the name of a data set in stages/sources.py."""
+    """What is distilled from. `source` is the name of a data set in sources.py."""
 
-    source: Literal["digits"] = "digits"
+    source: str = "digits"
     holdout: float = Field(0.2, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
     shard_rows: int = Field(512, ge=1)
     classifier_epochs: int = Field(25, ge=1)
+
+    @field_validator("source")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in SOURCES:
+            raise ValueError(f"{name!r} is not one of {', '.join(SOURCES)}")
+        return name
 
 
 class Schedule(Section):
@@ -89,7 +98,9 @@ class Teacher(Training):
 
 
 class Distill(Training):
-    """`overrides` holds, per k, the fields of this section that differ: `overrides: {1: {pairing: grid}}`."""
+    """`overrides` holds, per k, the fields of this section that differ: `overrides: {1: {pairing: grid}}`. Those of a k that
+    is not distilled wait for the day it is.
+    """
 
     k: tuple[int, ...] = (1, 2, 4, 8)
     method: Literal["moment_matching"] = "moment_matching"
@@ -142,14 +153,14 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         for k in self.distill.overrides:
-            if k not in self.distill.k:
-                raise ValueError(f"distill.overrides: {k} is not among distill.k {list(self.distill.k)}")
             try:
                 self.distill.for_k(k)
             except ValidationError as error:
                 raise ValueError(f"distill.overrides.{k}.{_one_line(error, Distill)}") from None
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
+        if (size := SOURCES[self.data.source].shape[1]) % self.network.patch:
+            raise ValueError(f"network.patch: {self.network.patch} does not divide the image size {size}")
         return self
 
     def yaml(self) -> str:
@@ -237,7 +248,8 @@ def load_config(recipe: str, overrides: list[str] | None = None) -> RunConfig:
     values = _read_recipe(recipe)
     for text in overrides or []:
         values = _merge(values, _parse_override(text))
-    values = {"recipe": Path(recipe).stem} | values
+    # Merged over the defaults as values: a recipe that names one field of a section leaves that section's others as they are.
+    values = _merge(RunConfig(recipe=Path(recipe).stem).model_dump(), values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

@@ -195,7 +195,6 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
     def listen(row: dict[str, float]) -> None:
         n = row["n_images"]
         if "resumed" in row:
-            bar.resume_from(n)
             bar.update(n, "resumed from its checkpoint")
             run.context.screen.line(f"  {run.folder.name}: goes on from {short(n)} images")
             return

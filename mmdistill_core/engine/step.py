@@ -1,4 +1,4 @@
-"""One engine step: the method's phases, each a loss, a backward, a clip and an optimiser step, guarded against non-finite values."""
+"""One engine step: the method's phases, each a loss, a backward, a clip and an optimiser step, guarded against nan and inf."""
 
 from __future__ import annotations
 

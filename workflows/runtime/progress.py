@@ -11,15 +11,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.text import Text
 
-QUIET_INTERVAL = 5.0
+QUIET_INTERVAL = 15.0
 
 
 def short(number: float) -> str:
@@ -35,48 +32,39 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-class _Left(ProgressColumn):
-    """Time left from the whole bar's rate, which is steadier than rich's window."""
-
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        if task.finished or not task.total or not task.elapsed or task.completed <= task.fields["start_at"]:
-            return Text("")
-        rate = (task.completed - task.fields["start_at"]) / task.elapsed
-        return Text(f"{clock((task.total - task.completed) / rate)} left", style="cyan")
-
-
 class Bar:
     """One line of progress: update it with how much is done and a few words (rate, loss)."""
 
     def __init__(self, screen: Screen, name: str, total: float, unit: str, start_at: float) -> None:
-        self.screen, self.name, self.total, self.unit, self.start_at = screen, name, total, unit, start_at
-        self.began = self._printed = time.monotonic()
-        self.completed, self.detail = start_at, ""
-        self.task = screen.progress.add_task(
-            name, total=total, completed=int(start_at), count=self._count(), detail="", start_at=start_at
-        )
+        self.screen, self.name, self.total, self.unit = screen, name, total, unit
+        self.completed, self.detail, self._printed = start_at, "", time.monotonic()
+        self._since: tuple[float, float] | None = None
+        self.task = screen.progress.add_task(name, total=total, completed=int(start_at), count="", detail="", left="")
 
     def _count(self) -> str:
         return f"{short(self.completed)}/{short(self.total)} {self.unit}" if self.unit else ""
 
+    def _left(self) -> str:
+        """Time left at the rate since the first update: starting up does not count, nor what an earlier run had done."""
+        now = time.monotonic()
+        if self._since is None:
+            self._since = (now, self.completed)
+        moment, completed = self._since
+        if self.completed <= completed or self.completed >= self.total:
+            return ""
+        return f"{clock((self.total - self.completed) * (now - moment) / (self.completed - completed))} left"
+
     def update(self, completed: float, detail: str = "") -> None:
         self.completed, self.detail = min(completed, self.total), detail or self.detail
-        if self.start_at == 0 and time.monotonic() - self.began > 1 and self.completed / self.total > 0.999:
-            self.completed = self.total
-        self.screen.progress.update(self.task, completed=self.completed, count=self._count(), detail=self.detail)
-        now = time.monotonic()
-        if self.screen.quiet and now - self._printed >= QUIET_INTERVAL:
-            self._printed = now
-            done = self.completed - self.start_at
-            left = f", {clock((self.total - self.completed) * (now - self.began) / done)} left" if done > 0 else ""
-            self.screen.line(f"  {self.name}: {self._count()}{left}  {self.detail}")
-
-    def resume_from(self, start_at: float) -> None:
-        """Work that an earlier run had done: it does not count in the rate."""
-        self.start_at = start_at
-        self.screen.progress.update(self.task, start_at=start_at)
+        left = self._left()
+        self.screen.progress.update(
+            self.task, completed=self.completed, count=self._count(), detail=self.detail, left=left
+        )
+        if self.screen.quiet and time.monotonic() - self._printed >= QUIET_INTERVAL:
+            self._printed = time.monotonic()
+            self.screen.line(
+                "  " + "  ".join(part for part in (f"{self.name}:", self._count(), left, self.detail) if part)
+            )
 
 
 class Screen:
@@ -95,7 +83,7 @@ class Screen:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[count]}"),
             TimeElapsedColumn(),
-            _Left(),
+            TextColumn("[cyan]{task.fields[left]}"),
             TextColumn("[dim]{task.fields[detail]}"),
             console=self.console,
             transient=True,

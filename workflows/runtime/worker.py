@@ -164,13 +164,27 @@ def _restore(state: Any, note: Callable[[str], None]) -> None:
     note("no undamaged checkpoint is left: training starts again")
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+@dataclass
+class Training:
+    """What `engine.fit` is called with on a worker."""
+
+    job: Job
+    state: Any
+    batches: Any
+    options: Any
+    report: Callable[[dict[str, float]], None]
+    save: Callable[[Any], None]
+    validate: Callable[[Any], dict[str, float]] | None
+    rank: int
+
+
+def set_up(config: dict[str, Any]) -> Training:
+    """Builds, wraps and restores a job's training on this worker, its images from Ray Data."""
     import ray.train
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    from mmdistill_core.engine import FitOptions, InMemoryBatches, fit
+    from mmdistill_core.engine import FitOptions, InMemoryBatches
     from mmdistill_core.engine.checkpoint import save_checkpoint
     from workflows.runtime.data import collect
 
@@ -185,12 +199,7 @@ def train_worker(config: dict[str, Any]) -> None:
     labels = torch.from_numpy(arrays.labels).to(device)
     conditional = int(job.network["num_classes"]) > 0
     batches = InMemoryBatches(
-        x=images,
-        label=labels if conditional else None,
-        global_batch=job.batch,
-        seed=job.seed,
-        rank=rank,
-        world=world,
+        x=images, label=labels if conditional else None, global_batch=job.batch, seed=job.seed, rank=rank, world=world
     )
 
     def note(text: str) -> None:
@@ -207,17 +216,14 @@ def train_worker(config: dict[str, Any]) -> None:
         for role in state.optimisers:
             state.callables[role] = DistributedDataParallel(state.networks[role])
 
-    last: dict[str, float] = {}
-
     def report(metrics: dict[str, float]) -> None:
-        last.update(metrics)
         if rank == 0:
             mailbox.push.remote(job.name, metrics)
-        if job.fault and state.n_images >= job.fault["at"] and rank == job.fault["rank"]:
+        if job.fault and rank == job.fault["rank"] and state.n_images >= job.fault["at"]:
             _fail_once(job.fault)
 
     def save(state: Any) -> None:
-        metrics = {"n_images": state.n_images, "score": min(state.best.score, 1e30)} | last
+        metrics = {"n_images": state.n_images}
         if rank:
             ray.train.report(metrics)
             return
@@ -233,9 +239,17 @@ def train_worker(config: dict[str, Any]) -> None:
         rank=rank,
     )
     validate = validator(job, images, labels) if job.validate else None
-    fit(state=state, batches=batches, options=options, report=report, save=save, validate=validate)
-    if rank == 0:
-        export(job, state)
+    return Training(job, state, batches, options, report, save, validate, rank)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    from mmdistill_core.engine import fit
+
+    t = set_up(config)
+    fit(state=t.state, batches=t.batches, options=t.options, report=t.report, save=t.save, validate=t.validate)
+    if t.rank == 0:
+        export(t.job, t.state)
 
 
 def _fail_once(fault: dict[str, Any]) -> None:
@@ -249,8 +263,17 @@ def _fail_once(fault: dict[str, Any]) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train(job: Job, *, dataset: Any, mailbox: Any, workers: int, use_gpu: bool) -> None:
-    """Runs the job on Ray Train to its end, recovering from lost workers. Call it from any thread.
+def train(
+    job: Job,
+    *,
+    dataset: Any,
+    mailbox: Any,
+    workers: int,
+    use_gpu: bool,
+    loop: Callable[[dict[str, Any]], Any] = train_worker,
+) -> Any:
+    """Runs the job on Ray Train to its end, recovering from lost workers; gives what `loop` returned on the first worker.
+    Call it from any thread.
 
     Raises UserError when training itself fails.
     """
@@ -259,7 +282,7 @@ def train(job: Job, *, dataset: Any, mailbox: Any, workers: int, use_gpu: bool) 
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
-        train_worker,
+        loop,
         train_loop_config={"job": asdict(job), "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -278,7 +301,8 @@ def train(job: Job, *, dataset: Any, mailbox: Any, workers: int, use_gpu: bool) 
         ),  # each worker holds all rows and takes its slice of every batch
     )
     try:
-        trainer.fit()
+        result: Any = trainer.fit()
+        return result.return_value
     except ray.train.TrainingFailedError as error:
         raise UserError(
             f"{job.name}: training failed: {_root_cause(error)}",

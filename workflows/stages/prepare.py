@@ -12,7 +12,7 @@ from workflows.runtime.workspace import code_version
 
 CODE = (
     "workflows/stages/prepare.py",
-    "workflows/stages/sources.py",
+    "workflows/sources.py",
     "workflows/runtime/data.py",
     "mmdistill_core/networks/classifier.py",
 )
@@ -27,18 +27,19 @@ def prepare(context: Context) -> Done:
 def _body(run: StageRun) -> dict[str, Any]:
     from mmdistill_core.artifact import save_classifier
     from workflows.runtime.data import read_all, write_shards
-    from workflows.stages.sources import SOURCES
+    from workflows.sources import SOURCES
 
     config = run.context.config
     with run.context.screen.bars() as screen:
         bar = screen.bar("prepare", config.data.classifier_epochs, unit="epochs")
-        images, labels, classes = SOURCES[config.data.source]()
+        source = SOURCES[config.data.source]
+        images, labels = source.load()
         manifest = write_shards(
             run.path / "data",
             source=config.data.source,
             images=images,
             labels=labels,
-            num_classes=classes,
+            num_classes=source.num_classes,
             holdout=config.data.holdout,
             rows=config.data.shard_rows,
         )
@@ -52,7 +53,7 @@ def _body(run: StageRun) -> dict[str, Any]:
             arrays.images,
             arrays.labels,
             arrays.holdout,
-            num_classes=classes,
+            num_classes=source.num_classes,
             epochs=config.data.classifier_epochs,
             seed=config.seed,
             tick=tick,

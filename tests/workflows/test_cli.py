@@ -1,0 +1,97 @@
+"""The command line: fast to answer, clear about mistakes, two names for one program."""
+
+import subprocess
+import sys
+
+import pytest
+
+from workflows.cli import main
+
+
+def run(*arguments):
+    """(exit code, stdout, stderr) of a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "workflows", *arguments], capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def inside(capsys, *arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return caught.value.code, captured.out, captured.err
+
+
+def test_help_names_every_command():
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("run", "sample", "doctor", "bench", "config", "recipes", "ui"):
+        assert command in out
+
+
+def test_help_loads_nothing_heavy():
+    probe = (
+        "import sys\nfrom workflows.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'pandas', 'numpy', 'sklearn', 'matplotlib', 'boto3'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+BAD = [
+    (("run", "--recipe", "digit"), 2, "there are: digits"),
+    (("run", "-s", "distill.lrr=3"), 2, "distill.lrr: no such option"),
+    (("run", "--force", "taecher"), 2, "--force: 'taecher' is not a stage"),
+    (("run", "--until", "end"), 2, "--until: 'end' is not a stage"),
+    (("run", "--workers", "3"), 2, "does not divide teacher.batch 128"),
+    (("run", "--workers", "0"), 2, "at least 1"),
+    (("run", "--workspace", "/dev/null/x"), 1, "cannot be written"),
+    (("sample", "/nowhere"), 1, "not a model folder"),
+    (("sample", "/nowhere", "--out", "x.gif"), 2, ".png"),
+    (("sample", "/nowhere", "--labels", "3,x"), 2, "whole numbers"),
+    (("bench", "everything"), 2, "engine, sampler, ray"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "said"), BAD, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_mistakes_have_a_line_and_a_code(capsys, arguments, code, said):
+    got, out, err = inside(capsys, *arguments)
+    assert got == code
+    assert said in err
+    assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+    assert out == ""
+
+
+def test_debug_shows_the_traceback():
+    code, _, err = run("run", "--recipe", "digit", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    assert "ConfigError" in err
+
+
+def test_a_tracking_server_that_does_not_answer(tmp_path, capsys):
+    code, _, err = inside(
+        capsys, "run", "--workspace", str(tmp_path), "--tracking-uri", "http://127.0.0.1:9", "--until", "prepare"
+    )
+    assert code == 1
+    assert "tracking: http://127.0.0.1:9 failed" in err
+    assert "run the same command again" in err
+
+
+def test_config_prints_yaml(capsys):
+    code, out, _ = inside(capsys, "config", "-s", "seed=5")
+    assert code == 0
+    assert "seed: 5" in out
+
+
+def test_recipes_are_listed(capsys):
+    _, out, _ = inside(capsys, "recipes")
+    assert out.startswith("digits")
+
+
+def test_models_that_are_not_there_are_told_from_stores_that_are_not(tmp_path, capsys):
+    code, _, err = inside(capsys, "sample", "models:/nothing@k8-champion", "--workspace", str(tmp_path))
+    assert code == 1
+    assert "models in sqlite" in err

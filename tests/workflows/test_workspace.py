@@ -1,0 +1,86 @@
+"""The workspace: whole files, one run at a time, keys that follow the code."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from workflows.context import read_metrics
+from workflows.runtime import workspace as module
+from workflows.runtime.errors import UserError
+from workflows.runtime.workspace import Workspace, code_version, explain_os_error
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        Workspace(tmp_path / "file" / "below")
+    assert "--workspace" in caught.value.hint
+
+
+def test_too_little_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MINIMUM_FREE", 10**18)
+    with pytest.raises(UserError, match="free on the disk"):
+        Workspace(tmp_path)
+
+
+def test_a_stage_is_done_when_its_result_is_there(tmp_path):
+    folder = Workspace(tmp_path).stage("teacher", "abc")
+    assert folder.result is None
+    (folder.path / "result.json").write_text('{"half": ')
+    assert folder.result is None
+    folder.finish({"identity": "x"})
+    assert folder.result == {"identity": "x"}
+
+
+def test_discard_forgets_outputs_and_checkpoints(tmp_path):
+    space = Workspace(tmp_path)
+    folder = space.stage("teacher", "abc")
+    folder.finish({"identity": "x"})
+    checkpoints = space.training_storage / "teacher-abc"
+    checkpoints.mkdir()
+    space.discard(folder)
+    assert folder.result is None
+    assert folder.path.is_dir()
+    assert not checkpoints.exists()
+
+
+HOLD = """
+import sys, time
+from workflows.runtime.workspace import Workspace
+with Workspace(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time_and_a_killed_one_frees_it(tmp_path):
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"in use by another run .process {other.pid}"), Workspace(tmp_path).lock():
+        pass
+    other.kill()
+    other.wait()
+    with Workspace(tmp_path).lock():
+        assert (tmp_path / ".lock").read_text() == str(os.getpid())
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [(1, {"loss": 2.0})]
+    assert read_metrics(tmp_path / "none") == []
+
+
+def test_keys_follow_the_code_that_matters(tmp_path):
+    assert code_version("mmdistill_core/diffusion") != code_version("mmdistill_core/engine")
+    assert len(code_version("workflows/stages/teacher.py")) == 12
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written")])
+def test_the_systems_errors_are_explained(tmp_path, number, said):
+    explained = explain_os_error(OSError(number, "no", "file"), tmp_path)
+    assert said in str(explained)
+    assert "kept" in str(explained)
+    assert explain_os_error(OSError(errno.ECHILD, "no"), tmp_path) is None

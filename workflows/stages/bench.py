@@ -1,0 +1,332 @@
+"""bench: what an update costs against its floor, the sampler against diffusers, the share of Ray and of data.
+
+All ratios are of medians over rounds within which the systems take turns, so that a machine whose speed drifts is fair to all.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from workflows.config import ConfigError, RunConfig, load_config
+from workflows.runtime.errors import UserError
+
+PARTS = ("engine", "sampler", "ray")
+STEPS = 10
+"""Updates timed together in a round."""
+
+
+def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None) -> None:
+    """Prints the figures, and writes them to `out` as JSON."""
+    if what not in (*PARTS, "all"):
+        raise ConfigError(f"bench: {what!r} is not one of {', '.join(PARTS)}, all")
+    config, console = load_config(recipe), Console(stderr=True, highlight=False)
+    measure = {"engine": bench_engine, "sampler": bench_sampler, "ray": bench_ray}
+    figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
+    for part in PARTS if what == "all" else (what,):
+        with console.status(f"measuring: {part}"):
+            figures[part] = measure[part](config, repeats)
+    console.print(_table(figures))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(figures, indent=2) + "\n")
+        console.print(f"written to {out}")
+
+
+def machine() -> dict[str, Any]:
+    import os
+
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"device": name, "cores": os.cpu_count(), "torch": torch.__version__, "threads": 1}
+
+
+def interleaved(systems: dict[str, Callable[[], None]], *, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of each system: median, least and most over the rounds, after one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    for number in range(rounds + 1):
+        for name, call in systems.items():
+            began = time.perf_counter()
+            call()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in seconds.items()
+    }
+
+
+def ratio(times: dict[str, dict[str, float]], over: str, under: str) -> float:
+    return times[over]["median"] / times[under]["median"]
+
+
+def _job(config: RunConfig, folder: Path, k: int) -> Any:
+    """A distillation as the recipe has it, from an untrained teacher in `folder`: costs do not depend on the weights."""
+    from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
+    from mmdistill_core.networks.dit import DiTConfig
+    from workflows.runtime.worker import Job
+    from workflows.sources import SOURCES
+    from workflows.stages.distill import ARGUMENTS
+
+    source = SOURCES[config.data.source]
+    network = {"image_size": source.shape[1], "channels": source.shape[0], "num_classes": source.num_classes}
+    network |= config.network.model_dump()
+    schedule = config.schedule.as_dict()
+    denoiser = build_denoiser(network=DiTConfig(**network), prediction=config.prediction, schedule=schedule)
+    save_model(folder / "teacher", DiffusionModel(denoiser, k=256))
+    own = config.distill.for_k(k)
+    return Job(
+        name="bench",
+        output=str(folder / "student"),
+        storage=str(folder / "ray"),
+        data=str(folder / "data"),
+        seed=0,
+        method=own.method,
+        arguments={"k": k} | {name: getattr(own, name) for name in ARGUMENTS},
+        networks={"teacher": str(folder / "teacher")},
+        network=network,
+        schedule=schedule,
+        prediction=config.prediction,
+        options=own.optimiser.model_dump(),
+        images=10**12,
+        batch=own.batch,
+        log_every=own.log_every,
+        checkpoint_every=own.checkpoint_every,
+        best_role="student",
+        k=k,
+    )
+
+
+def floor_of(state: Any, batches: Any) -> Callable[[], None]:
+    """STEPS bare pairs of updates: the same three forwards and two backward passes, and nothing else: no noise, no
+    transition, no optimiser, no clipping, no logs.
+    """
+    import torch
+
+    batch = batches(0)
+    t = torch.rand(len(batch), device=batch.x.device)
+    student, teacher, auxiliary = (state.networks[name] for name in ("student", "teacher", "auxiliary"))
+
+    def run() -> None:
+        for _ in range(STEPS):
+            x_tilde = student(batch.x, t, batch.label)
+            with torch.no_grad():
+                teacher(batch.x, t, batch.label)
+            (x_tilde.mean() + auxiliary(batch.x, t, batch.label).mean()).backward()
+
+    return run
+
+
+def engine_of(state: Any, batches: Any) -> Callable[[], None]:
+    """STEPS pairs of updates as training makes them, the log window included."""
+    from mmdistill_core.engine.fit import LogWindow
+    from mmdistill_core.engine.step import train_step
+
+    def run() -> None:
+        window = LogWindow()
+        for _ in range(STEPS):
+            for log in train_step(state=state, batches=batches, seed=0):
+                window.add(log)
+        window.flush()
+
+    return run
+
+
+def optimisers_of(state: Any) -> Callable[[], None]:
+    """STEPS clips and optimiser steps of both networks, on the gradients that are there."""
+    from torch import nn
+
+    def run() -> None:
+        for _ in range(STEPS):
+            for role, optimiser in state.optimisers.items():
+                nn.utils.clip_grad_norm_(state.networks[role].parameters(), 1.0)
+                optimiser.step()
+
+    return run
+
+
+def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
+    import torch
+
+    from mmdistill_core.engine import InMemoryBatches
+    from workflows.runtime.worker import build_state
+    from workflows.sources import SOURCES
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        state = build_state(_job(_joint(config), Path(scratch), k=8))
+    images, labels = SOURCES[config.data.source].load()
+    batches = InMemoryBatches(
+        x=torch.from_numpy(images).float() * 2 - 1,
+        label=torch.from_numpy(labels),
+        global_batch=config.distill.batch,
+        seed=0,
+    )
+    systems = {
+        "floor": floor_of(state, batches),
+        "engine": engine_of(state, batches),
+        "optimisers": optimisers_of(state),
+    }
+    times = interleaved(systems, rounds=repeats)
+    return {
+        "seconds_per_pair": {name: t["median"] / STEPS for name, t in times.items()},
+        "engine_over_floor": ratio(times, "engine", "floor"),
+        "engine_over_floor_and_optimisers": times["engine"]["median"]
+        / (times["floor"]["median"] + times["optimisers"]["median"]),
+        "target": 1.05,
+        "rounds": times,
+    }
+
+
+def _joint(config: RunConfig) -> RunConfig:
+    """The update whose floor is measured."""
+    return config.model_copy(update={"distill": config.distill.model_copy(update={"update": "joint"})})
+
+
+def bench_sampler(config: RunConfig, repeats: int) -> dict[str, Any]:
+    """Samples/s at k = 8 against diffusers' DDPMPipeline around the very same network."""
+    import torch
+
+    from mmdistill_core.artifact import load_model
+
+    try:
+        from diffusers import DDPMPipeline, DDPMScheduler
+    except ImportError:
+        raise UserError("diffusers is not installed", hint="pip install 'mmdistill[diffusers]'") from None
+
+    torch.set_num_threads(1)
+    k, n = 8, 256
+    with tempfile.TemporaryDirectory() as scratch:
+        job = _job(config, Path(scratch), k=k)
+        model = load_model(Path(scratch) / "teacher")
+    label = torch.arange(n) % max(1, job.network["num_classes"])
+    pipeline: Any = DDPMPipeline(unet=_as_unet(model, label), scheduler=DDPMScheduler(prediction_type="v_prediction"))
+    pipeline.set_progress_bar_config(disable=True)
+    systems = {
+        "mmdistill": lambda: model.sample(n, label=label, k=k, batch=n),
+        "diffusers": lambda: pipeline(batch_size=n, num_inference_steps=k, output_type="np"),
+    }
+    times = interleaved(systems, rounds=repeats)
+    return {
+        "k": k,
+        "samples_per_second": {name: n / t["median"] for name, t in times.items()},
+        "mmdistill_over_diffusers": ratio(times, "diffusers", "mmdistill"),
+        "rounds": times,
+    }
+
+
+def _as_unet(model: Any, label: Any) -> Any:
+    """The house network with the face of a UNet2DModel, for DDPMPipeline."""
+    from types import SimpleNamespace
+
+    import torch
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+
+    class HouseUNet(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self, sample_size: int, in_channels: int) -> None:
+            super().__init__()
+            self.backbone = model.denoiser.backbone
+
+        def forward(self, z: torch.Tensor, step: torch.Tensor) -> Any:
+            t = (step.float() / 1000).expand(len(z))
+            return SimpleNamespace(sample=self.backbone(z, t, label))
+
+    return HouseUNet(sample_size=model.network.image_size, in_channels=model.network.channels).eval()
+
+
+def ray_loop(config: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """On a Ray Train worker: training as it is, with images from Ray Data and reports to the driver, against the floor."""
+    from mmdistill_core.engine import fit
+    from workflows.runtime.worker import set_up
+
+    began = time.perf_counter()
+    t = set_up(config)
+    ready = time.perf_counter() - began
+    floor, batch = floor_of(t.state, t.batches), t.job.batch
+
+    def train() -> None:
+        t.state.total_images = t.state.n_images + STEPS * batch
+        fit(state=t.state, batches=t.batches, options=replace(t.options, checkpoint_every=0), report=t.report)
+
+    def data() -> None:
+        for i in range(STEPS):
+            t.batches(t.state.n_images + i * batch)
+
+    times = interleaved({"floor": floor, "train": train, "data": data}, rounds=rounds)
+    saves = []
+    for _ in range(3):
+        began = time.perf_counter()
+        t.save(t.state)
+        saves.append(time.perf_counter() - began)
+    return {"set_up": ready, "times": times, "checkpoint": statistics.median(saves)}
+
+
+def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
+    from workflows.runtime.cluster import Monitor, ray_session
+    from workflows.runtime.data import dataset, write_shards
+    from workflows.runtime.worker import train
+    from workflows.sources import SOURCES
+
+    source = SOURCES[config.data.source]
+    images, labels = source.load()
+    with tempfile.TemporaryDirectory() as scratch, ray_session():
+        folder = Path(scratch)
+        job = _job(_joint(config), folder, k=8)
+        write_shards(folder / "data", source="bench", images=images, labels=labels, num_classes=source.num_classes,
+                     holdout=0.2, rows=512)  # fmt: skip
+        began = time.perf_counter()
+        found = train(
+            job,
+            dataset=dataset(folder / "data"),
+            mailbox=Monitor().actor,
+            workers=1,
+            use_gpu=False,
+            loop=lambda settings: ray_loop(settings, repeats),
+        )
+        whole = time.perf_counter() - began
+    times, per_checkpoint = found["times"], config.distill.checkpoint_every / config.distill.batch
+    train_per_pair = times["train"]["median"] / STEPS + found["checkpoint"] / per_checkpoint
+    floor_per_pair = times["floor"]["median"] / STEPS
+    return {
+        "seconds_per_pair": {"floor": floor_per_pair, "under Ray": train_per_pair},
+        "ray_over_floor": train_per_pair / floor_per_pair,
+        "target": 1.10,
+        "share_of_data": times["data"]["median"] / STEPS / train_per_pair,
+        "share_of_checkpoints": found["checkpoint"] / per_checkpoint / train_per_pair,
+        "seconds_per_checkpoint": found["checkpoint"],
+        "seconds_to_start": whole - sum(t["median"] * (repeats + 1) for t in times.values()) - 3 * found["checkpoint"],
+        "rounds": times,
+    }
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    table = Table(header_style="bold")
+    for name in ("what", "measured", "target"):
+        table.add_column(name)
+    if e := figures.get("engine"):
+        table.add_row("a pair of updates", f"{1000 * e['seconds_per_pair']['engine']:.1f} ms", "")
+        table.add_row("  over its floor", f"{e['engine_over_floor']:.3f}", f"{e['target']:.2f}")
+        table.add_row("  over floor and optimisers", f"{e['engine_over_floor_and_optimisers']:.3f}", "")
+    if s := figures.get("sampler"):
+        for name, rate in s["samples_per_second"].items():
+            table.add_row(f"samples/s at k = {s['k']}, {name}", f"{rate:,.0f}", "")
+        table.add_row("  mmdistill / diffusers", f"{s['mmdistill_over_diffusers']:.2f}", "")
+    if r := figures.get("ray"):
+        table.add_row("under Ray, over the floor", f"{r['ray_over_floor']:.3f}", f"{r['target']:.2f}")
+        table.add_row("  lost to data", f"{r['share_of_data']:.2%}", "")
+        table.add_row("  lost to checkpoints", f"{r['share_of_checkpoints']:.2%}", "")
+        table.add_row("  seconds to start a training", f"{r['seconds_to_start']:.1f}", "")
+    return table
