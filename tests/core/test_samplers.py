@@ -7,7 +7,7 @@ from oracles import COSINE, MEAN, VARIANCE, sampled_variance, teacher_slope
 from mmdistill_core.diffusion.schedules import Karras, Linear
 from mmdistill_core.diffusion.times import uniform_grid
 from mmdistill_core.networks.exact import GaussianDenoiser
-from mmdistill_core.samplers import SAMPLERS, sample
+from mmdistill_core.samplers import SAMPLERS, data_labels, sample
 
 N = 200_000
 
@@ -87,3 +87,14 @@ def test_unknown_sampler_names_the_choices():
 
 def test_grid_ends():
     assert uniform_grid(k=1).tolist() == [1.0, 0.0]
+
+
+def test_labels_are_in_the_datas_proportions():
+    labels = torch.tensor([0] * 10 + [1] * 30 + [2] * 60)
+    same = data_labels(labels, 100, 1)
+    assert torch.bincount(same).tolist() == [10, 30, 60]
+    assert not torch.equal(same, labels)
+    assert not torch.equal(same, data_labels(labels, 100, 2))
+    more = torch.bincount(data_labels(labels, 250, 1)).tolist()
+    assert sum(more) == 250
+    assert 20 <= more[0] <= 30

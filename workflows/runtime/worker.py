@@ -52,7 +52,6 @@ class Job:
     validate: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     threads: int = 1
-    fault: dict[str, Any] | None = None
 
 
 def build_state(job: Job) -> Any:
@@ -107,19 +106,16 @@ def export(job: Job, state: Any) -> None:
 
 def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, float]]:
     """state -> {"score": Frechet distance of `samples` samples to the data, in the classifier's features}."""
-    import torch
-
     from mmdistill_core.artifact import load_classifier
     from mmdistill_core.metrics.frechet import frechet_distance, moments
-    from mmdistill_core.rng import generator
-    from mmdistill_core.samplers import sample
+    from mmdistill_core.samplers import data_labels, sample
 
     assert job.validate is not None
     n, classifier = int(job.validate["samples"]), load_classifier(job.validate["classifier"])
     device = images.device
     classifier.to(device)
     reference = moments(classifier.extract(images))
-    drawn = labels[torch.randint(len(labels), (n,), generator=generator(job.seed, 1)).to(device)]
+    drawn = data_labels(labels, n, job.seed, 1)
 
     def validate(state: Any) -> dict[str, float]:
         network = state.networks[job.best_role]
@@ -219,8 +215,6 @@ def set_up(config: dict[str, Any]) -> Training:
     def report(metrics: dict[str, float]) -> None:
         if rank == 0:
             mailbox.push.remote(job.name, metrics)
-        if job.fault and rank == job.fault["rank"] and state.n_images >= job.fault["at"]:
-            _fail_once(job.fault)
 
     def save(state: Any) -> None:
         metrics = {"n_images": state.n_images}
@@ -250,17 +244,6 @@ def train_worker(config: dict[str, Any]) -> None:
     fit(state=t.state, batches=t.batches, options=t.options, report=t.report, save=t.save, validate=t.validate)
     if t.rank == 0:
         export(t.job, t.state)
-
-
-def _fail_once(fault: dict[str, Any]) -> None:
-    """For the tests of recovery: this worker is killed, once."""
-    import os
-    import signal
-
-    marker = Path(fault["marker"])
-    if not marker.exists():
-        marker.write_text("killed\n")
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def train(

@@ -82,6 +82,7 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
     import torch
 
     from mmdistill_core.artifact import load_classifier
+    from mmdistill_core.samplers import data_labels
     from workflows.runtime.data import read_all
 
     options, screen = run.context.config.evaluate, run.context.screen
@@ -107,7 +108,10 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
         bar = screen.bar("evaluate", total, unit="evaluations", start_at=done)
         pending: dict[Any, tuple[Row, int, int]] = {}
         got: dict[tuple[Row, int], dict[int, dict[str, np.ndarray]]] = {}
-        drawn = {seed: _labels(labels, options.samples, run.context.config.seed, seed) for seed in range(options.seeds)}
+        drawn = {
+            seed: data_labels(labels, options.samples, run.context.config.seed, 3, seed)
+            for seed in range(options.seeds)
+        }
         for row, seed in missing:
             for first in range(0, options.samples, CHUNK):
                 part = drawn[seed][first : first + CHUNK].numpy()
@@ -155,15 +159,6 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
         "summary": f"{len(rows)} rows, {options.samples:,} samples each, {options.seeds} seeds",
         **result,
     }
-
-
-def _labels(labels: Any, n: int, seed: int, number: int) -> Any:
-    """n labels with the data's own frequencies."""
-    import torch
-
-    from mmdistill_core.rng import generator
-
-    return labels[torch.randint(len(labels), (n,), generator=generator(seed, 3, number))]
 
 
 @lru_cache(maxsize=16)

@@ -1,0 +1,17 @@
+"""Which classes to draw when samples are compared with data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmdistill_core.rng import generator
+
+
+def data_labels(labels: Tensor, n: int, *seed: int) -> Tensor:
+    """n labels in the proportions of the data's labels [m], shuffled: whole copies of them, and a part of one drawn without
+    replacement. So chance in the counts of classes does not add to a distance; with n = m the counts are the data's own.
+    """
+    rng, copies = generator(*seed), -(-n // len(labels))
+    order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in range(copies)])
+    return labels.cpu()[order[:n]]

@@ -1,0 +1,160 @@
+"""Killed for real: a worker, the driver by Ctrl-C and by SIGKILL, a checkpoint on disk. Each time the run ends with the very
+weights and metrics of an undisturbed one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from small import ROOT, SMALL, Runner
+
+from workflows.context import read_metrics
+from workflows.runtime.workspace import Workspace
+
+pytestmark = pytest.mark.ray
+IMAGES = 307_200
+LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, ray_cluster):
+    runner = Runner(tmp_path_factory.mktemp("undisturbed"))
+    runner(*LONG, until="teacher")
+    return outcome(runner.workspace)
+
+
+def teacher_folder(workspace):
+    return next(iter((workspace / "stages").glob("teacher-*")), Path("/nowhere"))
+
+
+def outcome(workspace):
+    """(the hash of the trained model, its metrics without the times)."""
+    folder = teacher_folder(workspace)
+    rows = [
+        (step, {name: v for name, v in row.items() if name != "images_per_second"})
+        for step, row in read_metrics(folder)
+    ]
+    return json.loads((folder / "result.json").read_text())["identity"], rows
+
+
+def wait_for(workspace, images, timeout=240):
+    """Until the teacher has logged that many images."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        rows = read_metrics(teacher_folder(workspace))
+        if rows and rows[-1][0] >= images:
+            assert rows[-1][0] < IMAGES, "the training ended before it could be disturbed"
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {images} images after {timeout} s")
+
+
+def assert_same(workspace, undisturbed):
+    identity, rows = outcome(workspace)
+    steps = [step for step, _ in rows]
+    assert steps == list(range(2560, IMAGES + 1, 2560)), "a step is missing or doubled"
+    assert rows == undisturbed[1]
+    assert identity == undisturbed[0]
+    from workflows.runtime.tracking import Tracker
+
+    space = Workspace(workspace)
+    tracker = Tracker(space.default_tracking_uri, artifacts=space.default_artifacts)
+    run_id = json.loads((teacher_folder(workspace) / "runs.json").read_text())[tracker.uri]
+    tracked = [m.step for m in tracker.client.get_metric_history(run_id, "loss/teacher")]
+    assert sorted(tracked) == steps, "a step is missing or doubled in the tracking store"
+
+
+def train_workers():
+    """Ids of the processes of Ray Train's workers below this one's Ray."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::RayTrainWorker") or b"RayTrainWorker" in title.split(b"\0")[0]:
+                found.append(int(folder.name))
+    return found
+
+
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed):
+    errors = []
+
+    def work():
+        try:
+            runner(*LONG, until="teacher")
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    wait_for(runner.workspace, 60_000)
+    workers = train_workers()
+    assert len(workers) == 2
+    os.kill(workers[-1], signal.SIGKILL)
+    thread.join(timeout=300)
+    assert not thread.is_alive()
+    assert not errors
+    assert "goes on from" in runner.text
+    assert_same(runner.workspace, undisturbed)
+
+
+class Command:
+    """`mmdistill run` in a process of its own."""
+
+    def __init__(self, workspace):
+        self.workspace = workspace
+
+    def start(self):
+        words = [sys.executable, "-m", "workflows", "run", "--workspace", str(self.workspace), "--until", "teacher"]
+        for text in [*SMALL, *LONG]:
+            words += ["--set", text]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
+        return subprocess.Popen(
+            words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def disturb(self, images, number):
+        process = self.start()
+        wait_for(self.workspace, images)
+        process.send_signal(number)
+        _, shown = process.communicate(timeout=120)
+        return process.returncode, shown
+
+    def finish(self):
+        process = self.start()
+        _, shown = process.communicate(timeout=400)
+        assert process.returncode == 0, shown
+        return shown
+
+
+def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
+    command = Command(tmp_path / "workspace")
+    code, shown = command.disturb(40_000, signal.SIGINT)
+    assert code == 130
+    assert "interrupted: finished stages and the last checkpoints are kept; run the same command again" in shown
+    assert "Traceback" not in shown
+
+    code, _ = command.disturb(100_000, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+
+    checkpoints = sorted((command.workspace / "ray").glob("teacher-*/checkpoint*/state.safetensors"),
+                         key=lambda p: p.stat().st_mtime)  # fmt: skip
+    assert len(checkpoints) >= 2
+    damaged = checkpoints[-1]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 255
+    damaged.write_bytes(data)
+
+    shown = command.finish()
+    assert "reused" in shown  # prepare
+    assert "is damaged" in shown
+    assert "goes on from" in shown
+    assert_same(command.workspace, undisturbed)
