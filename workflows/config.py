@@ -87,14 +87,14 @@ class Training(Section):
     batch: int = Field(128, ge=1)
     log_every: int = Field(6_400, ge=1)
     checkpoint_every: int = Field(64_000, ge=1)
+    ema_half_life_images: int = Field(500_000, ge=1)
+    ema_ramp: float = Field(0.05, gt=0, le=1, description="the half-life is at most this share of the images seen")
 
 
 class Teacher(Training):
     optimiser: Optimiser = Optimiser(lr=1e-3)
     p_t: Literal["uniform", "karras"] = "uniform"
     w_t: Literal["flat", "snr", "v", "edm", "sigmoid"] = "v"
-    ema_half_life_images: int = Field(500_000, ge=1)
-    ema_ramp: float = Field(0.05, gt=0, le=1)
 
 
 class Distill(Training):
@@ -110,7 +110,9 @@ class Distill(Training):
     w_s: Literal["flat", "snr", "v", "edm", "sigmoid"] = "flat"
     sigma_data: float = Field(0.5, gt=0)
     pull: bool = True
+    ema: bool = Field(True, description="keep an average of the student, and measure and register that")
     optimiser: Optimiser = Optimiser(lr=3e-4, beta1=0.0)
+    auxiliary_lr: float | None = Field(None, gt=0, description="by default the student's")
     validate_every: int = Field(
         25_600, ge=0, description="distance of the student so far; the best is kept. 0: keep the last"
     )

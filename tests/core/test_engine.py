@@ -28,7 +28,7 @@ from mmdistill_core.rng import derive_seed, generator
 CONFIG = DiTConfig(image_size=8, channels=1, num_classes=3, patch=4, width=16, depth=1, heads=2)
 MAKE = {
     "denoising": lambda: Denoising(schedule=COSINE),
-    "moment_matching": lambda: MomentMatching(schedule=COSINE, k=4, update="joint"),
+    "moment_matching": lambda: MomentMatching(schedule=COSINE, k=4, update="joint", ema=True),
     "moment_matching alternating": lambda: MomentMatching(
         schedule=COSINE, k=4, update="alternating", pairing="uniform"
     ),

@@ -135,6 +135,7 @@ class Command:
         return shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     command = Command(tmp_path / "workspace")
     code, shown = command.disturb(40_000, signal.SIGINT)
@@ -145,10 +146,10 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     code, _ = command.disturb(100_000, signal.SIGKILL)
     assert code == -signal.SIGKILL
 
-    checkpoints = sorted((command.workspace / "ray").glob("teacher-*/checkpoint*/state.safetensors"),
-                         key=lambda p: p.stat().st_mtime)  # fmt: skip
-    assert len(checkpoints) >= 2
-    damaged = checkpoints[-1]
+    snapshot = next((command.workspace / "ray").glob("teacher-*/checkpoint_manager_snapshot.json"))
+    results = json.loads(snapshot.read_text())["checkpoint_results"]
+    assert len(results) == 2
+    damaged = snapshot.parent / results[-1]["checkpoint_dir_name"] / "state.safetensors"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 255
     damaged.write_bytes(data)

@@ -25,7 +25,7 @@ class Job:
     storage      folder for checkpoints
     method       name in METHODS, and `arguments` its fields but the schedule
     networks     role -> model folder, for the roles that are given; none: one new network from `network`
-    options      role -> fields of OptimiserOptions ("" for all roles)
+    options      trained role -> fields of OptimiserOptions
     validate     {"classifier", "samples", "every"}, or None
     """
 
@@ -76,7 +76,7 @@ def build_state(job: Job) -> Any:
     return TrainState.create(
         method=method,
         given=given,
-        options=OptimiserOptions(**job.options),
+        options={role: OptimiserOptions(**values) for role, values in job.options.items()},
         global_batch=job.batch,
         total_images=job.images,
         best_role=job.best_role,
@@ -119,6 +119,7 @@ def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, f
 
     def validate(state: Any) -> dict[str, float]:
         network = state.networks[job.best_role]
+        network = getattr(network, "module", network)
         was_training = network.training
         network.eval()
         fakes = sample(

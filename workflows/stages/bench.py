@@ -77,7 +77,7 @@ def _job(config: RunConfig, folder: Path, k: int) -> Any:
     from mmdistill_core.networks.dit import DiTConfig
     from workflows.runtime.worker import Job
     from workflows.sources import SOURCES
-    from workflows.stages.distill import ARGUMENTS
+    from workflows.stages.distill import ARGUMENTS, optimiser_options
 
     source = SOURCES[config.data.source]
     network = {"image_size": source.shape[1], "channels": source.shape[0], "num_classes": source.num_classes}
@@ -98,7 +98,7 @@ def _job(config: RunConfig, folder: Path, k: int) -> Any:
         network=network,
         schedule=schedule,
         prediction=config.prediction,
-        options=own.optimiser.model_dump(),
+        options=optimiser_options(own),
         images=10**12,
         batch=own.batch,
         log_every=own.log_every,

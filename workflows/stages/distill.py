@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from workflows.config import Distill
 from workflows.context import Context, Done, StageRun, open_stage
 from workflows.runtime.worker import Job
 from workflows.runtime.workspace import code_version
@@ -22,7 +23,7 @@ CODE = (
     "mmdistill_core/samplers",
     "workflows/stages/distill.py",
 )
-ARGUMENTS = ("update", "pairing", "p_s", "w_s", "sigma_data", "pull")
+ARGUMENTS = ("update", "pairing", "p_s", "w_s", "sigma_data", "pull", "ema")
 
 
 def distill(context: Context, prepared: Done, taught: Done) -> dict[int, Done]:
@@ -102,16 +103,24 @@ def _job(context: Context, run: StageRun, k: int, prepared: Done, taught: Done) 
         network=network_config(context, prepared),
         schedule=context.config.schedule.as_dict(),
         prediction=context.config.prediction,
-        options=own.optimiser.model_dump(),
+        options=optimiser_options(own),
         images=own.images,
         batch=own.batch,
         log_every=own.log_every,
         checkpoint_every=own.checkpoint_every,
-        best_role="student",
+        best_role="student_ema" if own.ema else "student",
         k=k,
+        ema_half_life_images=own.ema_half_life_images,
+        ema_ramp=own.ema_ramp,
         validate=validate,
         provenance=_provenance(context, own.method, k, prepared, taught),
     )
+
+
+def optimiser_options(own: Distill) -> dict[str, dict[str, Any]]:
+    """The student's and the auxiliary's numbers, which differ in the learning rate if the recipe says so."""
+    student = own.optimiser.model_dump()
+    return {"student": student, "auxiliary": student | {"lr": own.auxiliary_lr or own.optimiser.lr}}
 
 
 def _provenance(context: Context, method: str, k: int, prepared: Done, taught: Done) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         network=network_config(context, prepared),
         schedule=c.schedule.as_dict(),
         prediction=c.prediction,
-        options=c.teacher.optimiser.model_dump(),
+        options={"teacher": c.teacher.optimiser.model_dump()},
         images=c.teacher.images,
         batch=c.teacher.batch,
         log_every=c.teacher.log_every,
