@@ -29,7 +29,7 @@ class OptimiserOptions:
     decay: str = "linear"
 
     def build(self, network: nn.Module) -> Adam:
-        return Adam(network.parameters(), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, foreach=True)
+        return Adam(network.parameters(), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def lr_at(self, *, n_images: int, total: int) -> float:
         """Linear warm-up over `warmup_images`, then linear decay to 0 at `total` (or constant)."""
