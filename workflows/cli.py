@@ -114,6 +114,38 @@ def run(
 
 
 @app.command()
+def sweep(
+    recipe: Recipe = "digits",
+    set_: Set = None,
+    space: Annotated[
+        list[str] | None,
+        typer.Option(help="Distill field: pairing=uniform,grid or optimiser.lr=loguniform(1e-4,1e-2). Or seed=0,1."),
+    ] = None,
+    k: Annotated[
+        list[int] | None, typer.Option("-k", help="Steps; may be repeated. By default the recipe's.", min=1)
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(help="Draws, if a field is drawn at random; lists alone are all tried.", min=1)
+    ] = 16,
+    early_stop: Annotated[bool, typer.Option(help="Stop trials whose distance lags (ASHA).")] = False,
+    at_once: Annotated[int | None, typer.Option(help="Trials at once; by default as many as fit.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the rows and their means as JSON.")] = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Distil one teacher many ways (Ray Tune), each measured like the students of a run."""
+    with _errors(debug, continues=True):
+        from workflows.config import load_config
+        from workflows.pipeline import RunOptions, run_sweep
+        from workflows.runtime.progress import Screen
+
+        config = load_config(recipe, [*(set_ or []), *([f"distill.k={list(k)}"] if k else [])])
+        options = RunOptions(workspace=workspace, tracking_uri=tracking_uri, at_once=at_once)
+        run_sweep(config, options, Screen(), space=space or [], trials=trials, early_stop=early_stop, out=out)
+
+
+@app.command()
 def config(recipe: Recipe = "digits", set_: Set = None, debug: Debug = False) -> None:
     """Print a recipe's resolved configuration as YAML."""
     with _errors(debug):

@@ -128,7 +128,7 @@ class Distill(Training):
     def for_k(self, k: int) -> Distill:
         """This section as it holds for the k-step student alone."""
         own = self.model_dump(exclude={"overrides"}) | {"k": (k,)}
-        return Distill.model_validate(_merge(own, self.overrides.get(k, {})))
+        return Distill.model_validate(merge(own, self.overrides.get(k, {})))
 
 
 class Evaluate(Section):
@@ -158,7 +158,7 @@ class RunConfig(Section):
             try:
                 self.distill.for_k(k)
             except ValidationError as error:
-                raise ValueError(f"distill.overrides.{k}.{_one_line(error, Distill)}") from None
+                raise ValueError(f"distill.overrides.{k}.{one_line(error, Distill)}") from None
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
         if (size := SOURCES[self.data.source].shape[1]) % self.network.patch:
@@ -169,10 +169,11 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section."""
     out = dict(base)
     for key, value in over.items():
-        out[key] = _merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
     return out
 
 
@@ -197,7 +198,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"recipe: {path} should hold sections, not a {type(values).__name__}")
     parent = values.pop("extends", None)
-    return _merge(_read_recipe(parent), values) if parent else values
+    return merge(_read_recipe(parent), values) if parent else values
 
 
 def _parse_override(text: str) -> dict[str, Any]:
@@ -211,11 +212,15 @@ def _parse_override(text: str) -> dict[str, Any]:
     if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
         with suppress(ValueError):
             parsed = float(parsed)
-    nested: Any = parsed
+    return nested(field, parsed)
+
+
+def nested(field: str, value: Any) -> dict[str, Any]:
+    """("a.b", 1) -> {"a": {"b": 1}}; whole numbers are keys of their own kind."""
     for part in reversed(field.split(".")):
-        nested = {int(part) if part.isdigit() else part: nested}
-    assert isinstance(nested, dict)
-    return nested
+        value = {int(part) if part.isdigit() else part: value}
+    assert isinstance(value, dict)
+    return value
 
 
 def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
@@ -228,7 +233,7 @@ def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
     return sorted(getattr(model, "model_fields", {}))
 
 
-def _one_line(error: ValidationError, model: type[Section]) -> str:
+def one_line(error: ValidationError, model: type[Section]) -> str:
     """The first mistake: its field, its value, what was expected, and the nearest name if it was misspelt."""
     first = error.errors()[0]
     where, value = ".".join(str(p) for p in first["loc"]), first.get("input")
@@ -249,13 +254,13 @@ def load_config(recipe: str, overrides: list[str] | None = None) -> RunConfig:
     """The resolved configuration of a recipe (a name, or a path to a YAML file). Raises ConfigError, in one line."""
     values = _read_recipe(recipe)
     for text in overrides or []:
-        values = _merge(values, _parse_override(text))
+        values = merge(values, _parse_override(text))
     # Merged over the defaults as values: a recipe that names one field of a section leaves that section's others as they are.
-    values = _merge(RunConfig(recipe=Path(recipe).stem).model_dump(), values)
+    values = merge(RunConfig(recipe=Path(recipe).stem).model_dump(), values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_one_line(error, RunConfig)) from None
+        raise ConfigError(one_line(error, RunConfig)) from None
 
 
 def digest(value: Any, length: int = 12) -> str:

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,11 +52,12 @@ class Placement:
 
 def check_options(config: RunConfig, options: RunOptions) -> None:
     """Raises ConfigError for a stage or a number of workers that can't be, before anything starts."""
-    names = {*STAGES, *(f"distill-k{k}" for k in config.distill.k)}
-    for flag, stages in (("--force", options.force), ("--until", (options.until,))):
-        for name in stages:
-            if name not in names:
-                raise ConfigError(f"{flag}: {name!r} is not a stage; stages: {', '.join(STAGES)}, or distill-k<k>")
+    each = tuple(f"distill-k{k}" for k in config.distill.k)
+    for name in options.force:
+        if name not in STAGES + each:
+            raise ConfigError(f"--force: {name!r} is not a stage; stages: {', '.join(STAGES + each)}")
+    if options.until not in STAGES:
+        raise ConfigError(f"--until: {options.until!r} is not a stage; stages: {', '.join(STAGES)}")
     if options.workers is not None:
         if options.workers < 1:
             raise ConfigError(f"--workers: {options.workers} should be at least 1")
@@ -71,42 +72,75 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
     Raises UserError or ConfigError for what the user can mend.
     """
     check_options(config, options)
-    began = time.monotonic()
-    workspace = Workspace(options.workspace)
-    with workspace.lock():
-        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {workspace.root}[/]")
-        from workflows.runtime.tracking import Tracker
-
-        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
-        with screen.status("opening the tracking store"):
-            tracker = Tracker(uri, artifacts=workspace.default_artifacts)
-            parent = _parent_run(config, workspace, tracker)
-        try:
-            summary = _run_stages(config, options, screen, workspace, tracker, parent, began)
-        except BaseException as error:
-            _end_quietly(tracker, parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
-        tracker.end_run(parent)
+    began, done = time.monotonic(), []
+    with open_context(config, options, screen) as context:
+        for name, finished in _stages(context):
+            done += finished
+            if name == options.until:
+                break
+        summary = _summary(config, done, time.monotonic() - began)
+        if options.until == STAGES[-1]:
+            folder = context.workspace.report(config.recipe)
+            shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
+            summary["report"] = str(folder / "report.html")
+            write_json(folder / "summary.json", summary)
+            for name in ("report.html", "summary.json"):
+                context.tracker.log_artifact(context.parent_run, folder / name)
     return summary
 
 
-def _run_stages(
+def run_sweep(
     config: RunConfig,
     options: RunOptions,
     screen: Screen,
-    workspace: Workspace,
-    tracker: Tracker,
-    parent: str,
-    began: float,
-) -> dict[str, Any]:
+    *,
+    space: list[str],
+    trials: int,
+    early_stop: bool,
+    out: Path | None,
+) -> list[dict[str, Any]]:
+    """The teacher, made or reused, and a sweep over students of it; returns the means over seeds, best first for each k."""
+    from workflows.stages import sweep
+
+    fields = sweep.parse_space(space, config)
+    with open_context(config, options, screen, kind="sweep") as context:
+        stages = _stages(context)
+        (_, [prepared]), (_, [taught]) = next(stages), next(stages)
+        rows = sweep.sweep(context, prepared, taught, space=fields, trials=trials, early_stop=early_stop)
+        lines = sweep.summarise(rows)
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(
+                out,
+                {"recipe": config.recipe, "teacher": taught.identity, "space": space, "means": lines, "trials": rows},
+            )
+            context.tracker.log_artifact(context.parent_run, out)
+    sweep.show(lines, screen)
+    return lines
+
+
+@contextmanager
+def open_context(
+    config: RunConfig, options: RunOptions, screen: Screen, *, kind: str = "pipeline"
+) -> Iterator[Context]:
+    """The workspace locked, the tracking store open with a parent run of this `kind`, and Ray up, for the length of the block."""
     from workflows.context import Context
     from workflows.runtime.cluster import Monitor, ray_session
+    from workflows.runtime.tracking import Tracker
 
+    workspace = Workspace(options.workspace)
     with ExitStack() as stack:
+        stack.enter_context(workspace.lock())
+        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {workspace.root}[/]")
+        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
+        with screen.status("opening the tracking store"):
+            tracker = Tracker(uri, artifacts=workspace.default_artifacts)
+            parent = _parent_run(config, workspace, tracker, kind)
+        stack.enter_context(_ended(tracker, parent))
         with screen.status("starting Ray"):
             resources = stack.enter_context(ray_session())
             monitor = Monitor()
-        context = Context(
+        yield Context(
             config=config,
             workspace=workspace,
             screen=screen,
@@ -117,20 +151,18 @@ def _run_stages(
             monitor=monitor,
             placement=place(config, options, resources),
         )
-        done: list[Done] = []
-        for name, finished in _stages(context):
-            done += finished
-            if name == options.until:
-                break
-    summary = _summary(config, done, time.monotonic() - began)
-    if options.until == STAGES[-1]:
-        folder = workspace.report(config.recipe)
-        shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
-        summary["report"] = str(folder / "report.html")
-        write_json(folder / "summary.json", summary)
-        tracker.log_artifact(parent, folder / "report.html")
-        tracker.log_artifact(parent, folder / "summary.json")
-    return summary
+
+
+@contextmanager
+def _ended(tracker: Tracker, run_id: str) -> Iterator[None]:
+    """Marks the run by how the block ends; on the way up of an error a store that does not answer must not hide it."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(UserError):
+            tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    tracker.end_run(run_id)
 
 
 def _stages(context: Context) -> Iterator[tuple[str, list[Done]]]:
@@ -207,25 +239,19 @@ def _summary(config: RunConfig, done: list[Done], seconds: float) -> dict[str, A
     return summary
 
 
-def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker) -> str:
-    """The pipeline's run: of this resolved configuration in this store, gone on with or new."""
+def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker, kind: str) -> str:
+    """The parent of the stages' runs: of this resolved configuration in this store, gone on with or new."""
     folder = workspace.root / "pipelines"
     folder.mkdir(exist_ok=True)
-    file = folder / f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri])}.json"
+    file = folder / f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind])}.json"
     if file.exists():
         run_id = str(json.loads(file.read_text())["run_id"])
         if tracker.resume_run(run_id):
             return run_id
     run_id = tracker.start_run(
-        f"{config.recipe} pipeline", tags={"mmdistill.recipe": config.recipe, "git_commit": git_commit()}
+        f"{config.recipe} {kind}", tags={"mmdistill.recipe": config.recipe, "git_commit": git_commit()}
     )
     write_json(file, {"run_id": run_id})
     tracker.log_params(run_id, config.model_dump(mode="json"))
     tracker.log_text(run_id, config.yaml(), "config.yaml")
     return run_id
-
-
-def _end_quietly(tracker: Tracker, run_id: str, status: str) -> None:
-    """While an error is on its way up, a store that does not answer must not hide it."""
-    with suppress(UserError):
-        tracker.end_run(run_id, status)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
-from workflows.config import Distill
+from workflows.config import Distill, RunConfig
 from workflows.context import Context, Done, StageRun, open_stage
 from workflows.runtime.worker import Job
 from workflows.runtime.workspace import code_version
@@ -44,7 +46,19 @@ def distill(context: Context, prepared: Done, taught: Done) -> dict[int, Done]:
         if isinstance(opened, Done):
             done[k] = opened
         else:
-            runs.append((k, _job(context, opened, k, prepared, taught), opened))
+            job = job_of(
+                context.config,
+                own,
+                k,
+                prepared=prepared.folder,
+                result=prepared.result,
+                teacher=taught.folder / "model",
+                identity=taught.identity,
+                name=f"distill-k{k}-{opened.folder.key}",
+                output=str(opened.path / "model"),
+                storage=str(context.workspace.training_storage),
+            )
+            runs.append((k, job, opened))
     if runs:
         _train(context, runs, done)
     return dict(sorted(done.items()))
@@ -74,35 +88,47 @@ def _train(context: Context, runs: list[tuple[int, Job, StageRun]], done: dict[i
 
 
 def _summary(run: StageRun) -> str:
-    import json
-
     provenance = json.loads((run.path / "model" / "model.json").read_text())["provenance"]
     if "best_score" not in provenance:
         return f"{provenance['images']:,} images"
     return f"{provenance['images']:,} images, best distance {provenance['best_score']:.3g} at {provenance['best_images']:,}"
 
 
-def _job(context: Context, run: StageRun, k: int, prepared: Done, taught: Done) -> Job:
-    own = context.config.distill.for_k(k)
+def job_of(
+    config: RunConfig,
+    own: Distill,
+    k: int,
+    *,
+    prepared: Path,
+    result: dict[str, Any],
+    teacher: Path,
+    identity: str,
+    name: str,
+    output: str,
+    storage: str,
+) -> Job:
+    """The training of the k-step student: `own` is the distill section as it holds for k, `result` what `prepare` returned,
+    `teacher` a model folder and `identity` its hash.
+    """
     validate = None
     if own.validate_every:
         validate = {
-            "classifier": str(prepared.folder / "classifier"),
+            "classifier": str(prepared / "classifier"),
             "samples": own.validate_samples,
             "every": own.validate_every,
         }
     return Job(
-        name=f"distill-k{k}-{run.folder.key}",
-        output=str(run.path / "model"),
-        storage=str(context.workspace.training_storage),
-        data=str(prepared.folder / "data"),
-        seed=context.config.seed + k,
+        name=name,
+        output=output,
+        storage=storage,
+        data=str(prepared / "data"),
+        seed=config.seed + k,
         method=own.method,
-        arguments={"k": k} | {name: getattr(own, name) for name in ARGUMENTS},
-        networks={"teacher": str(taught.folder / "model")},
-        network=network_config(context, prepared),
-        schedule=context.config.schedule.as_dict(),
-        prediction=context.config.prediction,
+        arguments={"k": k} | {field: getattr(own, field) for field in ARGUMENTS},
+        networks={"teacher": str(teacher)},
+        network=network_config(config, result),
+        schedule=config.schedule.as_dict(),
+        prediction=config.prediction,
         options=optimiser_options(own),
         images=own.images,
         batch=own.batch,
@@ -113,7 +139,14 @@ def _job(context: Context, run: StageRun, k: int, prepared: Done, taught: Done) 
         ema_half_life_images=own.ema_half_life_images,
         ema_ramp=own.ema_ramp,
         validate=validate,
-        provenance=_provenance(context, own.method, k, prepared, taught),
+        provenance={
+            "role": "student",
+            "recipe": config.recipe,
+            "method": own.method,
+            "k": k,
+            "teacher": identity,
+            "data_fingerprint": result["fingerprint"],
+        },
     )
 
 
@@ -121,14 +154,3 @@ def optimiser_options(own: Distill) -> dict[str, dict[str, Any]]:
     """The student's and the auxiliary's numbers, which differ in the learning rate if the recipe says so."""
     student = own.optimiser.model_dump()
     return {"student": student, "auxiliary": student | {"lr": own.auxiliary_lr or own.optimiser.lr}}
-
-
-def _provenance(context: Context, method: str, k: int, prepared: Done, taught: Done) -> dict[str, Any]:
-    return {
-        "role": "student",
-        "recipe": context.config.recipe,
-        "method": method,
-        "k": k,
-        "teacher": taught.identity,
-        "data_fingerprint": prepared.result["fingerprint"],
-    }

@@ -171,19 +171,27 @@ def _models(model: str, classifier: str) -> tuple[Any, Any]:
 def sample_chunk(
     model: str, classifier: str, sampler: str, k: int, label: np.ndarray, seed: int, first: int
 ) -> dict[str, np.ndarray]:
-    """Samples `first` to `first + len(label)` of the stream `seed`: their pixels, features and predicted classes."""
+    """`sampled` as a Ray task: on one thread, from folders."""
     import torch
 
     torch.set_num_threads(1)
     diffusion, extractor = _models(model, classifier)
-    conditional = diffusion.network.num_classes > 0
+    return sampled(diffusion, extractor, sampler, k, torch.from_numpy(label.copy()), seed, first, CHUNK)
+
+
+def sampled(
+    diffusion: Any, extractor: Any, sampler: str, k: int, label: Any, seed: int, first: int, batch: int
+) -> dict[str, np.ndarray]:
+    """Samples `first` to `first + len(label)` of the stream `seed`: their pixels, features and predicted classes."""
+    import torch
+
     images = diffusion.sample(
         len(label),
-        label=torch.from_numpy(label.copy()) if conditional else None,
+        label=label if diffusion.network.num_classes else None,
         seed=seed,
         k=k,
         sampler=sampler,
-        batch=CHUNK,
+        batch=batch,
         first=first,
     )
     with torch.inference_mode():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from workflows.config import RunConfig
 from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
 from workflows.runtime.cluster import require, run_together
 from workflows.runtime.data import dataset
@@ -52,7 +53,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         method="denoising",
         arguments={"p_t": c.teacher.p_t, "w_t": c.teacher.w_t},
         networks={},
-        network=network_config(context, prepared),
+        network=network_config(c, prepared.result),
         schedule=c.schedule.as_dict(),
         prediction=c.prediction,
         options={"teacher": c.teacher.optimiser.model_dump()},
@@ -75,10 +76,11 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
     return training_result(run, f"{c.teacher.images:,} images")
 
 
-def network_config(context: Context, prepared: Done) -> dict[str, Any]:
-    channels, height, _ = prepared.result["shape"]
-    data = {"image_size": height, "channels": channels, "num_classes": prepared.result["num_classes"]}
-    return data | context.config.network.model_dump()
+def network_config(config: RunConfig, prepared: dict[str, Any]) -> dict[str, Any]:
+    """The fields of DiTConfig: the recipe's, and those that follow from the data."""
+    channels, height, _ = prepared["shape"]
+    data = {"image_size": height, "channels": channels, "num_classes": prepared["num_classes"]}
+    return data | config.network.model_dump()
 
 
 def run_trainings(
