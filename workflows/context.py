@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from workflows.config import RunConfig, digest
-from workflows.pipeline import Placement
 from workflows.runtime.cluster import Monitor
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.tracking import Tracker
@@ -36,6 +35,16 @@ class Done:
     def identity(self) -> str:
         """The hash of what the stage made: the part of later stages' keys that comes from it."""
         return str(self.result["identity"])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Workers of each training, and how many students are trained at once."""
+
+    teacher_workers: int
+    student_workers: int
+    at_once: int
+    use_gpu: bool
 
 
 @dataclass
@@ -92,6 +101,10 @@ class StageRun:
             write_json(self.path / RUNS, runs | {tracker.uri: run_id})
             tracker.log_params(run_id, config)
         return str(run_id)
+
+    def begin(self) -> None:
+        """The work begins now: time in a queue does not count."""
+        self._since = time.monotonic()
 
     @property
     def seconds(self) -> float:

@@ -13,16 +13,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workflows.config import ConfigError, RunConfig, digest
+from workflows.context import Context, Done, Placement
+from workflows.runtime.cluster import Monitor, ray_session
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
+from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace, git_commit, write_json
-
-if TYPE_CHECKING:
-    from workflows.context import Context, Done
-    from workflows.runtime.tracking import Tracker
 
 STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
 
@@ -38,16 +37,6 @@ class RunOptions:
     gpu: bool | None = None
     force: tuple[str, ...] = ()
     until: str = "report"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Workers of each training, and how many students are trained at once."""
-
-    teacher_workers: int
-    student_workers: int
-    at_once: int
-    use_gpu: bool
 
 
 def check_options(config: RunConfig, options: RunOptions) -> None:
@@ -124,10 +113,6 @@ def open_context(
     config: RunConfig, options: RunOptions, screen: Screen, *, kind: str = "pipeline"
 ) -> Iterator[Context]:
     """The workspace locked, the tracking store open with a parent run of this `kind`, and Ray up, for the length of the block."""
-    from workflows.context import Context
-    from workflows.runtime.cluster import Monitor, ray_session
-    from workflows.runtime.tracking import Tracker
-
     workspace = Workspace(options.workspace)
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())

@@ -95,20 +95,24 @@ def run_trainings(
     require(context.resources, cpus=workers, gpus=workers if context.placement.use_gpu else 0)
     shards = {job.data: dataset(Path(job.data)) for job, _ in trainings}
 
-    def start(job: Job) -> Callable[[], None]:
-        return lambda: train(
-            job,
-            dataset=shards[job.data],
-            mailbox=context.monitor.actor,
-            workers=workers,
-            use_gpu=context.placement.use_gpu,
-        )
+    def start(job: Job, run: StageRun) -> Callable[[], None]:
+        def work() -> None:
+            run.begin()
+            train(
+                job,
+                dataset=shards[job.data],
+                mailbox=context.monitor.actor,
+                workers=workers,
+                use_gpu=context.placement.use_gpu,
+            )
+
+        return work
 
     for job, run in trainings:
         bar = context.screen.bar(run.folder.name, job.images, unit="images")
         context.listeners[job.name] = training_listener(run, bar)
     try:
-        run_together([start(job) for job, _ in trainings], at_once=at_once, tick=context.tick, done=done)
+        run_together([start(job, run) for job, run in trainings], at_once=at_once, tick=context.tick, done=done)
     finally:
         for job, _ in trainings:
             context.listeners.pop(job.name, None)
