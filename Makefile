@@ -22,8 +22,8 @@ $(DONE): pyproject.toml infra/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing what mmdistill needs into $(VENV): about 2 GB, some minutes ..."
-	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint infra/constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --constraint infra/constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -qq --constraint infra/constraints.txt --editable '.[dev]'
 	@touch $(DONE)
 
 lint: $(DONE)

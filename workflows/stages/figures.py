@@ -93,11 +93,13 @@ def distance_against_steps(table: dict[str, Any]) -> str:
                 zorder=4 if who == "student" else 3,
             )
         axis.axhline(table["floor"][measure], color=FLOOR, linewidth=1, linestyle=(0, (2, 3)))
+        most = max(r["nfe"] for r in table["rows"])
         axis.annotate(
             "half the data against the other half",
-            (1, table["floor"][measure]),
-            xytext=(0, 3),
+            (most, table["floor"][measure]),
+            xytext=(0, 4),
             textcoords="offset points",
+            ha="right",
             color=FLOOR,
             fontsize=8.5,
         )
