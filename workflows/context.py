@@ -80,11 +80,9 @@ class StageRun:
         self.resumed = began
         self.run_id = self._run(config)
         rows = read_metrics(self.path)
-        self._last_step = max((step for step, _ in rows), default=-1)
-        self._pending: list[tuple[int, dict[str, float]]] = []
-        if rows:
-            tracked = max(context.tracker.last_step(self.run_id, name) for name in ("n_images", "step"))
-            self._pending = [row for row in rows if row[0] > tracked]
+        self._steps = {step for step, _ in rows}
+        tracked = context.tracker.steps(self.run_id, *sorted({next(iter(row)) for _, row in rows}))
+        self._pending = [row for row in rows if row[0] not in tracked]
         self._flushed = time.monotonic()
 
     def _run(self, config: dict[str, Any]) -> str:
@@ -112,10 +110,10 @@ class StageRun:
         return float(self._spent + time.monotonic() - self._since)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Steps that were logged before are left out: a resumed training replays them."""
-        if step <= self._last_step:
+        """A step that was logged before is left out: a resumed training replays some."""
+        if step in self._steps:
             return
-        self._last_step = step
+        self._steps.add(step)
         with (self.path / METRICS).open("a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
         self._pending.append((step, metrics))
@@ -222,7 +220,7 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
 
 
 def read_metrics(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """(step, metrics) of a stage; a line that a kill cut short is left out."""
+    """(step, metrics) of a stage by step; a line that a kill cut short is left out."""
     rows = []
     path = folder / METRICS
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -231,7 +229,7 @@ def read_metrics(folder: Path) -> list[tuple[int, dict[str, float]]]:
         except ValueError:
             continue
         rows.append((int(row.pop("step")), row))
-    return rows
+    return sorted(rows, key=lambda row: row[0])
 
 
 def identity_of(*paths: Path) -> str:

@@ -119,11 +119,10 @@ class Tracker:
             for start in range(0, len(values), 1000):
                 self.client.log_batch(run_id, metrics=values[start : start + 1000])
 
-    def last_step(self, run_id: str, metric: str) -> int:
-        """The highest step at which `metric` was logged, -1 for none."""
+    def steps(self, run_id: str, *metrics: str) -> set[int]:
+        """The steps at which one of `metrics` was logged."""
         with self._reachable():
-            history = self.client.get_metric_history(run_id, _metric_name(metric))
-        return max((m.step for m in history), default=-1)
+            return {m.step for name in metrics for m in self.client.get_metric_history(run_id, _metric_name(name))}
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
         with self._reachable():

@@ -138,15 +138,15 @@ def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, f
     return validate
 
 
-def _restore(state: Any, note: Callable[[str], None]) -> None:
-    """The newest undamaged checkpoint of this run, if there is one."""
+def _restore(state: Any, note: Callable[[str], None]) -> list[dict[str, float]]:
+    """The newest undamaged checkpoint of this run goes to `state`; gives the metrics that were reported up to it."""
     import ray.train
 
     from mmdistill_core.engine.checkpoint import DamagedCheckpoint, load_checkpoint
 
     newest = ray.train.get_checkpoint()
     if newest is None:
-        return
+        return []
     reported = [r.checkpoint for r in ray.train.get_all_reported_checkpoints()]
     candidates = [newest] + [c for c in reversed(reported) if c.path != newest.path]
     for checkpoint in candidates:
@@ -156,9 +156,10 @@ def _restore(state: Any, note: Callable[[str], None]) -> None:
             except DamagedCheckpoint as error:
                 note(f"checkpoint {Path(checkpoint.path).name} is damaged ({error}); trying the one before it")
                 continue
-        state.load_state_dict(values)
-        return
+        state.load_state_dict(values["state"])
+        return list(values["reported"])
     note("no undamaged checkpoint is left: training starts again")
+    return []
 
 
 @dataclass
@@ -206,8 +207,11 @@ def set_up(config: dict[str, Any]) -> Training:
     state = build_state(job)
     for network in state.networks.values():
         network.to(device)
-    _restore(state, note)
+    # A checkpoint carries the metrics up to it: the driver may have died before it took them in.
+    reported = _restore(state, note)
     if state.n_images and rank == 0:
+        for row in reported:
+            mailbox.push.remote(job.name, row)
         mailbox.push.remote(job.name, {"n_images": float(state.n_images), "resumed": 1.0})
     if world > 1:
         for role in state.optimisers:
@@ -215,6 +219,7 @@ def set_up(config: dict[str, Any]) -> Training:
 
     def report(metrics: dict[str, float]) -> None:
         if rank == 0:
+            reported.append(metrics)
             mailbox.push.remote(job.name, metrics)
 
     def save(state: Any) -> None:
@@ -223,7 +228,7 @@ def set_up(config: dict[str, Any]) -> Training:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder) / "checkpoint", state.state_dict())
+            save_checkpoint(Path(folder) / "checkpoint", {"state": state.state_dict(), "reported": reported})
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(Path(folder) / "checkpoint"))
 
     options = FitOptions(
