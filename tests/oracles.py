@@ -93,7 +93,9 @@ class AffineInTime(nn.Module):
         return slope * (z - self.schedule.alpha(t)[:, None] * MEAN) + MEAN + offset
 
 
-def population_fixed_point(*, pairing: str, k: int, knots: int, n: int = 160, schedule: Schedule = COSINE) -> Tensor:
+def population_fixed_point(
+    *, pairing: str, k: int, knots: int, delta_power: float = 1.0, n: int = 160, schedule: Schedule = COSINE
+) -> Tensor:
     """The slopes [knots + 2] of an AffineInTime student at which Algorithm 2 stands still on N(MEAN, VARIANCE), with s uniform,
     w = 1 and an auxiliary that is the best linear predictor of x_tilde from z_s at every s, blind to t. By quadrature,
     descent from the teacher's slopes and Newton's method.
@@ -103,10 +105,11 @@ def population_fixed_point(*, pairing: str, k: int, knots: int, n: int = 160, sc
     """
     s = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     if pairing == "uniform":
-        delta = (torch.arange(n, dtype=torch.float64) + 0.5) / (n * k)
+        delta = ((torch.arange(n, dtype=torch.float64) + 0.5) / n) ** delta_power / k
         t = (s[:, None] + delta).clamp_max(1)
     else:
         t = (torch.floor(s * k) + 1)[:, None] / k
+        s = t[:, 0] - ((t[:, 0] - s) * k) ** delta_power / k
     wide = s[:, None].expand_as(t)
     c_z, c_x, var = (c.view_as(t) for c in posterior_coefficients(schedule=schedule, t=t.flatten(), s=wide.reshape(-1)))
     v_t = schedule.alpha(t) ** 2 * VARIANCE + schedule.sigma(t) ** 2

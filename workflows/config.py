@@ -106,6 +106,7 @@ class Distill(Training):
     method: Literal["moment_matching"] = "moment_matching"
     update: Literal["alternating", "joint"] = "joint"
     pairing: Literal["uniform", "grid"] = "grid"
+    delta_power: float = Field(1.0, gt=0, description="below 1: t - s is more often as long as sampling's steps")
     p_s: Literal["uniform", "karras"] = "uniform"
     w_s: Literal["flat", "snr", "v", "edm", "sigmoid"] = "flat"
     sigma_data: float = Field(0.5, gt=0)

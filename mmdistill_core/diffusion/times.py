@@ -29,17 +29,20 @@ def sample_s(*, density: str, schedule: Schedule, b: int, rng: torch.Generator) 
 
 
 def sample_pairs(
-    *, pairing: str, density: str, k: int, schedule: Schedule, b: int, rng: torch.Generator
+    *, pairing: str, density: str, k: int, schedule: Schedule, b: int, rng: torch.Generator, delta_power: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """(t, s), each [b], s < t <= 1 and t - s <= 1/k.
 
-    `uniform`: t = min(s + delta, 1), delta ~ U[0, 1/k], as the paper has it (2406.04103, section 3).
-    `grid`: t is the next point above s of the sampler's own grid {i/k}, so that training only sees the t that sampling uses.
+    `uniform`: t = min(s + delta, 1), delta = u^delta_power / k, u ~ U[0, 1]; with delta_power 1 as the paper has it
+    (2406.04103, section 3). Below 1 the long steps, which are what sampling takes, come more often.
+    `grid`: t is the next point above s of the sampler's own grid {i/k}, so that training only sees the t that sampling uses;
+    then s is moved within its interval in the same way, from t - u/k to t - u^delta_power / k.
     """
     s = sample_s(density=density, schedule=schedule, b=b, rng=rng)
     if pairing == "uniform":
-        delta = torch.rand(b, generator=rng, device=rng.device) / k
+        delta = torch.rand(b, generator=rng, device=rng.device) ** delta_power / k
         return (s + delta.clamp_min(1e-6)).clamp_max(1), s
     if pairing == "grid":
-        return (torch.floor(s * k) + 1) / k, s
+        t = (torch.floor(s * k) + 1) / k
+        return t, s if delta_power == 1 else (t - ((t - s) * k) ** delta_power / k).clamp_min(0)
     raise ValueError(f"pairing: {pairing!r} is not one of {', '.join(PAIRINGS)}")

@@ -40,6 +40,7 @@ class MomentMatching(Method):
              joint: both from every batch, with the student's and the teacher's forwards shared: 7 forward-equivalents a
              pair of updates in place of 10
     pairing  how t goes with s (times.PAIRINGS); p_s: density of s (times.TIME_DENSITIES); w_s: weight (weighting.WEIGHTINGS)
+    delta_power  below 1: more of the long steps t - s that sampling takes (times.sample_pairs); 1 is the paper's
     pull     the auxiliary's second term: its optimum is then halfway between E_g[x_tilde | z_s] and the teacher
     ema      keep an average of the student, "student_ema" (the paper has none: its learning rate decays to 0 over 200k steps,
              which averages too; a short run gains much by it)
@@ -49,6 +50,7 @@ class MomentMatching(Method):
     k: int
     update: str = "joint"
     pairing: str = "grid"
+    delta_power: float = 1.0
     p_s: str = "uniform"
     w_s: str = "flat"
     sigma_data: float = 0.5
@@ -78,7 +80,13 @@ class MomentMatching(Method):
 
     def _draw(self, batch: Batch, rng: torch.Generator) -> _Draw:
         t, s = sample_pairs(
-            pairing=self.pairing, density=self.p_s, k=self.k, schedule=self.schedule, b=len(batch), rng=rng
+            pairing=self.pairing,
+            density=self.p_s,
+            k=self.k,
+            schedule=self.schedule,
+            b=len(batch),
+            rng=rng,
+            delta_power=self.delta_power,
         )
         w = weight(weighting=self.w_s, logsnr=self.schedule.logsnr(s), sigma_data=self.sigma_data)
         return _Draw(t=t, s=s, z_t=noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng), w=w)

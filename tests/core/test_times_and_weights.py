@@ -21,8 +21,11 @@ def test_uniform_grid():
 @pytest.mark.parametrize("k", [1, 2, 3, 8])
 @pytest.mark.parametrize("density", TIME_DENSITIES)
 @pytest.mark.parametrize("pairing", PAIRINGS)
-def test_pairs_are_in_order_and_within_a_step(pairing, density, k):
-    t, s = sample_pairs(pairing=pairing, density=density, k=k, schedule=Cosine(), b=B, rng=rng())
+@pytest.mark.parametrize("delta_power", [1.0, 0.35])
+def test_pairs_are_in_order_and_within_a_step(pairing, density, k, delta_power):
+    t, s = sample_pairs(
+        pairing=pairing, density=density, k=k, schedule=Cosine(), b=B, rng=rng(), delta_power=delta_power
+    )
     assert ((s >= 0) & (s < t) & (t <= 1)).all()
     assert (t - s <= 1 / k + 1e-6).all()
 
@@ -41,6 +44,16 @@ def test_uniform_pairing_is_s_plus_a_uniform_delta_cut_at_one():
     assert abs(delta.mean().item() - 0.125) < 0.002
     assert abs(delta.var().item() - 0.25**2 / 12) < 2e-4
     assert (t[s > 0.999] > 0.999).all()
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.25])
+def test_delta_power_makes_the_long_steps_more_common(pairing, power):
+    """t - s = u^power / k: its mean is 1 / (k (1 + power)), its square's 1 / (k^2 (1 + 2 power))."""
+    t, s = sample_pairs(pairing=pairing, density="uniform", k=4, schedule=Cosine(), b=B, rng=rng(), delta_power=power)
+    delta = (t - s)[s < 0.75] * 4 if pairing == "uniform" else (t - s) * 4
+    assert delta.mean().item() == pytest.approx(1 / (1 + power), abs=0.01)
+    assert delta.square().mean().item() == pytest.approx(1 / (1 + 2 * power), abs=0.01)
 
 
 def test_karras_density_is_uniform_in_the_time_of_edms_grid():

@@ -25,7 +25,7 @@ CODE = (
     "mmdistill_core/samplers",
     "workflows/stages/distill.py",
 )
-ARGUMENTS = ("update", "pairing", "p_s", "w_s", "sigma_data", "pull", "ema")
+ARGUMENTS = ("update", "pairing", "delta_power", "p_s", "w_s", "sigma_data", "pull", "ema")
 
 
 def distill(context: Context, prepared: Done, taught: Done) -> dict[int, Done]:
