@@ -106,13 +106,14 @@ class Distill(Training):
     method: Literal["moment_matching"] = "moment_matching"
     update: Literal["alternating", "joint"] = "joint"
     pairing: Literal["uniform", "grid"] = "grid"
-    delta_power: float = Field(1.0, gt=0, description="below 1: t - s is more often as long as sampling's steps")
+    delta_power: float = Field(0.35, gt=0, description="below 1: t - s is more often as long as sampling's steps")
     p_s: Literal["uniform", "karras"] = "uniform"
     w_s: Literal["flat", "snr", "v", "edm", "sigmoid"] = "flat"
     sigma_data: float = Field(0.5, gt=0)
     pull: bool = True
     ema: bool = Field(True, description="keep an average of the student, and measure and register that")
-    optimiser: Optimiser = Optimiser(lr=3e-4, beta1=0.0)
+    optimiser: Optimiser = Optimiser(lr=3e-4, beta1=0.0, decay="constant")
+    ema_ramp: float = Field(0.1, gt=0, le=1, description="the half-life is at most this share of the images seen")
     auxiliary_lr: float | None = Field(None, gt=0, description="by default the student's")
     validate_every: int = Field(
         25_600, ge=0, description="distance of the student so far; the best is kept. 0: keep the last"
