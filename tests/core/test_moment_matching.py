@@ -212,8 +212,8 @@ GRID_VARIANCES = {1: 0.300, 2: 0.206, 4: 0.234, 8: 0.270}
 CASES = [(pairing, k, 1.0) for pairing, k in [("grid", 1), ("grid", 2), ("grid", 4), ("grid", 8)]]
 CASES += [("uniform", 2, 1.0), ("uniform", 4, 1.0), ("uniform", 8, 1.0)]
 CASES += [("grid", 2, 0.5), ("grid", 8, 0.7), ("uniform", 8, 0.5)]
-"""(pairing, k, delta_power). `uniform` at k = 1 is left out: its fixed point is a first-kind integral equation that no finite run pins down (.22 at a
-residual of 1e-3, .055 at 1e-4)."""
+"""(pairing, k, delta_power). `uniform` at k = 1 is left out: its fixed point is a first-kind integral equation that no finite run
+pins down (.22 at a residual of 1e-3, .055 at 1e-4)."""
 
 
 @pytest.mark.parametrize(("pairing", "k", "delta_power"), CASES)
