@@ -32,8 +32,9 @@ def distill(context: Context, prepared: Done, taught: Done) -> dict[int, Done]:
     """The students by k. Each is a stage of its own, distill-k<k>, finished and tracked as soon as it is trained."""
     done: dict[int, Done] = {}
     runs: list[tuple[int, Job, StageRun]] = []
-    for k in sorted(context.config.distill.k, reverse=True):
-        own = context.config.distill.for_k(k)
+    sections = {k: context.config.distill.for_k(k) for k in context.config.distill.k}
+    # The longest first, so that the last ones to end are short.
+    for k, own in sorted(sections.items(), key=lambda item: -item[1].images):
         shown = {"k": k, "distill": own.model_dump(exclude={"k", "overrides"})}
         depends = {
             "prepare": prepared.identity,

@@ -1,0 +1,70 @@
+"""A Ray cluster that was there before: named by RAY_ADDRESS, joined, and left running."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+from small import ROOT, SMALL
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def head(tmp_path):
+    """(address, environment) of a head node of its own, with two CPUs and token authentication, on the loopback."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 2)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # Ray's sockets need a short path
+        words = "start --head --block --node-ip-address 127.0.0.1 --port 0 --num-cpus 2 --include-dashboard false"
+        process = subprocess.Popen(
+            [f"{os.path.dirname(sys.executable)}/ray", *words.split(), "--temp-dir", folder],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+        shown = ""
+        assert process.stdout is not None
+        for line in process.stdout:
+            shown += line
+            if found := re.search(r"--address='([\d.]+:\d+)'", shown):
+                break
+        else:
+            raise AssertionError(shown)
+        yield found[1], environment
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
+    address, environment = head
+
+    def run(**more):
+        words = [sys.executable, "-m", "workflows", "run", "--json", "--workspace", str(tmp_path / "w"), "--until", "teacher"]
+        for text in SMALL:
+            words += ["--set", text]
+        return subprocess.run(words, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=300)
+
+    done = run(RAY_ADDRESS=address)
+    assert done.returncode == 0, done.stderr
+    assert [s["name"] for s in json.loads(done.stdout)["stages"]] == ["prepare", "teacher"]
+    script = "import ray; ray.init(logging_level='ERROR'); print(ray.cluster_resources()['CPU'])"
+    still = subprocess.run(
+        [sys.executable, "-c", script], env=environment | {"RAY_ADDRESS": address}, capture_output=True, text=True
+    )
+    assert still.stdout.split() == ["2.0"], still.stderr
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_ADDRESS": "127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-m", "workflows", "run", "--workspace", str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "RAY_ADDRESS" in done.stderr
