@@ -44,7 +44,17 @@ def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
     address, environment = head
 
     def run(**more):
-        words = [sys.executable, "-m", "workflows", "run", "--json", "--workspace", str(tmp_path / "w"), "--until", "teacher"]
+        words = [
+            sys.executable,
+            "-m",
+            "workflows",
+            "run",
+            "--json",
+            "--workspace",
+            str(tmp_path / "w"),
+            "--until",
+            "teacher",
+        ]
         for text in SMALL:
             words += ["--set", text]
         return subprocess.run(words, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=300)
