@@ -40,6 +40,7 @@ def head(tmp_path):
         process.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
     address, environment = head
 
@@ -57,7 +58,7 @@ def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
         ]
         for text in SMALL:
             words += ["--set", text]
-        return subprocess.run(words, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=300)
+        return subprocess.run(words, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=400)
 
     done = run(RAY_ADDRESS=address)
     assert done.returncode == 0, done.stderr
@@ -73,8 +74,8 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_ADDRESS": "127.0.0.1:9"}
     done = subprocess.run(
         [sys.executable, "-m", "workflows", "run", "--workspace", str(tmp_path)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "RAY_ADDRESS" in done.stderr
+    assert "no cluster answers at 127.0.0.1:9 (Connection refused)" in done.stderr

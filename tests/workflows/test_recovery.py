@@ -1,20 +1,22 @@
-"""Killed for real: a worker, the driver by Ctrl-C and by SIGKILL, a checkpoint on disk. Each time the run ends with the very
-weights and metrics of an undisturbed one.
+"""Killed for real: a worker, the driver by Ctrl-C and by SIGKILL, a checkpoint on disk, the disk's space, the tracking server.
+Each time the run ends with the very weights and metrics of an undisturbed one.
 """
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 from small import ROOT, SMALL, Runner
 
-from workflows.context import read_metrics
+from workflows.context import METRICS, read_metrics
 from workflows.runtime.cluster import Monitor
 from workflows.runtime.workspace import Workspace
 
@@ -56,7 +58,7 @@ def wait_for(workspace, images, timeout=240):
     raise AssertionError(f"no {images} images after {timeout} s")
 
 
-def assert_same(workspace, undisturbed):
+def assert_same(workspace, undisturbed, tracking_uri=None):
     identity, rows = outcome(workspace)
     steps = [step for step, _ in rows]
     assert steps == list(range(2560, IMAGES + 1, 2560)), "a step is missing or doubled"
@@ -65,7 +67,7 @@ def assert_same(workspace, undisturbed):
     from workflows.runtime.tracking import Tracker
 
     space = Workspace(workspace)
-    tracker = Tracker(space.default_tracking_uri, artifacts=space.default_artifacts)
+    tracker = Tracker(tracking_uri or space.default_tracking_uri, artifacts=space.default_artifacts)
     run_id = json.loads((teacher_folder(workspace) / "runs.json").read_text())[tracker.uri]
     tracked = [m.step for m in tracker.client.get_metric_history(run_id, "loss/teacher")]
     assert sorted(tracked) == steps, "a step is missing or doubled in the tracking store"
@@ -95,7 +97,7 @@ def wait_until_ray_train_is_gone():
 
 def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, monkeypatch):
     """Some of what it had sent is lost on the way, as when the driver dies first: the checkpoint brings it again."""
-    errors, drain = [], Monitor.drain
+    drain = Monitor.drain
 
     def lossy(monitor):
         rows, notes = drain(monitor)
@@ -105,6 +107,8 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
 
     seen: set[float] = set()
     monkeypatch.setattr(Monitor, "drain", lossy)
+
+    errors = []
 
     def work():
         try:
@@ -129,11 +133,12 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
 class Command:
     """`mmdistill run` in a process of its own."""
 
-    def __init__(self, workspace):
-        self.workspace = workspace
+    def __init__(self, workspace, *more):
+        self.workspace, self.more = workspace, more
 
     def start(self):
         words = [sys.executable, "-m", "workflows", "run", "--workspace", str(self.workspace), "--until", "teacher"]
+        words += self.more
         for text in [*SMALL, *LONG]:
             words += ["--set", text]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
@@ -141,10 +146,11 @@ class Command:
             words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def disturb(self, images, number):
+    def disturb(self, images, how):
+        """`how(process)` once that many images are logged: (exit code, what it said)."""
         process = self.start()
         wait_for(self.workspace, images)
-        process.send_signal(number)
+        how(process)
         _, shown = process.communicate(timeout=120)
         return process.returncode, shown
 
@@ -158,12 +164,12 @@ class Command:
 @pytest.mark.slow
 def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     command = Command(tmp_path / "workspace")
-    code, shown = command.disturb(40_000, signal.SIGINT)
+    code, shown = command.disturb(40_000, lambda process: process.send_signal(signal.SIGINT))
     assert code == 130
     assert "interrupted: finished stages and the last checkpoints are kept; run the same command again" in shown
     assert "Traceback" not in shown
 
-    code, _ = command.disturb(100_000, signal.SIGKILL)
+    code, _ = command.disturb(100_000, lambda process: process.kill())
     assert code == -signal.SIGKILL
     wait_until_ray_train_is_gone()
 
@@ -180,3 +186,74 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     assert "is damaged" in shown
     assert "goes on from" in shown
     assert_same(command.workspace, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
+    """The kernel's own "no space left on device", from /dev/full in the place of the metrics' file."""
+    command = Command(tmp_path / "workspace")
+
+    def fill(_):
+        metrics = teacher_folder(command.workspace) / METRICS
+        metrics.rename(metrics.with_suffix(".kept"))
+        metrics.symlink_to("/dev/full")
+
+    code, shown = command.disturb(60_000, fill)
+    assert code == 1
+    assert "the disk is full" in shown
+    assert "kept" in shown
+    assert "Traceback" not in shown
+    wait_until_ray_train_is_gone()
+    metrics = teacher_folder(command.workspace) / METRICS
+    metrics.with_suffix(".kept").replace(metrics)
+    assert "goes on from" in command.finish()
+    assert_same(command.workspace, undisturbed)
+
+
+class TrackingServer:
+    """`mlflow server` on the loopback; it can be killed and started again."""
+
+    def __init__(self, folder):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        words = f"server --host 127.0.0.1 --port {self.port} --workers 1 --backend-store-uri sqlite:///{self.folder}/server.db"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", *words.split(), "--artifacts-destination", str(self.folder / "artifacts")],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        end = time.monotonic() + 90
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                    return
+            except OSError:
+                assert time.monotonic() < end, "the tracking server does not answer"
+                assert self.process.poll() is None, "the tracking server ended"
+                time.sleep(0.3)
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.slow
+def test_a_tracking_server_that_dies_in_the_middle(tmp_path, undisturbed):
+    server = TrackingServer(tmp_path)
+    command = Command(tmp_path / "workspace", "--tracking-uri", server.uri)
+    server.start()
+    try:
+        code, shown = command.disturb(60_000, lambda _: server.kill())
+        assert code == 1
+        assert f"tracking: {server.uri} failed" in shown
+        assert "run the same command again" in shown
+        assert "Traceback" not in shown
+        wait_until_ray_train_is_gone()
+        server.start()
+        assert "goes on from" in command.finish()
+        assert_same(command.workspace, undisturbed, server.uri)
+    finally:
+        server.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,7 +42,9 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
         "logging_level": logging.ERROR,
         "runtime_env": {"env_vars": {name: os.environ[name] for name in QUIET}},
     }
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+    else:
         options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 512 * 1024**2}
     try:
         ray.init(**options)
@@ -54,6 +57,20 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raises UserError where nothing listens: Ray itself would try for minutes. Words such as "auto" are Ray's to resolve."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"ray: no cluster answers at {address} ({error.strerror or error})",
+            hint="check RAY_ADDRESS, or unset it to use this machine alone",
+        ) from error
 
 
 class Monitor:

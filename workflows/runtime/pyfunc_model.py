@@ -5,21 +5,23 @@ predict(DataFrame with a column `label`, params={"seed": 0}) -> float32 images [
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlflow
 import numpy as np
+import pandas as pd
 
 
-# MLflow reads type hints as a schema of its own kind; the signature is given when the model is logged.
 class DiffusionPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
-    def load_context(self, context):  # type: ignore[no-untyped-def]
+    def load_context(self, context: Any) -> None:
         from mmdistill_core.artifact import load_model
 
         self.model = load_model(context.artifacts["model"])
 
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         import torch
 
-        label = torch.as_tensor(np.asarray(model_input["label"], dtype=np.int64))
+        label = torch.from_numpy(model_input["label"].to_numpy(dtype=np.int64, copy=True))
         images = self.model.sample(
             len(label),
             label=label if self.model.network.num_classes else None,

@@ -127,12 +127,12 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: Path, tracki
     for name, justify in (
         ("steps", "right"),
         ("student", "right"),
-        ("teacher, same steps", "right"),
-        ("student / teacher", "right"),
-        (f"student / teacher at {HEADLINE_STEPS}", "right"),
-        ("trained in", "right"),
+        ("teacher,\nsame steps", "right"),
+        ("student /\nteacher", "right"),
+        (f"student / teacher\nat {HEADLINE_STEPS} steps", "right"),
+        ("trained\nin", "right"),
     ):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     at_256 = summary["teacher_frechet_256"]
     for s in summary["students"]:
         same = s["frechet"] / s["teacher_frechet_same_k"]
