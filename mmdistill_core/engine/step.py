@@ -52,7 +52,7 @@ def _run_phase(state: TrainState, phase: Phase, losses: Losses) -> PhaseLog:
     # A non-finite loss poisons the gradient, so that under DDP every worker sees it and skips the same step.
     (total * torch.where(total.isfinite(), 1.0, float("nan"))).backward()
     norms = {
-        role: nn.utils.clip_grad_norm_(state.networks[role].parameters(), state.options[role].clip_norm)
+        role: nn.utils.clip_grad_norm_(state.optimisers[role].param_groups[0]["params"], state.options[role].clip_norm)
         for role in phase.trains
     }
     state.forwards += losses.forwards * state.global_batch
