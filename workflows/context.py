@@ -202,6 +202,7 @@ def _republish(context: Context, folder: StageFolder, config: dict[str, Any], re
 
 def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], None]:
     """Takes a training's rows: to the metrics, and to its bar."""
+    distance: list[str] = []
 
     def listen(row: dict[str, float]) -> None:
         n = row["n_images"]
@@ -210,11 +211,10 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
             run.context.screen.line(f"  {run.folder.name}: goes on from {short(n)} images")
             return
         run.log(int(n), row)
-        words = [f"{short(row['images_per_second'])} img/s"]
-        words += [f"{key.split('/')[1]} {value:.3g}" for key, value in row.items() if key.startswith("loss/")]
         if "score" in row:
-            words.append(f"distance {row['score']:.3g} (best {row['best/score']:.3g})")
-        bar.update(n, "  ".join(words))
+            distance[:] = [f"distance {row['score']:.3g} (best {row['best/score']:.3g})"]
+        losses = [f"{key.split('/')[1]} {value:.3g}" for key, value in row.items() if key.startswith("loss/")]
+        bar.update(n, "  ".join([f"{short(row['images_per_second'])} img/s", *distance, *losses]))
 
     return listen
 

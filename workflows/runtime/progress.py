@@ -8,13 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 QUIET_INTERVAL = 15.0
 
@@ -30,6 +26,15 @@ def short(number: float) -> str:
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class _Detail(TextColumn):
+    """The column that gives way on a narrow terminal, with an ellipsis; the others keep their width."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
 
 
 class Bar:
@@ -78,13 +83,13 @@ class Screen:
 
     def _new_progress(self) -> Progress:
         return Progress(
-            SpinnerColumn(finished_text="[green]✓[/]"),
+            SpinnerColumn(finished_text="[green]✓[/]", table_column=Column(no_wrap=True)),
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("[cyan]{task.fields[left]}"),
-            TextColumn("[dim]{task.fields[detail]}"),
+            _Detail("[dim]{task.fields[detail]}", table_column=Column(no_wrap=False)),
             console=self.console,
             transient=True,
             disable=self.quiet,
