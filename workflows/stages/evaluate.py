@@ -28,7 +28,7 @@ CODE = (
     "mmdistill_core/artifact.py",
     "mmdistill_core/rng.py",
 )
-CHUNK = 250
+CHUNK = 600
 MEASURES = ("frechet", "frechet_pixels", "accuracy", "precision", "recall")
 GRID_COLUMNS = 10
 

@@ -210,12 +210,12 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(lines: list[dict[str, Any]], screen: Screen) -> None:
     from rich.table import Table
 
-    fields = list(dict.fromkeys(field for line in lines for field in line["point"]))
+    fields = [f for f in lines[0]["point"] if f == "k" or len({json.dumps(line["point"][f]) for line in lines}) > 1]
     table = Table(header_style="bold")
     for name in (*fields, "distance", "in pixels", "recall", "seconds", "seeds"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for line in lines:
-        values = [f"{v:.3g}" if isinstance(v := line["point"].get(f, ""), float) else str(v) for f in fields]
+        values = [f"{v:.3g}" if isinstance(v := line["point"][f], float) else str(v) for f in fields]
         cells = [f"{line[n]['mean']:.3f} ± {line[n]['spread']:.3f}" for n in ("frechet", "frechet_pixels", "recall")]
         table.add_row(*values, *cells, f"{line['seconds']['mean']:.0f}", str(line["seeds"]))
     screen.console.print(table)
