@@ -238,15 +238,15 @@ def test_whole_algorithm_on_gaussian_data(pairing, k, delta_power):
 def test_mixture_of_eight():
     """k = 8 on a ring of eight Gaussians with the exact teacher: no mode is lost or doubled, and their variances stay.
 
-    What is aimed at is 5 % in every mode's mass and in the mean variance. Reached: 4.4 % and 6.1 %; with twice the learning rate
-    9 % and 1 %. The bounds here leave room for other machines' rounding.
+    Reached: 4.4 % in the masses, 4.2 % in the mean variance; the bounds leave room for other machines' rounding. delta_power .85 is between 1, which leaves the variance 6 % low, and .7, which the Gaussian's
+    table would have (docs/defaults.md).
     """
     modes, variance = 8, 0.02
     exact = ring_of_gaussians(modes=modes, radius=1.0, variance=variance, schedule=COSINE)
     student = fitted_perceptron(exact, steps=3000)
     auxiliary = Perceptron(dimensions=2)
     auxiliary.load_state_dict(student.state_dict())
-    method = MomentMatching(schedule=COSINE, k=8, update="joint", pairing="uniform", p_s="uniform", w_s="sigmoid")
+    method = MomentMatching(schedule=COSINE, k=8, pairing="uniform", delta_power=0.85, w_s="sigmoid")
     state = TrainState.create(
         method=method,
         given={"teacher": exact, "student": student, "auxiliary": auxiliary},
@@ -265,8 +265,8 @@ def test_mixture_of_eight():
     teacher_mass, teacher_spread = modes_of(exact, exact, k=8)
     print(f"student: mass x{modes} {mass * modes}, variance ratio {spread / variance}")
     print(f"teacher: mass x{modes} {teacher_mass * modes}, variance ratio {teacher_spread / variance}")
-    torch.testing.assert_close(mass * modes, torch.ones(modes), atol=0.08, rtol=0)
-    assert abs(spread.mean().item() / variance - 1) < 0.09
+    torch.testing.assert_close(mass * modes, torch.ones(modes), atol=0.06, rtol=0)
+    assert abs(spread.mean().item() / variance - 1) < 0.06
 
 
 def fitted_perceptron(exact, *, steps):
@@ -289,9 +289,9 @@ def fitted_perceptron(exact, *, steps):
     return network
 
 
-def modes_of(denoiser, exact, *, k, n=100_000):
+def modes_of(denoiser, exact, *, k, n=400_000):
     """Mass of each mode, and the mean of its two variances."""
-    x = sample(denoiser=denoiser, schedule=COSINE, shape=(n, 2), k=k, batch=n)
+    x = sample(denoiser=denoiser, schedule=COSINE, shape=(n, 2), k=k, batch=100_000)
     nearest = torch.cdist(x, exact.means).argmin(1)
     mass = torch.bincount(nearest, minlength=len(exact.means)) / n
     spread = torch.stack([(x[nearest == j] - exact.means[j]).square().mean() for j in range(len(exact.means))])
