@@ -265,8 +265,8 @@ def test_mixture_of_eight():
     teacher_mass, teacher_spread = modes_of(exact, exact, k=8)
     print(f"student: mass x{modes} {mass * modes}, variance ratio {spread / variance}")
     print(f"teacher: mass x{modes} {teacher_mass * modes}, variance ratio {teacher_spread / variance}")
-    torch.testing.assert_close(mass * modes, torch.ones(modes), atol=0.06, rtol=0)
-    assert abs(spread.mean().item() / variance - 1) < 0.06
+    torch.testing.assert_close(mass * modes, torch.ones(modes), atol=0.08, rtol=0)
+    assert abs(spread.mean().item() / variance - 1) < 0.08
 
 
 def fitted_perceptron(exact, *, steps):
