@@ -238,8 +238,9 @@ def test_whole_algorithm_on_gaussian_data(pairing, k, delta_power):
 def test_mixture_of_eight():
     """k = 8 on a ring of eight Gaussians with the exact teacher: no mode is lost or doubled, and their variances stay.
 
-    Reached: 4.4 % in the masses, 4.2 % in the mean variance; the bounds leave room for other machines' rounding. delta_power .85
-    is between 1, which leaves the variance 6 % low, and .7, which the Gaussian's table would have (docs/defaults.md).
+    Reached: 4.4 % in the masses, 4.2 % in the mean variance; the bounds leave room for other machines' rounding. The setting is the
+    best of those tried: delta_power .85 is between 1, which leaves the variance 6 % low, and .7, which the Gaussian's table would
+    have (docs/defaults.md).
     """
     modes, variance = 8, 0.02
     exact = ring_of_gaussians(modes=modes, radius=1.0, variance=variance, schedule=COSINE)
