@@ -37,10 +37,18 @@ def posterior_coefficients(*, schedule: Schedule, t: Tensor, s: Tensor) -> tuple
     return alpha_t * sigma_s**2 / (alpha_s * sigma_t**2), alpha_s * gain, sigma_s**2 * gain
 
 
-def posterior(*, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-    """z_s ~ q(z_s | z_t, x): ancestral sampling's step and the transition of moment matching (2406.04103, eq. 2)."""
-    c_z, c_x, var = (expand(c, like=x) for c in posterior_coefficients(schedule=schedule, t=t, s=s))
-    return c_z * z_t + c_x * x + var.sqrt() * noise
+def posterior(
+    *, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Tensor, extra_noise: float = 0.0
+) -> Tensor:
+    """z_s ~ q(z_s | z_t, x): ancestral sampling's step and the transition of moment matching (2406.04103, eq. 2).
+
+    extra_noise  0: the posterior's variance sigma_s^2 (1 - SNR_t / SNR_s); 1: its upper bound, that of q(z_t | z_s), with sigma_t
+                 for sigma_s; between, log-linear. It is what a teacher's sampler is tuned by (2102.09672, eq. 15; 2202.00512)
+    """
+    c_z, c_x, var = posterior_coefficients(schedule=schedule, t=t, s=s)
+    if extra_noise:
+        var = var * (schedule.sigma(t) / schedule.sigma(s)) ** (2 * extra_noise)
+    return expand(c_z, like=x) * z_t + expand(c_x, like=x) * x + expand(var.sqrt(), like=x) * noise
 
 
 def ddim(*, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ LOGSNR_MAX = 20.0
 """logsnr is clipped to +-20, as progressive distillation does (2202.00512): alpha(1) = sigma(0) = 4.5e-5."""
 
 
+def resolution_shift(*, resolution: int, reference: int) -> float:
+    """2 log(reference / resolution): how far logsnr moves for images of another resolution (2301.11093, eq. 5)."""
+    return 2 * math.log(reference / resolution)
+
+
 class Schedule(ABC):
     """alpha_t, sigma_t, logsnr_t; all take t [b] and return [b]. `variance_preserving`: alpha^2 + sigma^2 = 1."""
 
@@ -65,7 +70,7 @@ class ShiftedCosine(Schedule):
     variance_preserving: ClassVar[bool] = True
 
     def _shift(self) -> float:
-        return 2 * math.log(self.reference / self.resolution)
+        return resolution_shift(resolution=self.resolution, reference=self.reference)
 
     def logsnr(self, t: Tensor) -> Tensor:
         return (Cosine().logsnr(t) + self._shift()).clamp(-LOGSNR_MAX, LOGSNR_MAX)

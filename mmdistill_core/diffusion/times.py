@@ -16,20 +16,28 @@ def uniform_grid(*, k: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.linspace(1, 0, k + 1, dtype=torch.float64, device=device).float()
 
 
-def sample_s(*, density: str, schedule: Schedule, b: int, rng: torch.Generator) -> Tensor:
+def sample_s(*, density: str, schedule: Schedule, b: int, rng: torch.Generator, logsnr_shift: float = 0.0) -> Tensor:
     """s [b] in [0, 1). `uniform`: in the schedule's own time. `karras`: uniform in the time of EDM's test-time grid
-    (rho 7, sigma .002 to 80), carried over by logsnr: p(s) of 2406.04103, section 4.
+    (rho 7, sigma .002 to 80), carried over by logsnr, plus `logsnr_shift`: p(s) of 2406.04103, section 4.
     """
     u = torch.rand(b, generator=rng, device=rng.device)
     if density == "uniform":
         return u
     if density == "karras":
-        return schedule.t_from_logsnr(Karras().logsnr(u)).clamp(0, 1 - 1e-6)
+        return schedule.t_from_logsnr(Karras().logsnr(u) + logsnr_shift).clamp(0, 1 - 1e-6)
     raise ValueError(f"p_s: {density!r} is not one of {', '.join(TIME_DENSITIES)}")
 
 
 def sample_pairs(
-    *, pairing: str, density: str, k: int, schedule: Schedule, b: int, rng: torch.Generator, delta_power: float = 1.0
+    *,
+    pairing: str,
+    density: str,
+    k: int,
+    schedule: Schedule,
+    b: int,
+    rng: torch.Generator,
+    delta_power: float = 1.0,
+    logsnr_shift: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(t, s), each [b], s < t <= 1 and t - s <= 1/k.
 
@@ -38,7 +46,7 @@ def sample_pairs(
     `grid`: t is the next point above s of the sampler's own grid {i/k}, so that training only sees the t that sampling uses;
     then s is moved within its interval in the same way, from t - u/k to t - u^delta_power / k.
     """
-    s = sample_s(density=density, schedule=schedule, b=b, rng=rng)
+    s = sample_s(density=density, schedule=schedule, b=b, rng=rng, logsnr_shift=logsnr_shift)
     if pairing == "uniform":
         delta = torch.rand(b, generator=rng, device=rng.device) ** delta_power / k
         return (s + delta.clamp_min(1e-6)).clamp_max(1), s

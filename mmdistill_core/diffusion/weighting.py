@@ -8,8 +8,8 @@ from torch import Tensor
 WEIGHTINGS = ("flat", "snr", "v", "edm", "sigmoid")
 
 
-def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """w [b] for logsnr [b].
+def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5, logsnr_shift: float = 0.0) -> Tensor:
+    """w [b] for logsnr [b]: of logsnr - logsnr_shift, where the shift is that of the resolution (`resolution_shift`).
 
     flat     1
     snr      alpha^2 / sigma^2: the loss in eps
@@ -18,6 +18,7 @@ def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5) -> Tensor
              w(s) of 2406.04103
     sigmoid  SNR sigmoid(-logsnr) = sigmoid(logsnr): eps-weight times sigmoid, bounded by 1 (2410.19324)
     """
+    logsnr = logsnr - logsnr_shift
     if weighting == "flat":
         return torch.ones_like(logsnr)
     if weighting == "snr":
@@ -29,3 +30,10 @@ def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5) -> Tensor
     if weighting == "sigmoid":
         return torch.sigmoid(logsnr)
     raise ValueError(f"w_s: {weighting!r} is not one of {', '.join(WEIGHTINGS)}")
+
+
+def dmd_weight(*, x: Tensor, x_hat: Tensor) -> Tensor:
+    """1 / mean |x - x_hat|, [b]: DMD's, by how far the sample is from what the teacher makes of it (2311.18828, eq. 8, in terms
+    of x). It depends on the sample, so it may weigh a student's gradient but no regression: that would move the mean regressed on.
+    """
+    return 1 / (x - x_hat).detach().abs().flatten(1).mean(dim=1).clamp_min(1e-6)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmdistill_core.engine.optim import OptimiserOptions, averaged
-from mmdistill_core.methods.base import Method
+from mmdistill_core.methods.base import Method, Role, Statistic
+from mmdistill_core.networks.denoiser import Denoiser
 
 
 @dataclass
@@ -29,6 +31,10 @@ class Best:
 class TrainState:
     """`networks` are plain modules by role. `callables` are what losses call: the same modules, unless a worker has wrapped
     them (DDP, compile). Learning rates and randomness are functions of n_images and therefore not stored.
+
+    micro_batch            images a worker takes at once, or None for all of its part of the batch: gradients are accumulated
+    averaged_over_workers  name -> tensor, to the mean over all workers
+    unsynced               a context in which gradients stay with their worker, for all but the last part of a batch
     """
 
     method: Method
@@ -39,6 +45,9 @@ class TrainState:
     global_batch: int
     total_images: int
     best: Best
+    micro_batch: int | None = None
+    averaged_over_workers: Callable[[Statistic], Statistic] = lambda statistic: statistic
+    unsynced: Callable[[], AbstractContextManager[Any]] = nullcontext
     step: int = 0
     n_images: int = 0
     forwards: int = 0
@@ -57,6 +66,7 @@ class TrainState:
         best_role: str,
         ema_half_life_images: float = 500_000,
         ema_ramp: float = 0.05,
+        micro_batch: int | None = None,
     ) -> TrainState:
         """`given` holds the networks of the roles whose source is "given", and may hold others (a student that does not
         start as a copy of its teacher); the rest start as copies of their source.
@@ -69,7 +79,7 @@ class TrainState:
         networks: dict[str, nn.Module] = {}
         for role in method.roles:
             if role.name in given:
-                networks[role.name] = given[role.name]
+                networks[role.name] = _told(given[role.name], role)
             elif role.life == "ema":
                 networks[role.name] = averaged(
                     networks[role.source],
@@ -78,7 +88,7 @@ class TrainState:
                     images_per_update=global_batch,
                 )
             else:
-                networks[role.name] = copy.deepcopy(networks[role.source])
+                networks[role.name] = _told(copy.deepcopy(networks[role.source]), role)
             networks[role.name].requires_grad_(role.life == "trained")
             networks[role.name].train(role.life == "trained")
         trained = [r.name for r in method.roles if r.life == "trained"]
@@ -92,6 +102,7 @@ class TrainState:
             global_batch=global_batch,
             total_images=total_images,
             best=Best(role=best_role),
+            micro_batch=micro_batch,
         )
 
     @property
@@ -138,6 +149,14 @@ class TrainState:
             setattr(self, name, count)
         self.best = Best(role=self.best.role, **values["best"])
         torch.set_rng_state(values["torch_rng"])
+
+
+def _told(network: nn.Module, role: Role) -> nn.Module:
+    """The network with the role's conditions among its inputs."""
+    if not role.conditions:
+        return network
+    assert isinstance(network, Denoiser)
+    return network.conditioned_on(*role.conditions)
 
 
 _COUNTERS = ("step", "n_images", "forwards", "skipped", "skipped_in_a_row")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from mmdistill_core.engine.batches import BatchSource
 from mmdistill_core.engine.state import TrainState
-from mmdistill_core.methods.base import Losses, Phase
+from mmdistill_core.methods.base import Batch, Losses, Phase, Statistic
 from mmdistill_core.rng import generator
 
 PATIENCE = 20
@@ -35,7 +36,7 @@ def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int 
     for number, phase in enumerate(state.method.phases(state.step)):
         batch = batches(state.n_images)
         rng = generator(seed, rank, state.n_images, number, device=batch.x.device)
-        logs.append(_run_phase(state, phase, phase.loss(state.callables, batch, rng)))
+        logs.append(_run_phase(state, phase, batch, rng))
         state.n_images += state.global_batch
     for average, source in state.averages.items():
         state.networks[average].update_parameters(state.networks[source])  # type: ignore[operator]
@@ -43,19 +44,51 @@ def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int 
     return logs
 
 
-def _run_phase(state: TrainState, phase: Phase, losses: Losses) -> PhaseLog:
-    if set(losses.per_sample) != set(phase.trains):
-        raise AssertionError(f"phase trains {phase.trains}, its loss returned {sorted(losses.per_sample)}")
+def _backward(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator) -> Losses:
+    """The gradients of the batch's mean loss, taken in parts of `state.micro_batch`; gives the losses.
+
+    In a phase with a statistic the first half of the batch goes into it, and the losses are those of the second.
+    """
+    size, images = state.micro_batch or len(batch), state.global_batch
+    given: tuple[Statistic, ...] = ()
+    if phase.statistic is not None:
+        if len(batch) % 2:
+            raise ValueError(f"batch: {len(batch)} on each worker is to be cut into halves")
+        first, batch = batch.split(len(batch) // 2)
+        given, images = (_mean_statistic(state, phase, first, rng, size),), images // 2
+    parts, done = batch.split(size), []
+    for part in parts:
+        with nullcontext() if part is parts[-1] else state.unsynced():
+            losses = phase.loss(state.callables, part, rng, *given)
+            if set(losses.per_sample) != set(phase.trains):
+                raise AssertionError(f"phase trains {phase.trains}, its loss returned {sorted(losses.per_sample)}")
+            total = torch.stack([loss.mean() for loss in losses.per_sample.values()]).sum() * (len(part) / len(batch))
+            # A non-finite loss poisons the gradient, so that under DDP every worker sees it and skips the same step.
+            (total * torch.where(total.isfinite(), 1.0, float("nan"))).backward()
+        done.append(losses)
+    state.forwards += losses.forwards * images
+    return Losses.join(done)
+
+
+def _mean_statistic(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator, size: int) -> Statistic:
+    """The phase's statistic over the batch, in parts, and over all workers."""
+    assert phase.statistic is not None
+    mean: Statistic = {}
+    for part in batch.split(size):
+        for name, value in phase.statistic(state.callables, part, rng).items():
+            share = value * (len(part) / len(batch))
+            mean[name] = mean[name] + share if name in mean else share
+    return state.averaged_over_workers(mean)
+
+
+def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator) -> PhaseLog:
     for role in phase.trains:
         state.optimisers[role].zero_grad(set_to_none=True)
-    total = torch.stack([loss.mean() for loss in losses.per_sample.values()]).sum()
-    # A non-finite loss poisons the gradient, so that under DDP every worker sees it and skips the same step.
-    (total * torch.where(total.isfinite(), 1.0, float("nan"))).backward()
+    losses = _backward(state, phase, batch, rng)
     norms = {
         role: nn.utils.clip_grad_norm_(state.optimisers[role].param_groups[0]["params"], state.options[role].clip_norm)
         for role in phase.trains
     }
-    state.forwards += losses.forwards * state.global_batch
     finite = bool(torch.stack(list(norms.values())).isfinite().all())
     if finite:
         state.skipped_in_a_row = 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -23,6 +23,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
+    def split(self, size: int) -> list[Batch]:
+        """Parts of at most `size`, in order."""
+        labels = [None] * len(self) if self.label is None else self.label.split(size)
+        return [Batch(x, label) for x, label in zip(self.x.split(size), labels, strict=False)]
+
 
 @dataclass(frozen=True)
 class Role:
@@ -30,11 +35,13 @@ class Role:
 
     life    trained: by a phase's loss; frozen: its parameters never move; ema: average of the role named by `source`
     source  the role, or "given", whose weights it starts from
+    conditions  what it is told beyond its source (Denoiser.conditioned_on)
     """
 
     name: str
     life: Literal["trained", "frozen", "ema"]
     source: str = "given"
+    conditions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class Losses:
                 engine may sum them and go backward once
     logs        name -> [b] or scalar: means are logged
     by_level    name -> [b]: logged per noise level, with `logsnr` [b] of the same samples
-    evaluations network evaluations of one sample: forwards, and two for a backward through a network
+    logsnr      [b], of by_level
+    forwards    network evaluations for one sample; in a phase with a statistic, for one of each half
     """
 
     per_sample: dict[str, Tensor]
@@ -54,16 +62,42 @@ class Losses:
     logsnr: Tensor | None = None
     forwards: int = 0
 
+    @classmethod
+    def join(cls, parts: Sequence[Losses]) -> Losses:
+        """The losses of a batch from those of its parts, detached."""
+        if len(parts) == 1:
+            (only,) = parts
+            return replace(only, per_sample={name: v.detach() for name, v in only.per_sample.items()})
 
-PhaseLoss = Callable[[Networks, Batch, torch.Generator], Losses]
+        def joined(of: Callable[[Losses], dict[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([of(p)[name].detach().reshape(-1) for p in parts]) for name in of(parts[0])}
+
+        levels = [p.logsnr for p in parts if p.logsnr is not None]
+        return cls(
+            joined(lambda p: p.per_sample),
+            joined(lambda p: p.logs),
+            joined(lambda p: p.by_level),
+            torch.cat(levels) if levels else None,
+            parts[0].forwards,
+        )
+
+
+Statistic = dict[str, Tensor]
+PhaseLoss = Callable[..., Losses]
+"""(nets, batch, rng) -> Losses; in a phase with a statistic (nets, batch, rng, statistic) -> Losses."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One update: the roles it trains (nearly always one) and their loss."""
+    """One update: the roles it trains (nearly always one) and their loss.
+
+    statistic  (nets, batch, rng) -> name -> a mean over the batch, for a loss with a product of two expectations: it is taken over
+               the first half of every batch and over all workers, and given to `loss`, which sees the other half
+    """
 
     trains: tuple[str, ...]
     loss: PhaseLoss
+    statistic: Callable[[Networks, Batch, torch.Generator], Statistic] | None = None
 
 
 class Method(ABC):

@@ -1,10 +1,21 @@
-"""Moment matching by alternating optimisation (Salimans, Mensink, Heek, Hoogeboom, 2406.04103, Algorithm 2).
+"""Moment matching (Salimans, Mensink, Heek, Hoogeboom, 2406.04103): Algorithm 2, and Algorithm 3.
 
 A k-step student g_eta with z_s ~ q(z_s | z_t, x_tilde), x_tilde = g_eta(z_t, t), samples the data's law if
-E_g[x_tilde | z_s] = E_q[x | z_s] wherever it goes. The teacher g_theta knows the right side; the auxiliary g_phi learns the left:
+E_g[x_tilde | z_s] = E_q[x | z_s] wherever it goes. The teacher g_theta knows the right side.
+
+Algorithm 2, alternating: an auxiliary g_phi learns the left side.
 
     L_phi = w(s) { |x_tilde - g_phi(z_s, s)|^2 + |g_theta(z_s, s) - g_phi(z_s, s)|^2 }     (auxiliary, with pull to the teacher)
     L_eta = w(s) x_tilde . sg[g_phi(z_s, s) - g_theta(z_s, s)]                              (student)
+
+Algorithm 3, instant: where the two sides are equal the teacher has nothing to learn from the student's samples. So the gradient
+that it would get on one half of the batch, A, says where the student is to go on the other, B.
+
+    G     = grad_theta mean_A w(s) |x_tilde - g_theta(z_s, s)|^2
+    nu    = -Lambda G
+    L_eta = mean_B w(s) x_tilde . sg[(dg_theta(z_s, s) / dtheta) nu]                        (student)
+
+With this sign, which is not the printed one, L_eta has the gradient of 1/4 E[G]^T Lambda E[G] at z_s held: it descends.
 """
 
 from __future__ import annotations
@@ -14,36 +25,62 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
+from mmdistill_core.diffusion.guidance import NULL_LABEL, guided, squeezed
 from mmdistill_core.diffusion.schedules import Schedule
 from mmdistill_core.diffusion.times import sample_pairs
-from mmdistill_core.diffusion.weighting import weight
-from mmdistill_core.methods.base import Batch, Losses, Method, Networks, Phase, Role
-from mmdistill_core.methods.parts import denoising_loss, direction_gap, noisy, push, transition
+from mmdistill_core.diffusion.weighting import WEIGHTINGS, dmd_weight, weight
+from mmdistill_core.methods.base import Batch, Losses, Method, Networks, Phase, Role, Statistic
+from mmdistill_core.methods.parts import (
+    DERIVATIVES,
+    TRANSITIONS,
+    denoising_loss,
+    direction_gap,
+    directional_derivative,
+    noisy,
+    parameters_of,
+    per_sample_mean,
+    push,
+    straight_through,
+    transition,
+)
 
-UPDATES = ("alternating", "joint")
+UPDATES = ("alternating", "joint", "instant")
+STUDENT_WEIGHTINGS = (*WEIGHTINGS, "dmd")
 
 
 @dataclass(frozen=True)
 class _Draw:
+    """What an update starts from: t, s, w(s), the guidance of each sample [b] if there is any, and z_t."""
+
     t: Tensor
     s: Tensor
     z_t: Tensor
     w: Tensor
+    guidance: Tensor | None
+    label: Tensor | None
 
 
 @dataclass(frozen=True)
 class MomentMatching(Method):
     """
-    k        steps of the student's sampler
-    update   alternating: the auxiliary learns on even steps and the student on odd ones, each from a batch of its own.
-             joint: both from every batch, with the student's and the teacher's forwards shared: 7 forward-equivalents a
-             pair of updates in place of 10
-    pairing  how t goes with s (times.PAIRINGS); p_s: density of s (times.TIME_DENSITIES); w_s: weight (weighting.WEIGHTINGS)
+    k            steps of the student's sampler
+    update       alternating: the auxiliary learns in `auxiliary_updates` steps and then the student in one, each from a batch of
+                 its own. joint: both from every batch, with the student's and the teacher's forwards shared: 7 forward-equivalents
+                 a pair of updates in place of 10; with auxiliary_updates > 1 only the last of them is shared.
+                 instant: no auxiliary; from the teacher's own gradient
+    pairing      how t goes with s (times.PAIRINGS); p_s: density of s (times.TIME_DENSITIES); w_s: weight (weighting.WEIGHTINGS, or
+                 dmd: flat, but the student's gradient by DMD's adaptive weight); logsnr_shift moves both p(s) and w(s)
     delta_power  below 1: more of the long steps t - s that sampling takes (times.sample_pairs); 1 is the paper's
-    pull     the auxiliary's second term: its optimum is then halfway between E_g[x_tilde | z_s] and the teacher
-    ema      keep an average of the student, "student_ema" (the paper has none: its learning rate decays to 0 over 200k steps,
-             which averages too; a short run gains much by it)
+    transition   conditional or unconditional z_s, and eta (parts.transition)
+    guidance     of the teacher: 0 is off; (low, high): drawn evenly for each sample, and told to the student and the auxiliary
+    clip_x       the teacher's x_hat is clipped to [-1, 1]
+    pull         the auxiliary's second term: its optimum is then halfway between E_g[x_tilde | z_s] and the teacher
+    auxiliary_sees_t   an experiment: the auxiliary is told t, and averages over step lengths no longer
+    derivative   instant's: parts.DERIVATIVES
+    ema          keep an average of the student, "student_ema" (the paper has none: its learning rate decays to 0 over 200k steps,
+                 which averages too; a short run gains much by it)
     """
 
     schedule: Schedule
@@ -54,28 +91,56 @@ class MomentMatching(Method):
     p_s: str = "uniform"
     w_s: str = "flat"
     sigma_data: float = 0.5
+    logsnr_shift: float = 0.0
+    transition: str = "conditional"
+    eta: float = 1.0
+    guidance: float | tuple[float, float] = 0.0
+    clip_x: bool = False
     pull: bool = True
+    auxiliary_updates: int = 1
+    auxiliary_sees_t: bool = False
+    derivative: str = "forward"
     ema: bool = False
     name: ClassVar[str] = "moment_matching"
 
     def __post_init__(self) -> None:
-        if self.update not in UPDATES:
-            raise ValueError(f"update: {self.update!r} is not one of {', '.join(UPDATES)}")
+        for field, value, choices in (
+            ("update", self.update, UPDATES),
+            ("w_s", self.w_s, STUDENT_WEIGHTINGS),
+            ("transition", self.transition, TRANSITIONS),
+            ("derivative", self.derivative, DERIVATIVES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{field}: {value!r} is not one of {', '.join(choices)}")
+
+    @property
+    def _guidance(self) -> tuple[float, float]:
+        low, high = self.guidance if isinstance(self.guidance, (tuple, list)) else (self.guidance, self.guidance)
+        return low, high
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        roles = (
-            Role("teacher", "frozen"),
-            Role("student", "trained", source="teacher"),
-            Role("auxiliary", "trained", source="teacher"),
-        )
-        return (*roles, Role("student_ema", "ema", source="student")) if self.ema else roles
+        low, high = self._guidance
+        told = ("guidance",) if low < high else ()
+        roles = [Role("teacher", "frozen"), Role("student", "trained", source="teacher", conditions=told)]
+        if self.update == "instant":
+            roles.append(Role("preconditioner", "frozen"))
+        else:
+            seen = ("t",) if self.auxiliary_sees_t else ()
+            roles.append(Role("auxiliary", "trained", source="teacher", conditions=(*told, *seen)))
+        if self.ema:
+            roles.append(Role("student_ema", "ema", source="student"))
+        return tuple(roles)
 
     def phases(self, step: int) -> tuple[Phase, ...]:
+        if self.update == "instant":
+            return (Phase(("student",), self._instant_loss, statistic=self._teacher_gradient),)
+        auxiliary = Phase(("auxiliary",), self._auxiliary_loss)
         if self.update == "joint":
-            return (Phase(("student", "auxiliary"), self._joint_loss),)
-        if step % 2 == 0:
-            return (Phase(("auxiliary",), self._auxiliary_loss),)
+            last = step % self.auxiliary_updates == self.auxiliary_updates - 1
+            return (Phase(("student", "auxiliary"), self._joint_loss) if last else auxiliary,)
+        if step % (self.auxiliary_updates + 1) < self.auxiliary_updates:
+            return (auxiliary,)
         return (Phase(("student",), self._student_loss),)
 
     def _draw(self, batch: Batch, rng: torch.Generator) -> _Draw:
@@ -87,55 +152,149 @@ class MomentMatching(Method):
             b=len(batch),
             rng=rng,
             delta_power=self.delta_power,
+            logsnr_shift=self.logsnr_shift,
         )
-        w = weight(weighting=self.w_s, logsnr=self.schedule.logsnr(s), sigma_data=self.sigma_data)
-        return _Draw(t=t, s=s, z_t=noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng), w=w)
+        w = weight(
+            weighting="flat" if self.w_s == "dmd" else self.w_s,
+            logsnr=self.schedule.logsnr(s),
+            sigma_data=self.sigma_data,
+            logsnr_shift=self.logsnr_shift,
+        )
+        z_t = noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng)
+        low, high = self._guidance
+        guidance = None
+        if high > 0:
+            guidance = torch.full_like(t, low)
+            if high > low:
+                guidance += (high - low) * torch.rand(len(t), generator=rng, device=t.device)
+        return _Draw(t=t, s=s, z_t=z_t, w=w, guidance=guidance, label=batch.label)
+
+    def _conditions(self, draw: _Draw) -> tuple[dict[str, Tensor], ...]:
+        """What the student is told beyond t and label, as the last of its arguments; nothing, mostly."""
+        low, high = self._guidance
+        return ({"guidance": squeezed(draw.guidance)},) if draw.guidance is not None and low < high else ()
+
+    def _student(self, nets: Networks, draw: _Draw) -> Tensor:
+        x_tilde: Tensor = nets["student"](draw.z_t, draw.t, draw.label, *self._conditions(draw))
+        return x_tilde
+
+    def _auxiliary(self, nets: Networks, draw: _Draw, z_s: Tensor) -> Tensor:
+        conditions = self._conditions(draw)
+        if self.auxiliary_sees_t:
+            conditions = (dict(*conditions) | {"t": draw.t},)
+        x_hat: Tensor = nets["auxiliary"](z_s, draw.s, draw.label, *conditions)
+        return x_hat
+
+    def _teacher(self, nets: Networks, draw: _Draw, z_s: Tensor) -> Tensor:
+        return self._modified(nets, draw, z_s, nets["teacher"](z_s, draw.s, draw.label))
+
+    def _modified(self, nets: Networks, draw: _Draw, z_s: Tensor, x_hat: Tensor) -> Tensor:
+        """The teacher's x_hat, guided and clipped. Its gradient stays that of x_hat (2406.04103, Algorithm 3: straight through)."""
+        modified = x_hat
+        if draw.guidance is not None:
+            if draw.label is None:
+                raise ValueError("guidance: it needs labels, and the data have none")
+            with torch.no_grad():
+                unconditional = nets["teacher"](z_s, draw.s, torch.full_like(draw.label, NULL_LABEL))
+            modified = guided(conditional=modified, unconditional=unconditional, w=draw.guidance)
+        if self.clip_x:
+            modified = modified.clamp(-1, 1)
+        return x_hat if modified is x_hat else straight_through(value=x_hat, modified=modified)
 
     def _step(self, draw: _Draw, x_tilde: Tensor, rng: torch.Generator) -> Tensor:
-        return transition(schedule=self.schedule, z_t=draw.z_t, x_tilde=x_tilde, t=draw.t, s=draw.s, rng=rng)
+        return transition(
+            schedule=self.schedule,
+            z_t=draw.z_t,
+            x_tilde=x_tilde,
+            t=draw.t,
+            s=draw.s,
+            rng=rng,
+            kind=self.transition,
+            eta=self.eta,
+        )
+
+    def _push(self, draw: _Draw, x_tilde: Tensor, of_teacher: Tensor, direction: Tensor) -> Tensor:
+        """L_eta, [b]."""
+        w = draw.w * dmd_weight(x=x_tilde, x_hat=of_teacher) if self.w_s == "dmd" else draw.w
+        return push(x_hat=x_tilde, direction=direction, weight=w)
 
     def _fit_auxiliary(self, draw: _Draw, x_tilde: Tensor, of_auxiliary: Tensor, of_teacher: Tensor) -> Tensor:
+        """L_phi, [b]."""
         loss = denoising_loss(x=x_tilde.detach(), x_hat=of_auxiliary, weight=draw.w)
         return loss + denoising_loss(x=of_teacher, x_hat=of_auxiliary, weight=draw.w) if self.pull else loss
 
-    def _losses(self, draw: _Draw, per_sample: dict[str, Tensor], direction: Tensor, forwards: int) -> Losses:
+    def _losses(self, draw: _Draw, per_sample: dict[str, Tensor], direction: Tensor) -> Losses:
         gap = direction_gap(direction=direction, weight=draw.w)
         return Losses(
             per_sample,
             logs={"moment_gap": gap},
             by_level={"moment_gap": gap},
             logsnr=self.schedule.logsnr(draw.s),
-            forwards=forwards,
+            forwards=3 + (draw.guidance is not None),
         )
 
     def _auxiliary_loss(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Losses:
         draw = self._draw(batch, rng)
         with torch.no_grad():
-            x_tilde = nets["student"](draw.z_t, draw.t, batch.label)
+            x_tilde = self._student(nets, draw)
             z_s = self._step(draw, x_tilde, rng)
-            of_teacher = nets["teacher"](z_s, draw.s, batch.label)
-        of_auxiliary = nets["auxiliary"](z_s, draw.s, batch.label)
+            of_teacher = self._teacher(nets, draw, z_s)
+        of_auxiliary = self._auxiliary(nets, draw, z_s)
         loss = self._fit_auxiliary(draw, x_tilde, of_auxiliary, of_teacher)
-        return self._losses(draw, {"auxiliary": loss}, of_auxiliary - of_teacher, forwards=3)
+        return self._losses(draw, {"auxiliary": loss}, of_auxiliary - of_teacher)
 
     def _student_loss(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Losses:
         draw = self._draw(batch, rng)
-        x_tilde = nets["student"](draw.z_t, draw.t, batch.label)
+        x_tilde = self._student(nets, draw)
         with torch.no_grad():
             z_s = self._step(draw, x_tilde, rng)
-            direction = nets["auxiliary"](z_s, draw.s, batch.label) - nets["teacher"](z_s, draw.s, batch.label)
-        return self._losses(draw, {"student": push(x_hat=x_tilde, direction=direction, weight=draw.w)}, direction, 3)
+            of_teacher = self._teacher(nets, draw, z_s)
+            direction = self._auxiliary(nets, draw, z_s) - of_teacher
+        return self._losses(draw, {"student": self._push(draw, x_tilde, of_teacher, direction)}, direction)
 
     def _joint_loss(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Losses:
         draw = self._draw(batch, rng)
-        x_tilde = nets["student"](draw.z_t, draw.t, batch.label)
+        x_tilde = self._student(nets, draw)
         with torch.no_grad():
             z_s = self._step(draw, x_tilde, rng)
-            of_teacher = nets["teacher"](z_s, draw.s, batch.label)
-        of_auxiliary = nets["auxiliary"](z_s, draw.s, batch.label)
+            of_teacher = self._teacher(nets, draw, z_s)
+        of_auxiliary = self._auxiliary(nets, draw, z_s)
         direction = of_auxiliary - of_teacher
         per_sample = {
-            "student": push(x_hat=x_tilde, direction=direction, weight=draw.w),
+            "student": self._push(draw, x_tilde, of_teacher, direction),
             "auxiliary": self._fit_auxiliary(draw, x_tilde, of_auxiliary, of_teacher),
         }
-        return self._losses(draw, per_sample, direction, forwards=3)
+        return self._losses(draw, per_sample, direction)
+
+    def _teacher_gradient(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Statistic:
+        """G, by the teacher's parameters: Algorithm 3's first half."""
+        draw, teacher = self._draw(batch, rng), nets["teacher"]
+        with torch.no_grad():
+            x_tilde = self._student(nets, draw)
+            z_s = self._step(draw, x_tilde, rng)
+        parameters = parameters_of(teacher)
+        x_hat = functional_call(teacher, parameters, (z_s, draw.s, draw.label))
+        loss = denoising_loss(x=x_tilde, x_hat=self._modified(nets, draw, z_s, x_hat), weight=draw.w).mean()
+        gradient = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        return dict(zip(parameters, gradient, strict=True))
+
+    def _instant_loss(self, nets: Networks, batch: Batch, rng: torch.Generator, gradient: Statistic) -> Losses:
+        """L_eta of Algorithm 3's second half. The teacher's own loss on it changes along nu by -G_A^T Lambda G_B: so the curve of
+        the squared moments, unbiased since A and B are independent, comes for nothing.
+        """
+        nu = {name: -value for name, value in nets["preconditioner"](gradient).items()}
+        draw = self._draw(batch, rng)
+        x_tilde = self._student(nets, draw)
+        with torch.no_grad():
+            z_s = self._step(draw, x_tilde, rng)
+            arguments = (z_s, draw.s, draw.label)
+            x_hat, direction = directional_derivative(nets["teacher"], arguments, direction=nu, by=self.derivative)
+            of_teacher = self._modified(nets, draw, z_s, x_hat)
+            squared = 2 * draw.w * per_sample_mean((x_tilde - of_teacher) * direction)
+        return Losses(
+            {"student": self._push(draw, x_tilde, of_teacher, direction)},
+            logs={"squared_moments": squared},
+            by_level={"squared_moments": squared},
+            logsnr=self.schedule.logsnr(draw.s),
+            forwards=5 + 2 * (draw.guidance is not None),
+        )

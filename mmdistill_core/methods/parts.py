@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import Any
 
-from mmdistill_core.diffusion.process import expand, posterior, q_sample
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mmdistill_core.diffusion.process import eta_step, expand, posterior, q_sample
 from mmdistill_core.diffusion.schedules import Schedule
 
 
@@ -34,12 +39,72 @@ def noisy(*, schedule: Schedule, x: Tensor, t: Tensor, rng: torch.Generator) -> 
     return q_sample(schedule=schedule, x=x, eps=noise_like(x, rng=rng), t=t)
 
 
+TRANSITIONS = ("conditional", "unconditional")
+
+
 def transition(
-    *, schedule: Schedule, z_t: Tensor, x_tilde: Tensor, t: Tensor, s: Tensor, rng: torch.Generator
+    *,
+    schedule: Schedule,
+    z_t: Tensor,
+    x_tilde: Tensor,
+    t: Tensor,
+    s: Tensor,
+    rng: torch.Generator,
+    kind: str = "conditional",
+    eta: float = 1.0,
 ) -> Tensor:
-    """sg[z_s], z_s ~ q(z_s | z_t, x_tilde): where the student's sampler goes from z_t (2406.04103, Algorithm 2)."""
-    noise = noise_like(x_tilde, rng=rng)
-    return posterior(schedule=schedule, z_t=z_t, x=x_tilde.detach(), t=t, s=s, noise=noise).detach()
+    """sg[z_s]: where the student's sampler goes from z_t with x_tilde (2406.04103, Algorithm 2).
+
+    conditional    z_s ~ q(z_s | z_t, x_tilde); eta < 1: less noise, and 0 is DDIM
+    unconditional  z_s ~ q(z_s | x_tilde), fresh noise: what the paper compares it with
+    """
+    x, noise = x_tilde.detach(), noise_like(x_tilde, rng=rng)
+    if kind == "unconditional":
+        return q_sample(schedule=schedule, x=x, eps=noise, t=s)
+    if eta != 1:
+        return eta_step(schedule=schedule, z_t=z_t, x=x, t=t, s=s, noise=noise, eta=eta)
+    return posterior(schedule=schedule, z_t=z_t, x=x, t=t, s=s, noise=noise)
+
+
+def straight_through(*, value: Tensor, modified: Tensor) -> Tensor:
+    """`modified` in value, the gradient of `value`."""
+    return value + (modified - value).detach()
+
+
+DERIVATIVES = ("forward", "double_backward")
+
+
+def parameters_of(network: nn.Module) -> dict[str, Tensor]:
+    """name -> parameter, on the parameters' memory, detached from the network: a gradient by them leaves the network alone."""
+    return {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
+
+
+def directional_derivative(
+    network: nn.Module, arguments: tuple[Any, ...], *, direction: Mapping[str, Tensor], by: str = "forward"
+) -> tuple[Tensor, Tensor]:
+    """(g, d): the network's output and its derivative along `direction` in parameter space, d = (dg / dtheta) direction.
+
+    forward          forward mode, twice the cost of a forward, and no activations are kept
+    double_backward  the gradient by u of <grad_theta (u . g), direction>: for operators that lack forward mode
+    Fused attention has neither, so attention is written out here.
+    """
+    parameters = parameters_of(network)
+    with sdpa_kernel(SDPBackend.MATH):
+        if by == "forward":
+            values = {name: p.detach() for name, p in parameters.items()}
+            both: tuple[Tensor, Tensor] = jvp(  # type: ignore[assignment]
+                lambda p: functional_call(network, p, arguments), (values,), (dict(direction),)
+            )
+            return both
+        if by == "double_backward":
+            with torch.enable_grad():
+                g = functional_call(network, parameters, arguments)
+                u = torch.zeros_like(g, requires_grad=True)
+                slopes = torch.autograd.grad(g, list(parameters.values()), u, create_graph=True, materialize_grads=True)
+                along = torch.stack([(a * direction[n]).sum() for n, a in zip(parameters, slopes, strict=True)]).sum()
+                (d,) = torch.autograd.grad(along, u)
+            return g.detach(), d
+    raise ValueError(f"derivative: {by!r} is not one of {', '.join(DERIVATIVES)}")
 
 
 def direction_gap(*, direction: Tensor, weight: Tensor) -> Tensor:
@@ -48,12 +113,17 @@ def direction_gap(*, direction: Tensor, weight: Tensor) -> Tensor:
 
 
 __all__ = [
+    "DERIVATIVES",
+    "TRANSITIONS",
     "denoising_loss",
     "direction_gap",
+    "directional_derivative",
     "expand",
     "noise_like",
     "noisy",
+    "parameters_of",
     "per_sample_mean",
     "push",
+    "straight_through",
     "transition",
 ]

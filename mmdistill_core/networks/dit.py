@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdistill_core.diffusion.guidance import NULL_LABEL
+
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """`image_size` and `patch` in pixels; `width` channels, a multiple of `heads`; `num_classes` 0: unconditional."""
+    """`image_size` and `patch` in pixels; `width` channels, a multiple of `heads`; `num_classes` 0: unconditional;
+    `dropout` of the attention's and the perceptron's outputs; `conditions`: names of further numbers it is given.
+    """
 
     image_size: int
     channels: int
@@ -22,8 +27,11 @@ class DiTConfig:
     depth: int = 4
     heads: int = 4
     mlp_ratio: float = 4.0
+    dropout: float = 0.0
+    conditions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "conditions", tuple(self.conditions))  # JSON gives a list
         if self.image_size % self.patch:
             raise ValueError(f"network.patch: {self.patch} does not divide the image size {self.image_size}")
         if self.width % self.heads:
@@ -52,7 +60,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width, hidden = config.width, int(config.width * config.mlp_ratio)
-        self.heads = config.heads
+        self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
@@ -66,13 +74,15 @@ class Block(nn.Module):
         u = torch.addcmul(shift1, F.layer_norm(h, (width,)), 1 + scale1)
         q, k, v = self.qkv(u).view(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, width)
-        h = torch.addcmul(h, gate1, self.project(attended))
+        h = torch.addcmul(h, gate1, self.dropout(self.project(attended)))
         u = torch.addcmul(shift2, F.layer_norm(h, (width,)), 1 + scale2)
-        return torch.addcmul(h, gate2, self.narrow(F.gelu(self.widen(u), approximate="tanh")))
+        return torch.addcmul(h, gate2, self.dropout(self.narrow(F.gelu(self.widen(u), approximate="tanh"))))
 
 
 class DiT(nn.Module):
-    """[b, c, h, w], t [b], label [b] -> [b, c, h, w]. The label `num_classes` is the null label (no class)."""
+    """[b, c, h, w], t [b], label [b], conditions name -> [b] -> [b, c, h, w]. NULL_LABEL, or no label at all, has an embedding
+    of its own, the last.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -86,16 +96,32 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.out = nn.Linear(config.width, inputs)
         nn.init.normal_(self.label.weight, std=0.02)
-        for zero in (self.modulation, self.out):
-            nn.init.zeros_(zero.weight)
-            nn.init.zeros_(zero.bias)
+        # Only made if there are any, and after all else: a network without them draws the same weights from a seed as ever.
+        self.conditions = nn.ModuleDict({name: FourierTime(config.width) for name in config.conditions})
+        for zero in (self.modulation, self.out, *(condition.narrow for condition in self.conditions.values())):
+            nn.init.zeros_(zero.weight)  # type: ignore[arg-type, union-attr]
+            nn.init.zeros_(zero.bias)  # type: ignore[arg-type, union-attr]
 
-    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+    def conditioned_on(self, *names: str) -> DiT:
+        """A copy with the conditions `names` added, which answers as this one does: what they add begins at 0."""
+        new = tuple(name for name in names if name not in self.config.conditions)
+        copy = DiT(replace(self.config, conditions=(*self.config.conditions, *new)))
+        copy.load_state_dict(copy.state_dict() | self.state_dict())
+        return copy.to(self.position.device)
+
+    def forward(
+        self, z: Tensor, t: Tensor, label: Tensor | None = None, conditions: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         c = self.config
         side, b = c.image_size // c.patch, len(z)
+        if set(conditions or ()) != set(c.conditions):
+            raise ValueError(f"conditions: {sorted(conditions or ())} given; the network takes {sorted(c.conditions)}")
         if label is None:
-            label = torch.full((b,), c.num_classes, device=z.device)
-        condition = F.silu(self.time(t) + self.label(label))
+            label = torch.full((b,), NULL_LABEL, device=z.device)
+        embedded = self.time(t) + self.label(torch.where(label == NULL_LABEL, c.num_classes, label))
+        for name, value in (conditions or {}).items():
+            embedded = embedded + self.conditions[name](value)
+        condition = F.silu(embedded)
         patches = z.reshape(b, c.channels, side, c.patch, side, c.patch).permute(0, 2, 4, 1, 3, 5)
         h = self.embed(patches.reshape(b, side * side, -1)) + self.position
         for block in self.blocks:

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mmdistill_core.diffusion.guidance import NULL_LABEL
 from mmdistill_core.diffusion.process import expand
 from mmdistill_core.diffusion.schedules import Schedule
 
@@ -26,42 +27,36 @@ class GaussianDenoiser(nn.Module):
 
 
 class MixtureDenoiser(nn.Module):
-    """Data sum_j p_j N(mean_j, variance_j I), z [b, d]. Given labels, the exact denoiser of that component alone.
+    """Data sum_j p_j N(mean_j, variance_j I), z [b, ...] of d numbers each. Given labels, the exact denoiser of that component
+    alone; for NULL_LABEL, of the mixture: so guidance has a closed form too.
 
     E[x | z] = sum_j r_j (m_j + (alpha S_j / V_j)(z - alpha m_j)), with r the posterior weights of the components.
     Variance 0 is allowed: the data are then atoms.
     """
 
-    weights: Tensor
-    means: Tensor
-    variances: Tensor
-
     def __init__(self, *, weights: Tensor, means: Tensor, variances: Tensor, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
-        for name, value in (("weights", weights), ("means", means), ("variances", variances)):
-            self.register_buffer(name, value)
+        self.weights, self.means, self.variances = (nn.Parameter(v) for v in (weights, means, variances))
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-        a, s = (
-            self.schedule.alpha(t)[:, None].to(z.dtype),
-            self.schedule.sigma(t)[:, None].to(z.dtype),
-        )  # [b, 1]
+        shape, z = z.shape, z.flatten(1)
+        a, s = expand(self.schedule.alpha(t), like=z), expand(self.schedule.sigma(t), like=z)  # [b, 1]
         marginal = a**2 * self.variances + s**2  # [b, j]
         offset = z[:, None, :] - a[..., None] * self.means  # [b, j, d]
-        if label is None:
-            log_r = self.weights.log() - z.shape[1] / 2 * marginal.log() - offset.square().sum(-1) / (2 * marginal)
-            r = log_r.softmax(dim=1)
-        else:
-            r = nn.functional.one_hot(label, len(self.weights)).to(z.dtype)
+        log_r = self.weights.log() - z.shape[1] / 2 * marginal.log() - offset.square().sum(-1) / (2 * marginal)
+        r = log_r.softmax(dim=1)
+        if label is not None:
+            given = nn.functional.one_hot(label.clamp_min(0), len(self.weights)).to(z.dtype)
+            r = torch.where((label == NULL_LABEL)[:, None], r, given)
         component = self.means + (a * self.variances / marginal)[..., None] * offset
-        return (r[..., None] * component).sum(1)
+        return (r[..., None] * component).sum(1).view(shape)
 
     def sample(self, n: int, *, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """n draws of the data: x [n, d] and the component of each [n]."""
-        label = torch.multinomial(self.weights, n, replacement=True, generator=rng)
+        label = torch.multinomial(self.weights.detach(), n, replacement=True, generator=rng)
         noise = torch.randn(n, self.means.shape[1], generator=rng, dtype=self.means.dtype)
-        return self.means[label] + self.variances[label].sqrt()[:, None] * noise, label
+        return (self.means[label] + self.variances[label].sqrt()[:, None] * noise).detach(), label
 
 
 def ring_of_gaussians(*, modes: int, radius: float, variance: float, schedule: Schedule) -> MixtureDenoiser:

@@ -1,4 +1,4 @@
-"""ancestral, ddim, heun: from z at times[0] down to times[-1] = 0. All return the last x_hat, never the last z.
+"""ancestral, ddim, heun, renoise: from z at times[0] down to times[-1] = 0. All return the last x_hat, never the last z.
 
 times is [k + 1], falling, from 1 to 0 (`uniform_grid`). A student of k steps is sampled by `ancestral` on the uniform grid
 of k (2406.04103, Algorithm 1); so is its teacher, with more steps.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdistill_core.diffusion import process
+from mmdistill_core.diffusion.guidance import NULL_LABEL, guided
 from mmdistill_core.diffusion.schedules import Schedule
 from mmdistill_core.diffusion.times import uniform_grid
 from mmdistill_core.rng import generator
@@ -29,14 +30,21 @@ def ancestral(
     times: Tensor,
     rng: torch.Generator,
     label: Tensor | None,
+    eta: float = 1.0,
+    extra_noise: float = 0.0,
 ) -> Tensor:
-    """z_s ~ q(z_s | z_t, x_hat) at every step but the last. k evaluations."""
+    """z_s ~ q(z_s | z_t, x_hat) at every step but the last, with the noise scaled by eta (process.eta_step) or raised by
+    extra_noise (process.posterior). k evaluations.
+    """
     for i, (t, s) in enumerate(pairwise(times)):
         t, s = t.expand(len(z)), s.expand(len(z))
         x_hat = denoiser(z, t, label)
         if i < len(times) - 2:
             noise = torch.randn(z.shape, generator=rng, dtype=z.dtype, device=z.device)
-            z = process.posterior(schedule=schedule, z_t=z, x=x_hat, t=t, s=s, noise=noise)
+            if eta == 1:
+                z = process.posterior(schedule=schedule, z_t=z, x=x_hat, t=t, s=s, noise=noise, extra_noise=extra_noise)
+            else:
+                z = process.eta_step(schedule=schedule, z_t=z, x=x_hat, t=t, s=s, noise=noise, eta=eta)
     return x_hat
 
 
@@ -77,7 +85,36 @@ def heun(
     return x_hat
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "heun": heun}
+def renoise(
+    *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: torch.Generator, label: Tensor | None
+) -> Tensor:
+    """z_s ~ q(z_s | x_hat), noise afresh at every step but the last: a consistency model's sampler (2303.01469, Algorithm 1), and
+    that of a student which was trained with the unconditional transition. k evaluations.
+    """
+    for i, (t, s) in enumerate(pairwise(times)):
+        x_hat = denoiser(z, t.expand(len(z)), label)
+        if i < len(times) - 2:
+            noise = torch.randn(z.shape, generator=rng, dtype=z.dtype, device=z.device)
+            z = process.q_sample(schedule=schedule, x=x_hat, eps=noise, t=s.expand(len(z)))
+    return x_hat
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "ddim": ddim, "heun": heun, "renoise": renoise}
+
+
+def guided_denoiser(denoiser: Denoise, *, w: float) -> Denoise:
+    """The denoiser under guidance w: two evaluations each (2207.12598)."""
+
+    def both(z: Tensor, t: Tensor, label: Any) -> Tensor:
+        unconditional = denoiser(z, t, torch.full_like(label, NULL_LABEL))
+        return guided(conditional=denoiser(z, t, label), unconditional=unconditional, w=torch.full_like(t, w))
+
+    return both
+
+
+def clipped_denoiser(denoiser: Denoise) -> Denoise:
+    """The denoiser with x_hat clipped to [-1, 1]."""
+    return lambda z, t, label: denoiser(z, t, label).clamp(-1, 1)
 
 
 @torch.inference_mode()
@@ -93,11 +130,13 @@ def sample(
     batch: int = 250,
     first: int = 0,
     device: torch.device | str = "cpu",
+    **options: float,
 ) -> Tensor:
     """Samples `first` to `first + shape[0]` of the stream that `seed` and `batch` name, each of `shape[1:]`, in `k` steps.
 
     Batch number j of the stream has a generator of its own, whose first draw is the starting noise: so that workers may share
-    a stream (`first` a multiple of `batch`), and two denoisers, samplers or step counts start from the same noise.
+    a stream (`first` a multiple of `batch`), and two denoisers, samplers or step counts start from the same noise. `options` are
+    the sampler's own: eta and extra_noise of `ancestral`.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
@@ -111,5 +150,7 @@ def sample(
         rng = generator(seed, (first + start) // batch, device=device)
         z = sigma_1 * torch.randn(b, *shape[1:], generator=rng, device=device)
         part = None if label is None else label[start : start + b].to(device)
-        out.append(SAMPLERS[sampler](denoiser=denoiser, schedule=schedule, z=z, times=times, rng=rng, label=part))
+        out.append(
+            SAMPLERS[sampler](denoiser=denoiser, schedule=schedule, z=z, times=times, rng=rng, label=part, **options)
+        )
     return torch.cat(out)

@@ -80,7 +80,11 @@ def _job(config: RunConfig, folder: Path, k: int) -> Any:
     from workflows.stages.distill import ARGUMENTS, optimiser_options
 
     source = SOURCES[config.data.source]
-    network = {"image_size": source.shape[1], "channels": source.shape[0], "num_classes": source.num_classes}
+    network: dict[str, Any] = {
+        "image_size": source.shape[1],
+        "channels": source.shape[0],
+        "num_classes": source.num_classes,
+    }
     network |= config.network.model_dump()
     schedule = config.schedule.as_dict()
     denoiser = build_denoiser(network=DiTConfig(**network), prediction=config.prediction, schedule=schedule)

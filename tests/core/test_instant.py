@@ -1,0 +1,284 @@
+"""Instant moment matching (2406.04103, Algorithm 3): sign and factor, derivatives, the unbiased curve, its fixed point."""
+
+import math
+
+import pytest
+import torch
+from oracles import (
+    COSINE,
+    MEAN,
+    VARIANCE,
+    Affine,
+    AffineInTime,
+    gaussian_batch,
+    student_slope,
+    teacher_slope,
+)
+
+from mmdistill_core.diffusion.guidance import NULL_LABEL, guided
+from mmdistill_core.engine import OptimiserOptions, TrainState, train_step
+from mmdistill_core.methods import Batch, MomentMatching
+from mmdistill_core.methods import moment_matching as module
+from mmdistill_core.methods.parts import DERIVATIVES, directional_derivative
+from mmdistill_core.networks.denoiser import Denoiser
+from mmdistill_core.networks.dit import DiT, DiTConfig
+from mmdistill_core.networks.exact import GaussianDenoiser
+from mmdistill_core.networks.preconditioner import Preconditioner
+from mmdistill_core.rng import generator
+
+T, S = 0.8, 0.55
+
+
+def teacher():
+    return GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=COSINE).requires_grad_(False)
+
+
+def fixed_times(monkeypatch):
+    monkeypatch.setattr(module, "sample_pairs", lambda *, b, **_: (torch.full((b,), T), torch.full((b,), S)))
+
+
+def small_dit(**options):
+    torch.manual_seed(0)
+    backbone = DiT(DiTConfig(image_size=4, channels=1, num_classes=3, width=16, depth=2, heads=2, **options))
+    for parameter in backbone.parameters():  # what begins at 0 as well
+        torch.nn.init.normal_(parameter, std=0.2)
+    return Denoiser(backbone=backbone, schedule=COSINE).requires_grad_(False)
+
+
+def image_batch(b=8, seed=0):
+    rng = generator(seed)
+    return Batch(torch.rand(b, 1, 4, 4, generator=rng) * 2 - 1, torch.randint(0, 3, (b,), generator=rng))
+
+
+def norm(gradients):
+    return sum(g.square().sum() for g in gradients).sqrt()
+
+
+@pytest.mark.parametrize("kind", ["affine", "dit"])
+def test_it_descends_the_squared_moments_with_factor_two(kind):
+    """grad_eta 1/2 |E G|^2_Lambda at z_s held is +2 grad_eta L_eta, with both halves the same batch."""
+    if kind == "affine":
+        nets = {"teacher": teacher().double(), "student": Affine(0.4, 0.1).double()}
+        batch = Batch(gaussian_batch(64, generator(0)).double())
+    else:
+        nets = {"teacher": small_dit().double(), "student": small_dit().double().requires_grad_(True)}
+        for parameter in nets["student"].parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator(9), dtype=torch.float64)
+        batch = image_batch()
+        batch = Batch(batch.x.double(), batch.label)
+    rng = generator(3)
+    values = {n: torch.rand(p.shape, generator=rng, dtype=torch.float64) for n, p in nets["teacher"].named_parameters()}
+    nets["preconditioner"] = Preconditioner(values)
+    method = MomentMatching(schedule=COSINE, k=2, update="instant", w_s="edm")
+    (phase,) = method.phases(0)
+    eta = list(nets["student"].parameters())
+
+    moment = phase.statistic(nets, batch, generator(1))
+    loss = phase.loss(nets, batch, generator(1), moment).per_sample["student"].mean()
+    ours = torch.autograd.grad(loss, eta)
+
+    # The same squared norm, written out: the gradient by theta of the loss, then by eta, through x_tilde alone.
+    rng = generator(1)
+    draw = method._draw(batch, rng)
+    x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
+    z_s = method._step(draw, x_tilde.detach(), rng)
+    theta = list(nets["teacher"].requires_grad_(True).parameters())
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        error = (x_tilde - nets["teacher"](z_s, draw.s, draw.label)).square().flatten(1).mean(1)
+        inner = torch.autograd.grad((draw.w * error).mean(), theta, create_graph=True)
+    half = sum((lam * g.square()).sum() for lam, g in zip(values.values(), inner, strict=True)) / 2
+    theirs = torch.autograd.grad(half, eta)
+
+    along = sum((a * b).sum() for a, b in zip(ours, theirs, strict=True)) / norm(ours) ** 2
+    assert along.item() == pytest.approx(2, abs=1e-4)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(2 * a, b, rtol=1e-5, atol=1e-8 * float(norm(theirs)))
+
+
+@pytest.mark.parametrize("by", DERIVATIVES)
+def test_the_derivative_along_a_direction_is_that_of_finite_differences(by):
+    network = small_dit().double()
+    rng, batch, t = generator(5), image_batch(), torch.rand(8, generator=generator(6), dtype=torch.float64)
+    direction = {n: torch.randn(p.shape, generator=rng, dtype=torch.float64) for n, p in network.named_parameters()}
+    arguments = (batch.x.double(), t, batch.label)
+    value, derivative = directional_derivative(network, arguments, direction=direction, by=by)
+    torch.testing.assert_close(value, network(*arguments))
+
+    def moved(h):
+        values = {n: p + h * direction[n] for n, p in network.named_parameters()}
+        return torch.func.functional_call(network, values, arguments)
+
+    h = 1e-6
+    torch.testing.assert_close(derivative, (moved(h) - moved(-h)) / (2 * h), rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_the_logged_curve_is_the_squared_moment_without_bias(monkeypatch):
+    """The mean of G_A . Lambda G_B over independent halves is |E G|^2_Lambda, known in closed form for an affine student; the
+    square of one half's gradient would be larger by its variance.
+    """
+    fixed_times(monkeypatch)
+    nets = {"teacher": teacher(), "student": Affine(0.3, 0.35), "preconditioner": Preconditioner.identity(teacher())}
+    (phase,) = MomentMatching(schedule=COSINE, k=2, update="instant").phases(0)
+    draws, biased = [], []
+    big = phase.statistic(nets, Batch(gaussian_batch(2_000_000, generator(99))), generator(98))
+    exact = sum(g.square() for g in big.values()).item()
+    for i in range(1500):
+        a, b = (Batch(gaussian_batch(16, generator(i, half))) for half in (0, 1))
+        moment = phase.statistic(nets, a, generator(i, 2))
+        losses = phase.loss(nets, b, generator(i, 3), moment)
+        draws.append(losses.logs["squared_moments"].mean())
+        biased.append(sum(g.square() for g in moment.values()))
+    draws, biased = torch.stack(draws), torch.stack(biased)
+    error = draws.std().item() / math.sqrt(len(draws))
+    assert draws.mean().item() == pytest.approx(exact, abs=4 * error)
+    assert biased.mean().item() > exact + 8 * error
+
+
+@pytest.mark.parametrize("lam", ["identity", "adam"])
+def test_training_reaches_the_closed_form(monkeypatch, lam):
+    """At one (t, s): the same root of the same quadratic as Algorithm 2's (oracles.student_slope), whatever Lambda is."""
+    fixed_times(monkeypatch)
+    exact = teacher()
+    preconditioner = Preconditioner.identity(exact)
+    if lam == "adam":
+        preconditioner = Preconditioner.adam({"mean": torch.tensor(0.04), "variance": torch.tensor(0.002)})
+    student = Affine(teacher_slope(T), 0.3)
+    state = TrainState.create(
+        method=MomentMatching(schedule=COSINE, k=1, update="instant"),
+        given={"teacher": exact, "student": student, "preconditioner": preconditioner},
+        options=OptimiserOptions(lr=3e-3, warmup_images=0, clip_norm=1e9),
+        global_batch=4096,
+        total_images=2500 * 4096,
+        best_role="student",
+    )
+    while state.n_images < state.total_images:
+        train_step(state=state, batches=lambda n: Batch(gaussian_batch(4096, generator(11, n))), seed=5)
+    expected = student_slope(T, S)
+    assert expected == pytest.approx(0.42105, abs=1e-5)
+    print(f"{lam}: slope {student.slope.item():.5f}, expected {expected:.5f}")
+    assert student.slope.item() == pytest.approx(expected, rel=0.01)
+    assert student.offset.item() == pytest.approx(
+        (1 - expected * COSINE.alpha(torch.tensor(T)).item()) * MEAN, abs=0.01
+    )
+
+
+def test_straight_through_guidance():
+    """Guided, G is that of |x_tilde - guided|^2 with the derivative of the teacher itself."""
+    nets = {"teacher": small_dit(), "student": small_dit()}
+    batch, w = image_batch(), 0.7
+    method = MomentMatching(schedule=COSINE, k=2, update="instant", guidance=w)
+    (phase,) = method.phases(0)
+    got = phase.statistic(nets, batch, generator(1))
+
+    rng = generator(1)
+    draw = method._draw(batch, rng)
+    x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
+    z_s = method._step(draw, x_tilde, rng)
+    network = nets["teacher"].requires_grad_(True)
+    x_hat = network(z_s, draw.s, draw.label)
+    none = torch.full_like(draw.label, NULL_LABEL)
+    target = guided(conditional=x_hat, unconditional=network(z_s, draw.s, none), w=torch.full((8,), w)).detach()
+    residual = -2 * (x_tilde - target) / x_hat[0].numel() / len(batch)
+    expected = torch.autograd.grad(x_hat, list(network.parameters()), residual)
+    for name, value in zip(got, expected, strict=True):
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-7)
+
+
+def test_an_update_costs_one_halved_batch_and_leaves_the_teacher_alone():
+    nets = {"teacher": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
+    state = TrainState.create(
+        method=MomentMatching(schedule=COSINE, k=2, update="instant", ema=True),
+        given=nets,
+        options=OptimiserOptions(warmup_images=0),
+        global_batch=8,
+        total_images=80,
+        best_role="student_ema",
+    )
+    before = {n: p.clone() for n, p in nets["teacher"].named_parameters()}
+    seen = []
+    train_step(state=state, batches=lambda n: seen.append(n) or image_batch(8, n), seed=0)
+    assert (seen, state.n_images, state.step) == ([0], 8, 1)
+    assert state.forwards == 5 * 4
+    for name, parameter in state.networks["teacher"].named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+    assert any(
+        not torch.equal(a, b) for a, b in zip(state.networks["student"].parameters(), before.values(), strict=True)
+    )
+    state.global_batch = 7
+    with pytest.raises(ValueError, match="halves"):
+        train_step(state=state, batches=lambda n: image_batch(7, n), seed=0)
+
+
+def test_the_moment_is_averaged_over_parts_and_workers(monkeypatch):
+    """nu comes of one mean over all workers: what each of them adds is seen before the loss is."""
+    nets = {"teacher": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
+    state = TrainState.create(
+        method=MomentMatching(schedule=COSINE, k=2, update="instant"),
+        given=nets,
+        options=OptimiserOptions(warmup_images=0),
+        global_batch=8,
+        total_images=80,
+        best_role="student",
+        micro_batch=2,
+    )
+    calls = []
+
+    def reduce(statistic):
+        calls.append({n: v.clone() for n, v in statistic.items()})
+        return {n: torch.zeros_like(v) for n, v in statistic.items()}
+
+    state.averaged_over_workers = reduce
+    parts = []
+    monkeypatch.setattr(
+        MomentMatching,
+        "_teacher_gradient",
+        lambda self, nets, batch, rng: parts.append(len(batch)) or {"backbone.position": batch.x.mean()[None]},
+    )
+    nets["preconditioner"].buffer_of = {"backbone.position": "lambda_0"}
+    monkeypatch.setattr(
+        module, "directional_derivative", lambda network, arguments, *, direction, by: (arguments[0], arguments[0] * 0)
+    )
+    batch = image_batch(8)
+    (log,) = train_step(state=state, batches=lambda n: batch, seed=0)
+    assert parts == [2, 2]
+    torch.testing.assert_close(calls[0]["backbone.position"], batch.x[:4].mean()[None])
+    assert log.losses.per_sample["student"].shape == (4,)
+
+
+class TestPreconditioner:
+    def test_adams(self):
+        lam = Preconditioner.adam({"a": torch.tensor([4.0, 0.0]), "b.c": torch.tensor(0.25)}, eps=0.0)
+        got = lam({"a": torch.tensor([1.0, 1.0]), "b.c": torch.tensor(1.0)})
+        assert got["a"].tolist() == [0.5, 0.0]
+        assert got["b.c"].item() == 2.0
+
+    def test_one_that_is_of_another_network_is_refused(self):
+        lam = Preconditioner.identity(small_dit())
+        lam.check(small_dit())
+        with pytest.raises(ValueError, match=r"preconditioner: it has nothing for backbone.conditions.t"):
+            lam.check(small_dit().conditioned_on("t"))
+        with pytest.raises(ValueError, match=r"it has \(96,\) for .*, where the teacher has \(192,\)"):
+            lam.check(Denoiser(backbone=DiT(DiTConfig(4, 1, 3, width=32, depth=2, heads=2)), schedule=COSINE))
+
+
+def test_whole_algorithm_at_one_step():
+    """All random times, k = 1 on the grid, a teacher free in slope and offset at 17 times: the one slope that fulfils every moment
+    is the root of the data's variance.
+    """
+    exact = AffineInTime(16).requires_grad_(False)
+    state = TrainState.create(
+        method=MomentMatching(schedule=COSINE, k=1, pairing="grid", update="instant"),
+        given={"teacher": exact, "student": AffineInTime(1), "preconditioner": Preconditioner.identity(exact)},
+        options=OptimiserOptions(lr=1e-2, warmup_images=0, clip_norm=1e9),
+        global_batch=4096,
+        total_images=1500 * 4096,
+        best_role="student",
+    )
+    while state.n_images < state.total_images:
+        train_step(state=state, batches=lambda n: Batch(gaussian_batch(4096, generator(11, n))), seed=5)
+    slope, offset = state.networks["student"].at(torch.ones(1))
+    print(f"variance {slope.item() ** 2:.4f}, expected {VARIANCE}")
+    assert slope.item() ** 2 == pytest.approx(VARIANCE, rel=0.03)
+    assert offset.item() == pytest.approx(0, abs=0.02)
