@@ -68,6 +68,7 @@ class Network(Section):
     depth: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
     mlp_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1, description="in the teacher's training; distill has its own")
 
 
 class Optimiser(Section):
@@ -85,6 +86,7 @@ class Training(Section):
 
     images: int = Field(384_000, ge=1)
     batch: int = Field(128, ge=1)
+    micro_batch: int | None = Field(None, ge=1, description="images a worker takes at once; gradients are accumulated")
     log_every: int = Field(6_400, ge=1)
     checkpoint_every: int = Field(64_000, ge=1)
     ema_half_life_images: int = Field(500_000, ge=1)
@@ -95,6 +97,7 @@ class Teacher(Training):
     optimiser: Optimiser = Optimiser(lr=1e-3)
     p_t: Literal["uniform", "karras"] = "uniform"
     w_t: Literal["flat", "snr", "v", "edm", "sigmoid"] = "v"
+    label_dropout: float = Field(0.0, ge=0, lt=1, description="share of labels hidden, so that it can be guided")
 
 
 class Distill(Training):
@@ -104,13 +107,29 @@ class Distill(Training):
 
     k: tuple[int, ...] = (1, 2, 4, 8)
     method: Literal["moment_matching"] = "moment_matching"
-    update: Literal["alternating", "joint"] = "joint"
+    update: Literal["alternating", "joint", "instant"] = "joint"
     pairing: Literal["uniform", "grid"] = "grid"
     delta_power: float = Field(0.35, gt=0, description="below 1: t - s is more often as long as sampling's steps")
     p_s: Literal["uniform", "karras"] = "uniform"
-    w_s: Literal["flat", "snr", "v", "edm", "sigmoid"] = "flat"
+    w_s: Literal["flat", "snr", "v", "edm", "sigmoid", "dmd"] = "flat"
     sigma_data: float = Field(0.5, gt=0)
+    logsnr_shift: float = Field(0.0, description="of p(s) and w(s); 2 ln(64 / resolution) for larger images")
+    transition: Literal["conditional", "unconditional"] = "conditional"
+    eta: float = Field(1.0, ge=0, le=1, description="noise of the student's steps: 1 ancestral, 0 DDIM")
+    guidance: float | tuple[float, float] = Field(
+        0.0, description="of the teacher: 0 is off; [low, high] for each sample"
+    )
+    clip_x: bool = Field(False, description="clip the teacher's x_hat to [-1, 1]")
     pull: bool = True
+    auxiliary_updates: int = Field(1, ge=1, description="of the auxiliary to one of the student")
+    auxiliary_sees_t: bool = False
+    derivative: Literal["forward", "double_backward"] = "forward"
+    preconditioner: Literal["adam", "collected", "identity"] = Field(
+        "adam", description="instant's Lambda: of the teacher's own optimiser, or of gradients collected now, or none"
+    )
+    collect_batches: int = Field(300, ge=1, description="for the collected preconditioner")
+    dropout: float = Field(0.0, ge=0, lt=1, description="in student and auxiliary")
+    warm_start: bool = Field(False, description="the k-step student starts from that of 2k steps, if k has both")
     ema: bool = Field(True, description="keep an average of the student, and measure and register that")
     optimiser: Optimiser = Optimiser(lr=3e-4, beta1=0.0, decay="constant")
     ema_ramp: float = Field(0.1, gt=0, le=1, description="the half-life is at most this share of the images seen")
@@ -126,6 +145,21 @@ class Distill(Training):
         if not self.k or len(set(self.k)) < len(self.k) or min(self.k) < 1:
             raise ValueError(f"k: {list(self.k)} should be different whole numbers, at least 1")
         return self
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Distill:
+        low, high = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,) * 2
+        if not 0 <= low <= high:
+            raise ValueError(f"guidance: {self.guidance} should be at least 0, or [low, high]")
+        if self.transition == "unconditional" and self.eta != 1:
+            raise ValueError(f"eta: {self.eta} belongs to the conditional transition")
+        if self.update == "instant" and self.batch % 2:
+            raise ValueError(f"batch: {self.batch} is odd, and instant cuts every batch into halves")
+        return self
+
+    @property
+    def guided(self) -> bool:
+        return bool(self.guidance[1] if isinstance(self.guidance, tuple) else self.guidance)
 
     def for_k(self, k: int) -> Distill:
         """This section as it holds for the k-step student alone."""
@@ -161,6 +195,17 @@ class RunConfig(Section):
                 self.distill.for_k(k)
             except ValidationError as error:
                 raise ValueError(f"distill.overrides.{k}.{one_line(error, Distill)}") from None
+        for k in self.distill.k:
+            if self.distill.for_k(k).guided:
+                if not SOURCES[self.data.source].num_classes:
+                    raise ValueError(
+                        f"distill.guidance: {self.data.source} has no labels, so there is nothing to guide by"
+                    )
+                if not self.teacher.label_dropout:
+                    raise ValueError(
+                        "distill.guidance: teacher.label_dropout is 0, so the teacher never learns the null label that guidance "
+                        "needs; 0.1 is usual"
+                    )
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
         if (size := SOURCES[self.data.source].shape[1]) % self.network.patch:
