@@ -6,22 +6,26 @@ not stored with it is sampled wrongly; so it is stored, and `DiffusionModel.samp
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmdistill_core.diffusion.guidance import NULL_LABEL
 from mmdistill_core.diffusion.schedules import schedule_from_dict, schedule_to_dict
 from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
-from mmdistill_core.samplers import sample
+from mmdistill_core.networks.exact import MixtureConfig, MixtureDenoiser
+from mmdistill_core.samplers import Denoise, clipped_denoiser, guided_denoiser, sample, told_denoiser
 
-WEIGHTS, MODEL = "weights.safetensors", "model.json"
+WEIGHTS, MODEL, SECOND_MOMENTS = "weights.safetensors", "model.json", "second_moments.safetensors"
 FORMAT = 1
 
 
@@ -31,21 +35,45 @@ class NotAModel(ValueError):
 
 @dataclass
 class DiffusionModel:
-    """A denoiser with how to sample it: `sampler` on the uniform grid of `k` steps.
+    """A denoiser with how to sample it: `sampler`, with its `options`, on the uniform grid of `k` steps.
 
+    null_label  labels were hidden in its training, so that it can be guided
+    guidance    (low, high) that it was told in distillation, and imitates
     provenance  free JSON: recipe, method, data fingerprint, the teacher it came from, figures
     """
 
-    denoiser: Denoiser
+    denoiser: Denoiser | MixtureDenoiser
     k: int
     sampler: str = "ancestral"
+    options: dict[str, float] = field(default_factory=dict)
+    null_label: bool = False
+    guidance: tuple[float, float] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def network(self) -> DiTConfig:
+    def network(self) -> DiTConfig | MixtureConfig:
+        if isinstance(self.denoiser, MixtureDenoiser):
+            return self.denoiser.config
         backbone = self.denoiser.backbone
         assert isinstance(backbone, DiT)
         return backbone.config
+
+    def steered(self, *, guidance: float | None, clip_x: bool) -> Denoise:
+        """The denoiser under guidance: by its null label, or as it was told in distillation. Raises ValueError if it can't be."""
+        denoise: Denoise = self.denoiser
+        if self.guidance is not None:
+            low, high = self.guidance
+            w = low if guidance is None else guidance
+            if not low <= w <= high:
+                raise ValueError(f"guidance: {w:g} is not within {low:g} to {high:g}, which the model learnt")
+            denoise = told_denoiser(self.denoiser, guidance=w)
+        elif guidance:
+            if not self.network.num_classes:
+                raise ValueError(f"guidance: {guidance:g} for an unconditional model")
+            if not self.null_label:
+                raise ValueError(f"guidance: {guidance:g} for a model that never learnt the null label")
+            denoise = guided_denoiser(self.denoiser, w=guidance)
+        return clipped_denoiser(denoise) if clip_x else denoise
 
     def sample(
         self,
@@ -57,19 +85,25 @@ class DiffusionModel:
         sampler: str | None = None,
         batch: int = 250,
         first: int = 0,
+        guidance: float | None = None,
+        clip_x: bool = False,
+        **options: float,
     ) -> Tensor:
         """n images [n, c, h, w] in [-1, 1] (clipped). Labels [n] are drawn evenly if the model has classes and none are given.
+        `options` are the sampler's (`samplers.ancestral`), in place of the model's own.
 
-        Raises ValueError for a label out of range.
+        Raises ValueError for a label out of range, and for guidance that the model does not know.
         """
         c = self.network
         if c.num_classes and label is None:
             label = torch.arange(n) % c.num_classes
-        if label is not None and (int(label.min()) < 0 or int(label.max()) >= c.num_classes):
+        lowest = NULL_LABEL if self.null_label else 0
+        if label is not None and (int(label.min()) < lowest or int(label.max()) >= c.num_classes):
             classes = f"0 to {c.num_classes - 1}" if c.num_classes else "none: it is unconditional"
             raise ValueError(f"labels: {sorted(set(label.tolist()))} given; the model's classes are {classes}")
+        own = self.options if sampler in (None, self.sampler) else {}
         images = sample(
-            denoiser=self.denoiser,
+            denoiser=self.steered(guidance=guidance, clip_x=clip_x),
             schedule=self.denoiser.schedule,
             shape=(n, c.channels, c.image_size, c.image_size),
             k=k or self.k,
@@ -79,12 +113,23 @@ class DiffusionModel:
             batch=batch,
             first=first,
             device=next(self.denoiser.parameters()).device,
+            **own | options,
         )
         return images.clamp(-1, 1)
 
 
 def build_denoiser(*, network: DiTConfig, prediction: str, schedule: dict[str, Any]) -> Denoiser:
     return Denoiser(backbone=DiT(network), schedule=schedule_from_dict(schedule), prediction=prediction)
+
+
+def _build(description: dict[str, Any]) -> Denoiser | MixtureDenoiser:
+    """The denoiser that a model.json describes, without its weights."""
+    options = dict(description["network"])
+    if options.pop("kind", "dit") == "mixture":
+        return MixtureDenoiser.empty(MixtureConfig(**options), schedule=schedule_from_dict(description["schedule"]))
+    return build_denoiser(
+        network=DiTConfig(**options), prediction=description["prediction"], schedule=description["schedule"]
+    )
 
 
 def _write(directory: Path, description: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -107,11 +152,13 @@ def save_model(directory: str | Path, model: DiffusionModel) -> None:
     denoiser = model.denoiser
     description = {
         "kind": "denoiser",
-        "network": asdict(model.network),
+        "network": {"kind": "dit" if isinstance(denoiser, Denoiser) else "mixture", **asdict(model.network)},
         "prediction": denoiser.prediction,
         "schedule": schedule_to_dict(denoiser.schedule),
         "k": model.k,
-        "sampler": {"name": model.sampler, "grid": "uniform"},
+        "sampler": {"name": model.sampler, "grid": "uniform", **model.options},
+        "null_label": model.null_label,
+        "guidance": model.guidance,
         "preprocessing": {"range": [-1, 1], "layout": "chw"},
         "provenance": model.provenance,
     }
@@ -121,10 +168,41 @@ def save_model(directory: str | Path, model: DiffusionModel) -> None:
 def load_model(directory: str | Path) -> DiffusionModel:
     """Raises NotAModel for a folder that is not one."""
     d, weights = _read(Path(directory), "denoiser")
-    denoiser = build_denoiser(network=DiTConfig(**d["network"]), prediction=d["prediction"], schedule=d["schedule"])
+    denoiser = _build(d)
     denoiser.load_state_dict(weights)
     denoiser.requires_grad_(False).eval()
-    return DiffusionModel(denoiser, k=d["k"], sampler=d["sampler"]["name"], provenance=d["provenance"])
+    return DiffusionModel(
+        denoiser,
+        k=d["k"],
+        sampler=d["sampler"]["name"],
+        options={name: value for name, value in d["sampler"].items() if name not in ("name", "grid")},
+        null_label=d.get("null_label", False),
+        guidance=tuple(d["guidance"]) if d.get("guidance") else None,
+        provenance=d["provenance"],
+    )
+
+
+def save_second_moments(directory: str | Path, moments: dict[str, Tensor]) -> None:
+    """Beside a teacher's weights: the mean squares of its gradients by parameter, which make instant moment matching's Lambda."""
+    directory = Path(directory)
+    own = {name: value.detach().cpu().contiguous() for name, value in moments.items()}
+    save_file(own, directory / SECOND_MOMENTS, metadata={"weights": _hash(directory / WEIGHTS)})
+
+
+def load_second_moments(directory: str | Path) -> dict[str, Tensor]:
+    """Raises NotAModel if there are none, or if they are of other weights."""
+    path = Path(directory) / SECOND_MOMENTS
+    if not path.is_file():
+        raise NotAModel(f"{path}: the teacher has none; take preconditioner 'collected' or 'identity'")
+    with safe_open(path, framework="pt") as file:
+        found = file.metadata().get("weights")
+    if found != _hash(path.with_name(WEIGHTS)):
+        raise NotAModel(f"{path}: of other weights than {WEIGHTS} beside it; take preconditioner 'collected'")
+    return load_file(path)
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_classifier(directory: str | Path, classifier: Classifier, *, provenance: dict[str, Any]) -> None:

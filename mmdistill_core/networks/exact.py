@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,15 @@ class GaussianDenoiser(nn.Module):
         return self.mean + a * self.variance / (a**2 * self.variance + s**2) * (z - a * self.mean)
 
 
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Points of `channels` numbers as images of `image_size` 1, from `num_classes` Gaussians."""
+
+    channels: int
+    num_classes: int
+    image_size: int = 1
+
+
 class MixtureDenoiser(nn.Module):
     """Data sum_j p_j N(mean_j, variance_j I), z [b, ...] of d numbers each. Given labels, the exact denoiser of that component
     alone; for NULL_LABEL, of the mixture: so guidance has a closed form too.
@@ -37,7 +47,16 @@ class MixtureDenoiser(nn.Module):
     def __init__(self, *, weights: Tensor, means: Tensor, variances: Tensor, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
+        self.config = MixtureConfig(channels=means.shape[1], num_classes=means.shape[0])
         self.weights, self.means, self.variances = (nn.Parameter(v) for v in (weights, means, variances))
+
+    prediction = "x"
+
+    @classmethod
+    def empty(cls, config: MixtureConfig, *, schedule: Schedule) -> MixtureDenoiser:
+        """Of the right shapes, for weights that are loaded."""
+        j, d = config.num_classes, config.channels
+        return cls(weights=torch.ones(j) / j, means=torch.zeros(j, d), variances=torch.ones(j), schedule=schedule)
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         shape, z = z.shape, z.flatten(1)

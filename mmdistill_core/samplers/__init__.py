@@ -3,6 +3,7 @@
 from mmdistill_core.samplers.labels import data_labels
 from mmdistill_core.samplers.samplers import (
     SAMPLERS,
+    Denoise,
     ancestral,
     clipped_denoiser,
     ddim,
@@ -10,10 +11,12 @@ from mmdistill_core.samplers.samplers import (
     heun,
     renoise,
     sample,
+    told_denoiser,
 )
 
 __all__ = [
     "SAMPLERS",
+    "Denoise",
     "ancestral",
     "clipped_denoiser",
     "data_labels",
@@ -22,4 +25,5 @@ __all__ = [
     "heun",
     "renoise",
     "sample",
+    "told_denoiser",
 ]

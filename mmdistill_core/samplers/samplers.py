@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdistill_core.diffusion import process
-from mmdistill_core.diffusion.guidance import NULL_LABEL, guided
+from mmdistill_core.diffusion.guidance import NULL_LABEL, guided, squeezed
 from mmdistill_core.diffusion.schedules import Schedule
 from mmdistill_core.diffusion.times import uniform_grid
 from mmdistill_core.rng import generator
@@ -110,6 +110,11 @@ def guided_denoiser(denoiser: Denoise, *, w: float) -> Denoise:
         return guided(conditional=denoiser(z, t, label), unconditional=unconditional, w=torch.full_like(t, w))
 
     return both
+
+
+def told_denoiser(denoiser: Callable[..., Tensor], *, guidance: float) -> Denoise:
+    """A denoiser that was told the guidance in its training, told this one: one evaluation each."""
+    return lambda z, t, label: denoiser(z, t, label, {"guidance": squeezed(torch.full_like(t, guidance))})
 
 
 def clipped_denoiser(denoiser: Denoise) -> Denoise:

@@ -48,7 +48,11 @@ BAD = {
     "recipe file": ("nope.yaml", [], "no such file"),
     "section": ("digits", ["distil.lr=3"], "did you mean distill"),
     "field": ("digits", ["distill.optimiser.l_r=3"], "distill.optimiser.l_r: no such option; did you mean lr"),
-    "choice": ("digits", ["distill.update=both"], "distill.update: 'both' is not one of 'alternating', 'joint' or 'instant'"),
+    "choice": (
+        "digits",
+        ["distill.update=both"],
+        "distill.update: 'both' is not one of 'alternating', 'joint' or 'instant'",
+    ),
     "range": ("digits", ["teacher.batch=0"], "teacher.batch: 0 should be greater than or equal to 1"),
     "type": ("digits", ["teacher.batch=many"], "teacher.batch: 'many'"),
     "no value": ("digits", ["teacher.batch"], "section.field=value"),

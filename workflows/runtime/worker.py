@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Job:
     networks     role -> model folder, for the roles that are given; none: one new network from `network`
     options      trained role -> fields of OptimiserOptions
     validate     {"classifier", "samples", "every"}, or None
+    preconditioner  instant's Lambda: {"kind": adam, collected or identity; for collected "batches" and "arguments" of denoising}
+    sampler, sampler_options, null_label, guidance   of the model that is exported (artifact.DiffusionModel)
     """
 
     name: str
@@ -52,10 +55,19 @@ class Job:
     validate: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     threads: int = 1
+    micro_batch: int | None = None
+    dropout: float = 0.0
+    preconditioner: dict[str, Any] | None = None
+    sampler: str = "ancestral"
+    sampler_options: dict[str, float] = field(default_factory=dict)
+    null_label: bool = False
+    guidance: tuple[float, float] | None = None  # a list, once it came through JSON
 
 
-def build_state(job: Job) -> Any:
-    """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed."""
+def build_state(job: Job, batches: Any = None, rank: int = 0, averaged: Callable[[Any], Any] = lambda s: s) -> Any:
+    """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed. `batches`, and
+    `averaged`, the mean over workers, serve a collected preconditioner.
+    """
     import torch
 
     from mmdistill_core.artifact import build_denoiser, load_model
@@ -67,13 +79,18 @@ def build_state(job: Job) -> Any:
     torch.manual_seed(job.seed)
     schedule = schedule_from_dict(job.schedule)
     method = METHODS[job.method](schedule=schedule, **job.arguments)  # type: ignore[call-arg]
-    given: dict[str, torch.nn.Module] = {role: load_model(path).denoiser for role, path in job.networks.items()}
+    names = {role.name for role in method.roles}
+    given: dict[str, torch.nn.Module] = {
+        role: load_model(path).denoiser for role, path in job.networks.items() if role in names
+    }
     for role in method.roles:
-        if role.source == "given" and role.name not in given:
+        if role.name == "preconditioner":
+            given[role.name] = _preconditioner(job, given["teacher"], batches, rank, averaged)
+        elif role.source == "given" and role.name not in given:
             given[role.name] = build_denoiser(
                 network=DiTConfig(**job.network), prediction=job.prediction, schedule=job.schedule
             )
-    return TrainState.create(
+    state = TrainState.create(
         method=method,
         given=given,
         options={role: OptimiserOptions(**values) for role, values in job.options.items()},
@@ -82,17 +99,68 @@ def build_state(job: Job) -> Any:
         best_role=job.best_role,
         ema_half_life_images=job.ema_half_life_images,
         ema_ramp=job.ema_ramp,
+        micro_batch=job.micro_batch,
+    )
+    if job.dropout:
+        for trained in state.optimisers:
+            for module in state.networks[trained].modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = job.dropout
+    return state
+
+
+def _preconditioner(job: Job, teacher: Any, batches: Any, rank: int, averaged: Callable[[Any], Any]) -> Any:
+    """Lambda, of the kind that the job names, checked against the teacher."""
+    from mmdistill_core.artifact import load_second_moments
+    from mmdistill_core.diffusion.schedules import schedule_from_dict
+    from mmdistill_core.engine.second_moments import collected
+    from mmdistill_core.methods import METHODS
+    from mmdistill_core.networks.preconditioner import Preconditioner
+
+    kind = (job.preconditioner or {"kind": "identity"})["kind"]
+    if kind == "identity":
+        return Preconditioner.identity(teacher)
+    if kind == "adam":
+        moments = load_second_moments(job.networks["teacher"])
+    else:
+        assert job.preconditioner is not None
+        arguments = job.preconditioner["arguments"]
+        denoising = METHODS["denoising"](schedule=schedule_from_dict(job.schedule), **arguments)  # type: ignore[call-arg]
+        moments = collected(
+            network=teacher.to(batches.x.device),
+            method=denoising,
+            batches=batches,
+            steps=job.preconditioner["batches"],
+            global_batch=job.batch,
+            seed=job.seed,
+            rank=rank,
+            averaged_over_workers=averaged,
+        )
+    preconditioner = Preconditioner.adam(moments)
+    preconditioner.check(teacher)
+    return preconditioner
+
+
+def model_of(job: Job, network: Any, provenance: dict[str, Any] | None = None) -> Any:
+    """The DiffusionModel of a trained network, or of its average."""
+    from mmdistill_core.artifact import DiffusionModel
+
+    return DiffusionModel(
+        getattr(network, "module", network),
+        k=job.k,
+        sampler=job.sampler,
+        options=dict(job.sampler_options),
+        null_label=job.null_label,
+        guidance=(job.guidance[0], job.guidance[1]) if job.guidance else None,
+        provenance=provenance or {},
     )
 
 
 def export(job: Job, state: Any) -> None:
-    """The best (or average) network as a model folder."""
-    from mmdistill_core.artifact import DiffusionModel, save_model
-    from mmdistill_core.networks.denoiser import Denoiser
+    """The best (or average) network as a model folder; beside a teacher's, the second moments of its gradients."""
+    from mmdistill_core.artifact import save_model, save_second_moments
+    from mmdistill_core.engine.second_moments import of_optimiser
 
-    network = state.best_network()
-    network = getattr(network, "module", network)
-    assert isinstance(network, Denoiser)
     figures = {
         "images": state.n_images,
         "forwards": state.forwards,
@@ -101,38 +169,31 @@ def export(job: Job, state: Any) -> None:
     }
     if state.best.weights:
         figures |= {"best_images": state.best.n_images, "best_score": state.best.score}
-    save_model(job.output, DiffusionModel(network, k=job.k, provenance=(job.provenance or {}) | figures))
+    save_model(job.output, model_of(job, state.best_network(), (job.provenance or {}) | figures))
+    if job.method == "denoising":
+        save_second_moments(job.output, of_optimiser(state.networks["teacher"], state.optimisers["teacher"]))
 
 
 def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, float]]:
     """state -> {"score": Frechet distance of `samples` samples to the data, in the classifier's features}."""
     from mmdistill_core.artifact import load_classifier
     from mmdistill_core.metrics.frechet import frechet_distance, moments
-    from mmdistill_core.samplers import data_labels, sample
+    from mmdistill_core.samplers import data_labels
 
     assert job.validate is not None
     n, classifier = int(job.validate["samples"]), load_classifier(job.validate["classifier"])
-    device = images.device
-    classifier.to(device)
+    classifier.to(images.device)
+    classes = int(job.network["num_classes"])
     reference = moments(classifier.extract(images))
     drawn = data_labels(labels, n, job.seed, 1)
 
     def validate(state: Any) -> dict[str, float]:
         network = state.networks[job.best_role]
-        network = getattr(network, "module", network)
         was_training = network.training
         network.eval()
-        fakes = sample(
-            denoiser=network,
-            schedule=network.schedule,
-            shape=(n, *images.shape[1:]),
-            k=job.k,
-            label=drawn,
-            seed=job.seed + 104_729,
-            device=device,
-        )
+        fakes = model_of(job, network).sample(n, label=drawn if classes else None, seed=job.seed + 104_729)
         network.train(was_training)
-        distance = frechet_distance(moments(classifier.extract(fakes.clamp(-1, 1))), reference)
+        distance = frechet_distance(moments(classifier.extract(fakes)), reference)
         return {"score": distance}
 
     return validate
@@ -200,13 +261,21 @@ def set_up(config: dict[str, Any]) -> Training:
         x=images, label=labels if conditional else None, global_batch=job.batch, seed=job.seed, rank=rank, world=world
     )
 
+    def averaged(statistic: dict[str, Any]) -> dict[str, Any]:
+        if world > 1:
+            for value in statistic.values():
+                torch.distributed.all_reduce(value, torch.distributed.ReduceOp.SUM)
+                value /= world
+        return statistic
+
     def note(text: str) -> None:
         if rank == 0:
             mailbox.note.remote(f"{job.name.rsplit('-', 1)[0]}: {text}")
 
-    state = build_state(job)
+    state = build_state(job, batches, rank, averaged)
     for network in state.networks.values():
         network.to(device)
+    state.averaged_over_workers, state.unsynced = averaged, lambda: _unsynced(state)
     # A checkpoint carries the metrics up to it: the driver may have died before it took them in.
     reported = _restore(state, note)
     if state.n_images and rank == 0:
@@ -240,6 +309,15 @@ def set_up(config: dict[str, Any]) -> Training:
     )
     validate = validator(job, images, labels) if job.validate else None
     return Training(job, state, batches, options, report, save, validate, rank)
+
+
+def _unsynced(state: Any) -> ExitStack:
+    """The context in which no wrapped network exchanges gradients."""
+    stack = ExitStack()
+    for network in state.callables.values():
+        if hasattr(network, "no_sync"):
+            stack.enter_context(network.no_sync())
+    return stack
 
 
 def train_worker(config: dict[str, Any]) -> None:

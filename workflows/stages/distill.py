@@ -11,7 +11,9 @@ from workflows.context import Context, Done, StageRun, open_stage
 from workflows.runtime.worker import Job
 from workflows.runtime.workspace import code_version
 from workflows.stages.teacher import (
+    FITTED,
     TRAINING_CODE,
+    denoising_arguments,
     model_config,
     network_config,
     run_trainings,
@@ -21,24 +23,57 @@ from workflows.stages.teacher import (
 CODE = (
     *TRAINING_CODE,
     "mmdistill_core/methods/moment_matching.py",
+    "mmdistill_core/methods/denoising.py",
     "mmdistill_core/metrics/frechet.py",
     "mmdistill_core/samplers",
     "workflows/stages/distill.py",
 )
-ARGUMENTS = ("update", "pairing", "delta_power", "p_s", "w_s", "sigma_data", "pull", "ema")
+ARGUMENTS = (
+    "update",
+    "pairing",
+    "delta_power",
+    "p_s",
+    "w_s",
+    "sigma_data",
+    "logsnr_shift",
+    "transition",
+    "eta",
+    "guidance",
+    "clip_x",
+    "pull",
+    "auxiliary_updates",
+    "auxiliary_sees_t",
+    "derivative",
+    "ema",
+)
 
 
 def distill(context: Context, prepared: Done, taught: Done) -> dict[int, Done]:
-    """The students by k. Each is a stage of its own, distill-k<k>, finished and tracked as soon as it is trained."""
+    """The students by k. Each is a stage of its own, distill-k<k>, finished and tracked as soon as it is trained. With `warm_start`
+    a student of k steps waits for that of 2k steps, from which it starts.
+    """
     done: dict[int, Done] = {}
+    waiting = {k: context.config.distill.for_k(k) for k in context.config.distill.k}
+    while waiting:
+        ready = {k: own for k, own in waiting.items() if not (own.warm_start and 2 * k in waiting)}
+        waiting = {k: own for k, own in waiting.items() if k not in ready}
+        _distill(context, prepared, taught, ready, done)
+    return dict(sorted(done.items()))
+
+
+def _distill(
+    context: Context, prepared: Done, taught: Done, sections: dict[int, Distill], done: dict[int, Done]
+) -> None:
+    """Those of `sections`, together; the finished ones go to `done`."""
     runs: list[tuple[int, Job, StageRun]] = []
-    sections = {k: context.config.distill.for_k(k) for k in context.config.distill.k}
     # The longest first, so that the last ones to end are short.
     for k, own in sorted(sections.items(), key=lambda item: -item[1].images):
+        start = done.get(2 * k) if own.warm_start else None
         shown = {"k": k, "distill": own.model_dump(exclude={"k", "overrides"})}
         depends = {
             "prepare": prepared.identity,
             "teacher": taught.identity,
+            "start": start.identity if start else None,
             "seed": context.config.seed,
             "code": code_version(*CODE),
             **shown,
@@ -58,11 +93,11 @@ def distill(context: Context, prepared: Done, taught: Done) -> dict[int, Done]:
                 name=f"distill-k{k}-{opened.folder.key}",
                 output=str(opened.path / "model"),
                 storage=str(context.workspace.training_storage),
+                student=start.folder / "model" if start else None,
             )
             runs.append((k, job, opened))
     if runs:
         _train(context, runs, done)
-    return dict(sorted(done.items()))
 
 
 def _train(context: Context, runs: list[tuple[int, Job, StageRun]], done: dict[int, Done]) -> None:
@@ -107,9 +142,10 @@ def job_of(
     name: str,
     output: str,
     storage: str,
+    student: Path | None = None,
 ) -> Job:
     """The training of the k-step student: `own` is the distill section as it holds for k, `result` what `prepare` returned,
-    `teacher` a model folder and `identity` its hash.
+    `teacher` a model folder and `identity` its hash, `student` a model folder to start from in place of the teacher's.
     """
     validate = None
     if own.validate_every:
@@ -126,11 +162,17 @@ def job_of(
         seed=config.seed + k,
         method=own.method,
         arguments={"k": k} | {field: getattr(own, field) for field in ARGUMENTS},
-        networks={"teacher": str(teacher)},
+        networks=starts(teacher, student),
         network=network_config(config, result),
         schedule=config.schedule.as_dict(),
         prediction=config.prediction,
         options=optimiser_options(own),
+        micro_batch=own.micro_batch,
+        dropout=own.dropout,
+        preconditioner=preconditioner(config, own),
+        sampler="renoise" if own.transition == "unconditional" else "ancestral",
+        sampler_options={} if own.eta == 1 else {"eta": own.eta},
+        guidance=told_guidance(own),
         images=own.images,
         batch=own.batch,
         log_every=own.log_every,
@@ -151,7 +193,31 @@ def job_of(
     )
 
 
+def starts(teacher: Path, student: Path | None) -> dict[str, str]:
+    """role -> model folder. An exact teacher has no weights to start from: beside it lies a network that was fitted to the data."""
+    networks = {"teacher": str(teacher)}
+    fitted = teacher.with_name(FITTED)
+    if fitted.is_dir():
+        networks |= {"student": str(fitted), "auxiliary": str(fitted)}
+    return networks | ({"student": str(student)} if student else {})
+
+
 def optimiser_options(own: Distill) -> dict[str, dict[str, Any]]:
     """The student's and the auxiliary's numbers, which differ in the learning rate if the recipe says so."""
     student = own.optimiser.model_dump()
+    if own.update == "instant":
+        return {"student": student}
     return {"student": student, "auxiliary": student | {"lr": own.auxiliary_lr or own.optimiser.lr}}
+
+
+def preconditioner(config: RunConfig, own: Distill) -> dict[str, Any] | None:
+    """Instant's Lambda (worker.Job)."""
+    if own.update != "instant":
+        return None
+    collected = {"batches": own.collect_batches, "arguments": denoising_arguments(config)}
+    return {"kind": own.preconditioner} | (collected if own.preconditioner == "collected" else {})
+
+
+def told_guidance(own: Distill) -> tuple[float, float] | None:
+    """The range of guidance that the student is told, if it is one."""
+    return own.guidance if isinstance(own.guidance, tuple) and own.guidance[0] < own.guidance[1] else None

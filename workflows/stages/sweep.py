@@ -153,10 +153,10 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
     job = job_of(config, own, k, prepared=Path(jobs["prepared"]), result=jobs["result"], teacher=Path(jobs["teacher"]),
                  identity=jobs["identity"], name="trial", output="", storage="")  # fmt: skip
     job = replace(job, seed=config.seed + k + 1000 * seed)
-    state = build_state(job)
     batches = InMemoryBatches(
         x=images, label=labels if job.network["num_classes"] else None, global_batch=job.batch, seed=job.seed
     )
+    state = build_state(job, batches)
 
     def report(metrics: dict[str, float]) -> None:
         if "score" in metrics:
@@ -176,17 +176,18 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
 
 def measure(config: RunConfig, job: Any, network: Any, images: Any, labels: Any) -> dict[str, float]:
     """The kept student by `evaluate`'s protocol: its counts, its seeds, its labels; means over seeds."""
-    from mmdistill_core.artifact import DiffusionModel, load_classifier
+    from mmdistill_core.artifact import load_classifier
     from mmdistill_core.samplers import data_labels
+    from workflows.runtime.worker import model_of
     from workflows.stages.evaluate import CHUNK, Reference, sampled
 
-    model = DiffusionModel(getattr(network, "module", network), k=job.k)
+    model = model_of(job, network)
     classifier = load_classifier(Path(job.data).parent / "classifier")
     reference = Reference(classifier, images)
     values = []
     for seed in range(config.evaluate.seeds):
         label = data_labels(labels, config.evaluate.samples, config.seed, 3, seed)
-        fakes = sampled(model, classifier, "ancestral", job.k, label, seed, 0, CHUNK)
+        fakes = sampled(model, classifier, job.sampler, job.k, label, seed, 0, CHUNK)
         values.append(reference.measure(fakes, label, neighbours=config.evaluate.neighbours))
     return {name: statistics.mean(v[name] for v in values) for name in MEASURED}
 

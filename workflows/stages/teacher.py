@@ -14,6 +14,8 @@ from workflows.runtime.data import dataset
 from workflows.runtime.worker import Job, train
 from workflows.runtime.workspace import code_version
 
+FITTED = "fitted"
+"""Folder beside an exact teacher: the network from which its students start."""
 TRAINING_CODE = (
     "mmdistill_core/artifact.py",
     "mmdistill_core/diffusion",
@@ -51,7 +53,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         data=str(prepared.folder / "data"),
         seed=c.seed,
         method="denoising",
-        arguments={"p_t": c.teacher.p_t, "w_t": c.teacher.w_t},
+        arguments=denoising_arguments(c),
         networks={},
         network=network_config(c, prepared.result),
         schedule=c.schedule.as_dict(),
@@ -65,6 +67,8 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         k=max(c.evaluate.teacher_steps),
         ema_half_life_images=c.teacher.ema_half_life_images,
         ema_ramp=c.teacher.ema_ramp,
+        micro_batch=c.teacher.micro_batch,
+        null_label=c.teacher.label_dropout > 0,
         provenance={
             "role": "teacher",
             "recipe": c.recipe,
@@ -76,10 +80,16 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
     return training_result(run, f"{c.teacher.images:,} images")
 
 
+def denoising_arguments(config: RunConfig) -> dict[str, Any]:
+    """The fields of Denoising but the schedule."""
+    t = config.teacher
+    return {"p_t": t.p_t, "w_t": t.w_t, "label_dropout": t.label_dropout}
+
+
 def network_config(config: RunConfig, prepared: dict[str, Any]) -> dict[str, Any]:
     """The fields of DiTConfig: the recipe's, and those that follow from the data."""
     channels, height, _ = prepared["shape"]
-    data = {"image_size": height, "channels": channels, "num_classes": prepared["num_classes"]}
+    data: dict[str, Any] = {"image_size": height, "channels": channels, "num_classes": prepared["num_classes"]}
     return data | config.network.model_dump()
 
 
