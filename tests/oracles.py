@@ -24,11 +24,31 @@ def teacher_slope(t: float, schedule: Schedule = COSINE, variance: float = VARIA
     return a * variance / (a**2 * variance + s**2)
 
 
-def student_slope(t: float, s: float, *, schedule: Schedule = COSINE, variance: float = VARIANCE) -> float:
+def transition_coefficients(
+    t: float, s: float, *, kind: str = "conditional", eta: float = 1.0, schedule: Schedule = COSINE
+) -> tuple[float, float, float]:
+    """(c_z, c_x, var) of z_s = c_z z_t + c_x x_tilde + sqrt(var) n, by the transition's definition."""
+    a_t, s_t, a_s, s_s = (f(at(u)).item() for u in (t, s) for f in (schedule.alpha, schedule.sigma))
+    if kind == "unconditional":
+        return 0.0, a_s, s_s**2
+    g = eta * (s_s / s_t) * math.sqrt(s_t**2 - (a_t / a_s) ** 2 * s_s**2)
+    kept = math.sqrt(s_s**2 - g**2)
+    return kept / s_t, a_s - kept * a_t / s_t, g**2
+
+
+def student_slope(
+    t: float,
+    s: float,
+    *,
+    kind: str = "conditional",
+    eta: float = 1.0,
+    schedule: Schedule = COSINE,
+    variance: float = VARIANCE,
+) -> float:
     """The A of the affine student A z_t + b that fulfils the moment condition at one (t, s): the positive root of
     V_t c_x (1 - beta c_x) A^2 + V_t c_z (1 - 2 beta c_x) A - beta (c_z^2 V_t + var) = 0, beta the teacher's slope at s.
     """
-    c_z, c_x, var = (c.item() for c in posterior_coefficients(schedule=schedule, t=at(t), s=at(s)))
+    c_z, c_x, var = transition_coefficients(t, s, kind=kind, eta=eta, schedule=schedule)
     beta = teacher_slope(s, schedule, variance)
     v_t = schedule.alpha(at(t)).item() ** 2 * variance + schedule.sigma(at(t)).item() ** 2
     a2, a1, a0 = v_t * c_x * (1 - beta * c_x), v_t * c_z * (1 - 2 * beta * c_x), -beta * (c_z**2 * v_t + var)

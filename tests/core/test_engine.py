@@ -1,7 +1,7 @@
 """The engine: resume, determinism, guards, averages, learning rates, batches."""
 
 import copy
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -19,10 +19,12 @@ from mmdistill_core.engine import (
 )
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
 from mmdistill_core.engine.optim import averaged
+from mmdistill_core.engine.second_moments import collected, of_optimiser
 from mmdistill_core.engine.step import PATIENCE
-from mmdistill_core.methods import METHODS, Batch, Denoising, MomentMatching
+from mmdistill_core.methods import METHODS, Batch, Denoising, Losses, Method, MomentMatching, Phase, Role
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
+from mmdistill_core.networks.preconditioner import Preconditioner
 from mmdistill_core.rng import derive_seed, generator
 
 CONFIG = DiTConfig(image_size=8, channels=1, num_classes=3, patch=4, width=16, depth=1, heads=2)
@@ -32,6 +34,7 @@ MAKE = {
     "moment_matching alternating": lambda: MomentMatching(
         schedule=COSINE, k=4, update="alternating", pairing="uniform"
     ),
+    "moment_matching instant": lambda: MomentMatching(schedule=COSINE, k=4, update="instant"),
 }
 
 
@@ -44,9 +47,10 @@ def denoiser(seed=0):
 
 
 def make_state(method, total=64 * 24, batch=64):
+    instant = getattr(method, "update", "") == "instant"
     return TrainState.create(
         method=method,
-        given={"teacher": denoiser()},
+        given={"teacher": denoiser()} | ({"preconditioner": Preconditioner.identity(denoiser())} if instant else {}),
         options=OptimiserOptions(lr=1e-3, warmup_images=128),
         global_batch=batch,
         total_images=total,
@@ -276,3 +280,102 @@ def test_seeds_are_apart():
     seeds = {derive_seed(a, b, c) for a in range(5) for b in range(5) for c in range(5)}
     assert len(seeds) == 125
     assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+class Square(Method):
+    """A loss without chance: |x_hat|^2. Its statistic is the mean of x."""
+
+    name = "square"
+
+    def __init__(self, statistic=False):
+        self.statistic = statistic
+
+    @property
+    def roles(self):
+        return (Role("teacher", "trained"),)
+
+    def phases(self, step):
+        given = (lambda nets, batch, rng: {"mean": batch.x.mean()}) if self.statistic else None
+        return (Phase(("teacher",), self._loss, statistic=given),)
+
+    def _loss(self, nets, batch, rng, statistic=None):
+        loss = (nets["teacher"](batch.x, batch.x[:, 0]) - (statistic or {"mean": 0})["mean"]).square().mean(1)
+        return Losses({"teacher": loss}, logs={"l": loss}, by_level={"l": loss}, logsnr=batch.x[:, 0], forwards=1)
+
+
+class TestAccumulation:
+    def step(self, micro_batch, statistic=False):
+        state = TrainState.create(
+            method=Square(statistic),
+            given={"teacher": Affine(0.5, 0.1)},
+            options=OptimiserOptions(lr=1e-3, warmup_images=0, clip_norm=1e9),
+            global_batch=48,
+            total_images=480,
+            best_role="teacher",
+            micro_batch=micro_batch,
+        )
+        entered = []
+
+        @contextmanager
+        def unsynced():
+            entered.append(True)
+            yield
+
+        state.unsynced = unsynced
+        batch = Batch(gaussian_batch(48, generator(0)), torch.arange(48))
+        (log,) = train_step(state=state, batches=lambda n: batch, seed=0)
+        return state, log, len(entered)
+
+    @pytest.mark.parametrize("statistic", [False, True])
+    @pytest.mark.parametrize("micro_batch", [1, 7, 16])
+    def test_parts_of_a_batch_have_its_gradient(self, micro_batch, statistic):
+        whole, in_parts = self.step(None, statistic), self.step(micro_batch, statistic)
+        for a, b in zip(
+            whole[0].networks["teacher"].parameters(), in_parts[0].networks["teacher"].parameters(), strict=True
+        ):
+            torch.testing.assert_close(a.grad, b.grad)
+        images = 24 if statistic else 48
+        assert in_parts[2] == -(-images // micro_batch) - 1  # all parts but the last keep their gradients to themselves
+        assert whole[2] == 0
+        assert torch.equal(whole[1].losses.by_level["l"], in_parts[1].losses.by_level["l"])
+        assert torch.equal(whole[1].losses.logsnr, in_parts[1].losses.logsnr)
+        assert whole[0].forwards == in_parts[0].forwards == images
+
+    def test_labels_go_with_their_images(self):
+        batch = Batch(torch.arange(10.0)[:, None], torch.arange(10))
+        for part in batch.split(4):
+            assert torch.equal(part.x[:, 0].long(), part.label)
+        assert [len(p) for p in Batch(batch.x).split(4)] == [4, 4, 2]
+
+
+def test_second_moments_collected_are_adams_at_learning_rate_zero():
+    """Both are the mean of the squared gradients; Adam's with beta2 near 1 and its start corrected for."""
+    method, teacher, batches = Denoising(schedule=COSINE), denoiser(), make_batches()
+    got = collected(network=teacher, method=method, batches=batches, steps=6, global_batch=64, seed=0)
+    expected = {name: torch.zeros_like(p) for name, p in teacher.named_parameters()}
+    own = copy.deepcopy(teacher)
+    adam = torch.optim.Adam(own.parameters(), lr=0.0, betas=(0.0, 1 - 1e-7))
+    for step in range(6):
+        rng = generator(0, 0, step * 64, 5)
+        loss = method.phases(0)[0].loss({"teacher": own}, batches(step * 64), rng).per_sample["teacher"].mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        for name, p in own.named_parameters():
+            expected[name] += p.grad.square() / 6
+    adams = of_optimiser(own, adam)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value)
+        torch.testing.assert_close(adams[name], value, rtol=1e-2, atol=1e-12)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_roles_are_told_their_conditions():
+    state = make_state(MomentMatching(schedule=COSINE, k=4, guidance=(0.0, 2.0), auxiliary_sees_t=True, ema=True))
+    assert state.networks["student"].backbone.config.conditions == ("guidance",)
+    assert state.networks["auxiliary"].backbone.config.conditions == ("guidance", "t")
+    assert state.networks["teacher"].backbone.config.conditions == ()
+    before = weights(state)
+    train_step(state=state, batches=make_batches(), seed=0)
+    moved = [n for n, value in weights(state).items() if "conditions" in n and not torch.equal(value, before[n])]
+    assert {n.split("/")[0] for n in moved} == {"student", "auxiliary", "student_ema"}

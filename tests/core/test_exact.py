@@ -3,6 +3,7 @@
 import torch
 from oracles import COSINE, MEAN, VARIANCE
 
+from mmdistill_core.diffusion.guidance import NULL_LABEL
 from mmdistill_core.diffusion.process import expand, q_sample
 from mmdistill_core.networks.exact import GaussianDenoiser, MixtureDenoiser, ring_of_gaussians
 
@@ -57,3 +58,14 @@ def test_atoms_are_allowed():
     x = teacher(torch.randn(5, 2), torch.full((5,), 0.01))
     distance = torch.cdist(x, teacher.means).min(dim=1).values
     assert (distance < 1e-4).all()
+
+
+def test_no_label_gives_the_mixture_and_images_are_points():
+    teacher = ring_of_gaussians(modes=4, radius=1.0, variance=0.1, schedule=COSINE)
+    z, t = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)), torch.rand(8)
+    label = torch.tensor([0, 1, NULL_LABEL, 3, NULL_LABEL, 2, 1, 0])
+    mixed = teacher(z, t, label)
+    none = label == NULL_LABEL
+    torch.testing.assert_close(mixed[none], teacher(z, t)[none])
+    torch.testing.assert_close(mixed[~none], teacher(z, t, label.clamp_min(0))[~none])
+    torch.testing.assert_close(teacher(z.view(8, 2, 1, 1), t), teacher(z, t).view(8, 2, 1, 1))

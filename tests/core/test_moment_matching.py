@@ -18,7 +18,7 @@ from oracles import (
     teacher_slope,
 )
 
-from mmdistill_core.diffusion.process import posterior_coefficients, q_sample
+from mmdistill_core.diffusion.process import posterior, posterior_coefficients, q_sample
 from mmdistill_core.engine import OptimiserOptions, TrainState, train_step
 from mmdistill_core.methods import Batch, MomentMatching
 from mmdistill_core.methods import moment_matching as module
@@ -87,15 +87,24 @@ class TestFixedPoint:
         alpha = COSINE.alpha(torch.tensor(T)).item()
         assert state.networks["student"].offset.item() == pytest.approx((1 - expected * alpha) * MEAN, abs=0.01)
 
-    def test_unconditional_z_s_would_have_another_fixed_point(self):
-        """With q(z_s | x_tilde) in place of q(z_s | z_t, x_tilde) c_z is 0, and the condition at one (t, s) is another:
-        alpha_s A^2 V_t (1 - beta alpha_s) = beta sigma_s^2. The two must not be confused.
-        """
+    @pytest.mark.parametrize(("kind", "eta"), [("unconditional", 1.0), ("conditional", 0.5), ("conditional", 0.0)])
+    def test_other_transitions_have_other_fixed_points(self, monkeypatch, kind, eta):
+        """Unconditional z_s, less noise, none (DDIM): each its own root, and training reaches it."""
+        fixed_times(monkeypatch)
+        expected = student_slope(T, S, kind=kind, eta=eta)
+        assert abs(expected - student_slope(T, S)) > 0.02
+        method = MomentMatching(schedule=COSINE, k=1, update="joint", pull=False, transition=kind, eta=eta)
+        start = {"student": Affine(teacher_slope(T), 0.3), "auxiliary": Affine(teacher_slope(S), 0.3)}
+        state = train(method, {"teacher": teacher(), **start}, steps=2500, batch=4096, lr=3e-3)
+        assert state.networks["student"].slope.item() == pytest.approx(expected, rel=0.01)
+
+    def test_the_unconditional_root_in_closed_form(self):
+        """c_z = 0: alpha_s A^2 V_t (1 - beta alpha_s) = beta sigma_s^2."""
         t, s = (torch.tensor(u, dtype=torch.float64) for u in (T, S))
         beta, a_s, s_s = teacher_slope(S), COSINE.alpha(s).item(), COSINE.sigma(s).item()
         v_t = COSINE.alpha(t).item() ** 2 * VARIANCE + COSINE.sigma(t).item() ** 2
-        unconditional = math.sqrt(beta * s_s**2 / (a_s * (1 - beta * a_s) * v_t))
-        assert abs(unconditional - student_slope(T, S)) > 0.1
+        root = math.sqrt(beta * s_s**2 / (a_s * (1 - beta * a_s) * v_t))
+        assert student_slope(T, S, kind="unconditional") == pytest.approx(root, rel=1e-9)
 
 
 class TestGradients:
@@ -179,6 +188,101 @@ class TestGradients:
             torch.testing.assert_close(mine, -theirs.grad)
         for mine, theirs in zip(got["student"], fresh["student"].parameters(), strict=True):
             torch.testing.assert_close(2 * mine, theirs.grad)
+
+
+class TestChoices:
+    """What else may be chosen: who is told what, how often each learns, how the student is weighed."""
+
+    def test_dmd_weighs_the_student_and_not_the_regression(self, monkeypatch):
+        fixed_times(monkeypatch)
+        batch = Batch(gaussian_batch(64, generator(0)))
+        nets = {"teacher": teacher(), "student": Affine(0.4, 0.1), "auxiliary": Affine(0.2, 0.2)}
+        losses = {
+            w: MomentMatching(schedule=COSINE, k=4, w_s=w).phases(0)[0].loss(nets, batch, generator(1)).per_sample
+            for w in ("flat", "dmd")
+        }
+        torch.testing.assert_close(losses["dmd"]["auxiliary"], losses["flat"]["auxiliary"])
+        rng = generator(1)
+        t, s = torch.full((64,), T), torch.full((64,), S)
+        z_t = q_sample(schedule=COSINE, x=batch.x, eps=torch.randn(64, 1, generator=rng), t=t)
+        x_tilde = 0.4 * z_t + 0.1
+        z_s = posterior(schedule=COSINE, z_t=z_t, x=x_tilde, t=t, s=s, noise=torch.randn(64, 1, generator=rng))
+        ratio = losses["dmd"]["student"] / losses["flat"]["student"]
+        torch.testing.assert_close(ratio, 1 / (x_tilde - nets["teacher"](z_s, s)).abs()[:, 0], rtol=1e-3, atol=1e-3)
+
+    @pytest.mark.parametrize(("update", "pattern"), [("alternating", "aaasaaas"), ("joint", "aabaabaa")])
+    def test_the_auxiliary_may_learn_more_often(self, update, pattern):
+        method = MomentMatching(schedule=COSINE, k=4, update=update, auxiliary_updates=3)
+        names = {("auxiliary",): "a", ("student",): "s", ("student", "auxiliary"): "b"}
+        assert "".join(names[method.phases(i)[0].trains] for i in range(8)) == pattern
+
+    def test_an_auxiliary_that_sees_t_is_told_it(self):
+        seen = []
+
+        class Told(Affine):
+            def forward(self, z, t, label=None, conditions=None):
+                seen.append(conditions["t"])
+                return super().forward(z, t, label)
+
+        method = MomentMatching(schedule=COSINE, k=2, pairing="uniform", auxiliary_sees_t=True)
+        assert {r.name: r.conditions for r in method.roles} == {"teacher": (), "student": (), "auxiliary": ("t",)}
+        nets = {"teacher": teacher(), "student": Affine(0.4, 0.1), "auxiliary": Told(0.2, 0.2)}
+        draws = []
+        original = module.sample_pairs
+
+        def spy(**arguments):
+            draws.append(original(**arguments))
+            return draws[-1]
+
+        module.sample_pairs = spy
+        try:
+            method.phases(0)[0].loss(nets, Batch(gaussian_batch(16, generator(0))), generator(1))
+        finally:
+            module.sample_pairs = original
+        assert torch.equal(seen[0], draws[0][0])
+
+    def test_guidance_is_of_the_teacher_alone(self):
+        """An auxiliary that says what the guided teacher says leaves the student where it is; a plain one pushes it."""
+        exact = ring_of_gaussians(modes=3, radius=1.0, variance=0.1, schedule=COSINE).requires_grad_(False)
+        x, label = exact.sample(32, rng=generator(0))
+        told = []
+
+        class Student(torch.nn.Module):
+            def forward(self, z, t, label=None, conditions=None):
+                told.append(conditions)
+                return 0.5 * z
+
+        def guided_ring(z, t, label, conditions=None):
+            w = 2.0 if conditions is None else (1 / (1 - conditions["guidance"]) - 1)[:, None]
+            return (1 + w) * exact(z, t, label) - w * exact(z, t, None)
+
+        for guidance in (2.0, (1.0, 3.0)):
+            method = MomentMatching(schedule=COSINE, k=2, guidance=guidance, pull=True)
+            nets = {"teacher": exact, "student": Student(), "auxiliary": guided_ring}
+            losses = method.phases(0)[0].loss(nets, Batch(x, label), generator(1))
+            torch.testing.assert_close(losses.logs["moment_gap"], torch.zeros(32), atol=1e-6, rtol=0)
+            nets["auxiliary"] = lambda z, t, label, conditions=None: exact(z, t, label)
+            losses = method.phases(0)[0].loss(nets, Batch(x, label), generator(1))
+            assert losses.logs["moment_gap"].mean() > 1e-3
+            assert losses.forwards == 4
+        w = 1 / (1 - told[-1]["guidance"]) - 1
+        assert told[0] is None
+        assert 1 <= w.min() < 1.5
+        assert 2.5 < w.max() <= 3
+        with pytest.raises(ValueError, match="needs labels"):
+            method.phases(0)[0].loss(nets, Batch(x), generator(1))
+
+    def test_clipping_is_of_the_teacher(self):
+        far = GaussianDenoiser(mean=5.0, variance=VARIANCE, schedule=COSINE).requires_grad_(False)
+        one = lambda z, t, label=None: torch.ones_like(z)  # noqa: E731
+        batch = Batch(5 + gaussian_batch(64, generator(0)))
+        nets = {"teacher": far, "student": one, "auxiliary": one}
+        gap = {
+            clip: MomentMatching(schedule=COSINE, k=4, clip_x=clip).phases(0)[0].loss(nets, batch, generator(1)).logs
+            for clip in (True, False)
+        }
+        torch.testing.assert_close(gap[True]["moment_gap"], torch.zeros(64))
+        assert gap[False]["moment_gap"].mean() > 1
 
 
 @pytest.mark.parametrize(("pull", "halves"), [(True, 0.5), (False, 1.0)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracles import COSINE, MEAN, VARIANCE, sampled_variance, teacher_slope
 
+from mmdistill_core.diffusion.process import posterior
 from mmdistill_core.diffusion.schedules import Karras, Linear
 from mmdistill_core.diffusion.times import uniform_grid
 from mmdistill_core.networks.exact import GaussianDenoiser
@@ -48,7 +49,7 @@ def test_heun_is_nearer_to_the_flow_than_ddim_with_as_many_evaluations(schedule)
     assert errors[2] < error_against_the_flow(schedule, "ddim", 127) / 2
 
 
-@pytest.mark.parametrize(("sampler", "expected"), [("ancestral", 5), ("ddim", 5), ("heun", 9)])
+@pytest.mark.parametrize(("sampler", "expected"), [("ancestral", 5), ("ddim", 5), ("heun", 9), ("renoise", 5)])
 def test_evaluations_are_counted(sampler, expected):
     calls = []
 
@@ -98,3 +99,37 @@ def test_labels_are_in_the_datas_proportions():
     more = torch.bincount(data_labels(labels, 250, 1)).tolist()
     assert sum(more) == 250
     assert 20 <= more[0] <= 30
+
+
+def test_eta_goes_from_ddim_to_ancestral():
+    for eta, other in ((0.0, "ddim"), (1.0, "ancestral")):
+        torch.testing.assert_close(draw(4, "ancestral", n=500, eta=eta), draw(4, other, n=500), rtol=1e-4, atol=1e-5)
+    between = draw(4, "ancestral", eta=0.5).var()
+    assert draw(4, "ancestral").var() < between < draw(4, "ddim").var()
+
+
+def test_renoising_draws_the_marginal_of_each_x_hat():
+    """Two steps: z_s = alpha_s x_hat + sigma_s n, so that the variance is A_s^2 (alpha_s^2 Var x_hat + sigma_s^2)."""
+    half = torch.tensor([0.5], dtype=torch.float64)
+    first = teacher_slope(1 - 1e-9) ** 2
+    z = COSINE.alpha(half).item() ** 2 * first + COSINE.sigma(half).item() ** 2
+    assert draw(2, "renoise").var().item() == pytest.approx(teacher_slope(0.5) ** 2 * z, rel=0.02)
+
+
+def test_extra_noise_is_between_the_posteriors_variance_and_its_upper_bound():
+    """1: the variance of q(z_t | z_s), sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2; .5: the geometric mean."""
+    t, s = torch.tensor([0.8], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64)
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    scale = [
+        posterior(schedule=COSINE, z_t=zero, x=zero, t=t, s=s, noise=one, extra_noise=e).item() for e in (0, 0.5, 1)
+    ]
+    a_t, s_t, a_s, s_s = (f(u).item() for u in (t, s) for f in (COSINE.alpha, COSINE.sigma))
+    assert scale[2] ** 2 == pytest.approx(s_t**2 - (a_t / a_s) ** 2 * s_s**2)
+    assert scale[0] == pytest.approx(scale[2] * s_s / s_t)
+    assert scale[1] ** 2 == pytest.approx(scale[0] * scale[2])
+    assert draw(8, "ancestral", extra_noise=0.3).var() > draw(8, "ancestral").var()
+
+
+def test_options_of_another_sampler_are_refused():
+    with pytest.raises(TypeError, match="eta"):
+        draw(2, "ddim", n=4, eta=0.5)

@@ -1,11 +1,13 @@
 """Densities of s, pairings of (t, s), weights."""
 
+import math
+
 import pytest
 import torch
 
-from mmdistill_core.diffusion.schedules import Cosine, Karras, Linear
+from mmdistill_core.diffusion.schedules import Cosine, Karras, Linear, resolution_shift
 from mmdistill_core.diffusion.times import PAIRINGS, TIME_DENSITIES, sample_pairs, sample_s, uniform_grid
-from mmdistill_core.diffusion.weighting import WEIGHTINGS, weight
+from mmdistill_core.diffusion.weighting import WEIGHTINGS, dmd_weight, weight
 
 B = 40_000
 
@@ -78,6 +80,28 @@ def test_weights():
     assert set(expected) == set(WEIGHTINGS)
     for name, value in expected.items():
         torch.testing.assert_close(weight(weighting=name, logsnr=logsnr), value)
+
+
+def test_a_shift_moves_the_density_and_the_weight_along_logsnr():
+    """For twice the resolution, by -2 log 2: the same noise relative to what is seen of the image (2301.11093)."""
+    shift = resolution_shift(resolution=128, reference=64)
+    assert shift == pytest.approx(-2 * math.log(2))
+    plain, moved = (
+        Cosine().logsnr(sample_s(density="karras", schedule=Cosine(), b=B, rng=rng(), logsnr_shift=m).double())
+        for m in (0.0, shift)
+    )
+    inside = plain.abs() < 8
+    torch.testing.assert_close(moved[inside], plain[inside] + shift, atol=1e-2, rtol=0)
+    for weighting in WEIGHTINGS:
+        here, there = (
+            weight(weighting=weighting, logsnr=lam, logsnr_shift=m) for lam, m in ((plain, 0), (moved, shift))
+        )
+        torch.testing.assert_close(there[inside], here[inside], rtol=0.02, atol=0)
+
+
+def test_dmd_weight():
+    x, x_hat = torch.tensor([[1.0, -1.0], [0.0, 0.5]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    torch.testing.assert_close(dmd_weight(x=x, x_hat=x_hat), torch.tensor([1 / 1.5, 4.0]))
 
 
 @pytest.mark.parametrize(
