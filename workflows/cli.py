@@ -30,6 +30,9 @@ Tracking = Annotated[
 ]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.")]
 Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="section.field=value; may be repeated.")]
+Smoke = Annotated[
+    bool, typer.Option("--smoke", help="Made so small that all of it runs in seconds: three training steps a stage.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DEFAULT_WORKSPACE = Path(".mmdistill")
 
@@ -69,6 +72,7 @@ def _say(text: str) -> None:
 def run(
     recipe: Recipe = "digits",
     set_: Set = None,
+    smoke: Smoke = False,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     workers: Annotated[int | None, typer.Option(help="Workers of each training; by default as many as fit.")] = None,
@@ -92,7 +96,7 @@ def run(
         from workflows.pipeline import RunOptions, check_options, run_pipeline
         from workflows.runtime.progress import Screen
 
-        config = load_config(recipe, set_)
+        config = load_config(recipe, set_, smoke=smoke)
         options = RunOptions(
             workspace=workspace,
             tracking_uri=tracking_uri,
@@ -104,6 +108,11 @@ def run(
         )
         check_options(config, options)
         screen = Screen()
+        if smoke:
+            images = "made images, as no data.path is given" if config.data.source == "made" else config.data.source
+            screen.line(
+                f"[yellow]smoke[/]  three training steps a stage, on {images}: this shows that it runs, not how well"
+            )
         summary = run_pipeline(config, options, screen)
         if as_json:
             print(json.dumps(summary, indent=2))
@@ -146,12 +155,12 @@ def sweep(
 
 
 @app.command()
-def config(recipe: Recipe = "digits", set_: Set = None, debug: Debug = False) -> None:
+def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False, debug: Debug = False) -> None:
     """Print a recipe's resolved configuration as YAML."""
     with _errors(debug):
         from workflows.config import load_config
 
-        print(load_config(recipe, set_).yaml(), end="")
+        print(load_config(recipe, set_, smoke=smoke).yaml(), end="")
 
 
 @app.command()

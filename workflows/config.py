@@ -9,14 +9,15 @@ import difflib
 import hashlib
 import json
 from contextlib import suppress
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from workflows.sources import SOURCES
+from workflows.smoke import smoke_values
+from workflows.sources import SHAPED, SOURCES, source_of
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -30,9 +31,16 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What is distilled from. `source` is the name of a data set in sources.py."""
+    """What is distilled from. `source` names a data set of sources/; `folder` is a user's own, and `made` tries a recipe without
+    its data: these two have the shape that is given here.
+    """
 
     source: str = "digits"
+    path: str | None = Field(None, description="folder: the images, in a subfolder for each class")
+    image_size: int | None = Field(None, ge=1, description="folder and made")
+    channels: Literal[1, 3] | None = Field(None, description="folder and made; by default 3")
+    num_classes: int | None = Field(None, ge=0, description="folder and made; by default 0: no labels")
+    limit: int | None = Field(None, ge=10, description="use at most so many images, spread over all")
     holdout: float = Field(0.2, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
     shard_rows: int = Field(512, ge=1)
     classifier_epochs: int = Field(25, ge=1)
@@ -40,9 +48,22 @@ class Data(Section):
     @field_validator("source")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in SOURCES:
-            raise ValueError(f"{name!r} is not one of {', '.join(SOURCES)}")
+        if name not in (*SOURCES, *SHAPED):
+            raise ValueError(f"{name!r} is not one of {', '.join((*SOURCES, *SHAPED))}")
         return name
+
+    @model_validator(mode="after")
+    def _only_its_own(self) -> Data:
+        own = {
+            "folder": {"path", "image_size", "channels", "num_classes"},
+            "made": {"image_size", "channels", "num_classes"},
+        }
+        for name in ("path", "image_size", "channels", "num_classes"):
+            if getattr(self, name) is not None and name not in own.get(self.source, ()):
+                raise ValueError(f"{name} does not belong to source {self.source}")
+        if self.source in SHAPED and self.image_size is None:
+            raise ValueError(f"image_size: the source {self.source} needs one, such as 64")
+        return self
 
 
 class Schedule(Section):
@@ -197,7 +218,7 @@ class RunConfig(Section):
                 raise ValueError(f"distill.overrides.{k}.{one_line(error, Distill)}") from None
         for k in self.distill.k:
             if self.distill.for_k(k).guided:
-                if not SOURCES[self.data.source].num_classes:
+                if not source_of(self.data).num_classes:
                     raise ValueError(
                         f"distill.guidance: {self.data.source} has no labels, so there is nothing to guide by"
                     )
@@ -208,7 +229,7 @@ class RunConfig(Section):
                     )
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
-        if (size := SOURCES[self.data.source].shape[1]) % self.network.patch:
+        if (size := source_of(self.data).shape[1]) % self.network.patch:
             raise ValueError(f"network.patch: {self.network.patch} does not divide the image size {size}")
         return self
 
@@ -297,13 +318,19 @@ def one_line(error: ValidationError, model: type[Section]) -> str:
     return f"{where}: {value!r} {message}"
 
 
-def load_config(recipe: str, overrides: list[str] | None = None) -> RunConfig:
-    """The resolved configuration of a recipe (a name, or a path to a YAML file). Raises ConfigError, in one line."""
-    values = _read_recipe(recipe)
-    for text in overrides or []:
-        values = merge(values, _parse_override(text))
+def load_config(recipe: str, overrides: list[str] | None = None, *, smoke: bool = False) -> RunConfig:
+    """The resolved configuration of a recipe (a name, or a path to a YAML file); `smoke`: made small. Raises ConfigError, in one
+    line.
+    """
+    given: dict[str, Any] = reduce(merge, map(_parse_override, overrides or []), dict[str, Any]())
+    config = _resolve({"recipe": Path(recipe).stem} | merge(_read_recipe(recipe), given))
+    # What the command line says holds for the small run too.
+    return _resolve(merge(smoke_values(config), given)) if smoke else config
+
+
+def _resolve(values: dict[str, Any]) -> RunConfig:
     # Merged over the defaults as values: a recipe that names one field of a section leaves that section's others as they are.
-    values = merge(RunConfig(recipe=Path(recipe).stem).model_dump(), values)
+    values = merge(RunConfig(recipe=values["recipe"]).model_dump(), values)
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

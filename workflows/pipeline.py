@@ -22,6 +22,7 @@ from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace, git_commit, write_json
+from workflows.sources.folder import checked
 
 STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
 
@@ -40,7 +41,11 @@ class RunOptions:
 
 
 def check_options(config: RunConfig, options: RunOptions) -> None:
-    """Raises ConfigError for a stage or a number of workers that can't be, before anything starts."""
+    """Raises ConfigError for a stage or a number of workers that can't be, UserError for a folder of images that is not there,
+    before anything starts.
+    """
+    if config.data.source == "folder":
+        checked(config.data.path)
     each = tuple(f"distill-k{k}" for k in config.distill.k)
     for name in options.force:
         if name not in STAGES + each:

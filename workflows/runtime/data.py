@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from workflows.runtime.errors import UserError
 from workflows.runtime.workspace import write_json
 
 MANIFEST = "manifest.json"
@@ -63,14 +64,13 @@ def write_shards(
     holdout: float,
     rows: int,
 ) -> Manifest:
-    """images [n, c, h, w] in [0, 1], labels [n]. `holdout`: share of rows (chosen by hash of their index) marked as held out."""
+    """images [n, c, h, w] in [0, 1], labels [n]. `holdout`: share of rows (chosen by hash of their index) marked as held out.
+
+    Raises UserError for images of another shape or range.
+    """
     import ray
 
-    if images.ndim != 4 or images.min() < 0 or images.max() > 1:
-        raise ValueError(
-            f"{source}: images [n, c, h, w] in [0, 1] are expected, got {images.shape} in "
-            f"[{images.min():g}, {images.max():g}]"
-        )
+    _check(source, images)
     _context()
     index = np.arange(len(images))
     marks = np.array([hashlib.blake2b(str(i).encode(), digest_size=4).digest()[0] / 256 < holdout for i in index])
@@ -100,6 +100,15 @@ def write_shards(
     )
     write_json(folder / MANIFEST, asdict(manifest))
     return manifest
+
+
+def _check(source: str, images: np.ndarray) -> None:
+    if images.ndim != 4:
+        raise UserError(f"{source}: images [n, c, h, w] are expected, got {list(images.shape)}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # nan, too, is out of range
+        hint = "divide them by 255" if low >= 0 and 1 < high <= 255 else ""
+        raise UserError(f"{source}: values in [0, 1] are expected, got [{low:g}, {high:g}]", hint=hint)
 
 
 def dataset(folder: Path) -> Any:

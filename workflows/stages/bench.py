@@ -20,6 +20,7 @@ from rich.table import Table
 
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
+from workflows.sources import source_of
 
 PARTS = ("engine", "sampler", "ray")
 STEPS = 10
@@ -76,10 +77,9 @@ def _job(config: RunConfig, folder: Path, k: int) -> Any:
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
     from workflows.runtime.worker import Job
-    from workflows.sources import SOURCES
     from workflows.stages.distill import ARGUMENTS, optimiser_options
 
-    source = SOURCES[config.data.source]
+    source = source_of(config.data)
     network: dict[str, Any] = {
         "image_size": source.shape[1],
         "channels": source.shape[0],
@@ -165,12 +165,11 @@ def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
 
     from mmdistill_core.engine import InMemoryBatches
     from workflows.runtime.worker import build_state
-    from workflows.sources import SOURCES
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         state = build_state(_job(_joint(config), Path(scratch), k=8))
-    images, labels = SOURCES[config.data.source].load()
+    images, labels = source_of(config.data).load(print)
     batches = InMemoryBatches(
         x=torch.from_numpy(images).float() * 2 - 1,
         label=torch.from_numpy(labels),
@@ -282,10 +281,9 @@ def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
     from workflows.runtime.cluster import Monitor, ray_session
     from workflows.runtime.data import dataset, write_shards
     from workflows.runtime.worker import train
-    from workflows.sources import SOURCES
 
-    source = SOURCES[config.data.source]
-    images, labels = source.load()
+    source = source_of(config.data)
+    images, labels = source.load(print)
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         folder = Path(scratch)
         job = _job(_joint(config), folder, k=8)

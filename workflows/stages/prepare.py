@@ -9,10 +9,12 @@ import numpy as np
 
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.runtime.workspace import code_version
+from workflows.sources import source_of
+from workflows.sources.folder import listing
 
 CODE = (
     "workflows/stages/prepare.py",
-    "workflows/sources.py",
+    "workflows/sources",
     "workflows/runtime/data.py",
     "mmdistill_core/networks/classifier.py",
 )
@@ -21,19 +23,20 @@ CODE = (
 def prepare(context: Context) -> Done:
     config = context.config
     depends = {"data": config.data.model_dump(), "seed": config.seed, "code": code_version(*CODE)}
+    if config.data.source == "folder":
+        depends["listing"] = listing(config.data.path)
     return run_stage(context, "prepare", depends=depends, config={"data": config.data.model_dump()}, body=_body)
 
 
 def _body(run: StageRun) -> dict[str, Any]:
     from mmdistill_core.artifact import save_classifier
     from workflows.runtime.data import read_all, write_shards
-    from workflows.sources import SOURCES
 
     config = run.context.config
     with run.context.screen.bars() as screen:
         bar = screen.bar("prepare", config.data.classifier_epochs, unit="epochs")
-        source = SOURCES[config.data.source]
-        images, labels = source.load()
+        source = source_of(config.data)
+        images, labels = source.load(run.context.screen.line)
         manifest = write_shards(
             run.path / "data",
             source=config.data.source,

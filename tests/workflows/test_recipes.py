@@ -1,0 +1,57 @@
+"""Every recipe, made small: three steps of each training."""
+
+import pytest
+
+from workflows.cli import main
+from workflows.config import load_config, recipe_names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_smoke_is_three_steps_a_stage_whatever_the_recipe(name):
+    small, full = load_config(name, smoke=True), load_config(name)
+    assert small.recipe == f"{name}-smoke"
+    for section in (small.teacher, *(small.distill.for_k(k) for k in small.distill.k)):
+        assert section.images == 3 * section.batch
+    for k in small.distill.k:
+        ours, theirs = small.distill.for_k(k), full.distill.for_k(k)
+        for field in ("method", "update", "pairing", "delta_power", "p_s", "w_s", "pull", "ema", "auxiliary_lr"):
+            assert getattr(ours, field) == getattr(theirs, field)
+        assert ours.optimiser.lr == theirs.optimiser.lr
+    assert (small.schedule, small.prediction, small.network.patch) == (
+        full.schedule,
+        full.prediction,
+        full.network.patch,
+    )
+
+
+def test_the_command_line_wins_over_smoke_and_a_folder_that_is_given_is_used(tmp_path):
+    small = load_config("imagenet64", [f"data.path={tmp_path}", "distill.k=[2]", "teacher.images=80"], smoke=True)
+    assert (small.data.source, small.data.path, small.distill.k, small.teacher.images) == (
+        "folder",
+        str(tmp_path),
+        (2,),
+        80,
+    )
+    assert load_config("imagenet64", smoke=True).data.source == "made"
+
+
+@pytest.mark.parametrize("name", ["imagenet64", "cifar10"])
+def test_a_recipe_without_its_folder_is_a_line_before_anything_starts(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "-r", name, "--workspace", str(tmp_path / "space")])
+    assert caught.value.code == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "error: data.path: this recipe needs a folder of images"
+    assert "--smoke" in said[1]
+    assert not (tmp_path / "space").exists()
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs_three_steps(name, tmp_path, ray_cluster):
+    from workflows.pipeline import RunOptions, run_pipeline
+    from workflows.runtime.progress import Screen
+
+    config = load_config(name, ["distill.k=[8]"], smoke=True)
+    summary = run_pipeline(config, RunOptions(workspace=tmp_path, until="distill"), Screen())
+    assert [s["name"] for s in summary["stages"]] == ["prepare", "teacher", "distill-k8"]

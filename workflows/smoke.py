@@ -1,0 +1,49 @@
+"""--smoke: what makes any recipe so small that its whole pipeline runs in seconds, three training steps a stage."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workflows.config import RunConfig
+
+TRAINING: dict[str, Any] = {
+    "images": 24,
+    "batch": 8,
+    "log_every": 8,
+    "checkpoint_every": 24,
+    "optimiser": {"warmup_images": 8},
+}
+DISTILL: dict[str, Any] = TRAINING | {"validate_samples": 20}
+SMALL: dict[str, Any] = {
+    "data": {"limit": 240, "classifier_epochs": 1},
+    "network": {"width": 16, "depth": 1, "heads": 2},
+    "teacher": TRAINING,
+    "distill": DISTILL,
+    "evaluate": {"samples": 20, "seeds": 1, "teacher_steps": [1, 2]},
+}
+
+
+def smoke_values(config: RunConfig) -> dict[str, Any]:
+    """All values of `config`, made small. What is not a matter of size stays: patches, the method, its settings by k (the least
+    and the largest k are distilled). A recipe whose folder is not given gets made images of the same shape.
+    """
+    from workflows.config import merge
+
+    values, own = merge(config.model_dump(), SMALL), config.distill
+    values["recipe"] += "-smoke"
+    values["distill"]["k"] = sorted({min(own.k), max(own.k)})
+    values["distill"]["validate_every"] = min(24, own.validate_every)
+    values["distill"]["overrides"] = {k: _without(fields, DISTILL) for k, fields in own.overrides.items()}
+    if config.data.source == "folder" and config.data.path is None:
+        values["data"]["source"] = "made"
+    return values
+
+
+def _without(own: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """`own` less `fields`, section by section."""
+    return {
+        name: _without(value, fields[name]) if isinstance(value, dict) and name in fields else value
+        for name, value in own.items()
+        if isinstance(value, dict) or name not in fields
+    }

@@ -1,0 +1,76 @@
+"""Data sets by name. What is known before loading stands beside the loader, so that a configuration can be checked against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from workflows.sources.drawn import RING, gmm, made
+from workflows.sources.folder import evenly, load_folder
+from workflows.sources.packaged import PHOTOGRAPHS, digits, photos
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from workflows.config import Data
+
+Say = Callable[[str], None]
+Load = Callable[[Say], "tuple[np.ndarray, np.ndarray]"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`load(say)` gives images [n, c, h, w] in [0, 1] and labels [n], and says in a line what the user should know of them;
+    `shape` is (c, h, w); `num_classes` 0: no labels, and those that load gives are 0.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    load: Load
+
+
+SOURCES: dict[str, Source] = {
+    "digits": Source((1, 8, 8), 10, digits),
+    "gmm": Source((2, 1, 1), RING["modes"], gmm),
+    "photos32": Source((3, 32, 32), len(PHOTOGRAPHS), partial(photos, size=32, each=1000)),
+    "photos64": Source((3, 64, 64), len(PHOTOGRAPHS), partial(photos, size=64, each=400)),
+}
+"""Sources whose shape is their own."""
+
+
+def _made(data: Data) -> Source:
+    shape = _shape(data)
+    return Source(shape, data.num_classes or 0, partial(made, shape=shape, num_classes=data.num_classes or 0))
+
+
+def _folder(data: Data) -> Source:
+    shape, classes = _shape(data), data.num_classes or 0
+    # The limit is the loader's, which then does not decode what is not wanted.
+    load = partial(load_folder, path=data.path, shape=shape, num_classes=classes, limit=data.limit)
+    return Source(shape, classes, load)
+
+
+def _shape(data: Data) -> tuple[int, int, int]:
+    assert data.image_size is not None
+    return data.channels or 3, data.image_size, data.image_size
+
+
+SHAPED: dict[str, Callable[[Data], Source]] = {"folder": _folder, "made": _made}
+"""Sources whose shape is what the section data says: image_size, channels, num_classes."""
+
+
+def source_of(data: Data) -> Source:
+    """The source that the section names, with at most `limit` of its images."""
+    source = SOURCES[data.source] if data.source in SOURCES else SHAPED[data.source](data)
+    limit = data.limit
+    if limit is None:
+        return source
+
+    def load(say: Say) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = source.load(say)
+        index = evenly(len(images), limit)
+        return images[index], labels[index]
+
+    return Source(source.shape, source.num_classes, load)

@@ -1,0 +1,137 @@
+"""A user's folder of images: the class of each by its subfolder, cut and scaled to squares, broken ones counted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workflows.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+UNREADABLE = 0.01
+"""The share of unreadable images above which a folder is refused."""
+
+
+def load_folder(
+    say: Callable[[str], None], *, path: str | None, shape: tuple[int, int, int], num_classes: int, limit: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The images below `path` (at most `limit`, spread over all), and their classes in the order of the subfolders' names.
+
+    Raises UserError for a folder that is missing, has no images, other classes, or too many images that can't be read.
+    """
+    import numpy as np
+
+    root = checked(path)
+    files = image_files(root)
+    if not files:
+        raise UserError(f"data.path: no images in {root}", hint=f"they are known by their names: {' '.join(SUFFIXES)}")
+    labels = np.array(_classes(root, files, num_classes))
+    index = evenly(len(files), limit)
+    images, good = _decode([files[i] for i in index], shape)
+    bad = [files[i] for i in index[~good]]
+    said = f"{len(bad):,} of {len(index):,} images can't be read"
+    if len(bad) > UNREADABLE * len(index):
+        raise UserError(f"data.path: {said} in {root}, such as {bad[0]}")
+    if bad:
+        say(f"{said} and are left out, such as {bad[0]}")
+    return images[good], labels[index[good]]
+
+
+def checked(path: str | None) -> Path:
+    """Raises UserError for a folder that is not given or not there."""
+    if path is None:
+        hint = "--set data.path=FOLDER, with a subfolder a class; or --smoke, to try the recipe on made images"
+        raise UserError("data.path: this recipe needs a folder of images", hint=hint)
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"data.path: {path} is not a folder")
+    return root
+
+
+def listing(path: str | None) -> str:
+    """A hash of the images' names and sizes, which changes when the folder does."""
+    root = checked(path)
+    lines = (f"{file.relative_to(root)} {file.lstat().st_size}\n" for file in image_files(root))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def image_files(root: Path) -> list[Path]:
+    """All images below `root`, in order. Hidden files and folders are left out."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, n) for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+    return sorted(found)
+
+
+def evenly(n: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of n indices, spread over all."""
+    import numpy as np
+
+    return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
+
+
+def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    """The box of a PIL image, antialiased: [c, size, size] in [0, 1]."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3), np.float32) / 255
+    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+def _classes(root: Path, files: Sequence[Path], num_classes: int) -> list[int]:
+    """The number of each file's subfolder of root, or 0 for all where there are no classes."""
+    if not num_classes:
+        return [0] * len(files)
+    loose = next((file for file in files if file.parent == root), None)
+    if loose:
+        raise UserError(
+            f"data.path: {loose} is in no subfolder and so of no class", hint="--set data.num_classes=0: none"
+        )
+    of = [file.relative_to(root).parts[0] for file in files]
+    names = sorted(set(of))
+    if len(names) != num_classes:
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise UserError(f"data.num_classes: {num_classes}, but {root} has {len(names)} subfolders with images: {shown}")
+    number = {name: i for i, name in enumerate(names)}
+    return [number[name] for name in of]
+
+
+def _decode(files: Sequence[Path], shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """images [n, c, h, w], and which of them could be read [n]."""
+    import numpy as np
+
+    images = np.zeros((len(files), *shape), np.float32)
+
+    def read(i: int) -> bool:
+        try:
+            images[i] = _upright(files[i], shape)
+        except MemoryError:
+            raise
+        except Exception:  # Pillow's decoders raise nearly anything on a broken file
+            return False
+        return True
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return images, np.fromiter(pool.map(read, range(len(files))), bool, len(files))
+
+
+def _upright(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image turned by its EXIF, cut to its central square and scaled."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        if opened.mode.startswith(("I", "F")):
+            raise ValueError(f"{file}: more than 8 bits a channel")
+        image = ImageOps.exif_transpose(opened).convert("RGB" if shape[0] == 3 else "L")
+    side = min(image.size)
+    left, top = ((n - side) // 2 for n in image.size)
+    return square(image, shape[1], (left, top, left + side, top + side))
