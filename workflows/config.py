@@ -115,6 +115,9 @@ class Training(Section):
 
 
 class Teacher(Training):
+    """`kind: exact` takes the optimal denoiser, of data whose law is known; what is trained is then where students start."""
+
+    kind: Literal["trained", "exact"] = "trained"
     optimiser: Optimiser = Optimiser(lr=1e-3)
     p_t: Literal["uniform", "karras"] = "uniform"
     w_t: Literal["flat", "snr", "v", "edm", "sigmoid"] = "v"
@@ -216,13 +219,21 @@ class RunConfig(Section):
                 self.distill.for_k(k)
             except ValidationError as error:
                 raise ValueError(f"distill.overrides.{k}.{one_line(error, Distill)}") from None
+        exact = self.teacher.kind == "exact"
+        if exact and source_of(self.data).exact is None:
+            raise ValueError(f"teacher.kind: exact is not known for {self.data.source}; it is for gmm")
         for k in self.distill.k:
-            if self.distill.for_k(k).guided:
+            own = self.distill.for_k(k)
+            if exact and own.update == "instant" and own.preconditioner == "adam":
+                raise ValueError(
+                    "distill.preconditioner: adam has no optimiser to read where the teacher is exact; take collected"
+                )
+            if own.guided:
                 if not source_of(self.data).num_classes:
                     raise ValueError(
                         f"distill.guidance: {self.data.source} has no labels, so there is nothing to guide by"
                     )
-                if not self.teacher.label_dropout:
+                if not self.teacher.label_dropout and not exact:
                     raise ValueError(
                         "distill.guidance: teacher.label_dropout is 0, so the teacher never learns the null label that guidance "
                         "needs; 0.1 is usual"

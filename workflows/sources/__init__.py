@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from workflows.sources.drawn import RING, gmm, made
+from workflows.sources.drawn import RING, gmm, made, ring
 from workflows.sources.folder import evenly, load_folder
 from workflows.sources.packaged import PHOTOGRAPHS, digits, photos
 
@@ -23,17 +23,19 @@ Load = Callable[[Say], "tuple[np.ndarray, np.ndarray]"]
 @dataclass(frozen=True)
 class Source:
     """`load(say)` gives images [n, c, h, w] in [0, 1] and labels [n], and says in a line what the user should know of them;
-    `shape` is (c, h, w); `num_classes` 0: no labels, and those that load gives are 0.
+    `shape` is (c, h, w); `num_classes` 0: no labels, and those that load gives are 0; `exact(schedule=...)` the optimal denoiser,
+    where the law of the data is known.
     """
 
     shape: tuple[int, int, int]
     num_classes: int
     load: Load
+    exact: Callable[..., Any] | None = None
 
 
 SOURCES: dict[str, Source] = {
     "digits": Source((1, 8, 8), 10, digits),
-    "gmm": Source((2, 1, 1), RING["modes"], gmm),
+    "gmm": Source((2, 1, 1), RING["modes"], gmm, exact=ring),
     "photos32": Source((3, 32, 32), len(PHOTOGRAPHS), partial(photos, size=32, each=1000)),
     "photos64": Source((3, 64, 64), len(PHOTOGRAPHS), partial(photos, size=64, each=400)),
 }
@@ -73,4 +75,4 @@ def source_of(data: Data) -> Source:
         index = evenly(len(images), limit)
         return images[index], labels[index]
 
-    return Source(source.shape, source.num_classes, load)
+    return replace(source, load=load)

@@ -14,11 +14,17 @@ RING: dict[str, Any] = {"modes": 8, "radius": 0.7, "variance": 0.0025}
 def gmm(say: Any, *, count: int = 8192) -> tuple[np.ndarray, np.ndarray]:
     """Points of RING as images of two channels and one pixel; the label is the Gaussian that a point was drawn from."""
     from mmdistill_core.diffusion.schedules import Cosine
-    from mmdistill_core.networks.exact import ring_of_gaussians
     from mmdistill_core.rng import generator
 
-    x, label = ring_of_gaussians(**RING, schedule=Cosine()).sample(count, rng=generator(0))
+    x, label = ring(schedule=Cosine()).sample(count, rng=generator(0))
     return (x.numpy()[:, :, None, None] + 1) / 2, label.numpy()
+
+
+def ring(*, schedule: Any) -> Any:
+    """The optimal denoiser of RING, under the given schedule."""
+    from mmdistill_core.networks.exact import ring_of_gaussians
+
+    return ring_of_gaussians(**RING, schedule=schedule)
 
 
 def made(say: Any, *, shape: tuple[int, int, int], num_classes: int, count: int = 256) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from workflows.runtime.cluster import require, run_together
 from workflows.runtime.data import dataset
 from workflows.runtime.worker import Job, train
 from workflows.runtime.workspace import code_version
+from workflows.sources import source_of
 
 FITTED = "fitted"
 """Folder beside an exact teacher: the network from which its students start."""
@@ -46,9 +47,10 @@ def teacher(context: Context, prepared: Done) -> Done:
 
 def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
     context, c = run.context, run.context.config
+    exact = c.teacher.kind == "exact"
     job = Job(
         name=f"teacher-{run.folder.key}",
-        output=str(run.path / "model"),
+        output=str(run.path / (FITTED if exact else "model")),
         storage=str(context.workspace.training_storage),
         data=str(prepared.folder / "data"),
         seed=c.seed,
@@ -77,7 +79,21 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
     )
     with context.screen.bars():
         run_trainings(context, [(job, run)], at_once=1, workers=context.placement.teacher_workers, done=lambda _: None)
-    return training_result(run, f"{c.teacher.images:,} images")
+    if exact:
+        _save_exact(run, job)
+    return training_result(run, f"{c.teacher.images:,} images" + (", the exact denoiser beside it" if exact else ""))
+
+
+def _save_exact(run: StageRun, job: Job) -> None:
+    """The optimal denoiser in the place of the teacher, with the figures of the network that was fitted to the data."""
+    from mmdistill_core.artifact import DiffusionModel, load_model, save_model
+    from mmdistill_core.diffusion.schedules import schedule_from_dict
+
+    exact = source_of(run.context.config.data).exact
+    assert exact is not None
+    denoiser, provenance = exact(schedule=schedule_from_dict(job.schedule)), load_model(job.output).provenance
+    save_model(run.path / "model", DiffusionModel(denoiser, k=job.k, null_label=True, provenance=provenance))
+    run.context.tracker.log_artifact(run.run_id, Path(job.output), FITTED)
 
 
 def denoising_arguments(config: RunConfig) -> dict[str, Any]:
