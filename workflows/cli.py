@@ -235,13 +235,13 @@ def ui(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="engine, sampler, ray, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="engine, sampler, ray, memory, or all.")] = "all",
     recipe: Recipe = "digits",
     repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure on this machine: an update against its floor, samples/s against diffusers, the share of Ray and data."""
+    """Measure on this machine: an update against its floor, samples/s against diffusers, Ray's share, memory."""
     with _errors(debug):
         from workflows.stages.bench import run_bench
 

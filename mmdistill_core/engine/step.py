@@ -76,8 +76,8 @@ def _mean_statistic(state: TrainState, phase: Phase, batch: Batch, rng: torch.Ge
     mean: Statistic = {}
     for part in batch.split(size):
         for name, value in phase.statistic(state.callables, part, rng).items():
-            share = value * (len(part) / len(batch))
-            mean[name] = mean[name] + share if name in mean else share
+            value *= len(part) / len(batch)
+            mean[name] = mean[name].add_(value) if name in mean else value
     return state.averaged_over_workers(mean)
 
 

@@ -134,7 +134,7 @@ class MomentMatching(Method):
 
     def phases(self, step: int) -> tuple[Phase, ...]:
         if self.update == "instant":
-            return (Phase(("student",), self._instant_loss, statistic=self._teacher_gradient),)
+            return (Phase(("student",), self._instant_loss, statistic=self._nu),)
         auxiliary = Phase(("auxiliary",), self._auxiliary_loss)
         if self.update == "joint":
             last = step % self.auxiliary_updates == self.auxiliary_updates - 1
@@ -266,23 +266,23 @@ class MomentMatching(Method):
         }
         return self._losses(draw, per_sample, direction)
 
-    def _teacher_gradient(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Statistic:
-        """G, by the teacher's parameters: Algorithm 3's first half."""
+    def _nu(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Statistic:
+        """nu = -Lambda G: Algorithm 3's first half. It is linear in G, so its mean over parts and workers is that of their mean."""
         draw, teacher = self._draw(batch, rng), nets["teacher"]
         with torch.no_grad():
             x_tilde = self._student(nets, draw)
             z_s = self._step(draw, x_tilde, rng)
         parameters = parameters_of(teacher)
         x_hat = functional_call(teacher, parameters, (z_s, draw.s, draw.label))
-        loss = denoising_loss(x=x_tilde, x_hat=self._modified(nets, draw, z_s, x_hat), weight=draw.w).mean()
-        gradient = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        return dict(zip(parameters, gradient, strict=True))
+        loss = -denoising_loss(x=x_tilde, x_hat=self._modified(nets, draw, z_s, x_hat), weight=draw.w).mean()
+        falling = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+        nu: Statistic = nets["preconditioner"](dict(zip(parameters, falling, strict=True)))
+        return nu
 
-    def _instant_loss(self, nets: Networks, batch: Batch, rng: torch.Generator, gradient: Statistic) -> Losses:
-        """L_eta of Algorithm 3's second half. The teacher's own loss on it changes along nu by -G_A^T Lambda G_B: so the curve of
-        the squared moments, unbiased since A and B are independent, comes for nothing.
+    def _instant_loss(self, nets: Networks, batch: Batch, rng: torch.Generator, nu: Statistic) -> Losses:
+        """L_eta: Algorithm 3's second half. The teacher's own loss on it changes along nu by -G_A^T Lambda G_B: so the curve of the
+        squared moments, unbiased since A and B are independent, comes for nothing.
         """
-        nu = {name: -value for name, value in nets["preconditioner"](gradient).items()}
         draw = self._draw(batch, rng)
         x_tilde = self._student(nets, draw)
         with torch.no_grad():

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 class Preconditioner(nn.Module):
-    """name -> Lambda, of each parameter's shape (2406.04103, section 3.2). It is called with a gradient, name -> tensor, and gives
-    Lambda times it.
+    """name -> Lambda, of each parameter's shape (2406.04103, section 3.2). It is called with a gradient, name -> tensor, and
+    multiplies that by Lambda, in place: it is as large as the network.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -41,4 +41,4 @@ class Preconditioner(nn.Module):
                 raise ValueError(f"preconditioner: it has {found} for {name}, where the teacher has {wanted}")
 
     def forward(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: getattr(self, self.buffer_of[name]) * g for name, g in gradient.items()}
+        return {name: g.mul_(getattr(self, self.buffer_of[name])) for name, g in gradient.items()}

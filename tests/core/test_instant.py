@@ -73,8 +73,8 @@ def test_it_descends_the_squared_moments_with_factor_two(kind):
     (phase,) = method.phases(0)
     eta = list(nets["student"].parameters())
 
-    moment = phase.statistic(nets, batch, generator(1))
-    loss = phase.loss(nets, batch, generator(1), moment).per_sample["student"].mean()
+    nu = phase.statistic(nets, batch, generator(1))
+    loss = phase.loss(nets, batch, generator(1), nu).per_sample["student"].mean()
     ours = torch.autograd.grad(loss, eta)
 
     # The same squared norm, written out: the gradient by theta of the loss, then by eta, through x_tilde alone.
@@ -125,10 +125,10 @@ def test_the_logged_curve_is_the_squared_moment_without_bias(monkeypatch):
     exact = sum(g.square() for g in big.values()).item()
     for i in range(1500):
         a, b = (Batch(gaussian_batch(16, generator(i, half))) for half in (0, 1))
-        moment = phase.statistic(nets, a, generator(i, 2))
-        losses = phase.loss(nets, b, generator(i, 3), moment)
+        nu = phase.statistic(nets, a, generator(i, 2))
+        losses = phase.loss(nets, b, generator(i, 3), nu)
         draws.append(losses.logs["squared_moments"].mean())
-        biased.append(sum(g.square() for g in moment.values()))
+        biased.append(sum(g.square() for g in nu.values()))
     draws, biased = torch.stack(draws), torch.stack(biased)
     error = draws.std().item() / math.sqrt(len(draws))
     assert draws.mean().item() == pytest.approx(exact, abs=4 * error)
@@ -164,8 +164,8 @@ def test_training_reaches_the_closed_form(monkeypatch, lam):
 
 
 def test_straight_through_guidance():
-    """Guided, G is that of |x_tilde - guided|^2 with the derivative of the teacher itself."""
-    nets = {"teacher": small_dit(), "student": small_dit()}
+    """Guided, G is that of |x_tilde - guided|^2 with the derivative of the teacher itself; nu is -G with the identity."""
+    nets = {"teacher": small_dit(), "student": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
     batch, w = image_batch(), 0.7
     method = MomentMatching(schedule=COSINE, k=2, update="instant", guidance=w)
     (phase,) = method.phases(0)
@@ -182,7 +182,7 @@ def test_straight_through_guidance():
     residual = -2 * (x_tilde - target) / x_hat[0].numel() / len(batch)
     expected = torch.autograd.grad(x_hat, list(network.parameters()), residual)
     for name, value in zip(got, expected, strict=True):
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(-got[name], value, rtol=1e-4, atol=1e-7)
 
 
 def test_an_update_costs_one_halved_batch_and_leaves_the_teacher_alone():
@@ -211,7 +211,7 @@ def test_an_update_costs_one_halved_batch_and_leaves_the_teacher_alone():
         train_step(state=state, batches=lambda n: image_batch(7, n), seed=0)
 
 
-def test_the_moment_is_averaged_over_parts_and_workers(monkeypatch):
+def test_nu_is_averaged_over_parts_and_workers(monkeypatch):
     """nu comes of one mean over all workers: what each of them adds is seen before the loss is."""
     nets = {"teacher": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
     state = TrainState.create(
@@ -233,7 +233,7 @@ def test_the_moment_is_averaged_over_parts_and_workers(monkeypatch):
     parts = []
     monkeypatch.setattr(
         MomentMatching,
-        "_teacher_gradient",
+        "_nu",
         lambda self, nets, batch, rng: parts.append(len(batch)) or {"backbone.position": batch.x.mean()[None]},
     )
     nets["preconditioner"].buffer_of = {"backbone.position": "lambda_0"}

@@ -21,8 +21,9 @@ from rich.table import Table
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
 from workflows.sources import source_of
+from workflows.stages.memory import bench_memory
 
-PARTS = ("engine", "sampler", "ray")
+PARTS = ("engine", "sampler", "ray", "memory")
 STEPS = 10
 """Updates timed together in a round."""
 
@@ -32,7 +33,7 @@ def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None) -> None
     if what not in (*PARTS, "all"):
         raise ConfigError(f"bench: {what!r} is not one of {', '.join(PARTS)}, all")
     config, console = load_config(recipe), Console(stderr=True, highlight=False)
-    measure = {"engine": bench_engine, "sampler": bench_sampler, "ray": bench_ray}
+    measure = {"engine": bench_engine, "sampler": bench_sampler, "ray": bench_ray, "memory": bench_memory}
     figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
     for part in PARTS if what == "all" else (what,):
         with console.status(f"measuring: {part}"):
@@ -331,4 +332,7 @@ def _table(figures: dict[str, Any]) -> Table:
         table.add_row("  lost to data", f"{r['share_of_data']:.2%}", "")
         table.add_row("  lost to checkpoints", f"{r['share_of_checkpoints']:.2%}", "")
         table.add_row("  seconds to start a training", f"{r['seconds_to_start']:.1f}", "")
+    for update, m in figures.get("memory", {}).get("updates", {}).items():
+        held = f"{m['bytes'] / 2**20:,.0f} MiB, {m['copies']:.1f} copies of the weights; {m['networks']} networks"
+        table.add_row(f"memory, {update}", held, "")
     return table
