@@ -148,10 +148,35 @@ def sweep(
         from workflows.config import load_config
         from workflows.pipeline import RunOptions, run_sweep
         from workflows.runtime.progress import Screen
+        from workflows.stages.sweep import parse_space
 
         config = load_config(recipe, [*(set_ or []), *([f"distill.k={list(k)}"] if k else [])])
         options = RunOptions(workspace=workspace, tracking_uri=tracking_uri, at_once=at_once)
-        run_sweep(config, options, Screen(), space=space or [], trials=trials, early_stop=early_stop, out=out)
+        fields = parse_space(space or [], config)
+        run_sweep(config, options, Screen(), space=fields, trials=trials, early_stop=early_stop, out=out)
+
+
+@app.command()
+def ablate(
+    recipe: Annotated[list[str] | None, typer.Argument(help="gmm, digits, or both, which is the default.")] = None,
+    page: Annotated[Path, typer.Option(help="Its tables are written anew, and the rows kept beside it.")] = Path(
+        "docs/ablation.md"
+    ),
+    only: Annotated[list[str] | None, typer.Option(help="This setting; may be repeated. By default all.")] = None,
+    k: Annotated[list[int] | None, typer.Option("-k", help="Steps; may be repeated. By default 1, 2, 4, 8.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each.", min=1)] = 3,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """One choice at a time against the same base: which of the paper's findings hold here, with mean and spread."""
+    with _errors(debug, continues=True):
+        from workflows.pipeline import RunOptions
+        from workflows.runtime.progress import Screen
+        from workflows.stages.ablation import run_ablation
+
+        options = RunOptions(workspace=workspace, tracking_uri=tracking_uri)
+        run_ablation(recipe or [], options, Screen(), page=page, only=only or [], ks=k or [1, 2, 4, 8], seeds=seeds)
 
 
 @app.command()

@@ -88,19 +88,20 @@ def run_sweep(
     options: RunOptions,
     screen: Screen,
     *,
-    space: list[str],
-    trials: int,
-    early_stop: bool,
-    out: Path | None,
+    space: dict[str, Any],
+    trials: int = 1,
+    early_stop: bool = False,
+    out: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """The teacher, made or reused, and a sweep over students of it; returns the means over seeds, best first for each k."""
+    """The teacher, made or reused, and a sweep over students of it (`sweep.parse_space`); returns the means over seeds, best first
+    for each k.
+    """
     from workflows.stages import sweep
 
-    fields = sweep.parse_space(space, config)
     with open_context(config, options, screen, kind="sweep") as context:
         stages = _stages(context)
         (_, [prepared]), (_, [taught]) = next(stages), next(stages)
-        rows = sweep.sweep(context, prepared, taught, space=fields, trials=trials, early_stop=early_stop)
+        rows = sweep.sweep(context, prepared, taught, space=space, trials=trials, early_stop=early_stop)
         lines = sweep.summarise(rows)
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)

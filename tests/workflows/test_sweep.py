@@ -66,9 +66,7 @@ def test_a_sweep_measures_every_point(tmp_path, ray_cluster):
         config,
         RunOptions(workspace=tmp_path / "w"),
         Screen(Console(file=shown, width=200)),
-        space=["pairing=uniform,grid", "seed=0,1"],
-        trials=1,
-        early_stop=False,
+        space=parse_space(["pairing=uniform,grid", "seed=0,1"], config),
         out=tmp_path / "out.json",
     )
     assert {line["point"]["pairing"] for line in lines} == {"uniform", "grid"}

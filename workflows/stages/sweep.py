@@ -53,10 +53,10 @@ def _number(value: Any) -> Any:
 
 
 def section(config: RunConfig, k: int, point: dict[str, Any]) -> Distill:
-    """The distill section for k with a trial's values in it. "seed" and "k" are not of the section."""
-    values = config.distill.for_k(k).model_dump()
-    for field, value in point.items():
-        if field not in ("seed", "k"):
+    """The distill section for k with a trial's values in it. "seed" and "k" are not of the section; "setting" is several fields."""
+    values, point = config.distill.for_k(k).model_dump(), dict(point)
+    for field, value in (point | point.pop("setting", {})).items():
+        if field not in ("seed", "k", "choice"):
             values = merge(values, nested(field, value))
     try:
         return Distill.model_validate(values)
@@ -113,7 +113,7 @@ def sweep(
             context.tracker.log_params(run, row["point"])
             context.tracker.log_metrics(run, [(0, {n: row[n] for n in (*MEASURED, "seconds")})])
             context.tracker.end_run(run)
-            point = "  ".join(f"{f} {v}" for f, v in row["point"].items())
+            point = "  ".join(f"{f} {_short(v)}" for f, v in row["point"].items())
             screen.line(
                 f"  {point}  distance {row['frechet']:.3f}, pixels {row['frechet_pixels']:.3f}  {clock(row['seconds'])}"
             )
@@ -127,6 +127,11 @@ def sweep(
     if found[0].errors:
         raise found[0].errors[0]
     return rows
+
+
+def _short(value: Any) -> str:
+    """A value for a line: a setting by its name."""
+    return str(value.get("choice", value) if isinstance(value, dict) else value)
 
 
 def _domain(tune: Any, values: Any, random: bool) -> Any:
@@ -216,7 +221,7 @@ def show(lines: list[dict[str, Any]], screen: Screen) -> None:
     for name in (*fields, "distance", "in pixels", "recall", "seconds", "seeds"):
         table.add_column(name, no_wrap=True)
     for line in lines:
-        values = [f"{v:.3g}" if isinstance(v := line["point"][f], float) else str(v) for f in fields]
+        values = [f"{v:.3g}" if isinstance(v := line["point"][f], float) else _short(v) for f in fields]
         cells = [f"{line[n]['mean']:.3f} ± {line[n]['spread']:.3f}" for n in ("frechet", "frechet_pixels", "recall")]
         table.add_row(*values, *cells, f"{line['seconds']['mean']:.0f}", str(line["seeds"]))
     screen.console.print(table)

@@ -1,0 +1,55 @@
+"""The ablation: every choice is a valid setting of its recipe, and its table says what the rows say."""
+
+import pytest
+
+from workflows.config import ConfigError, load_config
+from workflows.pipeline import RunOptions
+from workflows.runtime.progress import Screen
+from workflows.stages.ablation import CHOICES, COST, IMAGES, run_ablation, setting, table, write_table
+from workflows.stages.sweep import section
+
+
+@pytest.mark.parametrize("recipe", IMAGES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_is_a_setting_that_costs_what_the_base_does(recipe, choice):
+    own = section(load_config(recipe), 8, {"setting": setting(recipe, choice), "seed": 1, "k": 8})
+    base = section(load_config(recipe), 8, {"setting": setting(recipe, "base")})
+    assert own.images * COST[own.update] == pytest.approx(base.images * COST["joint"], rel=0.02)
+    differs = {f for f in type(own).model_fields if getattr(own, f) != getattr(base, f)} - {"images"}
+    assert {f.split(".")[0] for f in CHOICES[choice]} >= differs - {"preconditioner"}
+    assert choice == "base" or differs
+
+
+def row(choice, k, seed, distance):
+    return {
+        "point": {"setting": {"choice": choice}, "k": k, "seed": seed},
+        "frechet": distance,
+        **dict.fromkeys(("frechet_pixels", "accuracy", "recall"), 0.0),
+        "seconds": 10.0,
+    }
+
+
+def test_the_table(tmp_path):
+    rows = [row("base", 1, 0, 0.1), row("base", 1, 1, 0.3), row("instant", 1, 0, 0.5), row("instant", 2, 0, 0.25)]
+    lines = table(rows).splitlines()
+    assert lines[0] == "| | k = 1 | k = 2 | seconds |"
+    assert lines[2] == "| base | **0.200 ± 0.100** |  | 10 |"
+    assert lines[3] == "| instant | 0.500 ± 0.000 | **0.250 ± 0.000** | 10 |"
+
+    page = tmp_path / "docs" / "page.md"
+    write_table(page, "gmm", rows)
+    page.write_text("before\n\n" + page.read_text() + "\nafter\n")
+    write_table(page, "gmm", rows[:2])
+    write_table(page, "digits", rows)
+    text = page.read_text()
+    assert text.startswith("before")
+    assert text.count("<!-- gmm -->") == 1
+    assert text.index("after") < text.index("<!-- digits -->")
+    assert "instant" not in text[: text.index("after")]
+
+
+def test_what_is_not_there_is_a_line(tmp_path):
+    options = RunOptions(workspace=tmp_path)
+    for recipes, only, said in ((["photos"], [], "recipe: 'photos'"), ([], ["bases"], "--only: 'bases'")):
+        with pytest.raises(ConfigError, match=said):
+            run_ablation(recipes, options, Screen(), page=tmp_path / "p.md", only=only, ks=[1], seeds=1)
