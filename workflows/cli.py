@@ -189,6 +189,36 @@ def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False, de
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file.")] = "digits",
+    set_: Set = None,
+    gpus: Annotated[int, typer.Option(help="GPUs, each with a worker.", min=1)] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each.", min=0.1)] = 80,
+    update: Annotated[
+        list[str] | None, typer.Option(help="alternating, joint or instant; may be repeated. By default all.")
+    ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="Figures of `mmdistill bench engine --out FILE` on such a GPU, for the hours.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """What a recipe would cost: memory, batches that fit, network evaluations, hours. Nothing is run."""
+    with _errors(debug):
+        from workflows.stages.plan import run_plan
+
+        run_plan(
+            recipe,
+            overrides=set_,
+            gpus=gpus,
+            gib=gpu_memory,
+            updates=update or [],
+            bench=bench,
+            as_json=as_json,
+        )
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes."""
     from workflows.config import RECIPES, recipe_names

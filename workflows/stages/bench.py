@@ -22,6 +22,7 @@ from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
 from workflows.sources import source_of
 from workflows.stages.memory import bench_memory
+from workflows.stages.plan import pair_flops
 
 PARTS = ("engine", "sampler", "ray", "memory")
 STEPS = 10
@@ -183,8 +184,11 @@ def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
         "optimisers": optimisers_of(state),
     }
     times = interleaved(systems, rounds=repeats)
+    forward, pair = pair_flops(config)
     return {
         "seconds_per_pair": {name: t["median"] / STEPS for name, t in times.items()},
+        "flops_per_forward": forward,
+        "flops_per_pair": pair,
         "engine_over_floor": ratio(times, "engine", "floor"),
         "engine_over_floor_and_optimisers": times["engine"]["median"]
         / (times["floor"]["median"] + times["optimisers"]["median"]),

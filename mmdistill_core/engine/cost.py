@@ -1,0 +1,101 @@
+"""What training costs, counted on fake tensors: operations and bytes of a step as it is, on no device and with no data."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from mmdistill_core.engine.state import TrainState
+from mmdistill_core.engine.step import _backward
+from mmdistill_core.methods.base import Batch, Phase
+
+_aten = torch.ops.aten
+FUSED_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: sdpa_backward_flop_count(*gqkv[:4]),
+}
+"""Operations of the processor's fused attention, which torch's counter does not know; it keeps what a GPU's keeps."""
+
+
+class PeakMemory(TorchDispatchMode):
+    """The most bytes alive at once of what is allocated inside the block; `outside` are tensors that were there before."""
+
+    def __init__(self, outside: list[Tensor]) -> None:
+        super().__init__()
+        self._outside = [t.untyped_storage() for t in outside]
+        self._alive = {storage._cdata for storage in self._outside}
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self._see(value.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        name, size = storage._cdata, storage.nbytes()
+        if name in self._alive:
+            return
+        self._alive.add(name)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._gone, name, size)
+
+    def _gone(self, name: int, size: int) -> None:
+        self._alive.discard(name)
+        self.bytes -= size
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image more: floating-point operations, and bytes while it is in a forward and backward pass."""
+
+    flops: float
+    bytes: float
+
+
+def phase_cost(state: TrainState, phase: Phase, image: tuple[int, ...], *, label: bool) -> Cost:
+    """What the phase's loss and its backward cost, on the state's own device: call it under a FakeTensorMode, which has none."""
+    (few, least), (many, most) = (_measure(state, phase, image, label, n) for n in (4, 8))
+    return Cost(flops=(many - few) / 4, bytes=(most - least) / 4)
+
+
+def _measure(state: TrainState, phase: Phase, image: tuple[int, ...], label: bool, n: int) -> tuple[float, float]:
+    """(operations for n images of a batch, peak bytes) with n at once: of each half, where the phase has a statistic."""
+    halves = 1 if phase.statistic is None else 2
+    batch = Batch(torch.zeros(halves * n, *image), torch.zeros(halves * n, dtype=torch.long) if label else None)
+    state.micro_batch = n
+    for role in phase.trains:
+        state.optimisers[role].zero_grad(set_to_none=True)
+    outside = [t for network in state.networks.values() for t in _tensors(network)]
+    with PeakMemory([*outside, batch.x]) as memory, _counter() as counter:
+        _backward(state, phase, batch, torch.Generator())
+    return counter.get_total_flops() / halves, memory.peak
+
+
+def forward_flops(network: nn.Module, image: tuple[int, ...]) -> float:
+    """Operations of a forward of one image."""
+    with _counter() as counter, torch.no_grad():
+        network(torch.zeros(1, *image), torch.zeros(1), None)
+    return counter.get_total_flops()
+
+
+def bytes_of(network: nn.Module) -> int:
+    """Of its parameters and buffers."""
+    return sum(t.nbytes for t in _tensors(network))
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION)

@@ -1,0 +1,127 @@
+"""plan: its figures against counts made another way."""
+
+import json
+
+import pytest
+
+from workflows.cli import main
+from workflows.config import ConfigError, load_config, recipe_names
+from workflows.runtime.errors import UserError
+from workflows.stages.plan import RESERVE, UPDATES, count, plan
+
+SIZES = ["network.width=64", "network.depth=2", "network.heads=4", "distill.ema=true"]
+
+
+@pytest.fixture(scope="module")
+def cifar():
+    config = load_config("cifar10", SIZES)
+    return config, count(config)
+
+
+def test_parameters_and_fixed_bytes_are_those_of_the_networks(cifar):
+    from mmdistill_core.networks.dit import DiT, DiTConfig
+
+    network = DiT(DiTConfig(image_size=32, channels=3, num_classes=10, patch=2, width=64, depth=2, heads=4))
+    count = sum(p.numel() for p in network.parameters())
+    figures = plan(*cifar, gpus=4, gib=2)
+    assert figures["parameters"] == count
+    sizes = {  # in units of one network: weights, gradients, moments, averages, Lambda and nu, buckets
+        "teacher": (1, 1, 2, 1, 0, 1),
+        "alternating": (3, 2, 4, 1, 0, 2),
+        "joint": (3, 2, 4, 1, 0, 2),
+        "instant": (2, 1, 2, 1, 3, 1),
+    }
+    for name, wanted in sizes.items():
+        found = [b / 4 / count for b in figures["memory"][name]["bytes"].values()]
+        assert found == pytest.approx(wanted, rel=0.01), name
+
+
+@pytest.mark.parametrize("gpus", [1, 4, 8])
+@pytest.mark.parametrize("gib", [1, 2, 80])
+def test_the_micro_batch_is_the_largest_that_fits_and_makes_up_the_batch(cifar, gpus, gib):
+    for name, m in plan(*cifar, gpus=gpus, gib=gib)["memory"].items():
+        free = gib * 2**30 * (1 - RESERVE)
+        part = m["batch"] // gpus // (2 if name == "instant" else 1)
+        assert m["micro_batch"] * m["accumulate"] * gpus == m["batch"]
+        assert part % m["micro_batch"] == 0
+        assert m["bytes_in_use"] == m["fixed_bytes"] + m["micro_batch"] * m["bytes_per_image"] <= free
+        larger = [n for n in range(m["micro_batch"] + 1, part + 1) if part % n == 0]
+        assert not larger or m["fixed_bytes"] + larger[0] * m["bytes_per_image"] > free
+
+
+def test_evaluations_are_the_recipes():
+    config = load_config("digits")
+    figures = plan(config, count(config), gpus=1, gib=2)
+    e = figures["evaluations"]
+    assert e["evaluate"]["samples"] == (2 * (1 + 2 + 4 + 8 + 16 + 64 + 256) + 1 + 2 + 4 + 8) * 1797 * 3
+    assert e["teacher"]["training"] == pytest.approx(3 * 512_000, rel=0.02)
+    for update, each in (("alternating", 5), ("joint", 7), ("instant", 5)):
+        images = {"k=1": 160_000, "k=2": 160_000, "k=4": 128_000, "k=8": 76_800}
+        for k, n in images.items():
+            assert e[update][k] == pytest.approx(each * n, rel=0.02)
+        assert e[update]["validation"] == 1797 * (12 * 1 + 12 * 2 + 10 * 4 + 6 * 8)
+    assert {u: figures["memory"][u]["updates"] for u in UPDATES} == {"alternating": 0.5, "joint": 1, "instant": 1}
+
+
+def test_hours_are_operations_over_the_measured_rate(cifar):
+    engine = {"seconds_per_pair": {"engine": 0.5}, "flops_per_pair": 1e12, "flops_per_forward": 1e9}
+    bench = {"machine": {"device": "a GPU"}, "recipe": "another", "engine": engine}
+    figures = plan(*cifar, gpus=4, gib=2, bench=bench)
+    hours = figures["hours"]
+    assert hours["scaled_by"] == figures["flops_per_forward"] / 1e9
+    for name, of in figures["evaluations"].items():
+        for what, n in of.items():
+            assert hours["of"][name][what] == pytest.approx(n * figures["flops_per_forward"] / 2e12 / 4 / 3600)
+
+
+def test_what_can_not_be_is_a_line(cifar):
+    with pytest.raises(UserError, match=r"cifar10: nothing fits in 0\.001 GiB; .* needs GPUs of") as caught:
+        plan(*cifar, gpus=4, gib=0.001)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"--gpus: 3 does not divide the batch 512 of teacher"):
+        plan(*cifar, gpus=3, gib=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--update", "both"], "'both' is not one of alternating, joint, instant"),
+        (["--bench", "nowhere.json"], "nowhere.json is not what"),
+    ],
+)
+def test_a_wrong_option_is_a_line(words, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "digits", *words])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_shows_a_table_or_json(capsys):
+    words = ["plan", "cifar10", "--gpus", "2", "--gpu-memory", "4", "--bench", "docs/bench/laptop.json"]
+    words += [word for text in SIZES for word in ("--set", text)]
+    for extra in ([], ["--json", "--update", "joint"]):
+        with pytest.raises(SystemExit) as caught:
+            main([*words, *extra])
+        assert caught.value.code == 0
+        shown = capsys.readouterr().out
+        if extra:
+            assert list(json.loads(shown)["memory"]) == ["teacher", "joint"]
+        else:
+            for text in (
+                "alternating",
+                "instant",
+                "images at once on a GPU",
+                "Lambda and nu",
+                "scaled, not measured",
+                "hours: k=8",
+            ):
+                assert text in shown
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n not in ("digits", "cifar10")])
+def test_every_recipe_has_a_plan(name):
+    config = load_config(name)
+    figures = plan(config, count(config, ["alternating"]), gpus=8, gib=80)
+    assert figures["memory"]["alternating"]["micro_batch"]
+    if name.startswith("imagenet"):
+        assert figures["parameters"] == pytest.approx(400e6, rel=0.01)

@@ -1,0 +1,346 @@
+"""plan: what a recipe costs before anything runs: bytes on each GPU, network evaluations, and hours at a measured rate.
+
+All counts are of the code that training runs, on fake tensors (mmdistill_core/engine/cost.py); only the hours are an estimate.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from workflows.config import ConfigError, RunConfig, load_config
+from workflows.runtime.errors import UserError
+from workflows.runtime.progress import short
+from workflows.sources import source_of
+
+UPDATES = ("alternating", "joint", "instant")
+GIB = 2**30
+RESERVE = 0.1
+"""The share of a GPU's memory that is left to CUDA, to its libraries' work spaces and to fragments."""
+BENCHES = Path(__file__).resolve().parents[2] / "docs" / "bench"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one training costs: bytes by kind that are there whatever the batch, and those of one image more;
+    `evaluations` in forwards of the network, for one image of a batch, mean over a round of its phases; `updates` of the network
+    that is wanted, in a step.
+    """
+
+    fixed: dict[str, int]
+    per_image: float
+    evaluations: float
+    updates: float
+    halves: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was counted of a recipe: `trainings` are the teacher's and one for each update."""
+
+    flops_per_forward: float
+    parameters: int
+    trainings: dict[str, Training]
+
+
+def count(config: RunConfig, updates: Sequence[str] = UPDATES) -> Counted:
+    from mmdistill_core.engine.cost import forward_flops
+
+    with _fake():
+        network = _denoiser(config)
+        return Counted(
+            forward_flops(network, source_of(config.data).shape),
+            sum(p.numel() for p in network.parameters()),
+            {"teacher": _teacher(config)} | {update: _student(config, update) for update in updates},
+        )
+
+
+def plan(
+    config: RunConfig, counted: Counted, *, gpus: int, gib: float, bench: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Plain JSON. Raises UserError when no update fits, ConfigError when the GPUs can't share a batch."""
+    batches = {name: config.distill.batch for name in counted.trainings} | {"teacher": config.teacher.batch}
+    for name, batch in batches.items():
+        if batch % gpus:
+            raise ConfigError(f"--gpus: {gpus} does not divide the batch {batch} of {name}")
+    memory = {name: _memory(t, batches[name], gpus, gib) for name, t in counted.trainings.items()}
+    updates = [name for name in memory if name != "teacher"]
+    if not any(memory[update]["micro_batch"] for update in updates):
+        needs = {u: (memory[u]["fixed_bytes"] + memory[u]["bytes_per_image"]) / GIB / (1 - RESERVE) for u in updates}
+        least = min(needs, key=needs.__getitem__)
+        line = f"nothing fits in {gib:g} GiB; {least}, the smallest, needs GPUs of {needs[least]:.1f} GiB"
+        raise UserError(f"{config.recipe}: {line}")
+    evaluations = {
+        "teacher": {"training": config.teacher.images * counted.trainings["teacher"].evaluations},
+        **{update: _evaluations(config, counted.trainings[update]) for update in updates},
+        "evaluate": _evaluate(config),
+    }
+    figures = {
+        "recipe": config.recipe,
+        "gpus": gpus,
+        "gpu_memory_gib": gib,
+        "parameters": counted.parameters,
+        "flops_per_forward": counted.flops_per_forward,
+        "memory": memory,
+        "evaluations": evaluations,
+    }
+    if bench is not None:
+        figures["hours"] = _hours(evaluations, counted.flops_per_forward, gpus, bench)
+    return figures
+
+
+@contextmanager
+def _fake() -> Iterator[None]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with warnings.catch_warnings(), FakeTensorMode():
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        yield
+
+
+def _denoiser(config: RunConfig) -> Any:
+    from mmdistill_core.artifact import build_denoiser
+    from mmdistill_core.networks.dit import DiTConfig
+
+    source = source_of(config.data)
+    data: dict[str, Any] = {
+        "image_size": source.shape[1],
+        "channels": source.shape[0],
+        "num_classes": source.num_classes,
+    }
+    network = DiTConfig(**data | config.network.model_dump())
+    return build_denoiser(network=network, prediction=config.prediction, schedule=config.schedule.as_dict())
+
+
+def _teacher(config: RunConfig) -> Training:
+    arguments = {"p_t": config.teacher.p_t, "w_t": config.teacher.w_t}
+    return _training(config, "denoising", arguments, "teacher_ema", rounds=1)
+
+
+def _student(config: RunConfig, update: str) -> Training:
+    from workflows.stages.distill import ARGUMENTS
+
+    own = config.distill
+    arguments = {"k": own.k[0]} | {name: getattr(own, name) for name in ARGUMENTS} | {"update": update}
+    turns = own.auxiliary_updates
+    return _training(config, own.method, arguments, "student", rounds=lcm(turns, turns + 1))
+
+
+def _training(config: RunConfig, method: str, arguments: dict[str, Any], best: str, *, rounds: int) -> Training:
+    """The state as a worker has it, and the costs of the phases of `rounds` steps."""
+    from mmdistill_core.diffusion.schedules import schedule_from_dict
+    from mmdistill_core.engine import OptimiserOptions, TrainState
+    from mmdistill_core.engine.cost import bytes_of, forward_flops, phase_cost
+    from mmdistill_core.methods import METHODS
+    from mmdistill_core.networks.preconditioner import Preconditioner
+
+    source, schedule = source_of(config.data), schedule_from_dict(config.schedule.as_dict())
+    made = METHODS[method](schedule=schedule, **arguments)  # type: ignore[call-arg]
+    # Each network is made anew: a fake one can't be copied.
+    given = {role.name: _denoiser(config) for role in made.roles}
+    if "preconditioner" in given:
+        given["preconditioner"] = Preconditioner.identity(given["teacher"])
+    state = TrainState.create(
+        method=made, given=given, options=OptimiserOptions(), global_batch=1, total_images=1, best_role=best
+    )
+    phases = [phase for step in range(rounds) for phase in made.phases(step)]
+    costs = {p.trains: phase_cost(state, p, source.shape, label=source.num_classes > 0) for p in phases}
+    lives = {role.name: role.life for role in made.roles}
+    size = {name: bytes_of(network) for name, network in state.networks.items()}
+    trained = sum(size[name] for name, life in lives.items() if life == "trained")
+    fixed = {
+        "weights": sum(size[n] for n, life in lives.items() if life != "ema" and n != "preconditioner"),
+        "gradients": trained,
+        "Adam's moments": 2 * trained,
+        "averages": sum(size[n] for n, life in lives.items() if life == "ema"),
+        # Lambda itself, the teacher's gradient, and nu.
+        "Lambda and nu": 3 * size.get("preconditioner", 0),
+    }
+    forward = forward_flops(given["teacher"], source.shape)
+    return Training(
+        fixed,
+        per_image=max(cost.bytes for cost in costs.values()),
+        evaluations=sum(costs[p.trains].flops for p in phases) / len(phases) / forward,
+        updates=sum(best.removesuffix("_ema") in p.trains for p in phases) / rounds,
+        halves=2 if any(p.statistic for p in phases) else 1,
+    )
+
+
+def _memory(t: Training, batch: int, gpus: int, gib: float) -> dict[str, Any]:
+    """The largest micro-batch that fits and divides a GPU's part of the batch; None if not even one image does."""
+    # Between GPUs gradients travel in buckets, which are a copy of them.
+    fixed = t.fixed | {"buckets between GPUs": t.fixed["gradients"] if gpus > 1 else 0}
+    free, part = gib * GIB * (1 - RESERVE) - sum(fixed.values()), batch // gpus // t.halves
+    micro = next((m for m in range(part, 0, -1) if part % m == 0 and m * t.per_image <= free), None)
+    return {
+        "bytes": fixed,
+        "bytes_per_image": t.per_image,
+        "fixed_bytes": sum(fixed.values()),
+        "batch": batch,
+        "updates": t.updates,
+        "evaluations_per_image": t.evaluations,
+        "micro_batch": micro,
+        "accumulate": micro and batch // gpus // micro,
+        "bytes_in_use": micro and sum(fixed.values()) + micro * t.per_image,
+    }
+
+
+def _evaluations(config: RunConfig, t: Training) -> dict[str, float]:
+    """Of each student's training, and of all their validations: forwards, or as many operations."""
+    sections = {k: config.distill.for_k(k) for k in config.distill.k}
+    measured = {k: own.images // own.validate_every if own.validate_every else 0 for k, own in sections.items()}
+    return {f"k={k}": own.images * t.evaluations for k, own in sections.items()} | {
+        "validation": sum(measured[k] * own.validate_samples * k for k, own in sections.items())
+    }
+
+
+def _evaluate(config: RunConfig) -> dict[str, float]:
+    from workflows.stages.evaluate import Row
+
+    options, ks = config.evaluate, config.distill.k
+    steps = {*options.teacher_steps, *ks}
+    rows = [Row("teacher", sampler, k, "") for sampler in options.samplers for k in steps]
+    rows += [Row("student", "ancestral", k, "") for k in ks]
+    return {"samples": sum(row.nfe for row in rows) * options.samples * options.seeds}
+
+
+def _hours(evaluations: dict[str, dict[str, float]], flops: float, gpus: int, bench: dict[str, Any]) -> dict[str, Any]:
+    """At the operations a second of the measured pair of updates, whose network and batch the bench file tells."""
+    engine = bench["engine"]
+    rate = engine["flops_per_pair"] / engine["seconds_per_pair"]["engine"]
+    return {
+        "device": bench["machine"]["device"],
+        "measured_with": bench["recipe"],
+        "measured_flops_per_second": rate,
+        "measured_flops_per_forward": engine["flops_per_forward"],
+        "scaled_by": flops / engine["flops_per_forward"],
+        "of": {
+            name: {what: n * flops / rate / gpus / 3600 for what, n in of.items()} for name, of in evaluations.items()
+        },
+    }
+
+
+def pair_flops(config: RunConfig) -> tuple[float, float]:
+    """Operations of a forward of one image, and of a joint pair of updates from a whole batch: what `bench` measures."""
+    counted = count(config, ["joint"])
+    flops = counted.flops_per_forward
+    return flops, flops * counted.trainings["joint"].evaluations * config.distill.batch
+
+
+def read_bench(path: Path | None) -> dict[str, Any] | None:
+    """The figures of `mmdistill bench --out`; by default those in docs/bench of this machine's GPU, if there are any.
+
+    Raises ConfigError for a file that does not hold them.
+    """
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    for file in [path] if path else sorted(BENCHES.glob("*.json")):
+        try:
+            figures = json.loads(file.read_text())
+            found = figures["machine"]["device"]
+            figures["engine"]["flops_per_pair"], figures["engine"]["seconds_per_pair"]["engine"], figures["recipe"]
+        except (OSError, ValueError, KeyError, TypeError):
+            if path:
+                raise ConfigError(f"--bench: {file} is not what `mmdistill bench engine --out FILE` writes") from None
+            continue
+        if path or found == device:
+            return dict(figures)
+    return None
+
+
+def run_plan(
+    recipe: str,
+    *,
+    overrides: list[str] | None,
+    gpus: int,
+    gib: float,
+    updates: Sequence[str],
+    bench: Path | None,
+    as_json: bool,
+) -> None:
+    for update in updates:
+        if update not in UPDATES:
+            raise ConfigError(f"--update: {update!r} is not one of {', '.join(UPDATES)}")
+    measured, config = read_bench(bench), load_config(recipe, overrides)
+    figures = plan(config, count(config, updates or UPDATES), gpus=gpus, gib=gib, bench=measured)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(table(figures))
+    for line in notes(figures):
+        console.print(f"[dim]{line}[/]", soft_wrap=True)
+
+
+def table(figures: dict[str, Any]) -> Table:
+    """A column for the teacher's training and for each update."""
+    memory, evaluations, gpus = figures["memory"], figures["evaluations"], figures["gpus"]
+    each = f"{gpus} GPU{'s' * (gpus > 1)} of {figures['gpu_memory_gib']:g} GiB"
+    title = f"{figures['recipe']}: {figures['parameters'] / 1e6:,.1f} M parameters, {each}"
+    out = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    out.add_column("")
+    for name in memory:
+        out.add_column(name, justify="right")
+
+    def row(name: str, *cells: str, last: bool = False) -> None:
+        out.add_row(name, *cells, end_section=last)
+
+    columns = list(memory.values())
+    for kind in columns[0]["bytes"]:
+        if any(c["bytes"][kind] for c in columns):
+            row(f"{kind}, GiB", *(_gib(c["bytes"][kind]) for c in columns))
+    row("an image in flight, MiB", *(f"{c['bytes_per_image'] / 2**20:,.1f}" for c in columns), last=True)
+    row("global batch", *(f"{c['batch']:,}" for c in columns))
+    row("images at once on a GPU", *(str(c["micro_batch"] or "does not fit") for c in columns))
+    row("times accumulated", *(str(c["accumulate"] or "") for c in columns))
+    row("then in use, GiB", *(_gib(c["bytes_in_use"]) for c in columns), last=True)
+    row("updates of the network for 1,000 batches", *(f"{1000 * c['updates']:,.0f}" for c in columns))
+    row("forwards for an image", *(f"{c['evaluations_per_image']:.2f}" for c in columns), last=True)
+    for title, unit, of in (
+        ("forwards", short, evaluations),
+        ("hours", _hours_cell, figures.get("hours", {}).get("of")),
+    ):
+        if of:
+            kinds = list(dict.fromkeys(kind for name in memory for kind in of[name]))
+            for kind in kinds:
+                row(f"{title}: {kind}", *(unit(of[name][kind]) if kind in of[name] else "" for name in memory),
+                    last=kind == kinds[-1])  # fmt: skip
+    return out
+
+
+def notes(figures: dict[str, Any]) -> list[str]:
+    """What the table can't say."""
+    samples, forward = figures["evaluations"]["evaluate"]["samples"], figures["flops_per_forward"] / 1e9
+    out = [
+        f"A forward of one image: {forward:,.3g} GFLOP. A backward counts as the forwards that have as many operations. "
+        f"Evaluate: {short(samples)} forwards. {RESERVE:.0%} of the memory is left free; float32 throughout."
+    ]
+    if hours := figures.get("hours"):
+        out.append(
+            f"Hours: scaled, not measured. {hours['measured_flops_per_second'] / 1e9:,.3g} GFLOP/s on {hours['device']}, measured "
+            f"with the recipe {hours['measured_with']} whose forward is {1 / hours['scaled_by']:.3g} of this one's, times "
+            f"{figures['gpus']} as if nothing were lost between GPUs. Evaluate: {_hours_cell(hours['of']['evaluate']['samples'])}."
+        )
+    else:
+        out.append(
+            "Hours: no rate was measured on this machine's GPU; --bench FILE, of `mmdistill bench engine --out FILE` there."
+        )
+    return out
+
+
+def _gib(count: float | None) -> str:
+    return "" if count is None else f"{count / GIB:,.2f}"
+
+
+def _hours_cell(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{60 * hours:.1f} min"
