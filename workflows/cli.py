@@ -239,6 +239,10 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1)] = None,
     out: Annotated[Path, typer.Option(help="A .png for a grid, or a .npy for the images.")] = Path("grid.png"),
     columns: Annotated[int | None, typer.Option(help="Images in a row of the grid.", min=1)] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Strength of classifier-free guidance; 0 is none. By default the model's own.", min=0),
+    ] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     debug: Debug = False,
@@ -256,6 +260,7 @@ def sample(
                 steps=steps,
                 out=out,
                 columns=columns,
+                guidance=guidance,
                 workspace=workspace,
                 tracking_uri=tracking_uri,
             )

@@ -144,6 +144,8 @@ def test_the_registered_model_draws_samples(finished, tracker):
     assert np.array_equal(images, loaded.predict(labels, params={"seed": 4}))
     assert not np.array_equal(images, loaded.predict(labels, params={"seed": 5}))
     assert abs(images).max() <= 1
+    with pytest.raises(ValueError, match="never learnt the null label"):
+        loaded.predict(labels, params={"guidance": 1.0})
 
 
 def test_nothing_registered_is_pickled(finished):

@@ -1,6 +1,7 @@
 """The registered model, as code: MLflow runs this file to load it, so that nothing is pickled. It needs mmdistill_core alone.
 
-predict(DataFrame with a column `label`, params={"seed": 0}) -> float32 images [n, c, h, w] in [-1, 1], one for each row.
+predict(DataFrame with a column `label`, params={"seed": 0, "guidance": 1.5}) -> float32 images [n, c, h, w] in [-1, 1], one for
+each row. A guidance below 0, which is the default, is the model's own.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ class DiffusionPyfunc(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
         import torch
 
+        params = {"seed": 0, "guidance": -1.0} | (params or {})
         label = torch.from_numpy(model_input["label"].to_numpy(dtype=np.int64, copy=True))
         images = self.model.sample(
             len(label),
             label=label if self.model.network.num_classes else None,
-            seed=int((params or {}).get("seed", 0)),
+            seed=int(params["seed"]),
+            guidance=params["guidance"] if params["guidance"] >= 0 else None,
         )
         return images.numpy()
 

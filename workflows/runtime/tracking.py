@@ -159,7 +159,7 @@ class Tracker:
         signature = ModelSignature(
             inputs=Schema([ColSpec(DataType.long, "label")]),
             outputs=Schema([TensorSpec(np.dtype("float32"), shape)]),
-            params=ParamSchema([ParamSpec("seed", DataType.long, 0)]),
+            params=ParamSchema([ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, -1.0)]),
         )
         root = Path(__file__).resolve().parents[2]
         with self._reachable(), _silent():

@@ -19,6 +19,7 @@ def draw(
     steps: int | None,
     out: Path,
     columns: int | None,
+    guidance: float | None,
     workspace: Path,
     tracking_uri: str | None,
 ) -> str:
@@ -42,7 +43,7 @@ def draw(
         if wanted is None and diffusion.network.num_classes:
             wanted = torch.arange(n) % diffusion.network.num_classes
         try:
-            images = diffusion.sample(n, label=wanted, seed=seed, k=steps)
+            images = diffusion.sample(n, label=wanted, seed=seed, k=steps, guidance=guidance)
         except ValueError as error:
             raise ConfigError(f"--{error}") from error
     out.parent.mkdir(parents=True, exist_ok=True)
