@@ -40,7 +40,7 @@ def posterior_coefficients(*, schedule: Schedule, t: Tensor, s: Tensor) -> tuple
 def posterior(
     *, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor, noise: Tensor, extra_noise: float = 0.0
 ) -> Tensor:
-    """z_s ~ q(z_s | z_t, x): ancestral sampling's step and the transition of moment matching (2406.04103, eq. 2).
+    """z_s ~ q(z_s | z_t, x): ancestral sampling's step and the transition of moment matching (2406.04103, Algorithms 1 and 2).
 
     extra_noise  0: the posterior's variance sigma_s^2 (1 - SNR_t / SNR_s); 1: its upper bound, that of q(z_t | z_s), with sigma_t
                  for sigma_s; between, log-linear. It is what a teacher's sampler is tuned by (2102.09672, eq. 15; 2202.00512)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Preconditioner(nn.Module):
-    """name -> Lambda, of each parameter's shape (2406.04103, section 3.2). It is called with a gradient, name -> tensor, and
+    """name -> Lambda, of each parameter's shape (2406.04103, Algorithm 3). It is called with a gradient, name -> tensor, and
     multiplies that by Lambda, in place: it is as large as the network.
     """
 
