@@ -14,7 +14,7 @@ TRAINING: dict[str, Any] = {
     "checkpoint_every": 24,
     "optimiser": {"warmup_images": 8},
 }
-DISTILL: dict[str, Any] = TRAINING | {"validate_samples": 20}
+DISTILL: dict[str, Any] = TRAINING | {"validate_samples": 20, "collect_batches": 2}
 SMALL: dict[str, Any] = {
     "data": {"limit": 240, "classifier_epochs": 1},
     "network": {"width": 16, "depth": 1, "heads": 2},
@@ -34,7 +34,12 @@ def smoke_values(config: RunConfig) -> dict[str, Any]:
     values["recipe"] += "-smoke"
     values["distill"]["k"] = sorted({min(own.k), max(own.k)})
     values["distill"]["validate_every"] = min(24, own.validate_every)
-    values["distill"]["overrides"] = {k: _without(fields, DISTILL) for k, fields in own.overrides.items()}
+    for section in ("teacher", "distill"):
+        if values[section]["micro_batch"]:
+            values[section]["micro_batch"] = 4
+    values["distill"]["overrides"] = {
+        k: _without(fields, DISTILL | {"micro_batch": 0}) for k, fields in own.overrides.items()
+    }
     if config.data.source == "folder" and config.data.path is None:
         values["data"]["source"] = "made"
     return values

@@ -64,8 +64,9 @@ class Cost:
 
 def phase_cost(state: TrainState, phase: Phase, image: tuple[int, ...], *, label: bool) -> Cost:
     """What the phase's loss and its backward cost, on the state's own device: call it under a FakeTensorMode, which has none."""
-    (few, least), (many, most) = (_measure(state, phase, image, label, n) for n in (4, 8))
-    return Cost(flops=(many - few) / 4, bytes=(most - least) / 4)
+    # So many that the peak is where the activations are, and not at the end, where all gradients are.
+    (few, least), (many, most) = (_measure(state, phase, image, label, n) for n in (16, 32))
+    return Cost(flops=(many - few) / 16, bytes=(most - least) / 16)
 
 
 def _measure(state: TrainState, phase: Phase, image: tuple[int, ...], label: bool, n: int) -> tuple[float, float]:

@@ -103,7 +103,7 @@ def test_bytes_are_what_autograd_keeps_and_some_temporaries(update):
         run(state, phase, n, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
         return sum(s.nbytes() for name, s in storages.items() if name not in weights)
 
-    by_hooks = (kept(8) - kept(4)) / 4
+    by_hooks = (kept(32) - kept(16)) / 16
     assert by_hooks < phase_cost(state, phase, IMAGE, label=True).bytes < 1.5 * by_hooks
 
 
@@ -122,4 +122,4 @@ def test_bytes_agree_with_torchs_own_tracker():
         return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
     ours = phase_cost(state, phase, IMAGE, label=True).bytes
-    assert ours == pytest.approx((tracked(8) - tracked(4)) / 4, rel=0.02)
+    assert ours == pytest.approx((tracked(32) - tracked(16)) / 16, rel=0.02)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
@@ -107,7 +107,7 @@ def _fake() -> Iterator[None]:
         yield
 
 
-def _denoiser(config: RunConfig) -> Any:
+def _denoiser(config: RunConfig, dropout: float = 0.0) -> Any:
     from mmdistill_core.artifact import build_denoiser
     from mmdistill_core.networks.dit import DiTConfig
 
@@ -117,13 +117,14 @@ def _denoiser(config: RunConfig) -> Any:
         "channels": source.shape[0],
         "num_classes": source.num_classes,
     }
-    network = DiTConfig(**data | config.network.model_dump())
+    network = DiTConfig(**data | config.network.model_dump() | {"dropout": dropout or config.network.dropout})
     return build_denoiser(network=network, prediction=config.prediction, schedule=config.schedule.as_dict())
 
 
 def _teacher(config: RunConfig) -> Training:
-    arguments = {"p_t": config.teacher.p_t, "w_t": config.teacher.w_t}
-    return _training(config, "denoising", arguments, "teacher_ema", rounds=1)
+    from workflows.stages.teacher import denoising_arguments
+
+    return _training(config, "denoising", denoising_arguments(config), "teacher_ema", rounds=1)
 
 
 def _student(config: RunConfig, update: str) -> Training:
@@ -132,10 +133,12 @@ def _student(config: RunConfig, update: str) -> Training:
     own = config.distill
     arguments = {"k": own.k[0]} | {name: getattr(own, name) for name in ARGUMENTS} | {"update": update}
     turns = own.auxiliary_updates
-    return _training(config, own.method, arguments, "student", rounds=lcm(turns, turns + 1))
+    return _training(config, own.method, arguments, "student", rounds=lcm(turns, turns + 1), dropout=own.dropout)
 
 
-def _training(config: RunConfig, method: str, arguments: dict[str, Any], best: str, *, rounds: int) -> Training:
+def _training(
+    config: RunConfig, method: str, arguments: dict[str, Any], best: str, *, rounds: int, dropout: float = 0.0
+) -> Training:
     """The state as a worker has it, and the costs of the phases of `rounds` steps."""
     from mmdistill_core.diffusion.schedules import schedule_from_dict
     from mmdistill_core.engine import OptimiserOptions, TrainState
@@ -146,7 +149,7 @@ def _training(config: RunConfig, method: str, arguments: dict[str, Any], best: s
     source, schedule = source_of(config.data), schedule_from_dict(config.schedule.as_dict())
     made = METHODS[method](schedule=schedule, **arguments)  # type: ignore[call-arg]
     # Each network is made anew: a fake one can't be copied.
-    given = {role.name: _denoiser(config) for role in made.roles}
+    given = {role.name: _denoiser(config, dropout) for role in made.roles}
     if "preconditioner" in given:
         given["preconditioner"] = Preconditioner.identity(given["teacher"])
     state = TrainState.create(
@@ -304,17 +307,18 @@ def table(figures: dict[str, Any]) -> Table:
     row("images at once on a GPU", *(str(c["micro_batch"] or "does not fit") for c in columns))
     row("times accumulated", *(str(c["accumulate"] or "") for c in columns))
     row("then in use, GiB", *(_gib(c["bytes_in_use"]) for c in columns), last=True)
-    row("updates of the network for 1,000 batches", *(f"{1000 * c['updates']:,.0f}" for c in columns))
+    row("updates in 1,000 steps", *(f"{1000 * c['updates']:,.0f}" for c in columns))
     row("forwards for an image", *(f"{c['evaluations_per_image']:.2f}" for c in columns), last=True)
-    for title, unit, of in (
-        ("forwards", short, evaluations),
-        ("hours", _hours_cell, figures.get("hours", {}).get("of")),
-    ):
-        if of:
-            kinds = list(dict.fromkeys(kind for name in memory for kind in of[name]))
-            for kind in kinds:
-                row(f"{title}: {kind}", *(unit(of[name][kind]) if kind in of[name] else "" for name in memory),
-                    last=kind == kinds[-1])  # fmt: skip
+
+    def each_training(what: str, of: dict[str, dict[str, float]], shown: Callable[[float], str]) -> None:
+        kinds = list(dict.fromkeys(kind for name in memory for kind in of[name]))
+        for kind in kinds:
+            cells = (shown(of[name][kind]) if kind in of[name] else "" for name in memory)
+            row(f"{what}: {kind}", *cells, last=kind == kinds[-1])
+
+    each_training("forwards", evaluations, short)
+    if hours := figures.get("hours"):
+        each_training("hours", hours["of"], _hours_cell)
     return out
 
 
