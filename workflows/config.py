@@ -34,6 +34,13 @@ class Data(Section):
 
     source: str = "digits"
     holdout: float = Field(0.2, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
+    reference: Literal["all", "holdout"] = Field(
+        "all", description="what samples are measured against. holdout: the share held out, which no training then sees"
+    )
+    extractor: Literal["classifier", "inception", "mixture", "pixels"] = Field(
+        "classifier", description="in whose features distances are measured"
+    )
+    extractor_weights: str | None = Field(None, description="the file of inception's weights: .pth or .safetensors")
     shard_rows: int = Field(512, ge=1)
     classifier_epochs: int = Field(25, ge=1)
 
@@ -43,6 +50,19 @@ class Data(Section):
         if name not in SOURCES:
             raise ValueError(f"{name!r} is not one of {', '.join(SOURCES)}")
         return name
+
+    @model_validator(mode="after")
+    def _extractor_fits(self) -> Data:
+        if self.extractor == "inception" and self.extractor_weights is None:
+            raise ValueError("extractor_weights: the file of inception's weights is missing; see docs/evaluation.md")
+        if self.extractor != "inception" and self.extractor_weights is not None:
+            raise ValueError(f"extractor_weights: belongs to extractor inception, not to {self.extractor}")
+        return self
+
+    @property
+    def trained(self) -> Literal["all", "rest"]:
+        """The rows that trainings see."""
+        return "rest" if self.reference == "holdout" else "all"
 
 
 class Schedule(Section):
@@ -140,7 +160,25 @@ class Evaluate(Section):
     seeds: int = Field(3, ge=1)
     teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
     samplers: tuple[Literal["ancestral", "ddim", "heun"], ...] = ("ancestral", "ddim")
+    reference: str | None = Field(
+        None, description="a folder of reference statistics; by default those of the run's data"
+    )
     neighbours: int = Field(3, ge=1, description="k of precision and recall")
+    neighbour_samples: int = Field(
+        10_000, ge=10, description="at most so many a side for precision, recall and kernel distance"
+    )
+    kid_subsets: int = Field(0, ge=0, description="of 1,000 each, as the field has 100 of; 0: all pairs, the same mean")
+    inception_splits: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _enough(self) -> Evaluate:
+        if (most := min(self.samples, self.neighbour_samples) - 1) < self.neighbours:
+            raise ValueError(
+                f"neighbours: {self.neighbours} should be at most {most}, one fewer than the samples compared"
+            )
+        if self.inception_splits > self.samples:
+            raise ValueError(f"inception_splits: {self.inception_splits} is more than the {self.samples} samples")
+        return self
 
 
 class RunConfig(Section):
@@ -163,9 +201,20 @@ class RunConfig(Section):
                 raise ValueError(f"distill.overrides.{k}.{one_line(error, Distill)}") from None
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
+        self._check_extractor()
         if (size := SOURCES[self.data.source].shape[1]) % self.network.patch:
             raise ValueError(f"network.patch: {self.network.patch} does not divide the image size {size}")
         return self
+
+    def _check_extractor(self) -> None:
+        kind, source = self.data.extractor, SOURCES[self.data.source]
+        if kind in ("classifier", "mixture") and not source.num_classes:
+            raise ValueError(
+                f"data.extractor: {kind} needs labels, which {self.data.source} has not; use pixels, or inception and a file "
+                "of its weights in data.extractor_weights"
+            )
+        if kind == "inception" and (channels := source.shape[0]) not in (1, 3):
+            raise ValueError(f"data.extractor: inception takes 1 or 3 channels, {self.data.source} has {channels}")
 
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

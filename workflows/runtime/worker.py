@@ -26,7 +26,8 @@ class Job:
     method       name in METHODS, and `arguments` its fields but the schedule
     networks     role -> model folder, for the roles that are given; none: one new network from `network`
     options      trained role -> fields of OptimiserOptions
-    validate     {"classifier", "samples", "every"}, or None
+    rows         which of the data are trained on: "all", or the "rest" beside those held out
+    validate     {"extractor", "reference", "samples", "every"}, or None
     """
 
     name: str
@@ -49,6 +50,7 @@ class Job:
     k: int
     ema_half_life_images: int = 500_000
     ema_ramp: float = 0.05
+    rows: str = "all"
     validate: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     threads: int = 1
@@ -105,16 +107,16 @@ def export(job: Job, state: Any) -> None:
 
 
 def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, float]]:
-    """state -> {"score": Frechet distance of `samples` samples to the data, in the classifier's features}."""
-    from mmdistill_core.artifact import load_classifier
+    """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}."""
+    from mmdistill_core.artifact import load_extractor
     from mmdistill_core.metrics.frechet import frechet_distance, moments
     from mmdistill_core.samplers import data_labels, sample
+    from workflows.reference import load_reference
 
     assert job.validate is not None
-    n, classifier = int(job.validate["samples"]), load_classifier(job.validate["classifier"])
-    device = images.device
-    classifier.to(device)
-    reference = moments(classifier.extract(images))
+    n, device = int(job.validate["samples"]), images.device
+    extractor = load_extractor(job.validate["extractor"]).to(device)
+    reference = load_reference(Path(job.validate["reference"])).statistics.features
     drawn = data_labels(labels, n, job.seed, 1)
 
     def validate(state: Any) -> dict[str, float]:
@@ -132,8 +134,8 @@ def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, f
             device=device,
         )
         network.train(was_training)
-        distance = frechet_distance(moments(classifier.extract(fakes.clamp(-1, 1))), reference)
-        return {"score": distance}
+        features = extractor.extract(fakes.clamp(-1, 1)).cpu()
+        return {"score": frechet_distance(moments(features), reference)}
 
     return validate
 
@@ -193,6 +195,7 @@ def set_up(config: dict[str, Any]) -> Training:
     device = ray.train.torch.get_device()
 
     arrays = collect(ray.train.get_dataset_shard("train").iter_batches(batch_size=4096, batch_format="numpy"))
+    arrays = arrays.rows(job.rows)
     images = torch.from_numpy(arrays.images).to(device)
     labels = torch.from_numpy(arrays.labels).to(device)
     conditional = int(job.network["num_classes"]) > 0

@@ -22,6 +22,7 @@ CODE = (
     *TRAINING_CODE,
     "mmdistill_core/methods/moment_matching.py",
     "mmdistill_core/metrics/frechet.py",
+    "workflows/reference.py",
     "mmdistill_core/samplers",
     "workflows/stages/distill.py",
 )
@@ -114,7 +115,8 @@ def job_of(
     validate = None
     if own.validate_every:
         validate = {
-            "classifier": str(prepared / "classifier"),
+            "extractor": str(prepared / "extractor"),
+            "reference": str(prepared / "statistics" / config.data.trained),
             "samples": own.validate_samples,
             "every": own.validate_every,
         }
@@ -123,6 +125,7 @@ def job_of(
         output=output,
         storage=storage,
         data=str(prepared / "data"),
+        rows=config.data.trained,
         seed=config.seed + k,
         method=own.method,
         arguments={"k": k} | {field: getattr(own, field) for field in ARGUMENTS},

@@ -49,6 +49,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         output=str(run.path / "model"),
         storage=str(context.workspace.training_storage),
         data=str(prepared.folder / "data"),
+        rows=c.data.trained,
         seed=c.seed,
         method="denoising",
         arguments={"p_t": c.teacher.p_t, "w_t": c.teacher.w_t},
