@@ -39,6 +39,7 @@ def distill(context: Context, prepared: Done, taught: Done) -> dict[int, Done]:
         shown = {"k": k, "distill": own.model_dump(exclude={"k", "overrides"})}
         depends = {
             "prepare": prepared.identity,
+            "extractor": prepared.result["extractor"],
             "teacher": taught.identity,
             "seed": context.config.seed,
             "code": code_version(*CODE),

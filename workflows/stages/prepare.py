@@ -89,13 +89,13 @@ def _body(run: StageRun) -> dict[str, Any]:
         else f"features of {extractor.kind}"
     )
     return {
-        "identity": digest([identity_of(run.path / "data" / "manifest.json"), about["weights"], config.trained], 16),
+        "identity": digest([identity_of(run.path / "data" / "manifest.json"), config.trained], 16),
         "artifacts": ["data/manifest.json", *own],
         "count": manifest.count,
         "shape": list(manifest.shape),
         "num_classes": manifest.num_classes,
         "fingerprint": manifest.fingerprint,
-        "extractor": extractor.kind,
+        "extractor": about["weights"],
         "classifier_accuracy": accuracy,
         "held_out": held_out,
         "statistics": statistics,
