@@ -19,14 +19,24 @@ from torch import Tensor, nn
 
 from mmdistill_core.diffusion.guidance import NULL_LABEL
 from mmdistill_core.diffusion.schedules import schedule_from_dict, schedule_to_dict
-from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
+from mmdistill_core.networks.classifier import Classifier
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
 from mmdistill_core.networks.exact import MixtureConfig, MixtureDenoiser
+from mmdistill_core.networks.extractor import Extractor
+from mmdistill_core.networks.inception import Inception
+from mmdistill_core.networks.mixture import Mixture
+from mmdistill_core.networks.pixels import Pixels
 from mmdistill_core.samplers import Denoise, clipped_denoiser, guided_denoiser, sample, told_denoiser
 
 WEIGHTS, MODEL, SECOND_MOMENTS = "weights.safetensors", "model.json", "second_moments.safetensors"
 FORMAT = 1
+EXTRACTORS: dict[str, type[Extractor]] = {
+    "classifier": Classifier,
+    "inception": Inception,
+    "mixture": Mixture,
+    "pixels": Pixels,
+}
 
 
 class NotAModel(ValueError):
@@ -138,13 +148,13 @@ def _write(directory: Path, description: dict[str, Any], weights: dict[str, Tens
     (directory / MODEL).write_text(json.dumps({"format": FORMAT, **description}, indent=2) + "\n")
 
 
-def _read(directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(directory: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (directory / MODEL).is_file() or not (directory / WEIGHTS).is_file():
         raise NotAModel(f"{directory}: not a model folder ({MODEL} and {WEIGHTS} are expected in it)")
     description = json.loads((directory / MODEL).read_text())
-    if description.get("format") != FORMAT or description.get("kind") != kind:
+    if description.get("format") != FORMAT or description.get("kind") not in kinds:
         found = f"{description.get('kind')!r} of format {description.get('format')!r}"
-        raise NotAModel(f"{directory / MODEL}: a {kind!r} of format {FORMAT} is expected, found {found}")
+        raise NotAModel(f"{directory / MODEL}: a {' or '.join(kinds)} of format {FORMAT} is expected, found {found}")
     return description, load_file(directory / WEIGHTS)
 
 
@@ -205,15 +215,17 @@ def _hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save_classifier(directory: str | Path, classifier: Classifier, *, provenance: dict[str, Any]) -> None:
-    description = {"kind": "classifier", "network": asdict(classifier.config), "provenance": provenance}
-    _write(Path(directory), description, classifier.state_dict())
+def save_extractor(directory: str | Path, extractor: Extractor, *, provenance: dict[str, Any]) -> None:
+    description = {"kind": extractor.kind, "network": asdict(extractor.config), "provenance": provenance}
+    _write(Path(directory), description, extractor.state_dict())
 
 
-def load_classifier(directory: str | Path) -> Classifier:
-    d, weights = _read(Path(directory), "classifier")
-    classifier = Classifier(ClassifierConfig(**d["network"]))
-    classifier.load_state_dict(weights)
-    frozen: nn.Module = classifier.requires_grad_(False).eval()
-    assert isinstance(frozen, Classifier)
+def load_extractor(directory: str | Path) -> Extractor:
+    """Raises NotAModel for a folder that is not one."""
+    d, weights = _read(Path(directory), *EXTRACTORS)
+    kind = EXTRACTORS[d["kind"]]
+    extractor = kind(kind.Config(**d["network"]))
+    extractor.load_state_dict(weights)
+    frozen: nn.Module = extractor.requires_grad_(False).eval()
+    assert isinstance(frozen, Extractor)
     return frozen

@@ -83,9 +83,12 @@ def test_heavy_imports_are_lazy_on_the_way_to_help():
 
 
 def test_nothing_is_unpickled():
-    words = ("pickle.load", "torch.load(", "allow_pickle=True", "cloudpickle.load", "joblib.load")
+    words = ("pickle.load", "torch.jit.load", "allow_pickle=True", "cloudpickle.load", "joblib.load")
     for folder in ("mmdistill_core", "workflows"):
         for file in (ROOT / folder).rglob("*.py"):
             text = file.read_text()
             for word in words:
                 assert word not in text, f"{file}: {word}"
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                    assert "weights_only=True" in ast.unparse(node), f"{file}: torch.load of more than weights"

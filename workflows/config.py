@@ -42,6 +42,13 @@ class Data(Section):
     num_classes: int | None = Field(None, ge=0, description="folder and made; by default 0: no labels")
     limit: int | None = Field(None, ge=10, description="use at most so many images, spread over all")
     holdout: float = Field(0.2, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
+    reference: Literal["all", "holdout"] = Field(
+        "all", description="what samples are measured against. holdout: the share held out, which no training then sees"
+    )
+    extractor: Literal["classifier", "inception", "mixture", "pixels"] = Field(
+        "classifier", description="in whose features distances are measured"
+    )
+    extractor_weights: str | None = Field(None, description="the file of inception's weights: .pth or .safetensors")
     shard_rows: int = Field(512, ge=1)
     classifier_epochs: int = Field(25, ge=1)
 
@@ -64,6 +71,19 @@ class Data(Section):
         if self.source in SHAPED and self.image_size is None:
             raise ValueError(f"image_size: the source {self.source} needs one, such as 64")
         return self
+
+    @model_validator(mode="after")
+    def _extractor_fits(self) -> Data:
+        if self.extractor == "inception" and self.extractor_weights is None:
+            raise ValueError("extractor_weights: the file of inception's weights is missing; see docs/evaluation.md")
+        if self.extractor != "inception" and self.extractor_weights is not None:
+            raise ValueError(f"extractor_weights: belongs to extractor inception, not to {self.extractor}")
+        return self
+
+    @property
+    def trained(self) -> Literal["all", "rest"]:
+        """The rows that trainings see."""
+        return "rest" if self.reference == "holdout" else "all"
 
 
 class Schedule(Section):
@@ -198,7 +218,25 @@ class Evaluate(Section):
     seeds: int = Field(3, ge=1)
     teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
     samplers: tuple[Literal["ancestral", "ddim", "heun"], ...] = ("ancestral", "ddim")
+    reference: str | None = Field(
+        None, description="a folder of reference statistics; by default those of the run's data"
+    )
     neighbours: int = Field(3, ge=1, description="k of precision and recall")
+    neighbour_samples: int = Field(
+        10_000, ge=10, description="at most so many a side for precision, recall and kernel distance"
+    )
+    kid_subsets: int = Field(0, ge=0, description="of 1,000 each, as the field has 100 of; 0: all pairs, the same mean")
+    inception_splits: int = Field(10, ge=1)
+
+    @model_validator(mode="after")
+    def _enough(self) -> Evaluate:
+        if (most := min(self.samples, self.neighbour_samples) - 1) < self.neighbours:
+            raise ValueError(
+                f"neighbours: {self.neighbours} should be at most {most}, one fewer than the samples compared"
+            )
+        if self.inception_splits > self.samples:
+            raise ValueError(f"inception_splits: {self.inception_splits} is more than the {self.samples} samples")
+        return self
 
 
 class RunConfig(Section):
@@ -240,9 +278,20 @@ class RunConfig(Section):
                     )
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
+        self._check_extractor()
         if (size := source_of(self.data).shape[1]) % self.network.patch:
             raise ValueError(f"network.patch: {self.network.patch} does not divide the image size {size}")
         return self
+
+    def _check_extractor(self) -> None:
+        kind, source = self.data.extractor, source_of(self.data)
+        if kind in ("classifier", "mixture") and not source.num_classes:
+            raise ValueError(
+                f"data.extractor: {kind} needs labels, which {self.data.source} has not; use pixels, or inception and a file "
+                "of its weights in data.extractor_weights"
+            )
+        if kind == "inception" and (channels := source.shape[0]) not in (1, 3):
+            raise ValueError(f"data.extractor: inception takes 1 or 3 channels, {self.data.source} has {channels}")
 
     def yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -17,6 +17,7 @@ from typing import Any
 
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement
+from workflows.reference import check_inputs, check_reference
 from workflows.runtime.cluster import Monitor, ray_session
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
@@ -66,6 +67,7 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
     Raises UserError or ConfigError for what the user can mend.
     """
     check_options(config, options)
+    check_inputs(config)
     began, done = time.monotonic(), []
     with open_context(config, options, screen) as context:
         for name, finished in _stages(context):
@@ -98,6 +100,7 @@ def run_sweep(
     """
     from workflows.stages import sweep
 
+    check_inputs(config)
     with open_context(config, options, screen, kind="sweep") as context:
         stages = _stages(context)
         (_, [prepared]), (_, [taught]) = next(stages), next(stages)
@@ -165,6 +168,7 @@ def _stages(context: Context) -> Iterator[tuple[str, list[Done]]]:
     from workflows.stages.teacher import teacher
 
     prepared = prepare(context)
+    check_reference(context.config, prepared.folder, prepared.result)
     yield "prepare", [prepared]
     taught = teacher(context, prepared)
     yield "teacher", [taught]
@@ -212,6 +216,9 @@ def _summary(config: RunConfig, done: list[Done], seconds: float) -> dict[str, A
             "floor": result["floor"]["frechet"],
             "samples": result["samples"],
             "seeds": result["seeds"],
+            "features": result["features"],
+            "counts": result["counts"],
+            "warnings": result["warnings"],
         }
         at_256 = rows.get(("teacher", "ancestral", 256))
         summary["teacher_frechet_256"] = at_256["frechet"]["mean"] if at_256 else None

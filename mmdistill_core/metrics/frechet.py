@@ -18,6 +18,8 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
+        if self.count < 2:
+            raise ValueError(f"features: a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)
 
     def merge(self, other: Moments) -> Moments:
@@ -30,9 +32,7 @@ class Moments:
 
 
 def moments(features: Tensor) -> Moments:
-    """features [n, d], n >= 2."""
-    if len(features) < 2:
-        raise ValueError(f"features: a covariance needs at least 2 samples, got {len(features)}")
+    """features [n, d]."""
     f = features.double()
     mean = f.mean(0)
     centred = f - mean

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmdistill_core.networks.extractor import Extractor
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -18,13 +20,14 @@ class ClassifierConfig:
     features: int = 32
 
 
-class Classifier(nn.Module):
-    """images [b, c, h, w] in [-1, 1] -> logits [b, num_classes]; `extract` gives the features [b, features] before them.
+class Classifier(Extractor):
+    """images [b, c, h, w] in [-1, 1] -> logits [b, num_classes]; features [b, features] are what stands before them.
 
     `scale` [features] divides the features; `fit_scale` sets it to their standard deviation on the data, so that every
     feature counts alike in a distance.
     """
 
+    kind, classes, Config = "classifier", "labels", ClassifierConfig
     scale: Tensor
 
     def __init__(self, config: ClassifierConfig) -> None:
@@ -51,10 +54,9 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.out(F.dropout(F.gelu(self._hidden(images)), 0.2, self.training))
 
-    @torch.inference_mode()
-    def extract(self, images: Tensor) -> Tensor:
-        """Features divided by their standard deviation on the data, [b, features]."""
-        return torch.cat([self._hidden(part) / self.scale for part in images.split(1024)])
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        hidden = self._hidden(images)
+        return hidden / self.scale, self.out(F.gelu(hidden))
 
     @torch.inference_mode()
     def fit_scale(self, images: Tensor) -> None:

@@ -1,12 +1,19 @@
 """Metrics against independent computations."""
 
+from functools import reduce
+
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from mmdistill_core.metrics.frechet import frechet_distance, moments
+from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments
+from mmdistill_core.metrics.inception_score import inception_score
+from mmdistill_core.metrics.kernel import kernel_distance
 from mmdistill_core.metrics.precision_recall import precision_recall
+from mmdistill_core.metrics.statistics import PIXELS, merged, statistics
+from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
+from mmdistill_core.networks.pixels import Pixels
 
 
 def features(n, d, seed, shift=0.0):
@@ -35,18 +42,115 @@ def test_frechet_to_itself_is_zero_even_where_covariance_is_singular():
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6)
 
 
-def test_merged_moments_are_those_of_the_whole():
-    a = features(1000, 6, 0)
-    merged = moments(a[:10]).merge(moments(a[10:700])).merge(moments(a[700:]))
-    whole = moments(a)
-    assert merged.count == whole.count
-    torch.testing.assert_close(merged.mean, whole.mean, atol=1e-10, rtol=0)
-    torch.testing.assert_close(merged.covariance, whole.covariance, atol=1e-10, rtol=0)
+@pytest.mark.parametrize("sizes", [[10, 690, 300], [1] * 1000, [1, 998, 1], [1000]])
+@pytest.mark.parametrize("order", ["in order", "reversed", "shuffled"])
+def test_merged_moments_are_those_of_the_whole(sizes, order):
+    a = features(1000, 6, 0, shift=5.0)
+    parts = [moments(part) for part in a.split(sizes)]
+    if order == "reversed":
+        parts.reverse()
+    if order == "shuffled":
+        parts = [parts[i] for i in torch.randperm(len(parts), generator=torch.Generator().manual_seed(0))]
+    together, whole = reduce(Moments.merge, parts), moments(a)
+    assert together.count == whole.count
+    torch.testing.assert_close(together.mean, whole.mean, atol=1e-10, rtol=0)
+    torch.testing.assert_close(together.covariance, whole.covariance, atol=1e-10, rtol=0)
+    np.testing.assert_allclose(together.covariance, np.cov(a.numpy().T), atol=1e-10)
 
 
 def test_one_sample_has_no_covariance():
     with pytest.raises(ValueError, match="at least 2"):
-        moments(torch.ones(1, 3))
+        moments(torch.ones(1, 3)).covariance  # noqa: B018
+
+
+@pytest.mark.parametrize("sizes", [[60], [1, 40, 19], [20, 20, 20]])
+def test_statistics_of_parts_merge_to_those_of_the_whole(sizes):
+    torch.manual_seed(0)
+    extractor, images = Classifier(ClassifierConfig(8, 1, 10)).eval(), torch.rand(60, 1, 8, 8) * 2 - 1
+    whole = statistics(extractor, images, near=torch.arange(25))
+    starts = np.cumsum([0, *sizes[:-1]])
+    parts = [
+        statistics(extractor, part, near=torch.arange(min(max(25 - first, 0), len(part))))
+        for part, first in zip(images.split(sizes), starts, strict=True)
+    ]
+    together = merged(parts)
+    assert together.count == whole.count == 60
+    assert torch.equal(together.predicted, whole.predicted)
+    assert together.logits is whole.logits is None
+    torch.testing.assert_close(together.near, whole.near)
+    for a, b in ((together.features, whole.features), (together.pixels, whole.pixels)):
+        torch.testing.assert_close(a.scatter, b.scatter, atol=1e-5, rtol=1e-5)
+
+
+def test_pixel_moments_end_where_they_would_not_fit():
+    def of(*shape):
+        return statistics(
+            Classifier(ClassifierConfig(shape[1], shape[0], 10)), torch.zeros(3, *shape), near=torch.arange(1)
+        )
+
+    assert of(1, 64, 64).pixels is not None
+    assert PIXELS < 3 * 64 * 64
+    assert of(3, 64, 64).pixels is None
+    assert statistics(Pixels(), torch.zeros(3, 1, 2, 2), near=torch.arange(1)).pixels is None, "they are the features"
+
+
+def naive_mmd(x, y):
+    """The unbiased estimator by its definition, a loop over pairs."""
+
+    def k(a, b):
+        return (float(np.dot(a, b)) / len(a) + 1) ** 3
+
+    n, m = len(x), len(y)
+    within_x = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    within_y = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return within_x + within_y - 2 * sum(k(a, b) for a in x for b in y) / (n * m)
+
+
+def test_kernel_distance_is_its_definition():
+    a, b = features(30, 4, 0), features(20, 4, 1, shift=0.5)
+    expected = naive_mmd(a.numpy(), b.numpy())
+    assert kernel_distance(real=a, fake=b) == pytest.approx(expected, rel=1e-10)
+    assert kernel_distance(real=a.float(), fake=b.float(), rows=7) == pytest.approx(expected, rel=1e-4)
+    whole = kernel_distance(real=a, fake=b, subsets=3, size=50, rng=torch.Generator().manual_seed(0))
+    assert whole == pytest.approx(expected, rel=1e-10), "a subset of all is all"
+
+
+def test_kernel_distance_is_unbiased():
+    """Equal laws: mean 0 however few the samples. Counting the diagonal in, the mean would be some 1.1."""
+    values = [kernel_distance(real=draw(2 * i), fake=draw(2 * i + 1)) for i in range(400)]
+    assert abs(np.mean(values)) < 4 * np.std(values) / 20
+    assert np.min(values) < 0 < np.max(values)
+    assert np.std(values) / 20 < 0.1
+
+
+def draw(seed, n=12):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_subsets_have_the_mean_of_all_pairs():
+    a, b = features(300, 4, 0), features(250, 4, 1, shift=0.5)
+    values = [
+        kernel_distance(real=a, fake=b, subsets=1, size=100, rng=torch.Generator().manual_seed(i)) for i in range(200)
+    ]
+    assert np.mean(values) == pytest.approx(kernel_distance(real=a, fake=b), abs=4 * np.std(values) / 200**0.5)
+    many = [kernel_distance(real=a, fake=b, subsets=5, size=50, rng=torch.Generator().manual_seed(3)) for _ in "ab"]
+    assert many[0] == many[1]
+
+
+def test_inception_score_of_known_tables():
+    """As many as there are classes if each sample is sure of its own; 1 if all are alike; and by the definition in between."""
+    sure = torch.eye(5, dtype=torch.float64).repeat(40, 1).log()
+    assert inception_score(sure) == pytest.approx(5)
+    assert inception_score(sure, splits=1) == pytest.approx(5)
+    assert inception_score(torch.randn(1, 7).expand(50, 7)) == pytest.approx(1)
+    p = np.random.default_rng(0).dirichlet(np.ones(6), size=200)
+    scores = []
+    for part in np.split(p, 10):
+        scores.append(np.exp(np.mean(np.sum(part * np.log(part / part.mean(0)), axis=1))))
+    assert inception_score(torch.from_numpy(p).log()) == pytest.approx(np.mean(scores))
+    assert inception_score(torch.from_numpy(p).log() + 3.0) == pytest.approx(np.mean(scores)), "logits have no zero"
+    with pytest.raises(ValueError, match="9 samples do not make 10"):
+        inception_score(torch.zeros(9, 3))
 
 
 def test_precision_and_recall_tell_fidelity_from_diversity():

@@ -47,6 +47,12 @@ BAD = [
     (("run", "--workers", "3"), 2, "does not divide teacher.batch 128"),
     (("run", "--workers", "0"), 2, "at least 1"),
     (("run", "--workspace", "/dev/null/x"), 1, "cannot be written"),
+    (
+        ("run", "-s", "data.extractor=inception", "-s", "data.extractor_weights=/nowhere.pth"),
+        1,
+        "/nowhere.pth: no such file",
+    ),
+    (("run", "-s", "evaluate.reference=/nowhere"), 1, "/nowhere holds no statistics"),
     (("sample", "/nowhere"), 1, "not a model folder"),
     (("sample", "/nowhere", "--out", "x.gif"), 2, ".png"),
     (("sample", "/nowhere", "--labels", "3,x"), 2, "whole numbers"),

@@ -61,6 +61,18 @@ BAD = {
     "k": ("digits", ["distill.k=[0]"], "at least 1"),
     "heads": ("digits", ["network.heads=5"], "network.heads: 5 does not divide network.width 96"),
     "shift": ("digits", ["schedule.resolution=8"], "belong to shifted_cosine"),
+    "no weights": (
+        "digits",
+        ["data.extractor=inception"],
+        "data: extractor_weights: the file of inception's weights is missing",
+    ),
+    "weights of nothing": (
+        "digits",
+        ["data.extractor_weights=x.pth"],
+        "belongs to extractor inception, not to classifier",
+    ),
+    "neighbours": ("digits", ["evaluate.neighbour_samples=10", "evaluate.neighbours=10"], "should be at most 9"),
+    "splits": ("digits", ["evaluate.inception_splits=5000"], "is more than the 1797 samples"),
     "patch": ("digits", ["network.patch=3"], "network.patch: 3 does not divide the image size 8"),
 }
 
@@ -84,3 +96,17 @@ def test_a_recipe_that_is_not_yaml(tmp_path):
 def test_digest_is_stable_and_does_not_mind_order():
     assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_without_labels_there_is_no_classifier(monkeypatch):
+    from dataclasses import replace
+
+    from workflows.sources import SOURCES
+
+    monkeypatch.setitem(SOURCES, "bare", replace(SOURCES["digits"], num_classes=0))
+    for kind in ("classifier", "mixture"):
+        with pytest.raises(
+            ConfigError, match=rf"data\.extractor: {kind} needs labels, which bare has not; use pixels, or"
+        ):
+            load_config("digits", ["data.source=bare", f"data.extractor={kind}"])
+    assert load_config("digits", ["data.source=bare", "data.extractor=pixels"]).data.extractor == "pixels"

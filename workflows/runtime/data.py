@@ -131,6 +131,13 @@ class Arrays:
     labels: np.ndarray
     holdout: np.ndarray
 
+    def rows(self, which: str) -> Arrays:
+        """ "all" of them, those of the "holdout", or the "rest"."""
+        if which == "all":
+            return self
+        keep = {"holdout": self.holdout, "rest": ~self.holdout}[which]
+        return Arrays(self.images[keep], self.labels[keep], self.holdout[keep])
+
 
 def collect(batches: Any) -> Arrays:
     """All rows of an iterable of numpy batches (a Ray Dataset's, or a worker's shard's), in the order of their index."""

@@ -27,7 +27,8 @@ class Job:
     method       name in METHODS, and `arguments` its fields but the schedule
     networks     role -> model folder, for the roles that are given; none: one new network from `network`
     options      trained role -> fields of OptimiserOptions
-    validate     {"classifier", "samples", "every"}, or None
+    rows         which of the data are trained on: "all", or the "rest" beside those held out
+    validate     {"extractor", "reference", "samples", "every"}, or None
     preconditioner  instant's Lambda: {"kind": adam, collected or identity; for collected "batches" and "arguments" of denoising}
     sampler, sampler_options, null_label, guidance   of the model that is exported (artifact.DiffusionModel)
     """
@@ -52,6 +53,7 @@ class Job:
     k: int
     ema_half_life_images: int = 500_000
     ema_ramp: float = 0.05
+    rows: str = "all"
     validate: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
     threads: int = 1
@@ -175,16 +177,16 @@ def export(job: Job, state: Any) -> None:
 
 
 def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, float]]:
-    """state -> {"score": Frechet distance of `samples` samples to the data, in the classifier's features}."""
-    from mmdistill_core.artifact import load_classifier
+    """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}."""
+    from mmdistill_core.artifact import load_extractor
     from mmdistill_core.metrics.frechet import frechet_distance, moments
     from mmdistill_core.samplers import data_labels
+    from workflows.reference import load_reference
 
     assert job.validate is not None
-    n, classifier = int(job.validate["samples"]), load_classifier(job.validate["classifier"])
-    classifier.to(images.device)
-    classes = int(job.network["num_classes"])
-    reference = moments(classifier.extract(images))
+    n, classes = int(job.validate["samples"]), int(job.network["num_classes"])
+    extractor = load_extractor(job.validate["extractor"]).to(images.device)
+    reference = load_reference(Path(job.validate["reference"])).statistics.features
     drawn = data_labels(labels, n, job.seed, 1)
 
     def validate(state: Any) -> dict[str, float]:
@@ -193,8 +195,7 @@ def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, f
         network.eval()
         fakes = model_of(job, network).sample(n, label=drawn if classes else None, seed=job.seed + 104_729)
         network.train(was_training)
-        distance = frechet_distance(moments(classifier.extract(fakes)), reference)
-        return {"score": distance}
+        return {"score": frechet_distance(moments(extractor.extract(fakes).cpu()), reference)}
 
     return validate
 
@@ -254,6 +255,7 @@ def set_up(config: dict[str, Any]) -> Training:
     device = ray.train.torch.get_device()
 
     arrays = collect(ray.train.get_dataset_shard("train").iter_batches(batch_size=4096, batch_format="numpy"))
+    arrays = arrays.rows(job.rows)
     images = torch.from_numpy(arrays.images).to(device)
     labels = torch.from_numpy(arrays.labels).to(device)
     conditional = int(job.network["num_classes"]) > 0

@@ -25,6 +25,7 @@ CODE = (
     "mmdistill_core/methods/moment_matching.py",
     "mmdistill_core/methods/denoising.py",
     "mmdistill_core/metrics/frechet.py",
+    "workflows/reference.py",
     "mmdistill_core/samplers",
     "workflows/stages/distill.py",
 )
@@ -72,6 +73,7 @@ def _distill(
         shown = {"k": k, "distill": own.model_dump(exclude={"k", "overrides"})}
         depends = {
             "prepare": prepared.identity,
+            "extractor": prepared.result["extractor"],
             "teacher": taught.identity,
             "start": start.identity if start else None,
             "seed": context.config.seed,
@@ -150,7 +152,8 @@ def job_of(
     validate = None
     if own.validate_every:
         validate = {
-            "classifier": str(prepared / "classifier"),
+            "extractor": str(prepared / "extractor"),
+            "reference": str(prepared / "statistics" / config.data.trained),
             "samples": own.validate_samples,
             "every": own.validate_every,
         }
@@ -159,6 +162,7 @@ def job_of(
         output=output,
         storage=storage,
         data=str(prepared / "data"),
+        rows=config.data.trained,
         seed=config.seed + k,
         method=own.method,
         arguments={"k": k} | {field: getattr(own, field) for field in ARGUMENTS},

@@ -1,7 +1,7 @@
 """evaluate: the teacher at several step counts and every student, by the same protocol: same count, seeds, noise and labels.
 
-Sampling is spread over Ray tasks; a row of the table, once measured for a seed, is kept, so that an interrupted evaluation goes
-on where it was.
+Sampling and its features are spread over Ray tasks, which hand on statistics that merge exactly; a row of the table, once measured
+for a seed, is kept, so that an interrupted evaluation goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,17 +10,23 @@ import json
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflows.config import digest
-from workflows.context import Context, Done, StageRun, run_stage
+from workflows.config import Evaluate, digest
+from workflows.context import Context, Done, StageRun, identity_of, run_stage
+from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
 from workflows.runtime.progress import short
 from workflows.runtime.workspace import code_version, write_json
 
+if TYPE_CHECKING:
+    from mmdistill_core.metrics.statistics import Statistics
+
 CODE = (
     "workflows/stages/evaluate.py",
+    "workflows/reference.py",
     "mmdistill_core/metrics",
     "mmdistill_core/samplers",
     "mmdistill_core/diffusion",
@@ -29,7 +35,7 @@ CODE = (
     "mmdistill_core/rng.py",
 )
 CHUNK = 600
-MEASURES = ("frechet", "frechet_pixels", "accuracy", "precision", "recall")
+MEASURES = ("frechet", "frechet_pixels", "kid", "inception_score", "precision", "recall", "accuracy")
 GRID_COLUMNS = 10
 
 
@@ -53,8 +59,10 @@ class Row:
 
 def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int, Done]) -> Done:
     shown = {"evaluate": context.config.evaluate.model_dump()}
+    folder = check_reference(context.config, prepared.folder, prepared.result)
     depends = {
         "prepare": prepared.identity,
+        "reference": identity_of(folder / TENSORS, folder / ABOUT),
         "teacher": taught.identity,
         "students": {k: s.identity for k, s in students.items()},
         "seed": context.config.seed,
@@ -66,7 +74,7 @@ def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int,
         "evaluate",
         depends=depends,
         config=shown,
-        body=lambda run: _body(run, prepared, taught, students),
+        body=lambda run: _body(run, folder, prepared, taught, students),
     )
 
 
@@ -77,59 +85,49 @@ def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
     return rows + [Row("student", "ancestral", k, str(s.folder / "model")) for k, s in students.items()]
 
 
-def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]) -> dict[str, Any]:
+def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: dict[int, Done]) -> dict[str, Any]:
     import ray
     import torch
 
-    from mmdistill_core.artifact import load_classifier
     from mmdistill_core.samplers import data_labels
     from workflows.runtime.data import read_all
 
-    options, screen = run.context.config.evaluate, run.context.screen
+    config, options, screen = run.context.config, run.context.config.evaluate, run.context.screen
     rows = _rows(run, taught, students)
     parts = run.path / "rows"
     parts.mkdir(exist_ok=True)
-    arrays = read_all(prepared.folder / "data")
-    images, labels = torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
-    classifier_folder = str(prepared.folder / "classifier")
-    reference = Reference(load_classifier(classifier_folder), images)
+    labels = torch.from_numpy(read_all(prepared.folder / "data").rows(config.data.reference).labels)
+    extractor, reference = str(prepared.folder / "extractor"), load_reference(folder)
 
     # Longest first, so that the last tasks to end are short.
     wanted = [(row, seed) for row in sorted(rows, key=lambda r: -r.nfe) for seed in range(options.seeds)]
     total = sum(row.nfe for row, _ in wanted) * options.samples
     missing = [(row, seed) for row, seed in wanted if not (parts / f"{row.name}-{seed}.json").exists()]
     done = total - sum(row.nfe for row, _ in missing) * options.samples
-
-    @ray.remote(num_cpus=1, max_retries=3)
-    def remote_chunk(*arguments: Any) -> Any:
-        return sample_chunk(*arguments)
+    sample_task = ray.remote(num_cpus=1, max_retries=3)(sample_chunk)
+    measure_task = ray.remote(num_cpus=1, max_retries=3)(measure_chunks)
+    data, width = ray.put(reference.statistics), chunk_of(reference)
 
     with screen.bars():
         bar = screen.bar("evaluate", total, unit="evaluations", start_at=done)
-        pending: dict[Any, tuple[Row, int, int]] = {}
-        got: dict[tuple[Row, int], dict[int, dict[str, np.ndarray]]] = {}
-        drawn = {
-            seed: data_labels(labels, options.samples, run.context.config.seed, 3, seed)
-            for seed in range(options.seeds)
-        }
+        sampling: dict[Any, int] = {}
+        measuring: dict[Any, tuple[Row, int]] = {}
         for row, seed in missing:
-            for first in range(0, options.samples, CHUNK):
-                part = drawn[seed][first : first + CHUNK].numpy()
-                task = remote_chunk.remote(row.model, classifier_folder, row.sampler, row.k, part, seed, first)
-                pending[task] = (row, seed, first)
+            drawn = data_labels(labels, options.samples, config.seed, 3, seed).numpy()
+            chunks = []
+            for first in range(0, options.samples, width):
+                part, near = drawn[first : first + width], options.neighbour_samples - first
+                chunks.append(sample_task.remote(row.model, extractor, row.sampler, row.k, part, seed, first, near))
+                sampling[chunks[-1]] = row.nfe * len(part)
+            measuring[measure_task.remote(data, drawn, options, seed, *chunks)] = (row, seed)
         began, at_start = time.monotonic(), done
-        while pending:
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=0.5)
-            for task in ready:
-                row, seed, first = pending.pop(task)
-                chunks = got.setdefault((row, seed), {})
-                chunks[first] = ray.get(task)
-                done += row.nfe * len(chunks[first]["pixels"])
-                if sum(len(c["pixels"]) for c in chunks.values()) == options.samples:
-                    merged = {name: np.concatenate([chunks[f][name] for f in sorted(chunks)]) for name in chunks[first]}
-                    values = reference.measure(merged, drawn[seed], neighbours=options.neighbours)
-                    write_json(parts / f"{row.name}-{seed}.json", values)
-                    del got[row, seed]
+        while measuring:
+            for task in ray.wait([*sampling, *measuring], num_returns=1, timeout=0.5, fetch_local=False)[0]:
+                if task in sampling:
+                    done += sampling.pop(task)
+                else:
+                    row, seed = measuring.pop(task)
+                    write_json(parts / f"{row.name}-{seed}.json", ray.get(task))
             rate = (done - at_start) / max(time.monotonic() - began, 1e-9)
             bar.update(done, f"{short(rate)} evaluations/s")
 
@@ -137,53 +135,94 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
             _summarise(row, [json.loads((parts / f"{row.name}-{s}.json").read_text()) for s in range(options.seeds)])
             for row in rows
         ]
-    floor = reference.floor(seeds=options.seeds)
     _grids(run, rows)
     result = {
         "rows": table,
-        "floor": floor,
-        "samples": options.samples,
-        "seeds": options.seeds,
-        "reference_count": len(images),
+        "measures": [name for name in MEASURES if name in table[0]],
+        **_against(run, reference, prepared),
         "classifier_accuracy": prepared.result["classifier_accuracy"],
     }
     write_json(run.path / "table.json", result)
+    for text in result["warnings"]:
+        screen.line(f"[yellow]![/] {text}")
     for line in table:
         prefix = line["who"] if line["who"] == "student" else f"teacher_{line['sampler']}"
-        run.log_at(line["k"], {f"{prefix}/{name}": line[name]["mean"] for name in MEASURES})
+        run.log_at(line["k"], {f"{prefix}/{name}": line[name]["mean"] for name in result["measures"]})
     for name in ("table.json", "grids"):
         run.context.tracker.log_artifact(run.run_id, run.path / name, None if name == "table.json" else "grids")
     return {
         "identity": digest(result, 16),
         "artifacts": ["table.json", "grids"],
-        "summary": f"{len(rows)} rows, {options.samples:,} samples each, {options.seeds} seeds",
+        "summary": f"{len(rows)} rows, {result['counts']}, {options.seeds} seeds",
         **result,
     }
 
 
-@lru_cache(maxsize=16)
-def _models(model: str, classifier: str) -> tuple[Any, Any]:
-    from mmdistill_core.artifact import load_classifier, load_model
+def _against(run: StageRun, reference: Reference, prepared: Done) -> dict[str, Any]:
+    """What the rows were measured against and from how many, and what is not sound about that."""
+    options, statistics, about = run.context.config.evaluate, reference.statistics, reference.fingerprint
+    named = options.reference
+    sides = {"samples": options.samples, "images of the reference": statistics.count}
+    spaces = {"features": statistics.features, "pixels": statistics.pixels}
+    return {
+        "features": about["extractor"],
+        "floor": reference.floor,
+        "samples": options.samples,
+        "seeds": options.seeds,
+        "reference_count": statistics.count,
+        "near": {"samples": min(options.samples, options.neighbour_samples), "reference": len(statistics.near)},
+        "reference": {
+            "fingerprint": about,
+            "folder": named,
+            "own_data": about["data"] == prepared.result["fingerprint"],
+        },
+        "counts": f"{options.samples:,} samples against {statistics.count:,} images",
+        "kid_subsets": options.kid_subsets,
+        "inception_splits": options.inception_splits,
+        "warnings": [
+            f"{n:,} {side} are not more than the {len(m.mean):,} dimensions of {space}: a singular covariance, a biased "
+            "Frechet distance"
+            for space, m in spaces.items()
+            if m is not None
+            for side, n in sides.items()
+            if n <= len(m.mean)
+        ],
+    }
 
-    return load_model(model), load_classifier(classifier)
+
+def chunk_of(reference: Reference) -> int:
+    """Samples of a task: CHUNK, or as many times that as the widest moments have dimensions, so that they take no more room than
+    the samples that they are of.
+    """
+    s = reference.statistics
+    widest = max(len(m.mean) for m in (s.features, s.pixels) if m is not None)
+    return CHUNK * -(-widest // CHUNK)
+
+
+@lru_cache(maxsize=16)
+def _models(model: str, extractor: str) -> tuple[Any, Any]:
+    from mmdistill_core.artifact import load_extractor, load_model
+
+    return load_model(model), load_extractor(extractor)
 
 
 def sample_chunk(
-    model: str, classifier: str, sampler: str, k: int, label: np.ndarray, seed: int, first: int
-) -> dict[str, np.ndarray]:
+    model: str, extractor: str, sampler: str, k: int, label: np.ndarray, seed: int, first: int, near: int
+) -> Statistics:
     """`sampled` as a Ray task: on one thread, from folders."""
     import torch
 
     torch.set_num_threads(1)
-    diffusion, extractor = _models(model, classifier)
-    return sampled(diffusion, extractor, sampler, k, torch.from_numpy(label.copy()), seed, first, CHUNK)
+    return sampled(*_models(model, extractor), sampler, k, torch.from_numpy(label.copy()), seed, first, near)
 
 
 def sampled(
-    diffusion: Any, extractor: Any, sampler: str, k: int, label: Any, seed: int, first: int, batch: int
-) -> dict[str, np.ndarray]:
-    """Samples `first` to `first + len(label)` of the stream `seed`: their pixels, features and predicted classes."""
+    diffusion: Any, extractor: Any, sampler: str, k: int, label: Any, seed: int, first: int, near: int
+) -> Statistics:
+    """Statistics of samples `first` to `first + len(label)` of the stream `seed`; the features of its first `near` are kept."""
     import torch
+
+    from mmdistill_core.metrics.statistics import statistics
 
     images = diffusion.sample(
         len(label),
@@ -191,60 +230,47 @@ def sampled(
         seed=seed,
         k=k,
         sampler=sampler,
-        batch=batch,
+        batch=CHUNK,
         first=first,
     )
-    with torch.inference_mode():
-        predicted = extractor(images).argmax(1)
-    return {
-        "pixels": images.flatten(1).numpy(),
-        "features": extractor.extract(images).numpy(),
-        "predicted": predicted.numpy(),
+    return statistics(extractor, images, near=torch.arange(min(max(near, 0), len(images))))
+
+
+def measure_chunks(
+    real: Statistics, label: np.ndarray, options: Evaluate, seed: int, *chunks: Statistics
+) -> dict[str, float]:
+    """`measure` as a Ray task, of the chunks in their order."""
+    import torch
+
+    from mmdistill_core.metrics.statistics import merged
+
+    torch.set_num_threads(1)
+    return measure(real, merged(list(chunks)), torch.from_numpy(label.copy()), options, seed)
+
+
+def measure(real: Statistics, fake: Statistics, label: Any, options: Evaluate, seed: int) -> dict[str, float]:
+    """Every measure that these statistics allow; `label` [n] are those the samples were drawn for, -1 for none."""
+    from mmdistill_core.metrics.frechet import frechet_distance
+    from mmdistill_core.metrics.inception_score import inception_score
+    from mmdistill_core.metrics.kernel import kernel_distance
+    from mmdistill_core.metrics.precision_recall import precision_recall
+    from mmdistill_core.rng import generator
+
+    precision, recall = precision_recall(real=real.near, fake=fake.near, k=options.neighbours)
+    kid = kernel_distance(real=real.near, fake=fake.near, subsets=options.kid_subsets, rng=generator(seed, 5))
+    values = {
+        "frechet": frechet_distance(fake.features, real.features),
+        "kid": kid,
+        "precision": precision,
+        "recall": recall,
     }
-
-
-class Reference:
-    """The data's side of every measure, computed once."""
-
-    def __init__(self, classifier: Any, images: Any) -> None:
-        from mmdistill_core.metrics.frechet import moments
-
-        self.features, self.pixels = classifier.extract(images), images.flatten(1)
-        self.moments = {"frechet": moments(self.features), "frechet_pixels": moments(self.pixels)}
-
-    def measure(self, fakes: dict[str, np.ndarray], label: Any, *, neighbours: int) -> dict[str, float]:
-        import torch
-
-        from mmdistill_core.metrics.frechet import frechet_distance, moments
-        from mmdistill_core.metrics.precision_recall import precision_recall
-
-        features, pixels = torch.from_numpy(fakes["features"]), torch.from_numpy(fakes["pixels"])
-        precision, recall = precision_recall(real=self.features, fake=features, k=neighbours)
-        return {
-            "frechet": frechet_distance(moments(features), self.moments["frechet"]),
-            "frechet_pixels": frechet_distance(moments(pixels), self.moments["frechet_pixels"]),
-            "accuracy": (torch.from_numpy(fakes["predicted"]) == label).double().mean().item(),
-            "precision": precision,
-            "recall": recall,
-        }
-
-    def floor(self, *, seeds: int) -> dict[str, float]:
-        """The distance of one half of the data to the other, mean over `seeds` splits: what no sampler of finite count beats
-        by much.
-        """
-        import torch
-
-        from mmdistill_core.metrics.frechet import frechet_distance, moments
-        from mmdistill_core.rng import generator
-
-        out: dict[str, list[float]] = {"frechet": [], "frechet_pixels": []}
-        for seed in range(seeds):
-            order = torch.randperm(len(self.features), generator=generator(seed, 4))
-            half = len(order) // 2
-            for name, values in (("frechet", self.features), ("frechet_pixels", self.pixels)):
-                a, b = values[order[:half]], values[order[half : 2 * half]]
-                out[name].append(frechet_distance(moments(a), moments(b)))
-        return {name: float(np.mean(values)) for name, values in out.items()}
+    if fake.pixels is not None and real.pixels is not None:
+        values["frechet_pixels"] = frechet_distance(fake.pixels, real.pixels)
+    if fake.logits is not None:
+        values["inception_score"] = inception_score(fake.logits, splits=options.inception_splits)
+    if fake.predicted is not None and (known := label >= 0).any():
+        values["accuracy"] = (fake.predicted == label)[known].double().mean().item()
+    return values
 
 
 def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
@@ -255,6 +281,7 @@ def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
             "spread": float(np.std([v[name] for v in values])),
         }
         for name in MEASURES
+        if name in values[0]
     }
     return {"who": row.who, "sampler": row.sampler, "k": row.k, "nfe": row.nfe, "name": row.name, **measures}
 

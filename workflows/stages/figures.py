@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 STUDENT, TEACHER, DDIM, FLOOR, INK = "#d1495b", "#2b6f9e", "#7fb2d1", "#8a8f98", "#22262b"
-TITLES = {"frechet": "in classifier features", "frechet_pixels": "in raw pixels"}
 History = list[tuple[int, dict[str, float]]]
 
 
@@ -57,17 +56,19 @@ def _plain(axis: Any, values: list[int]) -> None:
 
 
 def distance_against_steps(table: dict[str, Any]) -> str:
-    """Log-log: the teacher by each sampler, the students, the floor; in features and in pixels."""
+    """Log-log: the teacher by each sampler, the students, the floor; in features and, where they were measured, in pixels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = _figure(2, width=10.4, height=4.3)
+    titles = {"frechet": f"in {table['features']} features", "frechet_pixels": "in raw pixels"}
+    titles = {measure: title for measure, title in titles.items() if measure in table["measures"]}
+    figure, axes = _figure(len(titles), width=10.4, height=4.3)
     styles = {
         ("teacher", "ancestral"): (TEACHER, "-", "o"),
         ("teacher", "ddim"): (DDIM, "--", "s"),
         ("teacher", "heun"): ("#9a86c9", ":", "^"),
         ("student", "ancestral"): (STUDENT, "-", "D"),
     }
-    for axis, (measure, title) in zip(axes[0], TITLES.items(), strict=True):
+    for axis, (measure, title) in zip(axes[0], titles.items(), strict=True):
         for (who, sampler), (colour, line, marker) in styles.items():
             rows = sorted(
                 (r for r in table["rows"] if (r["who"], r["sampler"]) == (who, sampler)), key=lambda r: r["k"]

@@ -1,86 +1,228 @@
-"""prepare: images -> shards with a manifest, and the classifier in whose features distances are measured."""
+"""prepare: images -> shards with a manifest, the extractor in whose features distances are measured, and reference statistics."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from workflows.config import digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
+from workflows.reference import ABOUT, TENSORS, Reference, save_reference
+from workflows.runtime.errors import UserError
 from workflows.runtime.workspace import code_version
 from workflows.sources import source_of
 from workflows.sources.folder import listing
 
 CODE = (
     "workflows/stages/prepare.py",
+    "workflows/reference.py",
     "workflows/sources",
     "workflows/runtime/data.py",
+    "mmdistill_core/metrics/frechet.py",
+    "mmdistill_core/metrics/statistics.py",
     "mmdistill_core/networks/classifier.py",
+    "mmdistill_core/networks/extractor.py",
+    "mmdistill_core/networks/inception.py",
+    "mmdistill_core/networks/mixture.py",
+    "mmdistill_core/networks/pixels.py",
 )
+PREPROCESSING = "whole images, [0, 1] to [-1, 1]"
+ROWS = 4096
+FLOORS = 3
 
 
 def prepare(context: Context) -> Done:
-    config = context.config
-    depends = {"data": config.data.model_dump(), "seed": config.seed, "code": code_version(*CODE)}
-    if config.data.source == "folder":
-        depends["listing"] = listing(config.data.path)
-    return run_stage(context, "prepare", depends=depends, config={"data": config.data.model_dump()}, body=_body)
+    data, shown = context.config.data, {"data": context.config.data.model_dump()}
+    depends = {
+        "data": data.model_dump(exclude={"extractor_weights"}),
+        "listing": listing(data.path) if data.source == "folder" else None,
+        "weights": hashlib.sha256(Path(data.extractor_weights).read_bytes()).hexdigest()
+        if data.extractor_weights
+        else None,
+        "near": context.config.evaluate.neighbour_samples,
+        "seed": context.config.seed,
+        "code": code_version(*CODE),
+    }
+    return run_stage(context, "prepare", depends=depends, config=shown, body=_body)
 
 
 def _body(run: StageRun) -> dict[str, Any]:
-    from mmdistill_core.artifact import save_classifier
+    from mmdistill_core.artifact import save_extractor
     from workflows.runtime.data import read_all, write_shards
 
-    config = run.context.config
-    with run.context.screen.bars() as screen:
-        bar = screen.bar("prepare", config.data.classifier_epochs, unit="epochs")
-        source = source_of(config.data)
+    config, source = run.context.config.data, source_of(run.context.config.data)
+    with run.context.screen.bars():
         images, labels = source.load(run.context.screen.line)
         manifest = write_shards(
             run.path / "data",
-            source=config.data.source,
+            source=config.source,
             images=images,
             labels=labels,
             num_classes=source.num_classes,
-            holdout=config.data.holdout,
-            rows=config.data.shard_rows,
+            holdout=config.holdout,
+            rows=config.shard_rows,
         )
         arrays = read_all(run.path / "data")
-
-        def tick(epoch: int, loss: float, accuracy: float) -> None:
-            run.log(epoch, {"step": epoch, "classifier/loss": loss, "classifier/accuracy": accuracy})
-            bar.update(epoch, f"classifier: loss {loss:.3g}, held-out accuracy {accuracy:.1%}")
-
-        classifier, accuracy = train_classifier(
-            arrays.images,
-            arrays.labels,
-            arrays.holdout,
-            num_classes=source.num_classes,
-            epochs=config.data.classifier_epochs,
-            seed=config.seed,
-            tick=tick,
-        )
-    provenance = {
-        "data_fingerprint": manifest.fingerprint,
-        "held_out_accuracy": accuracy,
-        "held_out": int(arrays.holdout.sum()),
-    }
-    save_classifier(run.path / "classifier", classifier, provenance=provenance)
+        extractor, accuracy = make_extractor(run, arrays, source.num_classes)
+        held_out = int(arrays.holdout.sum())
+        provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy, "held_out": held_out}
+        save_extractor(run.path / "extractor", extractor, provenance=provenance)
+        about = {
+            "data": manifest.fingerprint,
+            "resolution": list(manifest.shape),
+            "preprocessing": f"{PREPROCESSING}; {extractor.preprocessing}",
+            "extractor": extractor.kind,
+            "weights": extractor.fingerprint(),
+        }
+        rows = {config.reference, config.trained}
+        statistics = {which: _statistics(run, which, arrays.rows(which).images, about) for which in sorted(rows)}
     run.context.tracker.log_artifact(run.run_id, run.path / "data" / "manifest.json")
-    run.context.tracker.log_artifact(run.run_id, run.path / "classifier", "classifier")
+    own = [] if extractor.kind == "inception" else ["extractor"]  # the weights of inception are the user's file
+    for name in own:
+        run.context.tracker.log_artifact(run.run_id, run.path / name, name)
+    measured = (
+        f"classifier {accuracy:.1%} on {held_out} held-out images"
+        if accuracy is not None
+        else f"features of {extractor.kind}"
+    )
     return {
-        "identity": identity_of(run.path / "data" / "manifest.json", run.path / "classifier" / "weights.safetensors"),
-        "artifacts": ["data/manifest.json", "classifier"],
+        "identity": digest([identity_of(run.path / "data" / "manifest.json"), config.trained], 16),
+        "artifacts": ["data/manifest.json", *own],
         "count": manifest.count,
         "shape": list(manifest.shape),
         "num_classes": manifest.num_classes,
         "fingerprint": manifest.fingerprint,
+        "extractor": about["weights"],
         "classifier_accuracy": accuracy,
-        "held_out": int(arrays.holdout.sum()),
-        "summary": f"{manifest.count:,} images {'x'.join(map(str, manifest.shape))}, {manifest.num_classes} classes, "
-        f"classifier {accuracy:.1%} on {int(arrays.holdout.sum())} held-out images",
+        "held_out": held_out,
+        "statistics": statistics,
+        "summary": f"{manifest.count:,} images {'x'.join(map(str, manifest.shape))}, {manifest.num_classes} classes, {measured}",
     }
+
+
+def make_extractor(run: StageRun, arrays: Any, num_classes: int) -> tuple[Any, float | None]:
+    """The configuration's extractor, and a classifier's accuracy on the rows held out."""
+    import torch
+
+    from mmdistill_core.networks.inception import load_inception
+    from mmdistill_core.networks.mixture import Mixture
+    from mmdistill_core.networks.pixels import Pixels
+
+    config = run.context.config.data
+    if config.extractor == "inception":
+        return load_inception(str(config.extractor_weights)), None
+    if config.extractor == "pixels":
+        return Pixels(), None
+    if config.extractor == "mixture":
+        known = arrays.labels >= 0
+        try:
+            values = torch.from_numpy(arrays.images[known]), torch.from_numpy(arrays.labels[known])
+            return Mixture.fitted(*values, modes=num_classes), None
+        except ValueError as error:
+            raise UserError(f"data.extractor: mixture needs some images of every label ({error})") from error
+    bar = run.context.screen.bar("prepare", config.classifier_epochs, unit="epochs")
+
+    def tick(epoch: int, loss: float, accuracy: float) -> None:
+        run.log(epoch, {"step": epoch, "classifier/loss": loss, "classifier/accuracy": accuracy})
+        bar.update(epoch, f"classifier: loss {loss:.3g}, held-out accuracy {accuracy:.1%}")
+
+    return train_classifier(
+        arrays.images,
+        arrays.labels,
+        arrays.holdout,
+        num_classes=num_classes,
+        epochs=config.classifier_epochs,
+        seed=run.context.config.seed,
+        tick=tick,
+    )
+
+
+def _statistics(run: StageRun, which: str, images: np.ndarray, about: dict[str, Any]) -> dict[str, Any]:
+    """Builds and saves the statistics of these rows; gives their fingerprint and the hash of the files."""
+    most, folder = run.context.config.evaluate, run.path / "statistics" / which
+    if len(images) <= most.neighbours + 1 or len(images) < 4:
+        raise UserError(f"data.reference: {which} has {len(images)} images, too few to measure against")
+    bar = run.context.screen.bar(f"statistics of {which}", len(images), unit="images")
+    reference = build_reference(
+        images,
+        extractor=str(run.path / "extractor"),
+        near=most.neighbour_samples,
+        seed=run.context.config.seed,
+        fingerprint=about | {"rows": which, "count": len(images)},
+        cpus=int(run.context.resources.get("CPU", 1)),
+        tick=bar.update,
+    )
+    save_reference(folder, reference)
+    return {"fingerprint": reference.fingerprint, "identity": identity_of(folder / TENSORS, folder / ABOUT)}
+
+
+def build_reference(
+    images: np.ndarray,
+    *,
+    extractor: str,
+    near: int,
+    seed: int,
+    fingerprint: dict[str, Any],
+    cpus: int,
+    tick: Callable[[int], None],
+) -> Reference:
+    """Statistics of all images, by Ray tasks of ROWS images, `cpus` and a few at a time; features of `near` of them are kept."""
+    import ray
+    import torch
+
+    from mmdistill_core.metrics.statistics import merged
+    from mmdistill_core.rng import generator
+
+    chosen = torch.randperm(len(images), generator=generator(seed, 6))[:near].sort().values
+    task = ray.remote(num_cpus=1, max_retries=3)(statistics_of)
+    waiting, parts = list(range(0, len(images), ROWS)), {}
+    running: dict[Any, int] = {}
+    while waiting or running:
+        while waiting and len(running) < cpus + 2:
+            first = waiting.pop(0)
+            own = chosen[(chosen >= first) & (chosen < first + ROWS)] - first
+            running[task.remote(extractor, images[first : first + ROWS], own.numpy())] = first
+        for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
+            parts[running.pop(done)] = ray.get(done)
+            tick(sum(p.count for p in parts.values()))
+    statistics = merged([parts[first] for first in sorted(parts)])
+    pixels = torch.from_numpy(images[chosen.numpy()]).flatten(1) if statistics.pixels else None
+    return Reference(statistics, fingerprint, floor(statistics.near, pixels))
+
+
+def statistics_of(extractor: str, images: np.ndarray, near: np.ndarray) -> Any:
+    """`statistics` as a Ray task: on one thread, from the extractor's folder; without the predictions, which only samples need."""
+    import torch
+
+    from mmdistill_core.artifact import load_extractor
+    from mmdistill_core.metrics.statistics import statistics
+
+    torch.set_num_threads(1)
+    whole = statistics(load_extractor(extractor), torch.from_numpy(images.copy()), near=torch.from_numpy(near.copy()))
+    return replace(whole, logits=None, predicted=None)
+
+
+def floor(features: Any, pixels: Any) -> dict[str, float]:
+    """The distance of one half to the other, mean over FLOORS splits."""
+    import torch
+
+    from mmdistill_core.metrics.frechet import frechet_distance, moments
+    from mmdistill_core.rng import generator
+
+    out: dict[str, list[float]] = {}
+    for seed in range(FLOORS):
+        order = torch.randperm(len(features), generator=generator(seed, 4))
+        half = len(order) // 2
+        for name, values in (("frechet", features), ("frechet_pixels", pixels)):
+            if values is not None:
+                a, b = values[order[:half]], values[order[half : 2 * half]]
+                out.setdefault(name, []).append(frechet_distance(moments(a), moments(b)))
+    return {name: float(np.mean(values)) for name, values in out.items()}
 
 
 def train_classifier(
@@ -104,8 +246,8 @@ def train_classifier(
     from mmdistill_core.rng import generator
 
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    held = torch.from_numpy(holdout)
-    train_x, train_y = x[~held], y[~held]
+    known, held = y >= 0, torch.from_numpy(holdout)
+    train_x, train_y = x[known & ~held], y[known & ~held]
     rng, batch = generator(seed, 2), 64
     torch.manual_seed(seed)
     classifier = Classifier(ClassifierConfig(image_size=x.shape[-1], channels=x.shape[1], num_classes=num_classes))
@@ -127,7 +269,7 @@ def train_classifier(
             schedule.step()
         classifier.eval()
         with torch.inference_mode():
-            accuracy = (classifier(x[held]).argmax(1) == y[held]).double().mean().item()
+            accuracy = (classifier(x[known & held]).argmax(1) == y[known & held]).double().mean().item()
         tick(epoch + 1, loss.item(), accuracy)
     classifier.fit_scale(x)
     return classifier, accuracy

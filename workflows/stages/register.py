@@ -40,6 +40,7 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
         "config_hash": digest(context.config.model_dump(mode="json")),
         "git_commit": git_commit(),
         "samples": str(measured.result["samples"]),
+        "reference": digest(measured.result["reference"]["fingerprint"]),
     }
     with context.screen.bars() as screen:
         bar = screen.bar("register", 1 + len(students), unit="models")
@@ -90,19 +91,19 @@ def _alias(k: int) -> str:
 
 
 def _champion(context: Context, name: str, k: int, new: Registered) -> str:
-    """Moves the alias only if the new version's distance is lower, over the same number of samples and the same data."""
+    """Moves the alias only if the new version's distance is lower, with as many samples, data and reference the same."""
     tracker = context.tracker
     holder = tracker.alias(name, _alias(k))
     if holder == new.version:
         return "is the champion"
     if holder is not None:
         old, own = tracker.version_tags(name, holder), tracker.version_tags(name, new.version)
-        comparable = all(old.get(tag) == own.get(tag) for tag in ("data_fingerprint", "samples"))
+        comparable = all(old.get(tag) == own.get(tag) for tag in ("data_fingerprint", "samples", "reference"))
         if comparable and not float(own["frechet"]) < float(old["frechet"]):
             return f"stays with version {holder}: {old['frechet']} against {own['frechet']}"
         if not comparable:
             context.screen.line(
-                f"[yellow]![/] {_alias(k)}: version {holder} was measured on other data or counts; not compared"
+                f"[yellow]![/] {_alias(k)}: version {holder} was measured on other data, counts or features; not compared"
             )
             return f"stays with version {holder}: measured on other data or counts"
     tracker.set_alias(name, _alias(k), new.version)

@@ -13,6 +13,15 @@ from workflows.runtime.workspace import code_version
 
 CODE = ("workflows/stages/report.py", "workflows/stages/report.html", "workflows/stages/figures.py")
 HEADLINE_STEPS = 256
+TITLES = {
+    "frechet": "Frechet, features",
+    "frechet_pixels": "Frechet, pixels",
+    "kid": "kernel distance",
+    "inception_score": "Inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "accuracy": "accuracy",
+}
 
 
 def report(
@@ -59,6 +68,10 @@ def _body(
         headline=headline(table["rows"], sorted(students)),
         most=most,
         table=table,
+        titles=TITLES,
+        features=_features(table, prepared.result["held_out"]),
+        reference=_reference(table),
+        pairs=_pairs(table),
         rows=rows,
         ks=sorted(students),
         samplers=list(run.context.config.evaluate.samplers),
@@ -95,6 +108,43 @@ def headline(rows: list[dict[str, Any]], ks: list[int]) -> dict[str, Any]:
         "fewer": most / best,
         "same_k": {k: by["student", "ancestral", k] / by["teacher", "ancestral", k] for k in ks},
     }
+
+
+def _features(table: dict[str, Any], held_out: int) -> str:
+    """In words, what the distances are measured in."""
+    if table["features"] == "classifier":
+        accuracy = f"{100 * table['classifier_accuracy']:.1f} % accuracy on {held_out} held-out images"
+        return (
+            f"Features are those of a classifier with {accuracy}, each divided by its standard deviation on the data."
+        )
+    if table["features"] == "inception":
+        return (
+            f"Features are the 2,048 of the FID's Inception-v3, weights {table['reference']['fingerprint']['weights']}."
+        )
+    if table["features"] == "mixture":
+        return (
+            "Features are the posterior weights of the mixture's modes, and the offsets from their means times these."
+        )
+    return "Features are the images themselves."
+
+
+def _reference(table: dict[str, Any]) -> str:
+    about, folder = table["reference"]["fingerprint"], table["reference"]["folder"]
+    count = f"{table['reference_count']:,}"
+    if folder:
+        data = "the same data" if table["reference"]["own_data"] else f"other data ({about['data']})"
+        return f"The reference is {folder}: {count} images of {data}."
+    if about["rows"] == "holdout":
+        return f"The {count} images held out are the reference; neither the teacher nor a student was trained on them."
+    return f"All {count} images are the reference, and the training set."
+
+
+def _pairs(table: dict[str, Any]) -> str:
+    near, subsets = table["near"], table["kid_subsets"]
+    kid = f"{subsets} subsets of at most 1,000" if subsets else "all pairs"
+    score = f", Inception score in {table['inception_splits']} splits" if "inception_score" in table["measures"] else ""
+    counts = f"{near['samples']:,} samples and {near['reference']:,} images"
+    return f"Precision, recall and kernel distance are from {counts}, the last over {kid}{score}."
 
 
 def _data_uri(path: Path) -> str:
@@ -151,9 +201,11 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: Path, tracki
     screen.console.print(table)
     teacher = f"; teacher at {HEADLINE_STEPS} steps {at_256:.3f}" if at_256 else ""
     screen.line(
-        f"Frechet distance in classifier features, {summary['samples']:,} samples x {summary['seeds']} seeds{teacher}; "
+        f"Frechet distance in {summary['features']} features, {summary['counts']}, {summary['seeds']} seeds{teacher}; "
         f"half the data against the other half {summary['floor']:.3f}."
     )
+    for text in summary["warnings"]:
+        screen.line(f"[yellow]![/] {text}.")
     screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{summary['report']}[/]")
     screen.line("Next:")
     screen.line(f"  mmdistill sample {champion['model_uri']} --n 64{where}{store}")

@@ -24,7 +24,7 @@ from workflows.runtime.progress import Screen, clock
 
 NUMBER = r"[0-9.eE+-]+"
 RANDOM = re.compile(rf"^(uniform|loguniform)\(({NUMBER}),({NUMBER})\)$")
-MEASURED = ("frechet", "frechet_pixels", "accuracy", "recall")
+MEASURED = ("frechet", "frechet_pixels", "kid", "inception_score", "accuracy", "recall")
 
 
 def parse_space(texts: list[str], config: RunConfig) -> dict[str, Any]:
@@ -111,12 +111,11 @@ def sweep(
             rows.append(row)
             run = context.tracker.start_run(f"trial {len(rows)}", parent=context.parent_run)
             context.tracker.log_params(run, row["point"])
-            context.tracker.log_metrics(run, [(0, {n: row[n] for n in (*MEASURED, "seconds")})])
+            context.tracker.log_metrics(run, [(0, {n: row[n] for n in (*MEASURED, "seconds") if n in row})])
             context.tracker.end_run(run)
             point = "  ".join(f"{f} {_short(v)}" for f, v in row["point"].items())
-            screen.line(
-                f"  {point}  distance {row['frechet']:.3f}, pixels {row['frechet_pixels']:.3f}  {clock(row['seconds'])}"
-            )
+            pixels = f", pixels {row['frechet_pixels']:.3f}" if "frechet_pixels" in row else ""
+            screen.line(f"  {point}  distance {row['frechet']:.3f}{pixels}  {clock(row['seconds'])}")
             bar.update(len(rows))
 
         context.listeners["sweep"] = listen
@@ -154,7 +153,8 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
     config, k, seed = RunConfig.model_validate(jobs["config"]), int(point["k"]), int(point.get("seed", 0))
     own = section(config, k, point)
     data = ray.get(arrays)
-    images, labels = torch.from_numpy(data.images.copy()), torch.from_numpy(data.labels.copy())
+    trained = data.rows(config.data.trained)
+    images, labels = torch.from_numpy(trained.images.copy()), torch.from_numpy(trained.labels.copy())
     job = job_of(config, own, k, prepared=Path(jobs["prepared"]), result=jobs["result"], teacher=Path(jobs["teacher"]),
                  identity=jobs["identity"], name="trial", output="", storage="")  # fmt: skip
     job = replace(job, seed=config.seed + k + 1000 * seed)
@@ -174,27 +174,29 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
     seconds = time.perf_counter() - began
     row = {"point": point, "seconds": seconds, "images": state.n_images, "forwards": state.forwards,
            "kept_at": state.best.n_images}  # fmt: skip
-    row |= measure(config, job, state.best_network(), images, labels)
+    labels = torch.from_numpy(data.rows(config.data.reference).labels.copy())
+    row |= measured(config, job, state.best_network(), labels, jobs["result"])
     mailbox.push.remote("sweep", row)
     tune.report({"score": row["frechet"], "n_images": float(state.n_images)})
 
 
-def measure(config: RunConfig, job: Any, network: Any, images: Any, labels: Any) -> dict[str, float]:
-    """The kept student by `evaluate`'s protocol: its counts, its seeds, its labels; means over seeds."""
-    from mmdistill_core.artifact import load_classifier
+def measured(config: RunConfig, job: Any, network: Any, labels: Any, result: dict[str, Any]) -> dict[str, float]:
+    """The kept student by `evaluate`'s protocol: its counts, its seeds, its labels, its reference; means over seeds."""
+    from mmdistill_core.artifact import load_extractor
     from mmdistill_core.samplers import data_labels
+    from workflows.reference import check_reference, load_reference
     from workflows.runtime.worker import model_of
-    from workflows.stages.evaluate import CHUNK, Reference, sampled
+    from workflows.stages.evaluate import measure, sampled
 
-    model = model_of(job, network)
-    classifier = load_classifier(Path(job.data).parent / "classifier")
-    reference = Reference(classifier, images)
+    options, prepared = config.evaluate, Path(job.data).parent
+    model, extractor = model_of(job, network), load_extractor(prepared / "extractor")
+    real = load_reference(check_reference(config, prepared, result)).statistics
     values = []
-    for seed in range(config.evaluate.seeds):
-        label = data_labels(labels, config.evaluate.samples, config.seed, 3, seed)
-        fakes = sampled(model, classifier, job.sampler, job.k, label, seed, 0, CHUNK)
-        values.append(reference.measure(fakes, label, neighbours=config.evaluate.neighbours))
-    return {name: statistics.mean(v[name] for v in values) for name in MEASURED}
+    for seed in range(options.seeds):
+        label = data_labels(labels, options.samples, config.seed, 3, seed)
+        fake = sampled(model, extractor, job.sampler, job.k, label, seed, 0, options.neighbour_samples)
+        values.append(measure(real, fake, label, options, seed))
+    return {name: statistics.mean(v[name] for v in values) for name in MEASURED if name in values[0]}
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -206,7 +208,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for text, members in groups.items():
         line: dict[str, Any] = {"point": json.loads(text), "seeds": len(members)}
-        for name in (*MEASURED, "seconds"):
+        for name in (n for n in (*MEASURED, "seconds") if n in members[0]):
             values = [m[name] for m in members]
             line[name] = {"mean": statistics.mean(values), "spread": statistics.pstdev(values)}
         out.append(line)
@@ -218,10 +220,12 @@ def show(lines: list[dict[str, Any]], screen: Screen) -> None:
 
     fields = [f for f in lines[0]["point"] if f == "k" or len({json.dumps(line["point"][f]) for line in lines}) > 1]
     table = Table(header_style="bold")
-    for name in (*fields, "distance", "in pixels", "recall", "seconds", "seeds"):
+    shown = {"frechet": "distance", "frechet_pixels": "in pixels", "recall": "recall"}
+    shown = {name: title for name, title in shown.items() if name in lines[0]}
+    for name in (*fields, *shown.values(), "seconds", "seeds"):
         table.add_column(name, no_wrap=True)
     for line in lines:
         values = [f"{v:.3g}" if isinstance(v := line["point"][f], float) else _short(v) for f in fields]
-        cells = [f"{line[n]['mean']:.3f} ± {line[n]['spread']:.3f}" for n in ("frechet", "frechet_pixels", "recall")]
+        cells = [f"{line[n]['mean']:.3f} ± {line[n]['spread']:.3f}" for n in shown]
         table.add_row(*values, *cells, f"{line['seconds']['mean']:.0f}", str(line["seeds"]))
     screen.console.print(table)

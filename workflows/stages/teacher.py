@@ -53,6 +53,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         output=str(run.path / (FITTED if exact else "model")),
         storage=str(context.workspace.training_storage),
         data=str(prepared.folder / "data"),
+        rows=c.data.trained,
         seed=c.seed,
         method="denoising",
         arguments=denoising_arguments(c),

@@ -1,0 +1,78 @@
+"""What is kept of a set of images for every measure against another set. Parts of a set merge to the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mmdistill_core.metrics.frechet import Moments, moments
+from mmdistill_core.networks.extractor import Extractor
+
+PIXELS = 4096
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    features    moments of all features
+    pixels      moments of the images as vectors; None beyond PIXELS dimensions, or where the features are that already
+    near        [m, d] features of some images, for measures of pairs: precision, recall, kernel distance
+    logits      [n, classes] of an extractor with classes of its own, else None
+    predicted   [n] labels by an extractor that tells them, else None
+    """
+
+    features: Moments
+    pixels: Moments | None
+    near: Tensor
+    logits: Tensor | None
+    predicted: Tensor | None
+
+    @property
+    def count(self) -> int:
+        return self.features.count
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Of both sets, `other` behind."""
+        return Statistics(
+            features=self.features.merge(other.features),
+            pixels=_both(Moments.merge, self.pixels, other.pixels),
+            near=torch.cat([self.near, other.near]),
+            logits=_both(_behind, self.logits, other.logits),
+            predicted=_both(_behind, self.predicted, other.predicted),
+        )
+
+
+def _behind(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([a, b])
+
+
+def _both(join: Callable[[T, T], T], a: T | None, b: T | None) -> T | None:
+    return None if a is None or b is None else join(a, b)
+
+
+def statistics(extractor: Extractor, images: Tensor, *, near: Tensor) -> Statistics:
+    """Of images [n, c, h, w] in [-1, 1]; `near` [m] says which of them are kept for measures of pairs."""
+    features, logits = extractor.features_and_logits(images)
+    pixels = images.flatten(1)
+    own, labels = extractor.classes == "own", extractor.classes == "labels"
+    return Statistics(
+        features=moments(features),
+        pixels=moments(pixels) if has_pixels(extractor, pixels.shape[1]) else None,
+        near=features[near],
+        logits=logits if own else None,
+        predicted=logits.argmax(1) if labels and logits is not None else None,
+    )
+
+
+def has_pixels(extractor: Extractor, dims: int) -> bool:
+    return extractor.kind != "pixels" and dims <= PIXELS
+
+
+def merged(parts: list[Statistics]) -> Statistics:
+    return reduce(Statistics.merge, parts)

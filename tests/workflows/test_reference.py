@@ -1,0 +1,246 @@
+"""Reference statistics: kept whole, refused where they do not fit, and measured against."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mmdistill_core.artifact import save_extractor
+from mmdistill_core.metrics.frechet import moments
+from mmdistill_core.networks.inception import Inception
+from mmdistill_core.networks.pixels import Pixels
+from workflows.config import load_config
+from workflows.reference import (
+    ABOUT,
+    Reference,
+    check_inputs,
+    check_reference,
+    load_reference,
+    save_reference,
+)
+from workflows.runtime.data import Arrays
+from workflows.runtime.errors import UserError
+from workflows.stages import prepare
+from workflows.stages.evaluate import CHUNK, _against, chunk_of, measure, sampled
+
+ABOUT_PIXELS = {
+    "data": "d", "resolution": [1, 4, 4], "preprocessing": "whole; none", "extractor": "pixels", "weights": "w",
+    "rows": "all", "count": 30,
+}  # fmt: skip
+
+
+def images(n, channels=1, size=4, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, (n, channels, size, size)).astype(np.float32)
+
+
+def built(folder, extractor, n=30, near=20, **about):
+    save_extractor(folder / "extractor", extractor, provenance={})
+    reference = prepare.build_reference(
+        images(n),
+        extractor=str(folder / "extractor"),
+        near=near,
+        seed=0,
+        fingerprint=ABOUT_PIXELS | {"count": n} | about,
+        cpus=2,
+        tick=lambda _: None,
+    )
+    save_reference(folder / "statistics" / "all", reference)
+    return reference
+
+
+@pytest.fixture
+def prepared(tmp_path, ray_cluster):
+    reference = built(tmp_path, Pixels())
+    return tmp_path, {"statistics": {"all": {"fingerprint": reference.fingerprint}}}
+
+
+@pytest.mark.ray
+def test_statistics_by_tasks_are_those_of_all_images_and_are_kept(tmp_path, ray_cluster, monkeypatch):
+    monkeypatch.setattr(prepare, "ROWS", 7)
+    built(tmp_path, Pixels())
+    back = load_reference(tmp_path / "statistics" / "all")
+    whole = moments(torch.from_numpy(images(30)).flatten(1))
+    assert back.statistics.count == 30
+    torch.testing.assert_close(back.statistics.features.covariance, whole.covariance, atol=1e-10, rtol=0)
+    assert back.statistics.pixels is None
+    assert back.fingerprint == ABOUT_PIXELS
+    rows = {tuple(row) for row in images(30).reshape(30, -1).tolist()}
+    near = [tuple(row) for row in back.statistics.near.tolist()]
+    assert len(set(near)) == 20
+    assert set(near) <= rows
+    assert set(back.floor) == {"frechet"}
+    assert back.floor["frechet"] > 0
+
+
+@pytest.mark.ray
+def test_its_own_statistics_must_agree_in_everything(prepared):
+    folder, result = prepared
+    config = load_config("digits")
+    assert check_reference(config, folder, result) == folder / "statistics" / "all"
+    for field, other in (("data", "e"), ("count", 31), ("resolution", [3, 4, 4]), ("extractor", "inception")):
+        wrong = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
+        with pytest.raises(UserError) as caught:
+            check_reference(config, folder, wrong)
+        assert f"{field} {ABOUT_PIXELS[field]!r} where this run has {other!r}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.ray
+def test_the_users_statistics_may_be_of_other_data_and_counts_but_not_of_other_features(prepared):
+    folder, _ = prepared
+    config = load_config("digits", ["data.extractor=pixels", f"evaluate.reference={folder}/statistics/all"])
+    check_inputs(config)
+    for field, other in (("data", "e"), ("count", 31), ("rows", "holdout")):
+        result = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
+        assert check_reference(config, folder / "elsewhere", result) == folder / "statistics" / "all"
+    for field, other in (("resolution", [1, 8, 8]), ("preprocessing", "cropped; none"), ("weights", "v")):
+        result = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
+        with pytest.raises(UserError, match=f"are of {field} "):
+            check_reference(config, folder, result)
+    with pytest.raises(UserError, match="are of extractor 'pixels', this run's of 'classifier'"):
+        check_inputs(load_config("digits", [f"evaluate.reference={folder}/statistics/all"]))
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("damage", ["gone", "no json", "other format", "no tensors"])
+def test_what_is_not_a_folder_of_statistics_is_refused(prepared, damage):
+    folder = prepared[0] / "statistics" / "all"
+    about = folder / ABOUT
+    if damage == "gone":
+        about.unlink()
+    elif damage == "no json":
+        about.write_text("[1")
+    elif damage == "other format":
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"format": 99}))
+    else:
+        (folder / "statistics.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no statistics of format 1"):
+        load_reference(folder)
+
+
+def test_counts_that_differ_are_shown_and_a_singular_covariance_is_warned_of():
+    def against(samples, count, dims=16):
+        rng = torch.Generator().manual_seed(0)
+        features = torch.randn(count, dims, generator=rng)
+        statistics = SimpleNamespace(features=moments(features), pixels=None, near=features, count=count)
+        run = SimpleNamespace(context=SimpleNamespace(config=load_config("digits", [f"evaluate.samples={samples}"])))
+        about = Reference(statistics, ABOUT_PIXELS, {"frechet": 0.1})
+        return _against(run, about, SimpleNamespace(result={"fingerprint": "other"}))
+
+    fine = against(10_000, 50_000)
+    assert fine["counts"] == "10,000 samples against 50,000 images"
+    assert fine["warnings"] == []
+    assert not fine["reference"]["own_data"]
+    few = against(16, 15)["warnings"]
+    assert [text.split(" are")[0] for text in few] == ["16 samples", "15 images of the reference"]
+    assert "singular" in few[0]
+
+
+def test_a_task_draws_as_many_samples_as_its_moments_are_wide():
+    def wide(*dims):
+        parts = [SimpleNamespace(mean=torch.zeros(d)) for d in dims]
+        return chunk_of(SimpleNamespace(statistics=SimpleNamespace(features=parts[0], pixels=parts[1])))
+
+    assert wide(32, 64) == CHUNK
+    assert wide(2048, 3072) == 6 * CHUNK
+
+
+def test_held_out_rows_and_the_rest_share_nothing():
+    held = np.array([True, False, False, True, False])
+    arrays = Arrays(images(5), np.arange(5), held)
+    assert arrays.rows("all") is arrays
+    assert arrays.rows("holdout").labels.tolist() == [0, 3]
+    assert arrays.rows("rest").labels.tolist() == [1, 2, 4]
+    assert np.array_equal(arrays.rows("rest").images, arrays.images[~held])
+
+
+@pytest.mark.ray
+def test_measures_in_inceptions_features(tmp_path, ray_cluster):
+    """Weights from a file, statistics by Ray tasks, and every measure of a model's samples; random weights."""
+    torch.manual_seed(0)
+    save_file(Inception().state_dict(), tmp_path / "w.safetensors")
+    config = load_config("digits", ["data.extractor=inception", f"data.extractor_weights={tmp_path}/w.safetensors"])
+    check_inputs(config)
+    run = SimpleNamespace(context=SimpleNamespace(config=config))
+    extractor, accuracy = prepare.make_extractor(run, None, 10)
+    assert accuracy is None
+    built(tmp_path, extractor, n=12, near=10)
+    reference = load_reference(tmp_path / "statistics" / "all")
+    assert reference.statistics.features.mean.shape == (2048,)
+    assert reference.statistics.pixels.mean.shape == (16,)
+
+    class Model:
+        network = SimpleNamespace(num_classes=0)
+
+        def sample(self, n, **_):
+            return torch.from_numpy(images(n, seed=1))
+
+    options = config.evaluate.model_copy(update={"inception_splits": 2})
+    label = torch.full((10,), -1)
+    values = measure(reference.statistics, sampled(Model(), extractor, "ddim", 1, label, 0, 0, 8), label, options, 0)
+    assert values.keys() == {"frechet", "frechet_pixels", "kid", "precision", "recall", "inception_score"}
+    assert values["inception_score"] >= 1
+    assert np.isfinite(list(values.values())).all()
+
+
+@pytest.mark.ray
+def test_a_run_against_images_never_trained_on(runner):
+    """Teacher and student leave out what is held out; few samples are warned of; no label is asked for."""
+    from workflows.runtime.data import read_manifest
+
+    few = (
+        "data.reference=holdout",
+        "data.extractor=pixels",
+        "distill.k=[1]",
+        "evaluate.samples=50",
+        "evaluate.seeds=1",
+    )
+    summary = runner(*few, until="evaluate")
+    folders = {p.name.rsplit("-", 1)[0]: p for p in (runner.workspace / "stages").iterdir()}
+    count = read_manifest(folders["prepare"] / "data").count
+    statistics = {p.name: load_reference(p) for p in (folders["prepare"] / "statistics").iterdir()}
+    assert set(statistics) == {"holdout", "rest"}
+    held = statistics["holdout"].statistics.count
+    assert held + statistics["rest"].statistics.count == count
+    table = json.loads((folders["evaluate"] / "table.json").read_text())
+    assert table["reference"]["fingerprint"]["rows"] == "holdout"
+    assert table["reference_count"] == held
+    assert table["measures"] == ["frechet", "kid", "precision", "recall"]
+    assert [text.split(" are")[0] for text in table["warnings"]] == ["50 samples"]
+    assert "50 samples are not more than the 64 dimensions" in runner.text
+    assert summary["counts"] == f"50 samples against {held} images"
+
+
+@pytest.mark.ray
+def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
+    """What the loop of a worker is handed: the images not held out, and a validation against their statistics."""
+    from workflows.runtime.data import dataset, read_all, write_shards
+    from workflows.runtime.worker import Job, set_up, train
+
+    pixels = (images(60, size=8) + 1) / 2
+    write_shards(
+        tmp_path / "data", source="test", images=pixels, labels=np.zeros(60, int), num_classes=1, holdout=0.3, rows=20
+    )
+    rest = read_all(tmp_path / "data").rows("rest")
+    assert 0 < len(rest.images) < 60
+    network = {"image_size": 8, "channels": 1, "num_classes": 0, "patch": 4, "width": 16, "depth": 1, "heads": 2}
+    job = Job(name="rows", output=str(tmp_path / "m"), storage=str(tmp_path / "ray"), data=str(tmp_path / "data"), seed=0,
+              method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=network,
+              schedule={"name": "cosine"}, prediction="v", options={"teacher": {"lr": 1e-3}}, images=8, batch=4, log_every=4,
+              checkpoint_every=8, best_role="teacher_ema", k=1)  # fmt: skip
+
+    def loop(config):
+        return {"images": set_up(config).batches.x.numpy()}
+
+    from workflows.runtime.cluster import Monitor
+
+    for rows, expected in (("rest", rest), ("all", read_all(tmp_path / "data"))):
+        own = replace(job, rows=rows, name=f"rows-{rows}")
+        got = train(
+            own, dataset=dataset(tmp_path / "data"), mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop
+        )
+        assert np.array_equal(got["images"], expected.images)
