@@ -1,9 +1,11 @@
 """Every recipe, made small: three steps of each training."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from workflows.cli import main
-from workflows.config import load_config, recipe_names
+from workflows.config import Data, load_config, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -46,12 +48,40 @@ def test_a_recipe_without_its_folder_is_a_line_before_anything_starts(name, tmp_
     assert not (tmp_path / "space").exists()
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_runs_three_steps(name, tmp_path, ray_cluster):
+MEASURES_WITHOUT_CLASSES = "extractor" in Data.model_fields
+"""Distances in other features than a classifier's: of points, and of images without labels."""
+
+
+def run(config, workspace, until):
     from workflows.pipeline import RunOptions, run_pipeline
     from workflows.runtime.progress import Screen
 
-    config = load_config(name, ["distill.k=[8]"], smoke=True)
-    summary = run_pipeline(config, RunOptions(workspace=tmp_path, until="distill"), Screen())
+    return run_pipeline(config, RunOptions(workspace=workspace, until=until), Screen())
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs_three_steps(name, tmp_path, ray_cluster):
+    if name == "gmm" and not MEASURES_WITHOUT_CLASSES:
+        pytest.skip("a classifier takes no images of one pixel")
+    summary = run(load_config(name, ["distill.k=[8]"], smoke=True), tmp_path, "distill")
     assert [s["name"] for s in summary["stages"]] == ["prepare", "teacher", "distill-k8"]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("labels", [True, False])
+def test_colour_images_from_a_folder_to_the_report(labels, tmp_path, ray_cluster):
+    if not labels and not MEASURES_WITHOUT_CLASSES:
+        pytest.skip("a classifier needs classes")
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(file)
+    data = [f"data.path={tmp_path / 'images'}", "data.image_size=8", "data.num_classes=2"]
+    data += [] if labels else ["data.num_classes=0", "data.extractor=pixels"]
+    summary = run(load_config("cifar10", [*data, "distill.k=[2]"], smoke=True), tmp_path / "space", "report")
+    assert summary["stages"][-1]["name"] == "report"
+    (student,) = summary["students"]
+    assert student["frechet"] > 0
+    assert (tmp_path / "space/reports/cifar10-smoke/report.html").exists()

@@ -165,16 +165,17 @@ def test_another_listing_when_a_folder_changes(folder):
 @pytest.mark.parametrize(
     ("images", "said", "hint"),
     [
-        (np.full((4, 3, 8, 8), 255.0), r"values in \[0, 1\] are expected, got \[255, 255\]", "divide them by 255"),
-        (np.full((4, 3, 8, 8), -1.0), r"got \[-1, -1\]", ""),
-        (np.full((4, 3, 8, 8), np.nan), r"got \[nan, nan\]", ""),
-        (np.zeros((4, 8, 8)), r"images \[n, c, h, w\] are expected, got \[4, 8, 8\]", ""),
+        (np.full((100, 3, 8, 8), 255.0), r"values in \[0, 1\] are expected, got \[255, 255\]", "divide them by 255"),
+        (np.full((100, 3, 8, 8), -1.0), r"got \[-1, -1\]", ""),
+        (np.full((100, 3, 8, 8), np.nan), r"got \[nan, nan\]", ""),
+        (np.zeros((100, 8, 8)), r"images \[n, c, h, w\] are expected, got \[100, 8, 8\]", ""),
+        (np.zeros((99, 1, 8, 8)), "99 images; at least 100 are needed", ""),
     ],
 )
-def test_images_out_of_range_are_a_line(images, said, hint, tmp_path):
+def test_images_that_will_not_do_are_a_line(images, said, hint, tmp_path):
     from workflows.runtime.data import write_shards
 
-    labels = np.zeros(4, int)
+    labels = np.zeros(len(images), int)
     with pytest.raises(UserError, match=f"mine: .*{said}") as caught:
         write_shards(tmp_path, source="mine", images=images, labels=labels, num_classes=0, holdout=0.2, rows=10)
     assert caught.value.hint == hint

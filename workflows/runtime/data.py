@@ -20,6 +20,8 @@ from workflows.runtime.errors import UserError
 from workflows.runtime.workspace import write_json
 
 MANIFEST = "manifest.json"
+FEWEST = 100
+"""Images below which nothing can be held out, compared or learnt."""
 FORMAT = 1
 
 
@@ -105,6 +107,8 @@ def write_shards(
 def _check(source: str, images: np.ndarray) -> None:
     if images.ndim != 4:
         raise UserError(f"{source}: images [n, c, h, w] are expected, got {list(images.shape)}")
+    if len(images) < FEWEST:
+        raise UserError(f"{source}: {len(images)} images; at least {FEWEST} are needed")
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):  # nan, too, is out of range
         hint = "divide them by 255" if low >= 0 and 1 < high <= 255 else ""

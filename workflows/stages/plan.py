@@ -165,8 +165,7 @@ def _training(
         "gradients": trained,
         "Adam's moments": 2 * trained,
         "averages": sum(size[n] for n, life in lives.items() if life == "ema"),
-        # Lambda itself, the teacher's gradient, and nu.
-        "Lambda and nu": 3 * size.get("preconditioner", 0),
+        "Lambda and nu": 2 * size.get("preconditioner", 0),
     }
     forward = forward_flops(given["teacher"], source.shape)
     return Training(
