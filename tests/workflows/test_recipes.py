@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from workflows.cli import main
-from workflows.config import Data, load_config, recipe_names
+from workflows.config import load_config, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -48,10 +48,6 @@ def test_a_recipe_without_its_folder_is_a_line_before_anything_starts(name, tmp_
     assert not (tmp_path / "space").exists()
 
 
-MEASURES_WITHOUT_CLASSES = "extractor" in Data.model_fields
-"""Distances in other features than a classifier's: of points, and of images without labels."""
-
-
 def run(config, workspace, until):
     from workflows.pipeline import RunOptions, run_pipeline
     from workflows.runtime.progress import Screen
@@ -62,8 +58,6 @@ def run(config, workspace, until):
 @pytest.mark.ray
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_runs_three_steps(name, tmp_path, ray_cluster):
-    if name == "gmm" and not MEASURES_WITHOUT_CLASSES:
-        pytest.skip("a classifier takes no images of one pixel")
     summary = run(load_config(name, ["distill.k=[8]"], smoke=True), tmp_path, "distill")
     assert [s["name"] for s in summary["stages"]] == ["prepare", "teacher", "distill-k8"]
 
@@ -71,8 +65,6 @@ def test_every_recipe_runs_three_steps(name, tmp_path, ray_cluster):
 @pytest.mark.ray
 @pytest.mark.parametrize("labels", [True, False])
 def test_colour_images_from_a_folder_to_the_report(labels, tmp_path, ray_cluster):
-    if not labels and not MEASURES_WITHOUT_CLASSES:
-        pytest.skip("a classifier needs classes")
     rng = np.random.default_rng(0)
     for i in range(120):
         file = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
