@@ -199,8 +199,8 @@ def save_second_moments(directory: str | Path, moments: dict[str, Tensor]) -> No
     save_file(own, directory / SECOND_MOMENTS, metadata={"weights": _hash(directory / WEIGHTS)})
 
 
-def load_second_moments(directory: str | Path) -> dict[str, Tensor]:
-    """Raises NotAModel if there are none, or if they are of other weights."""
+def check_second_moments(directory: str | Path) -> Path:
+    """The file of them, if it is there and of the weights beside it. Raises NotAModel."""
     path = Path(directory) / SECOND_MOMENTS
     if not path.is_file():
         raise NotAModel(f"{path}: the teacher has none; take preconditioner 'collected' or 'identity'")
@@ -208,7 +208,12 @@ def load_second_moments(directory: str | Path) -> dict[str, Tensor]:
         found = file.metadata().get("weights")
     if found != _hash(path.with_name(WEIGHTS)):
         raise NotAModel(f"{path}: of other weights than {WEIGHTS} beside it; take preconditioner 'collected'")
-    return load_file(path)
+    return path
+
+
+def load_second_moments(directory: str | Path) -> dict[str, Tensor]:
+    """Raises NotAModel (`check_second_moments`)."""
+    return load_file(check_second_moments(directory))
 
 
 def _hash(path: Path) -> str:

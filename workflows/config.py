@@ -11,7 +11,7 @@ import json
 from contextlib import suppress
 from functools import cache, reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -218,6 +218,12 @@ class Evaluate(Section):
     seeds: int = Field(3, ge=1)
     teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
     samplers: tuple[Literal["ancestral", "ddim", "heun"], ...] = ("ancestral", "ddim")
+    teacher_noise: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (), description="extra noise, up to 1, of the teacher's ancestral steps: to tune it before it is compared with"
+    )
+    guidance: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="strengths at which the teacher, and students that were told it, are measured too"
+    )
     reference: str | None = Field(
         None, description="a folder of reference statistics; by default those of the run's data"
     )
@@ -276,6 +282,10 @@ class RunConfig(Section):
                         "distill.guidance: teacher.label_dropout is 0, so the teacher never learns the null label that guidance "
                         "needs; 0.1 is usual"
                     )
+        if self.evaluate.guidance and not (source_of(self.data).num_classes and (self.teacher.label_dropout or exact)):
+            raise ValueError(
+                "evaluate.guidance: the teacher can't be guided: it needs labels, and teacher.label_dropout"
+            )
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
         self._check_extractor()

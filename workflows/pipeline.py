@@ -222,6 +222,8 @@ def _summary(config: RunConfig, done: list[Done], seconds: float) -> dict[str, A
         }
         at_256 = rows.get(("teacher", "ancestral", 256))
         summary["teacher_frechet_256"] = at_256["frechet"]["mean"] if at_256 else None
+        best = min((r for r in result["rows"] if r["who"] == "teacher"), key=lambda r: r["frechet"]["mean"])
+        summary["teacher_best"] = {"sampler": best["sampler"], "k": best["k"], "frechet": best["frechet"]["mean"]}
         summary["students"] = [
             {
                 "k": k,

@@ -181,7 +181,9 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
 
     options = config.evaluate.model_copy(update={"inception_splits": 2})
     label = torch.full((10,), -1)
-    values = measure(reference.statistics, sampled(Model(), extractor, "ddim", 1, label, 0, 0, 8), label, options, 0)
+    values = measure(
+        reference.statistics, sampled(Model(), extractor, {"sampler": "ddim"}, 1, label, 0, 0, 8), label, options, 0
+    )
     assert values.keys() == {"frechet", "frechet_pixels", "kid", "precision", "recall", "inception_score"}
     assert values["inception_score"] >= 1
     assert np.isfinite(list(values.values())).all()

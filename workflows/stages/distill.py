@@ -8,6 +8,7 @@ from typing import Any
 
 from workflows.config import Distill, RunConfig
 from workflows.context import Context, Done, StageRun, open_stage
+from workflows.runtime.errors import UserError
 from workflows.runtime.worker import Job
 from workflows.runtime.workspace import code_version
 from workflows.stages.teacher import (
@@ -84,6 +85,7 @@ def _distill(
         if isinstance(opened, Done):
             done[k] = opened
         else:
+            _check_preconditioner(own, taught.folder / "model")
             job = job_of(
                 context.config,
                 own,
@@ -220,6 +222,17 @@ def preconditioner(config: RunConfig, own: Distill) -> dict[str, Any] | None:
         return None
     collected = {"batches": own.collect_batches, "arguments": denoising_arguments(config)}
     return {"kind": own.preconditioner} | (collected if own.preconditioner == "collected" else {})
+
+
+def _check_preconditioner(own: Distill, teacher: Path) -> None:
+    """Raises UserError for a Lambda that is to come of the teacher's optimiser, and can't."""
+    from mmdistill_core.artifact import NotAModel, check_second_moments
+
+    if own.update == "instant" and own.preconditioner == "adam":
+        try:
+            check_second_moments(teacher)
+        except NotAModel as error:
+            raise UserError(f"distill.preconditioner: {error}") from error
 
 
 def told_guidance(own: Distill) -> tuple[float, float] | None:

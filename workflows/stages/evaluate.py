@@ -20,6 +20,7 @@ from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
 from workflows.runtime.progress import short
 from workflows.runtime.workspace import code_version, write_json
+from workflows.stages.distill import told_guidance
 
 if TYPE_CHECKING:
     from mmdistill_core.metrics.statistics import Statistics
@@ -41,20 +42,33 @@ GRID_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: who is sampled, and how. `name` is unique and fit for a file."""
+    """One row of the table: who is sampled, and how: a teacher by `sampler`, a student by its own; `options` are those of
+    `DiffusionModel.sample`, guidance and extra_noise. `name` is unique and fit for a file.
+    """
 
     who: str
     sampler: str
     k: int
     model: str
+    options: tuple[tuple[str, float], ...] = ()
 
     @property
     def name(self) -> str:
-        return f"{self.who}-{self.sampler}-{self.k}"
+        return "-".join([self.who, self.sampler, str(self.k), *(f"{name}{value:g}" for name, value in self.options)])
+
+    @property
+    def label(self) -> str:
+        """The sampler as the table has it."""
+        return ", ".join([self.sampler, *(f"{name.replace('_', ' ')} {value:g}" for name, value in self.options)])
+
+    @property
+    def how(self) -> dict[str, Any]:
+        return dict(self.options) | ({"sampler": self.sampler} if self.who == "teacher" else {})
 
     @property
     def nfe(self) -> int:
-        return 2 * self.k - 1 if self.sampler == "heun" else self.k
+        steps = 2 * self.k - 1 if self.sampler == "heun" else self.k
+        return steps * (2 if self.who == "teacher" and "guidance" in dict(self.options) else 1)
 
 
 def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int, Done]) -> Done:
@@ -79,10 +93,24 @@ def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int,
 
 
 def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
-    options, model = run.context.config.evaluate, str(taught.folder / "model")
-    steps = sorted({*options.teacher_steps, *students})
+    """Plain rows first; then the teacher with more noise in its ancestral steps, and all that can be guided, guided."""
+    config, model = run.context.config, str(taught.folder / "model")
+    options, steps = config.evaluate, sorted({*config.evaluate.teacher_steps, *students})
     rows = [Row("teacher", sampler, k, model) for sampler in options.samplers for k in steps]
-    return rows + [Row("student", "ancestral", k, str(s.folder / "model")) for k, s in students.items()]
+    rows += [
+        Row("teacher", "ancestral", k, model, (("extra_noise", noise),))
+        for noise in options.teacher_noise
+        for k in steps
+    ]
+    rows += [Row("student", "ancestral", k, str(s.folder / "model")) for k, s in students.items()]
+    for w in options.guidance:
+        guided = (("guidance", w),)
+        rows += [Row("teacher", sampler, k, model, guided) for sampler in options.samplers for k in steps]
+        for k, student in students.items():
+            low, high = told_guidance(config.distill.for_k(k)) or (1.0, 0.0)
+            if low <= w <= high:
+                rows.append(Row("student", "ancestral", k, str(student.folder / "model"), guided))
+    return rows
 
 
 def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: dict[int, Done]) -> dict[str, Any]:
@@ -117,7 +145,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
             chunks = []
             for first in range(0, options.samples, width):
                 part, near = drawn[first : first + width], options.neighbour_samples - first
-                chunks.append(sample_task.remote(row.model, extractor, row.sampler, row.k, part, seed, first, near))
+                chunks.append(sample_task.remote(row.model, extractor, row.how, row.k, part, seed, first, near))
                 sampling[chunks[-1]] = row.nfe * len(part)
             measuring[measure_task.remote(data, drawn, options, seed, *chunks)] = (row, seed)
         began, at_start = time.monotonic(), done
@@ -146,7 +174,8 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     for text in result["warnings"]:
         screen.line(f"[yellow]![/] {text}")
     for line in table:
-        prefix = line["who"] if line["who"] == "student" else f"teacher_{line['sampler']}"
+        how = line["sampler"].replace(", ", "_").replace(" ", "_")
+        prefix = line["who"] + ("" if (line["who"], how) == ("student", "ancestral") else f"_{how}")
         run.log_at(line["k"], {f"{prefix}/{name}": line[name]["mean"] for name in result["measures"]})
     for name in ("table.json", "grids"):
         run.context.tracker.log_artifact(run.run_id, run.path / name, None if name == "table.json" else "grids")
@@ -207,17 +236,17 @@ def _models(model: str, extractor: str) -> tuple[Any, Any]:
 
 
 def sample_chunk(
-    model: str, extractor: str, sampler: str, k: int, label: np.ndarray, seed: int, first: int, near: int
+    model: str, extractor: str, how: dict[str, Any], k: int, label: np.ndarray, seed: int, first: int, near: int
 ) -> Statistics:
     """`sampled` as a Ray task: on one thread, from folders."""
     import torch
 
     torch.set_num_threads(1)
-    return sampled(*_models(model, extractor), sampler, k, torch.from_numpy(label.copy()), seed, first, near)
+    return sampled(*_models(model, extractor), how, k, torch.from_numpy(label.copy()), seed, first, near)
 
 
 def sampled(
-    diffusion: Any, extractor: Any, sampler: str, k: int, label: Any, seed: int, first: int, near: int
+    diffusion: Any, extractor: Any, how: dict[str, Any], k: int, label: Any, seed: int, first: int, near: int
 ) -> Statistics:
     """Statistics of samples `first` to `first + len(label)` of the stream `seed`; the features of its first `near` are kept."""
     import torch
@@ -229,9 +258,9 @@ def sampled(
         label=label if diffusion.network.num_classes else None,
         seed=seed,
         k=k,
-        sampler=sampler,
         batch=CHUNK,
         first=first,
+        **how,
     )
     return statistics(extractor, images, near=torch.arange(min(max(near, 0), len(images))))
 
@@ -283,7 +312,7 @@ def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
         for name in MEASURES
         if name in values[0]
     }
-    return {"who": row.who, "sampler": row.sampler, "k": row.k, "nfe": row.nfe, "name": row.name, **measures}
+    return {"who": row.who, "sampler": row.label, "k": row.k, "nfe": row.nfe, "name": row.name, **measures}
 
 
 def _grids(run: StageRun, rows: list[Row]) -> None:
@@ -299,5 +328,5 @@ def _grids(run: StageRun, rows: list[Row]) -> None:
         model = load_model(row.model)
         classes = model.network.num_classes
         label = torch.arange(4 * GRID_COLUMNS) % classes if classes else None
-        images = model.sample(4 * GRID_COLUMNS, label=label, seed=7, k=row.k, sampler=row.sampler)
+        images = model.sample(4 * GRID_COLUMNS, label=label, seed=7, k=row.k, **row.how)
         image_grid(images.numpy(), columns=GRID_COLUMNS).save(folder / f"{row.name}.png")

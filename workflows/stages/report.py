@@ -204,6 +204,8 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: Path, tracki
         f"Frechet distance in {summary['features']} features, {summary['counts']}, {summary['seeds']} seeds{teacher}; "
         f"half the data against the other half {summary['floor']:.3f}."
     )
+    best = summary["teacher_best"]
+    screen.line(f"The teacher's best row: {best['frechet']:.3f}, {best['sampler']}, {best['k']} steps.")
     for text in summary["warnings"]:
         screen.line(f"[yellow]![/] {text}.")
     screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{summary['report']}[/]")

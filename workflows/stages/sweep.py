@@ -194,7 +194,7 @@ def measured(config: RunConfig, job: Any, network: Any, labels: Any, result: dic
     values = []
     for seed in range(options.seeds):
         label = data_labels(labels, options.samples, config.seed, 3, seed)
-        fake = sampled(model, extractor, job.sampler, job.k, label, seed, 0, options.neighbour_samples)
+        fake = sampled(model, extractor, {}, job.k, label, seed, 0, options.neighbour_samples)
         values.append(measure(real, fake, label, options, seed))
     return {name: statistics.mean(v[name] for v in values) for name in MEASURED if name in values[0]}
 

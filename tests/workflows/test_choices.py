@@ -1,0 +1,109 @@
+"""The paper's choices through the whole pipeline: guidance, told students, noise of the teacher, instant, warm starts."""
+
+import pytest
+from small import Runner
+
+from mmdistill_core.artifact import load_model
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory, ray_cluster):
+    """A guided teacher; of 2 steps a student by instant moment matching, of 1 step one told its guidance, from the former."""
+    runner = Runner(tmp_path_factory.mktemp("chosen"))
+    summary = runner(
+        "teacher.label_dropout=0.1",
+        "teacher.images=6400",
+        "distill.images=2560",
+        "distill.warm_start=true",
+        "distill.micro_batch=32",
+        "distill.dropout=0.1",
+        "distill.overrides={1: {guidance: [0, 2], eta: 0.5}, 2: {update: instant, guidance: 1.0, transition: unconditional}}",
+        "evaluate.teacher_noise=[0.2]",
+        "evaluate.guidance=[1]",
+        "evaluate.samples=60",
+        "evaluate.seeds=1",
+        "evaluate.teacher_steps=[1,2]",
+    )
+    return runner, summary
+
+
+def model(runner, stage):
+    return load_model(next((runner.workspace / "stages").glob(f"{stage}-*")) / "model")
+
+
+def test_rows_of_the_teachers_noise_and_of_guidance(chosen):
+    import json
+
+    runner, summary = chosen
+    table = json.loads(next((runner.workspace / "stages").glob("evaluate-*/table.json")).read_text())
+    rows = {(r["who"], r["sampler"], r["k"]): r for r in table["rows"]}
+    for k in (1, 2):
+        for sampler in ("ancestral", "ddim", "ancestral, extra noise 0.2", "ancestral, guidance 1", "ddim, guidance 1"):
+            assert ("teacher", sampler, k) in rows
+        assert ("student", "ancestral", k) in rows
+    assert rows["teacher", "ancestral, guidance 1", 2]["nfe"] == 4
+    assert rows["student", "ancestral, guidance 1", 1]["nfe"] == 1
+    assert ("student", "ancestral, guidance 1", 2) not in rows  # its guidance is fixed
+    plain, noisy = rows["teacher", "ancestral", 2], rows["teacher", "ancestral, extra noise 0.2", 2]
+    assert plain["frechet"]["mean"] != noisy["frechet"]["mean"]
+    best = min((r for r in table["rows"] if r["who"] == "teacher"), key=lambda r: r["frechet"]["mean"])
+    assert summary["teacher_best"] == {"sampler": best["sampler"], "k": best["k"], "frechet": best["frechet"]["mean"]}
+
+
+def test_students_keep_how_they_are_sampled(chosen):
+    runner, _ = chosen
+    teacher, one, two = (model(runner, stage) for stage in ("teacher", "distill-k1", "distill-k2"))
+    assert teacher.null_label
+    assert (one.guidance, one.options, one.sampler) == ((0.0, 2.0), {"eta": 0.5}, "ancestral")
+    assert one.network.conditions == ("guidance",)
+    assert (two.guidance, two.sampler) == (None, "renoise")
+    assert one.sample(3, guidance=1.0).shape == (3, 1, 8, 8)
+    with pytest.raises(ValueError, match="never learnt the null label"):
+        two.sample(3, guidance=1.0)
+
+
+def test_one_step_starts_from_two(chosen):
+    """Its run waited for the other's, and names it in what it depends on."""
+    import json
+
+    runner, _ = chosen
+    stages = runner.workspace / "stages"
+    depends = json.loads(next(stages.glob("distill-k1-*/depends.json")).read_text())
+    result = json.loads(next(stages.glob("distill-k2-*/result.json")).read_text())
+    assert depends["start"] == result["identity"]
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "of other weights"])
+def test_a_lambda_that_does_not_fit_is_a_line(chosen, tmp_path, missing):
+    """Before training starts, and naming what to do."""
+    import shutil
+
+    from workflows.runtime.errors import UserError
+
+    runner = Runner(tmp_path / "w")
+    shutil.copytree(
+        chosen[0].workspace, runner.workspace, ignore=shutil.ignore_patterns("ray", "mlflow*", "mlartifacts")
+    )
+    model = next((runner.workspace / "stages").glob("teacher-*")) / "model"
+    (model / "second_moments.safetensors").unlink()
+    said = "the teacher has none"
+    if not missing:
+        from mmdistill_core.artifact import WEIGHTS, save_second_moments
+
+        own = (model / WEIGHTS).read_bytes()
+        (model / WEIGHTS).write_bytes(own + b" ")
+        save_second_moments(model, {})
+        (model / WEIGHTS).write_bytes(own)
+        said = "of other weights"
+    with pytest.raises(UserError, match=said) as caught:
+        runner(
+            "teacher.label_dropout=0.1",
+            "teacher.images=6400",
+            "distill.k=[2]",
+            "distill.update=instant",
+            "distill.images=1280",
+            until="distill",
+        )
+    assert "\n" not in str(caught.value)
