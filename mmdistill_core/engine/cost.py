@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from mmdistill_core.engine.state import TrainState
-from mmdistill_core.engine.step import _backward
+from mmdistill_core.engine.step import backward
 from mmdistill_core.methods.base import Batch, Phase
 
 _aten = torch.ops.aten
@@ -78,7 +78,7 @@ def _measure(state: TrainState, phase: Phase, image: tuple[int, ...], label: boo
         state.optimisers[role].zero_grad(set_to_none=True)
     outside = [t for network in state.networks.values() for t in _tensors(network)]
     with PeakMemory([*outside, batch.x]) as memory, _counter() as counter:
-        _backward(state, phase, batch, torch.Generator())
+        backward(state, phase, batch, torch.Generator())
     return counter.get_total_flops() / halves, memory.peak
 
 

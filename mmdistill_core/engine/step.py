@@ -44,7 +44,7 @@ def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int 
     return logs
 
 
-def _backward(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator) -> Losses:
+def backward(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator) -> Losses:
     """The gradients of the batch's mean loss, taken in parts of `state.micro_batch`; gives the losses.
 
     In a phase with a statistic the first half of the batch goes into it, and the losses are those of the second.
@@ -84,7 +84,7 @@ def _mean_statistic(state: TrainState, phase: Phase, batch: Batch, rng: torch.Ge
 def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator) -> PhaseLog:
     for role in phase.trains:
         state.optimisers[role].zero_grad(set_to_none=True)
-    losses = _backward(state, phase, batch, rng)
+    losses = backward(state, phase, batch, rng)
     norms = {
         role: nn.utils.clip_grad_norm_(state.optimisers[role].param_groups[0]["params"], state.options[role].clip_norm)
         for role in phase.trains
