@@ -90,12 +90,17 @@ def reference_folder(config: RunConfig, prepared: Path) -> Path:
 def check_reference(config: RunConfig, prepared: Path, result: dict[str, Any]) -> Path:
     """`reference_folder`, if its fingerprint fits what `prepare` returned. Raises UserError that names what differs."""
     folder, own = reference_folder(config, prepared), result["statistics"][config.data.reference]["fingerprint"]
-    found = read_about(folder)["fingerprint"]
+    about, neighbours = read_about(folder), config.evaluate.neighbours
+    found = about["fingerprint"]
     fields = AGREE if config.evaluate.reference else tuple(own)
     if wrong := [f"{f} {found.get(f)!r} where this run has {own[f]!r}" for f in fields if found.get(f) != own[f]]:
         raise UserError(
             f"reference: the statistics in {folder} are of {', '.join(wrong)}",
             hint="a distance between features made in two ways means nothing; leave out evaluate.reference to use the run's own",
+        )
+    if about["near"] <= neighbours:
+        raise UserError(
+            f"evaluate.neighbours: {neighbours} is too many for the {about['near']} features kept in {folder}"
         )
     return folder
 

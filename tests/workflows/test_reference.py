@@ -106,6 +106,14 @@ def test_the_users_statistics_may_be_of_other_data_and_counts_but_not_of_other_f
 
 
 @pytest.mark.ray
+def test_a_reference_with_fewer_features_than_neighbours_is_refused(prepared):
+    folder, result = prepared
+    check_reference(load_config("digits", ["evaluate.neighbours=19"]), folder, result)
+    with pytest.raises(UserError, match="neighbours: 20 is too many for the 20 features"):
+        check_reference(load_config("digits", ["evaluate.neighbours=20"]), folder, result)
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize("damage", ["gone", "no json", "other format", "no tensors"])
 def test_what_is_not_a_folder_of_statistics_is_refused(prepared, damage):
     folder = prepared[0] / "statistics" / "all"
