@@ -84,7 +84,7 @@ def directional_derivative(
 ) -> tuple[Tensor, Tensor]:
     """(g, d): the network's output and its derivative along `direction` in parameter space, d = (dg / dtheta) direction.
 
-    forward          forward mode, twice the cost of a forward, and no activations are kept
+    forward          forward mode, some three times the operations of a forward, and no activations are kept
     double_backward  the gradient by u of <grad_theta (u . g), direction>: for operators that lack forward mode
     Fused attention has neither, so attention is written out here.
     """

@@ -103,11 +103,10 @@ def build_state(job: Job, batches: Any = None, rank: int = 0, averaged: Callable
         ema_ramp=job.ema_ramp,
         micro_batch=job.micro_batch,
     )
-    if job.dropout:
-        for trained in state.optimisers:
-            for module in state.networks[trained].modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.p = job.dropout
+    for trained in state.optimisers:
+        for module in state.networks[trained].modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = job.dropout
     return state
 
 

@@ -71,6 +71,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         ema_half_life_images=c.teacher.ema_half_life_images,
         ema_ramp=c.teacher.ema_ramp,
         micro_batch=c.teacher.micro_batch,
+        dropout=c.network.dropout,
         null_label=c.teacher.label_dropout > 0,
         provenance={
             "role": "teacher",
