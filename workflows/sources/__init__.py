@@ -24,13 +24,14 @@ Load = Callable[[Say], "tuple[np.ndarray, np.ndarray]"]
 class Source:
     """`load(say)` gives images [n, c, h, w] in [0, 1] and labels [n], and says in a line what the user should know of them;
     `shape` is (c, h, w); `num_classes` 0: no labels, and those that load gives are 0; `exact(schedule=...)` the optimal denoiser,
-    where the law of the data is known.
+    where the law of the data is known; `preprocessing` says what load did to the images.
     """
 
     shape: tuple[int, int, int]
     num_classes: int
     load: Load
     exact: Callable[..., Any] | None = None
+    preprocessing: str = "whole images"
 
 
 SOURCES: dict[str, Source] = {
@@ -51,7 +52,7 @@ def _folder(data: Data) -> Source:
     shape, classes = _shape(data), data.num_classes or 0
     # The limit is the loader's, which then does not decode what is not wanted.
     load = partial(load_folder, path=data.path, shape=shape, num_classes=classes, limit=data.limit)
-    return Source(shape, classes, load)
+    return Source(shape, classes, load, preprocessing="upright, central square, Lanczos")
 
 
 def _shape(data: Data) -> tuple[int, int, int]:

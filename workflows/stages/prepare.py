@@ -15,7 +15,7 @@ from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, save_reference
 from workflows.runtime.errors import UserError
 from workflows.runtime.workspace import code_version
-from workflows.sources import source_of
+from workflows.sources import Source, source_of
 from workflows.sources.folder import listing
 
 CODE = (
@@ -31,7 +31,6 @@ CODE = (
     "mmdistill_core/networks/mixture.py",
     "mmdistill_core/networks/pixels.py",
 )
-PREPROCESSING = "whole images, [0, 1] to [-1, 1]"
 ROWS = 4096
 FLOORS = 3
 
@@ -68,14 +67,14 @@ def _body(run: StageRun) -> dict[str, Any]:
             rows=config.shard_rows,
         )
         arrays = read_all(run.path / "data")
-        extractor, accuracy = make_extractor(run, arrays, source.num_classes)
+        extractor, accuracy = make_extractor(run, arrays, source)
         held_out = int(arrays.holdout.sum())
         provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy, "held_out": held_out}
         save_extractor(run.path / "extractor", extractor, provenance=provenance)
         about = {
             "data": manifest.fingerprint,
             "resolution": list(manifest.shape),
-            "preprocessing": f"{PREPROCESSING}; {extractor.preprocessing}",
+            "preprocessing": f"{source.preprocessing}, [0, 1] to [-1, 1]; {extractor.preprocessing}",
             "extractor": extractor.kind,
             "weights": extractor.fingerprint(),
         }
@@ -105,10 +104,11 @@ def _body(run: StageRun) -> dict[str, Any]:
     }
 
 
-def make_extractor(run: StageRun, arrays: Any, num_classes: int) -> tuple[Any, float | None]:
+def make_extractor(run: StageRun, arrays: Any, source: Source) -> tuple[Any, float | None]:
     """The configuration's extractor, and a classifier's accuracy on the rows held out."""
     import torch
 
+    from mmdistill_core.diffusion.schedules import Cosine
     from mmdistill_core.networks.inception import load_inception
     from mmdistill_core.networks.mixture import Mixture
     from mmdistill_core.networks.pixels import Pixels
@@ -118,11 +118,14 @@ def make_extractor(run: StageRun, arrays: Any, num_classes: int) -> tuple[Any, f
         return load_inception(str(config.extractor_weights)), None
     if config.extractor == "pixels":
         return Pixels(), None
+    if config.extractor == "mixture" and source.exact is not None:
+        exact = source.exact(schedule=Cosine()).requires_grad_(False)
+        return Mixture.of(weights=exact.weights, means=exact.means, variances=exact.variances), None
     if config.extractor == "mixture":
         known = arrays.labels >= 0
         try:
             values = torch.from_numpy(arrays.images[known]), torch.from_numpy(arrays.labels[known])
-            return Mixture.fitted(*values, modes=num_classes), None
+            return Mixture.fitted(*values, modes=source.num_classes), None
         except ValueError as error:
             raise UserError(f"data.extractor: mixture needs some images of every label ({error})") from error
     bar = run.context.screen.bar("prepare", config.classifier_epochs, unit="epochs")
@@ -135,7 +138,7 @@ def make_extractor(run: StageRun, arrays: Any, num_classes: int) -> tuple[Any, f
         arrays.images,
         arrays.labels,
         arrays.holdout,
-        num_classes=num_classes,
+        num_classes=source.num_classes,
         epochs=config.classifier_epochs,
         seed=run.context.config.seed,
         tick=tick,
