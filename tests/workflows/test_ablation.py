@@ -5,7 +5,7 @@ import pytest
 from workflows.config import ConfigError, load_config
 from workflows.pipeline import RunOptions
 from workflows.runtime.progress import Screen
-from workflows.stages.ablation import CHOICES, COST, IMAGES, run_ablation, setting, table, write_table
+from workflows.stages.ablation import CHOICES, COST, IMAGES, merge_rows, run_ablation, setting, table, write_table
 from workflows.stages.sweep import section
 
 
@@ -46,6 +46,21 @@ def test_the_table(tmp_path):
     assert text.count("<!-- gmm -->") == 1
     assert text.index("after") < text.index("<!-- digits -->")
     assert "instant" not in text[: text.index("after")]
+
+
+def test_new_rows_go_to_those_that_were_kept(tmp_path):
+    import json
+
+    def file(name, teacher, *rows):
+        (tmp_path / name).write_text(json.dumps({"recipe": "gmm", "teacher": teacher, "trials": rows}))
+        return tmp_path / name
+
+    kept = file("kept", "a", row("base", 1, 0, 0.1), row("instant", 1, 0, 0.3))
+    merge_rows(kept, file("new", "a", row("instant", 1, 0, 0.2), row("instant", 2, 0, 0.4)))
+    assert [r["frechet"] for r in json.loads(kept.read_text())["trials"]] == [0.1, 0.2, 0.4]
+    merge_rows(kept, file("new", "another", row("base", 8, 0, 0.5)))
+    assert [r["frechet"] for r in json.loads(kept.read_text())["trials"]] == [0.5]
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_not_there_is_a_line(tmp_path):
