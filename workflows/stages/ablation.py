@@ -45,8 +45,8 @@ CHOICES: dict[str, dict[str, Any]] = {
 IMAGES = {"gmm": 96_000, "digits": 48_000}
 """Images of the base's trainings, by recipe."""
 COST = {"joint": 7.0, "alternating": 5.0, "instant": 7.0}
-"""Time of an image, so that all kinds of update get the same. Of operations instant has 5 where joint has 7, but on two CPU cores, with
-attention written out and forward mode, it takes as long (docs/ablation.md has the seconds).
+"""Time of an image, so that all kinds of update get the same. Of operations instant has 5 where joint has 7, but on two CPU cores,
+with attention written out and forward mode, it takes as long (docs/ablation.md has the seconds).
 """
 OF_RECIPE: dict[str, dict[str, Any]] = {"gmm": {"preconditioner": "collected"}, "digits": {}}
 
