@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -116,7 +116,7 @@ class DiffusionModel:
             denoiser=self.steered(guidance=guidance, clip_x=clip_x),
             schedule=self.denoiser.schedule,
             shape=(n, c.channels, c.image_size, c.image_size),
-            k=k or self.k,
+            k=self.k if k is None else k,
             sampler=sampler or self.sampler,
             label=label,
             seed=seed,
@@ -151,11 +151,15 @@ def _write(directory: Path, description: dict[str, Any], weights: dict[str, Tens
 def _read(directory: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not (directory / MODEL).is_file() or not (directory / WEIGHTS).is_file():
         raise NotAModel(f"{directory}: not a model folder ({MODEL} and {WEIGHTS} are expected in it)")
-    description = json.loads((directory / MODEL).read_text())
+    try:
+        description = json.loads((directory / MODEL).read_text())
+        weights = load_file(directory / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise NotAModel(f"{directory}: a damaged model folder: {' '.join(str(error).split())}") from error
     if description.get("format") != FORMAT or description.get("kind") not in kinds:
         found = f"{description.get('kind')!r} of format {description.get('format')!r}"
         raise NotAModel(f"{directory / MODEL}: a {' or '.join(kinds)} of format {FORMAT} is expected, found {found}")
-    return description, load_file(directory / WEIGHTS)
+    return description, weights
 
 
 def save_model(directory: str | Path, model: DiffusionModel) -> None:

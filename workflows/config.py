@@ -95,6 +95,8 @@ class Schedule(Section):
     def _only_its_own(self) -> Schedule:
         if self.name != "shifted_cosine" and (self.resolution or self.reference):
             raise ValueError("resolution and reference belong to shifted_cosine")
+        if self.name == "shifted_cosine" and not self.resolution:
+            raise ValueError("resolution: shifted_cosine needs the images'")
         return self
 
     def as_dict(self) -> dict[str, Any]:
@@ -199,11 +201,18 @@ class Distill(Training):
             raise ValueError(f"eta: {self.eta} belongs to the conditional transition")
         if self.update == "instant" and self.batch % 2:
             raise ValueError(f"batch: {self.batch} is odd, and instant cuts every batch into halves")
+        if self.update == "instant" and (self.auxiliary_sees_t or self.auxiliary_updates > 1):
+            raise ValueError("auxiliary_sees_t and auxiliary_updates: instant has no auxiliary")
         return self
 
     @property
     def guided(self) -> bool:
         return bool(self.guidance[1] if isinstance(self.guidance, tuple) else self.guidance)
+
+    @property
+    def told(self) -> tuple[float, float] | None:
+        """The range of guidance that the student is told, if it is one."""
+        return self.guidance if isinstance(self.guidance, tuple) and self.guidance[0] < self.guidance[1] else None
 
     def for_k(self, k: int) -> Distill:
         """This section as it holds for the k-step student alone."""
@@ -216,7 +225,7 @@ class Evaluate(Section):
 
     samples: int = Field(1000, ge=10)
     seeds: int = Field(3, ge=1)
-    teacher_steps: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256)
+    teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 64, 256), min_length=1)
     samplers: tuple[Literal["ancestral", "ddim", "heun"], ...] = ("ancestral", "ddim")
     teacher_noise: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (), description="extra noise, up to 1, of the teacher's ancestral steps: to tune it before it is compared with"
@@ -236,6 +245,10 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _enough(self) -> Evaluate:
+        if "ancestral" not in self.samplers:
+            raise ValueError(
+                "samplers: ancestral, by which students are compared with their teacher, should be among them"
+            )
         if (most := min(self.samples, self.neighbour_samples) - 1) < self.neighbours:
             raise ValueError(
                 f"neighbours: {self.neighbours} should be at most {most}, one fewer than the samples compared"
@@ -271,6 +284,11 @@ class RunConfig(Section):
             if exact and own.update == "instant" and own.preconditioner == "adam":
                 raise ValueError(
                     "distill.preconditioner: adam has no optimiser to read where the teacher is exact; take collected"
+                )
+            start = self.distill.for_k(2 * k) if own.warm_start and 2 * k in self.distill.k else own
+            if (start.told is None) != (own.told is None):
+                raise ValueError(
+                    f"distill.overrides: of {2 * k} and {k} steps one is told its guidance, so neither can start the other"
                 )
             if own.guided:
                 if not source_of(self.data).num_classes:
@@ -320,7 +338,9 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in RECIPES.glob("*.yaml")))
 
 
-def _read_recipe(recipe: str) -> dict[str, Any]:
+def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
+    if recipe in below:
+        raise ConfigError(f"recipe: {' extends '.join((*below, recipe))}: in a circle")
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -336,7 +356,7 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"recipe: {path} should hold sections, not a {type(values).__name__}")
     parent = values.pop("extends", None)
-    return merge(_read_recipe(parent), values) if parent else values
+    return merge(_read_recipe(str(parent), (*below, recipe)), values) if parent else values
 
 
 def _parse_override(text: str) -> dict[str, Any]:

@@ -56,9 +56,12 @@ def check_options(config: RunConfig, options: RunOptions) -> None:
     if options.workers is not None:
         if options.workers < 1:
             raise ConfigError(f"--workers: {options.workers} should be at least 1")
-        for section, batch in (("teacher", config.teacher.batch), ("distill", config.distill.batch)):
-            if batch % options.workers:
-                raise ConfigError(f"--workers: {options.workers} does not divide {section}.batch {batch}")
+        sections = {f"distill.batch (k = {k})": config.distill.for_k(k) for k in config.distill.k}
+        parts = {name: (own.batch, 2 if own.update == "instant" else 1) for name, own in sections.items()}
+        for name, (batch, halves) in {"teacher.batch": (config.teacher.batch, 1), **parts}.items():
+            if batch % (options.workers * halves):
+                cut = ", which instant cuts into halves" if halves > 1 else ""
+                raise ConfigError(f"--workers: {options.workers} does not divide {name} {batch}{cut}")
 
 
 def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict[str, Any]:
@@ -100,6 +103,8 @@ def run_sweep(
     """
     from workflows.stages import sweep
 
+    if early_stop and len(space.get("k", config.distill.k)) > 1:
+        raise ConfigError("--early-stop: it compares trials by their distance, so name one k: -k 8")
     check_inputs(config)
     with open_context(config, options, screen, kind="sweep") as context:
         stages = _stages(context)

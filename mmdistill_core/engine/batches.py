@@ -18,15 +18,23 @@ class InMemoryBatches:
     """x [n, ...] and label [n] held by every worker; worker `rank` of `world` takes its slice of each global batch.
 
     Image number i of the run is permutation_e[i mod n] with e = i // n: every image comes once an epoch, a batch may span two
-    epochs, and the global batches do not depend on the number of workers.
+    epochs, and the global batches do not depend on the number of workers. Images stay where they are; batches go to `device`.
     """
 
     def __init__(
-        self, *, x: Tensor, label: Tensor | None, global_batch: int, seed: int, rank: int = 0, world: int = 1
+        self,
+        *,
+        x: Tensor,
+        label: Tensor | None,
+        global_batch: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         if global_batch % world:
             raise ValueError(f"batch: {global_batch} is not a multiple of the {world} workers")
-        self.x, self.label, self.seed = x, label, seed
+        self.x, self.label, self.seed, self.device = x, label, seed, device
         self.local, self.rank = global_batch // world, rank
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
@@ -44,4 +52,5 @@ class InMemoryBatches:
             parts.append(self._order(start // n)[start % n : start % n + take])
             start += take
         index = torch.cat(parts)
-        return Batch(self.x[index], None if self.label is None else self.label[index])
+        label = None if self.label is None else self.label[index].to(self.device)
+        return Batch(self.x[index].to(self.device), label)

@@ -30,6 +30,7 @@ def collected(
     global_batch: int,
     seed: int,
     rank: int = 0,
+    micro_batch: int | None = None,
     averaged_over_workers: Callable[[Statistic], Statistic] = lambda statistic: statistic,
 ) -> dict[str, Tensor]:
     """For a teacher whose optimiser is not there: `steps` batches of its training at learning rate 0, by `method`, whose first
@@ -41,8 +42,11 @@ def collected(
     for step in range(steps):
         n_images = step * global_batch
         rng = generator(seed, rank, n_images, 5, device=next(own.parameters()).device)
-        loss = phase.loss({"teacher": own}, batches(n_images), rng).per_sample["teacher"].mean()
-        gradient = torch.autograd.grad(loss, list(own.parameters()), materialize_grads=True)
-        for name, value in averaged_over_workers(dict(zip(total, gradient, strict=True))).items():
+        batch = batches(n_images)
+        own.zero_grad(set_to_none=True)
+        for part in batch.split(micro_batch or len(batch)):
+            (phase.loss({"teacher": own}, part, rng).per_sample["teacher"].sum() / len(batch)).backward()
+        gradient = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in own.named_parameters()}
+        for name, value in averaged_over_workers(gradient).items():
             total[name] += value.square() / steps
     return total

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -137,7 +136,6 @@ class TrainState:
                 "n_images": self.best.n_images,
                 "weights": dict(self.best.weights),
             },
-            "torch_rng": torch.get_rng_state(),
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -148,7 +146,6 @@ class TrainState:
         for name, count in values["counters"].items():
             setattr(self, name, count)
         self.best = Best(role=self.best.role, **values["best"])
-        torch.set_rng_state(values["torch_rng"])
 
 
 def _told(network: nn.Module, role: Role) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmdistill_core.engine.batches import BatchSource
 from mmdistill_core.engine.state import TrainState
 from mmdistill_core.methods.base import Batch, Losses, Phase, Statistic
-from mmdistill_core.rng import generator
+from mmdistill_core.rng import derive_seed, generator
 
 PATIENCE = 20
 """Non-finite steps in a row after which training stops."""
@@ -36,6 +36,7 @@ def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int 
     for number, phase in enumerate(state.method.phases(state.step)):
         batch = batches(state.n_images)
         rng = generator(seed, rank, state.n_images, number, device=batch.x.device)
+        torch.manual_seed(derive_seed(seed, rank, state.n_images, number, 7))  # dropout takes no generator
         logs.append(_run_phase(state, phase, batch, rng))
         state.n_images += state.global_batch
     for average, source in state.averages.items():

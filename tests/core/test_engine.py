@@ -352,6 +352,7 @@ def test_second_moments_collected_are_adams_at_learning_rate_zero():
     """Both are the mean of the squared gradients; Adam's with beta2 near 1 and its start corrected for."""
     method, teacher, batches = Denoising(schedule=COSINE), denoiser(), make_batches()
     got = collected(network=teacher, method=method, batches=batches, steps=6, global_batch=64, seed=0)
+    assert all(p.grad is None for p in teacher.parameters())
     expected = {name: torch.zeros_like(p) for name, p in teacher.named_parameters()}
     own = copy.deepcopy(teacher)
     adam = torch.optim.Adam(own.parameters(), lr=0.0, betas=(0.0, 1 - 1e-7))
@@ -367,7 +368,39 @@ def test_second_moments_collected_are_adams_at_learning_rate_zero():
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
         torch.testing.assert_close(adams[name], value, rtol=1e-2, atol=1e-12)
-    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_student_with_dropout_resumes_as_if_it_had_not_stopped(tmp_path):
+    """Whatever has drawn from torch's own generator meanwhile; and every worker has masks of its own."""
+
+    def dropped(rank=0):
+        state = make_state(MomentMatching(schedule=COSINE, k=4))
+        for role in state.optimisers:
+            for part in state.networks[role].modules():
+                if isinstance(part, nn.Dropout):
+                    part.p = 0.3
+        return state
+
+    whole = dropped()
+    for _ in range(4):
+        train_step(state=whole, batches=make_batches(), seed=0)
+    half = dropped()
+    for _ in range(2):
+        train_step(state=half, batches=make_batches(), seed=0)
+    again = dropped()
+    again.load_state_dict(half.state_dict())
+    torch.rand(100)
+    for _ in range(2):
+        train_step(state=again, batches=make_batches(), seed=0)
+    assert same(weights(whole), weights(again))
+
+    masks = []
+    for rank in (0, 1):
+        state = dropped()
+        drop = next(p for p in state.networks["student"].modules() if isinstance(p, nn.Dropout))
+        drop.register_forward_hook(lambda _, inputs, out: masks.append((out == 0) & (inputs[0] != 0)))
+        train_step(state=state, batches=make_batches(), seed=0, rank=rank)
+    assert not torch.equal(masks[0], masks[1])
 
 
 def test_roles_are_told_their_conditions():

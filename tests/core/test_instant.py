@@ -212,7 +212,9 @@ def test_an_update_costs_one_halved_batch_and_leaves_the_teacher_alone():
 
 
 def test_nu_is_averaged_over_parts_and_workers(monkeypatch):
-    """nu comes of one mean over all workers: what each of them adds is seen before the loss is."""
+    """It comes of one mean over the parts of a half-batch, by their sizes, and over all workers: what those make of it is what
+    the loss is given.
+    """
     nets = {"teacher": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
     state = TrainState.create(
         method=MomentMatching(schedule=COSINE, k=2, update="instant"),
@@ -221,30 +223,48 @@ def test_nu_is_averaged_over_parts_and_workers(monkeypatch):
         global_batch=8,
         total_images=80,
         best_role="student",
-        micro_batch=2,
+        micro_batch=3,
     )
-    calls = []
-
-    def reduce(statistic):
-        calls.append({n: v.clone() for n, v in statistic.items()})
-        return {n: torch.zeros_like(v) for n, v in statistic.items()}
-
-    state.averaged_over_workers = reduce
-    parts = []
+    parts, means, directions = [], [], []
+    state.averaged_over_workers = lambda nu: means.append(nu["nu"].clone()) or {"nu": nu["nu"] + 7}
     monkeypatch.setattr(
-        MomentMatching,
-        "_nu",
-        lambda self, nets, batch, rng: parts.append(len(batch)) or {"backbone.position": batch.x.mean()[None]},
+        MomentMatching, "_nu", lambda self, nets, batch, rng: parts.append(len(batch)) or {"nu": batch.x.mean()[None]}
     )
-    nets["preconditioner"].buffer_of = {"backbone.position": "lambda_0"}
-    monkeypatch.setattr(
-        module, "directional_derivative", lambda network, arguments, *, direction, by: (arguments[0], arguments[0] * 0)
-    )
+
+    def derivative(network, arguments, *, direction, by):
+        directions.append(direction["nu"])
+        return arguments[0], arguments[0] * 0
+
+    monkeypatch.setattr(module, "directional_derivative", derivative)
     batch = image_batch(8)
     (log,) = train_step(state=state, batches=lambda n: batch, seed=0)
-    assert parts == [2, 2]
-    torch.testing.assert_close(calls[0]["backbone.position"], batch.x[:4].mean()[None])
+    assert parts == [3, 1]
+    torch.testing.assert_close(means[0], batch.x[:4].mean()[None])
+    assert len(directions) == 2
+    assert all(torch.equal(direction, means[0] + 7) for direction in directions)
     assert log.losses.per_sample["student"].shape == (4,)
+
+
+def test_clipping_is_straight_through():
+    """Clipped, G keeps the derivative of the teacher itself, where the clip's own would be 0."""
+    nets = {"teacher": small_dit(), "student": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
+    got = {}
+    for clip in (True, False):
+        (phase,) = MomentMatching(schedule=COSINE, k=2, update="instant", clip_x=clip).phases(0)
+        got[clip] = phase.statistic(nets, image_batch(), generator(1))
+    method = MomentMatching(schedule=COSINE, k=2, update="instant")
+    rng = generator(1)
+    draw = method._draw(image_batch(), rng)
+    x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
+    z_s = method._step(draw, x_tilde, rng)
+    network = nets["teacher"].requires_grad_(True)
+    x_hat = network(z_s, draw.s, draw.label)
+    assert (x_hat.abs() > 1).any()
+    residual = 2 * (x_tilde - x_hat.clamp(-1, 1)).detach() / x_hat.numel()
+    expected = torch.autograd.grad(x_hat, list(network.parameters()), residual)
+    for name, value in zip(got[True], expected, strict=True):
+        torch.testing.assert_close(got[True][name], value, rtol=1e-4, atol=1e-7)
+    assert any(not torch.allclose(got[True][n], got[False][n]) for n in got[True])
 
 
 class TestPreconditioner:

@@ -73,6 +73,28 @@ BAD = {
     ),
     "neighbours": ("digits", ["evaluate.neighbour_samples=10", "evaluate.neighbours=10"], "should be at most 9"),
     "splits": ("digits", ["evaluate.inception_splits=5000"], "is more than the 1797 samples"),
+    "guidance without the null label": ("digits", ["distill.guidance=1"], "teacher.label_dropout is 0"),
+    "guidance without labels": (
+        "photos",
+        ["data.source=made", "data.image_size=8", "distill.guidance=1", "data.extractor=pixels"],
+        "made has no labels",
+    ),
+    "guidance in disorder": ("digits", ["distill.guidance=[2,1]"], "[low, high]"),
+    "guidance measured": ("digits", ["evaluate.guidance=[1]"], "can't be guided"),
+    "odd halves": ("digits", ["distill.update=instant", "distill.batch=33"], "halves"),
+    "eta": ("digits", ["distill.transition=unconditional", "distill.eta=0.5"], "belongs to the conditional"),
+    "no auxiliary": ("digits", ["distill.update=instant", "distill.auxiliary_sees_t=true"], "instant has no auxiliary"),
+    "exact": ("digits", ["teacher.kind=exact"], "it is for gmm"),
+    "exact has no Adam": ("gmm", ["distill.update=instant"], "take collected"),
+    "told and untold": (
+        "gmm",
+        ["distill.warm_start=true", "distill.guidance=[0,1]", "distill.overrides={1: {guidance: 1.0}}"],
+        "of 2 and 1 steps",
+    ),
+    "samplers": ("digits", ["evaluate.samplers=[ddim]"], "ancestral"),
+    "no steps": ("digits", ["evaluate.teacher_steps=[]"], "at least 1"),
+    "0 steps": ("digits", ["evaluate.teacher_steps=[0]"], "greater than or equal to 1"),
+    "shift of what": ("digits", ["schedule.name=shifted_cosine"], "shifted_cosine needs the images'"),
     "patch": ("digits", ["network.patch=3"], "network.patch: 3 does not divide the image size 8"),
 }
 
@@ -85,6 +107,13 @@ def test_mistakes_are_one_line_with_field_value_and_choices(case):
     message = str(caught.value)
     assert said in message
     assert "\n" not in message
+
+
+def test_recipes_in_a_circle(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {tmp_path / other}.yaml\n")
+    with pytest.raises(ConfigError, match="in a circle"):
+        load_config(str(tmp_path / "a.yaml"))
 
 
 def test_a_recipe_that_is_not_yaml(tmp_path):

@@ -39,6 +39,9 @@ def test_a_trial_wins_over_the_recipes_own_setting_for_its_k():
         ("pairing=grid,both", "pairing: 'both' is not one of"),
         ("optimiser.lr=loguniform(-1,1)", "optimiser.lr: -1.0 should be greater than 0"),
         ("pairing", "field=a,b,c"),
+        ("k=0", "at least 1"),
+        ("guidance=1", "teacher.label_dropout is 0"),
+        ("warm_start=true", "warm_start: a sweep trains each student alone"),
     ],
 )
 def test_mistakes_are_one_line(text, said):

@@ -128,7 +128,8 @@ def _preconditioner(job: Job, teacher: Any, batches: Any, rank: int, averaged: C
         arguments = job.preconditioner["arguments"]
         denoising = METHODS["denoising"](schedule=schedule_from_dict(job.schedule), **arguments)  # type: ignore[call-arg]
         moments = collected(
-            network=teacher.to(batches.x.device),
+            network=teacher.to(batches.device),
+            micro_batch=job.micro_batch,
             method=denoising,
             batches=batches,
             steps=job.preconditioner["batches"],
@@ -175,7 +176,7 @@ def export(job: Job, state: Any) -> None:
         save_second_moments(job.output, of_optimiser(state.networks["teacher"], state.optimisers["teacher"]))
 
 
-def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, float]]:
+def validator(job: Job, labels: Any, device: Any = "cpu") -> Callable[[Any], dict[str, float]]:
     """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}."""
     from mmdistill_core.artifact import load_extractor
     from mmdistill_core.metrics.frechet import frechet_distance, moments
@@ -184,7 +185,7 @@ def validator(job: Job, images: Any, labels: Any) -> Callable[[Any], dict[str, f
 
     assert job.validate is not None
     n, classes = int(job.validate["samples"]), int(job.network["num_classes"])
-    extractor = load_extractor(job.validate["extractor"]).to(images.device)
+    extractor = load_extractor(job.validate["extractor"]).to(device)
     reference = load_reference(Path(job.validate["reference"])).statistics.features
     drawn = data_labels(labels, n, job.seed, 1)
 
@@ -255,11 +256,15 @@ def set_up(config: dict[str, Any]) -> Training:
 
     arrays = collect(ray.train.get_dataset_shard("train").iter_batches(batch_size=4096, batch_format="numpy"))
     arrays = arrays.rows(job.rows)
-    images = torch.from_numpy(arrays.images).to(device)
-    labels = torch.from_numpy(arrays.labels).to(device)
-    conditional = int(job.network["num_classes"]) > 0
+    images, labels = torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
     batches = InMemoryBatches(
-        x=images, label=labels if conditional else None, global_batch=job.batch, seed=job.seed, rank=rank, world=world
+        x=images,
+        label=labels if int(job.network["num_classes"]) else None,
+        global_batch=job.batch,
+        seed=job.seed,
+        rank=rank,
+        world=world,
+        device=device,
     )
 
     def averaged(statistic: dict[str, Any]) -> dict[str, Any]:
@@ -308,7 +313,7 @@ def set_up(config: dict[str, Any]) -> Training:
         seed=job.seed,
         rank=rank,
     )
-    validate = validator(job, images, labels) if job.validate else None
+    validate = validator(job, labels, device) if job.validate else None
     return Training(job, state, batches, options, report, save, validate, rank)
 
 
@@ -373,12 +378,12 @@ def train(
         return result.return_value
     except ray.train.TrainingFailedError as error:
         raise UserError(
-            f"{job.name}: training failed: {_root_cause(error)}",
+            f"{job.name}: training failed: {root_cause(error)}",
             hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
         ) from error
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The last line of the innermost cause, without Ray's frames."""
     failures = getattr(error, "worker_failures", None)
     inner: BaseException = next(iter(failures.values())) if failures else error

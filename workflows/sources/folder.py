@@ -58,7 +58,9 @@ def checked(path: str | None) -> Path:
 def listing(path: str | None) -> str:
     """A hash of the images' names and sizes, which changes when the folder does."""
     root = checked(path)
-    lines = (f"{file.relative_to(root)} {file.lstat().st_size}\n" for file in image_files(root))
+    lines = (
+        f"{file.relative_to(root)} {file.lstat().st_size} {file.lstat().st_mtime_ns}\n" for file in image_files(root)
+    )
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 

@@ -28,6 +28,7 @@ CODE = (
     "mmdistill_core/metrics/frechet.py",
     "workflows/reference.py",
     "mmdistill_core/samplers",
+    "workflows/stages/teacher.py",
     "workflows/stages/distill.py",
 )
 ARGUMENTS = (
@@ -79,7 +80,9 @@ def _distill(
             "start": start.identity if start else None,
             "seed": context.config.seed,
             "code": code_version(*CODE),
+            "preconditioner": preconditioner(context.config, own),
             **shown,
+            **model_config(context),
         }
         opened = open_stage(context, f"distill-k{k}", depends=depends, config=shown | model_config(context))
         if isinstance(opened, Done):
@@ -178,7 +181,7 @@ def job_of(
         preconditioner=preconditioner(config, own),
         sampler="renoise" if own.transition == "unconditional" else "ancestral",
         sampler_options={} if own.eta == 1 else {"eta": own.eta},
-        guidance=told_guidance(own),
+        guidance=own.told,
         images=own.images,
         batch=own.batch,
         log_every=own.log_every,
@@ -233,8 +236,3 @@ def _check_preconditioner(own: Distill, teacher: Path) -> None:
             check_second_moments(teacher)
         except NotAModel as error:
             raise UserError(f"distill.preconditioner: {error}") from error
-
-
-def told_guidance(own: Distill) -> tuple[float, float] | None:
-    """The range of guidance that the student is told, if it is one."""
-    return own.guidance if isinstance(own.guidance, tuple) and own.guidance[0] < own.guidance[1] else None

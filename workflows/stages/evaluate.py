@@ -20,7 +20,6 @@ from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
 from workflows.runtime.progress import short
 from workflows.runtime.workspace import code_version, write_json
-from workflows.stages.distill import told_guidance
 
 if TYPE_CHECKING:
     from mmdistill_core.metrics.statistics import Statistics
@@ -107,7 +106,7 @@ def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
         guided = (("guidance", w),)
         rows += [Row("teacher", sampler, k, model, guided) for sampler in options.samplers for k in steps]
         for k, student in students.items():
-            low, high = told_guidance(config.distill.for_k(k)) or (1.0, 0.0)
+            low, high = config.distill.for_k(k).told or (1.0, 0.0)
             if low <= w <= high:
                 rows.append(Row("student", "ancestral", k, str(student.folder / "model"), guided))
     return rows

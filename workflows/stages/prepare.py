@@ -23,6 +23,9 @@ CODE = (
     "workflows/reference.py",
     "workflows/sources",
     "workflows/runtime/data.py",
+    "mmdistill_core/rng.py",
+    "mmdistill_core/diffusion",
+    "mmdistill_core/networks/exact.py",
     "mmdistill_core/metrics/frechet.py",
     "mmdistill_core/metrics/statistics.py",
     "mmdistill_core/networks/classifier.py",
@@ -90,7 +93,8 @@ def _body(run: StageRun) -> dict[str, Any]:
         else f"features of {extractor.kind}"
     )
     return {
-        "identity": digest([identity_of(run.path / "data" / "manifest.json"), config.trained], 16),
+        # Of what the images are, not of how their shards are called: prepared again, they leave the teacher as it is.
+        "identity": digest([manifest.fingerprint, manifest.num_classes, _seen(arrays, config.trained)], 16),
         "artifacts": ["data/manifest.json", *own],
         "count": manifest.count,
         "shape": list(manifest.shape),
@@ -102,6 +106,11 @@ def _body(run: StageRun) -> dict[str, Any]:
         "statistics": statistics,
         "summary": f"{manifest.count:,} images {'x'.join(map(str, manifest.shape))}, {manifest.num_classes} classes, {measured}",
     }
+
+
+def _seen(arrays: Any, rows: str) -> str:
+    """Which of the rows trainings see."""
+    return rows if rows == "all" else hashlib.sha256(arrays.holdout.tobytes()).hexdigest()
 
 
 def make_extractor(run: StageRun, arrays: Any, source: Source) -> tuple[Any, float | None]:
@@ -251,7 +260,7 @@ def train_classifier(
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
     known, held = y >= 0, torch.from_numpy(holdout)
     train_x, train_y = x[known & ~held], y[known & ~held]
-    rng, batch = generator(seed, 2), 64
+    rng, batch = generator(seed, 2), min(64, len(train_x))
     torch.manual_seed(seed)
     classifier = Classifier(ClassifierConfig(image_size=x.shape[-1], channels=x.shape[1], num_classes=num_classes))
     steps = epochs * (len(train_x) // batch)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from workflows.config import ConfigError, Distill, RunConfig, digest, merge, nested, one_line
 from workflows.context import Context, Done
+from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen, clock
 
 NUMBER = r"[0-9.eE+-]+"
@@ -58,10 +59,16 @@ def section(config: RunConfig, k: int, point: dict[str, Any]) -> Distill:
     for field, value in (point | point.pop("setting", {})).items():
         if field not in ("seed", "k", "choice"):
             values = merge(values, nested(field, value))
+    values |= {"k": [point.get("k", k)], "overrides": {}}
     try:
-        return Distill.model_validate(values)
+        own = RunConfig.model_validate(config.model_dump() | {"distill": values}).distill
     except ValidationError as error:
-        raise ConfigError(f"--space: {one_line(error, Distill)}") from None
+        raise ConfigError(f"--space: {one_line(error, RunConfig)}") from None
+    if own.warm_start:
+        raise ConfigError(
+            "--space: distill.warm_start: a sweep trains each student alone; set distill.warm_start=false"
+        )
+    return own
 
 
 def sweep(
@@ -75,6 +82,7 @@ def sweep(
     from ray.tune.schedulers import ASHAScheduler
 
     from workflows.runtime.data import read_all
+    from workflows.runtime.worker import root_cause
 
     config = context.config
     space = {"k": list(config.distill.k)} | space
@@ -124,7 +132,7 @@ def sweep(
 
         run_together([lambda: found.append(tuner.fit())], at_once=1, tick=context.tick, done=lambda _: None)
     if found[0].errors:
-        raise found[0].errors[0]
+        raise UserError(f"a trial failed: {root_cause(found[0].errors[0])}") from found[0].errors[0]
     return rows
 
 
@@ -169,7 +177,7 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
 
     began = time.perf_counter()
     options = FitOptions(log_every=job.log_every, validate_every=own.validate_every, seed=job.seed)
-    validate = validator(job, images, labels) if job.validate else None
+    validate = validator(job, labels) if job.validate else None
     fit(state=state, batches=batches, options=options, report=report, validate=validate)
     seconds = time.perf_counter() - began
     row = {"point": point, "seconds": seconds, "images": state.n_images, "forwards": state.forwards,

@@ -17,8 +17,11 @@ from workflows.sources import source_of
 
 FITTED = "fitted"
 """Folder beside an exact teacher: the network from which its students start."""
+STEPS = 256
+"""With which a teacher is sampled where nothing else is said."""
 TRAINING_CODE = (
     "mmdistill_core/artifact.py",
+    "mmdistill_core/rng.py",
     "mmdistill_core/diffusion",
     "mmdistill_core/networks",
     "mmdistill_core/engine",
@@ -67,7 +70,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         log_every=c.teacher.log_every,
         checkpoint_every=c.teacher.checkpoint_every,
         best_role="teacher_ema",
-        k=max(c.evaluate.teacher_steps),
+        k=STEPS,
         ema_half_life_images=c.teacher.ema_half_life_images,
         ema_ramp=c.teacher.ema_ramp,
         micro_batch=c.teacher.micro_batch,
@@ -152,5 +155,6 @@ def training_result(run: StageRun, summary: str) -> dict[str, Any]:
     run.context.tracker.log_artifact(run.run_id, model, "model")
     provenance = json.loads((model / "model.json").read_text())["provenance"]
     counts = {name: provenance.get(name) for name in ("images", "forwards", "skipped", "best_images", "best_score")}
-    identity = identity_of(model / "weights.safetensors", model / "model.json")
+    made = [folder / name for folder in (model, run.path / FITTED) for name in ("weights.safetensors", "model.json")]
+    identity = identity_of(*(path for path in made if path.exists()))
     return {"identity": identity, "artifacts": ["model"], "summary": summary, **counts}
