@@ -223,3 +223,65 @@ def test_a_mixture_is_fitted_to_labels():
     torch.testing.assert_close(fitted.variances, exact.variances, atol=0, rtol=0.06)
     with pytest.raises(ValueError, match="mode 4 has 0 samples"):
         Mixture.fitted(x[:, :, None, None], label, modes=5)
+
+
+A = "branch1x1 | branch5x5_1 branch5x5_2:2 | branch3x3dbl_1 branch3x3dbl_2:1 branch3x3dbl_3:1 | mean branch_pool"
+B = "branch3x3/2 | branch3x3dbl_1 branch3x3dbl_2:1 branch3x3dbl_3/2 | halve"
+C = (
+    "branch1x1 | branch7x7_1 branch7x7_2:0,3 branch7x7_3:3,0 | "
+    "branch7x7dbl_1 branch7x7dbl_2:3,0 branch7x7dbl_3:0,3 branch7x7dbl_4:3,0 branch7x7dbl_5:0,3 | mean branch_pool"
+)
+D = "branch3x3_1 branch3x3_2/2 | branch7x7x3_1 branch7x7x3_2:0,3 branch7x7x3_3:3,0 branch7x7x3_4/2 | halve"
+E = (
+    "branch1x1 | branch3x3_1 branch3x3_2a:0,1 | branch3x3_1 branch3x3_2b:1,0 | "
+    "branch3x3dbl_1 branch3x3dbl_2:1 branch3x3dbl_3a:0,1 | branch3x3dbl_1 branch3x3dbl_2:1 branch3x3dbl_3b:1,0 | {} branch_pool"
+)
+BLOCKS = {"5b": A, "5c": A, "5d": A, "6a": B, "6b": C, "6c": C, "6d": C, "6e": C, "7a": D, "7b": E.format("mean"),
+          "7c": E.format("max")}  # fmt: skip
+"""The network of 1512.00567 as it was ported for FID: name:padding/stride, branches in their order."""
+
+
+def test_inception_is_the_network_of_the_table(inception):
+    """Its weights in an interpreter of the table: an exchanged kernel, padding, pool or order of branches shows."""
+    state = inception.state_dict()
+
+    def conv(name, x):
+        name, _, stride = name.partition("/")
+        name, _, padding = name.partition(":")
+        bn = {key: state[f"{name}.bn.{key}"] for key in ("running_mean", "running_var", "weight", "bias")}
+        pads = [int(p) for p in padding.split(",")] if padding else [0]
+        x = F.conv2d(x, state[f"{name}.conv.weight"], stride=int(stride or 1), padding=pads * (2 // len(pads)))
+        return F.relu(F.batch_norm(x, **bn, eps=1e-3))
+
+    pools = {
+        "mean": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
+        "max": lambda x: F.max_pool2d(x, 3, 1, 1),
+        "halve": lambda x: F.max_pool2d(x, 3, 2),
+    }
+
+    def block(name, table, x):
+        branches = []
+        for branch in table.split(" | "):
+            y = x
+            for part in branch.split():
+                y = pools[part](y) if part in pools else conv(f"Mixed_{name}.{part}", y)
+            branches.append(y)
+        return torch.cat(branches, 1)
+
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = resized(images)
+    for part in [
+        "Conv2d_1a_3x3/2",
+        "Conv2d_2a_3x3",
+        "Conv2d_2b_3x3:1",
+        "halve",
+        "Conv2d_3b_1x1",
+        "Conv2d_4a_3x3",
+        "halve",
+    ]:
+        x = pools[part](x) if part in pools else conv(part, x)
+    for name, table in BLOCKS.items():
+        x = block(name, table, x)
+    features, logits = inception.features_and_logits(images)
+    torch.testing.assert_close(features, x.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits, features @ state["fc.weight"].T, rtol=1e-4, atol=1e-4)
