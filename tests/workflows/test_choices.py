@@ -46,6 +46,7 @@ def test_rows_of_the_teachers_noise_and_of_guidance(chosen):
     assert rows["teacher", "ancestral, guidance 1", 2]["nfe"] == 4
     assert rows["student", "ancestral, guidance 1", 1]["nfe"] == 1
     assert ("student", "ancestral, guidance 1", 2) not in rows  # its guidance is fixed
+    assert [rows["student", "ancestral", k]["shown"] for k in (1, 2)] == ["ancestral, eta 0.5", "renoise"]
     plain, noisy = rows["teacher", "ancestral", 2], rows["teacher", "ancestral, extra noise 0.2", 2]
     assert plain["frechet"]["mean"] != noisy["frechet"]["mean"]
     best = min((r for r in table["rows"] if r["who"] == "teacher"), key=lambda r: r["frechet"]["mean"])

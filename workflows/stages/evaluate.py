@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflows.config import Evaluate, digest
+from workflows.config import Distill, Evaluate, digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
 from workflows.runtime.progress import short
@@ -42,7 +42,8 @@ GRID_COLUMNS = 10
 @dataclass(frozen=True)
 class Row:
     """One row of the table: who is sampled, and how: a teacher by `sampler`, a student by its own; `options` are those of
-    `DiffusionModel.sample`, guidance and extra_noise. `name` is unique and fit for a file.
+    `DiffusionModel.sample`, guidance and extra_noise; `own` is a student's sampler where it is not that of `sampler`. `name` is
+    unique and fit for a file.
     """
 
     who: str
@@ -50,6 +51,7 @@ class Row:
     k: int
     model: str
     options: tuple[tuple[str, float], ...] = ()
+    own: str = ""
 
     @property
     def name(self) -> str:
@@ -101,7 +103,10 @@ def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
         for noise in options.teacher_noise
         for k in steps
     ]
-    rows += [Row("student", "ancestral", k, str(s.folder / "model")) for k, s in students.items()]
+    rows += [
+        Row("student", "ancestral", k, str(s.folder / "model"), own=_own_sampler(config.distill.for_k(k)))
+        for k, s in students.items()
+    ]
     for w in options.guidance:
         guided = (("guidance", w),)
         rows += [Row("teacher", sampler, k, model, guided) for sampler in options.samplers for k in steps]
@@ -110,6 +115,13 @@ def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
             if low <= w <= high:
                 rows.append(Row("student", "ancestral", k, str(student.folder / "model"), guided))
     return rows
+
+
+def _own_sampler(own: Distill) -> str:
+    """The name of the sampler that a student's transition calls for, where it is not the ancestral one."""
+    if own.transition == "unconditional":
+        return "renoise"
+    return "" if own.eta == 1 else f"ancestral, eta {own.eta:g}"
 
 
 def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: dict[int, Done]) -> dict[str, Any]:
@@ -311,7 +323,15 @@ def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
         for name in MEASURES
         if name in values[0]
     }
-    return {"who": row.who, "sampler": row.label, "k": row.k, "nfe": row.nfe, "name": row.name, **measures}
+    return {
+        "who": row.who,
+        "sampler": row.label,
+        "shown": row.own or row.label,
+        "k": row.k,
+        "nfe": row.nfe,
+        "name": row.name,
+        **measures,
+    }
 
 
 def _grids(run: StageRun, rows: list[Row]) -> None:
