@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmdistill_core.diffusion.process import posterior_coefficients
 from mmdistill_core.diffusion.schedules import Cosine, Schedule
+from mmdistill_core.methods import moment_matching
+from mmdistill_core.networks.exact import GaussianDenoiser
 
 MEAN, VARIANCE = 0.7, 0.3
+T, S = 0.8, 0.55
+"""The one pair of times at which the student's slope is known to be .42105."""
 COSINE = Cosine()
 
 
@@ -67,6 +72,16 @@ def sampled_variance(slopes: list[float], *, schedule: Schedule = COSINE) -> flo
         )
         variance = (c_z + c_x * slope) ** 2 * variance + var
     return slopes[-1] ** 2 * variance
+
+
+def gaussian_teacher() -> GaussianDenoiser:
+    """The exact denoiser of N(MEAN, VARIANCE), frozen."""
+    return GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=COSINE).requires_grad_(False)
+
+
+def fixed_times(monkeypatch: Any, t: float = T, s: float = S) -> None:
+    """Moment matching sees one (t, s) alone."""
+    monkeypatch.setattr(moment_matching, "sample_pairs", lambda *, b, **_: (torch.full((b,), t), torch.full((b,), s)))
 
 
 class Affine(nn.Module):

@@ -10,7 +10,11 @@ from oracles import (
     VARIANCE,
     Affine,
     AffineInTime,
+    S,
+    T,
+    fixed_times,
     gaussian_batch,
+    gaussian_teacher,
     student_slope,
     teacher_slope,
 )
@@ -22,19 +26,8 @@ from mmdistill_core.methods import moment_matching as module
 from mmdistill_core.methods.parts import DERIVATIVES, directional_derivative
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
-from mmdistill_core.networks.exact import GaussianDenoiser
 from mmdistill_core.networks.preconditioner import Preconditioner
 from mmdistill_core.rng import generator
-
-T, S = 0.8, 0.55
-
-
-def teacher():
-    return GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=COSINE).requires_grad_(False)
-
-
-def fixed_times(monkeypatch):
-    monkeypatch.setattr(module, "sample_pairs", lambda *, b, **_: (torch.full((b,), T), torch.full((b,), S)))
 
 
 def small_dit(**options):
@@ -58,7 +51,7 @@ def norm(gradients):
 def test_it_descends_the_squared_moments_with_factor_two(kind):
     """grad_eta 1/2 |E G|^2_Lambda at z_s held is +2 grad_eta L_eta, with both halves the same batch."""
     if kind == "affine":
-        nets = {"teacher": teacher().double(), "student": Affine(0.4, 0.1).double()}
+        nets = {"teacher": gaussian_teacher().double(), "student": Affine(0.4, 0.1).double()}
         batch = Batch(gaussian_batch(64, generator(0)).double())
     else:
         nets = {"teacher": small_dit().double(), "student": small_dit().double().requires_grad_(True)}
@@ -118,7 +111,11 @@ def test_the_logged_curve_is_the_squared_moment_without_bias(monkeypatch):
     square of one half's gradient would be larger by its variance.
     """
     fixed_times(monkeypatch)
-    nets = {"teacher": teacher(), "student": Affine(0.3, 0.35), "preconditioner": Preconditioner.identity(teacher())}
+    nets = {
+        "teacher": gaussian_teacher(),
+        "student": Affine(0.3, 0.35),
+        "preconditioner": Preconditioner.identity(gaussian_teacher()),
+    }
     (phase,) = MomentMatching(schedule=COSINE, k=2, update="instant").phases(0)
     draws, biased = [], []
     big = phase.statistic(nets, Batch(gaussian_batch(2_000_000, generator(99))), generator(98))
@@ -139,7 +136,7 @@ def test_the_logged_curve_is_the_squared_moment_without_bias(monkeypatch):
 def test_training_reaches_the_closed_form(monkeypatch, lam):
     """At one (t, s): the same root of the same quadratic as Algorithm 2's (oracles.student_slope), whatever Lambda is."""
     fixed_times(monkeypatch)
-    exact = teacher()
+    exact = gaussian_teacher()
     preconditioner = Preconditioner.identity(exact)
     if lam == "adam":
         preconditioner = Preconditioner.adam({"mean": torch.tensor(0.04), "variance": torch.tensor(0.002)})
@@ -163,13 +160,14 @@ def test_training_reaches_the_closed_form(monkeypatch, lam):
     )
 
 
-def test_straight_through_guidance():
-    """Guided, G is that of |x_tilde - guided|^2 with the derivative of the teacher itself; nu is -G with the identity."""
+@pytest.mark.parametrize("choice", [{"guidance": 0.7}, {"clip_x": True}], ids=str)
+def test_a_modified_teacher_is_differentiated_straight_through(choice):
+    """G is that of |x_tilde - modified|^2 with the derivative of the teacher itself, which a clip's own would make 0; nu is -G with
+    the identity.
+    """
     nets = {"teacher": small_dit(), "student": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
-    batch, w = image_batch(), 0.7
-    method = MomentMatching(schedule=COSINE, k=2, update="instant", guidance=w)
-    (phase,) = method.phases(0)
-    got = phase.statistic(nets, batch, generator(1))
+    batch, method = image_batch(), MomentMatching(schedule=COSINE, k=2, update="instant", **choice)
+    got = method.phases(0)[0].statistic(nets, batch, generator(1))
 
     rng = generator(1)
     draw = method._draw(batch, rng)
@@ -177,12 +175,16 @@ def test_straight_through_guidance():
     z_s = method._step(draw, x_tilde, rng)
     network = nets["teacher"].requires_grad_(True)
     x_hat = network(z_s, draw.s, draw.label)
-    none = torch.full_like(draw.label, NULL_LABEL)
-    target = guided(conditional=x_hat, unconditional=network(z_s, draw.s, none), w=torch.full((8,), w)).detach()
-    residual = -2 * (x_tilde - target) / x_hat[0].numel() / len(batch)
+    if "guidance" in choice:
+        none = network(z_s, draw.s, torch.full_like(draw.label, NULL_LABEL))
+        target = guided(conditional=x_hat, unconditional=none, w=torch.full((8,), choice["guidance"]))
+    else:
+        target = x_hat.clamp(-1, 1)
+    assert not torch.allclose(target, x_hat)
+    residual = 2 * (x_tilde - target).detach() / x_hat.numel()
     expected = torch.autograd.grad(x_hat, list(network.parameters()), residual)
     for name, value in zip(got, expected, strict=True):
-        torch.testing.assert_close(-got[name], value, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-7)
 
 
 def test_an_update_costs_one_halved_batch_and_leaves_the_teacher_alone():
@@ -243,28 +245,6 @@ def test_nu_is_averaged_over_parts_and_workers(monkeypatch):
     assert len(directions) == 2
     assert all(torch.equal(direction, means[0] + 7) for direction in directions)
     assert log.losses.per_sample["student"].shape == (4,)
-
-
-def test_clipping_is_straight_through():
-    """Clipped, G keeps the derivative of the teacher itself, where the clip's own would be 0."""
-    nets = {"teacher": small_dit(), "student": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
-    got = {}
-    for clip in (True, False):
-        (phase,) = MomentMatching(schedule=COSINE, k=2, update="instant", clip_x=clip).phases(0)
-        got[clip] = phase.statistic(nets, image_batch(), generator(1))
-    method = MomentMatching(schedule=COSINE, k=2, update="instant")
-    rng = generator(1)
-    draw = method._draw(image_batch(), rng)
-    x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
-    z_s = method._step(draw, x_tilde, rng)
-    network = nets["teacher"].requires_grad_(True)
-    x_hat = network(z_s, draw.s, draw.label)
-    assert (x_hat.abs() > 1).any()
-    residual = 2 * (x_tilde - x_hat.clamp(-1, 1)).detach() / x_hat.numel()
-    expected = torch.autograd.grad(x_hat, list(network.parameters()), residual)
-    for name, value in zip(got[True], expected, strict=True):
-        torch.testing.assert_close(got[True][name], value, rtol=1e-4, atol=1e-7)
-    assert any(not torch.allclose(got[True][n], got[False][n]) for n in got[True])
 
 
 class TestPreconditioner:

@@ -11,7 +11,11 @@ from oracles import (
     Affine,
     AffineInTime,
     Perceptron,
+    S,
+    T,
+    fixed_times,
     gaussian_batch,
+    gaussian_teacher,
     population_fixed_point,
     sampled_variance,
     student_slope,
@@ -25,16 +29,6 @@ from mmdistill_core.methods import moment_matching as module
 from mmdistill_core.networks.exact import GaussianDenoiser, ring_of_gaussians
 from mmdistill_core.rng import generator
 from mmdistill_core.samplers import sample
-
-T, S = 0.8, 0.55
-
-
-def teacher():
-    return GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=COSINE).requires_grad_(False)
-
-
-def fixed_times(monkeypatch, t=T, s=S):
-    monkeypatch.setattr(module, "sample_pairs", lambda *, b, **_: (torch.full((b,), t), torch.full((b,), s)))
 
 
 def train(method, given, *, steps, batch, lr, warmup=0):
@@ -80,7 +74,7 @@ class TestFixedPoint:
         start = {"student": Affine(teacher_slope(T), 0.3), "auxiliary": Affine(teacher_slope(S), 0.3)}
         method = MomentMatching(schedule=COSINE, k=1, update=update, pull=pull)
         steps = 3000 if update == "joint" else 6000
-        state = train(method, {"teacher": teacher(), **start}, steps=steps, batch=4096, lr=3e-3)
+        state = train(method, {"teacher": gaussian_teacher(), **start}, steps=steps, batch=4096, lr=3e-3)
         slope = state.networks["student"].slope.item()
         expected = student_slope(T, S)
         assert slope == pytest.approx(expected, rel=0.01)
@@ -95,7 +89,7 @@ class TestFixedPoint:
         assert abs(expected - student_slope(T, S)) > 0.02
         method = MomentMatching(schedule=COSINE, k=1, update="joint", pull=False, transition=kind, eta=eta)
         start = {"student": Affine(teacher_slope(T), 0.3), "auxiliary": Affine(teacher_slope(S), 0.3)}
-        state = train(method, {"teacher": teacher(), **start}, steps=2500, batch=4096, lr=3e-3)
+        state = train(method, {"teacher": gaussian_teacher(), **start}, steps=2500, batch=4096, lr=3e-3)
         assert state.networks["student"].slope.item() == pytest.approx(expected, rel=0.01)
 
     def test_the_unconditional_root_in_closed_form(self):
@@ -112,7 +106,7 @@ class TestGradients:
 
     def nets(self):
         return {
-            "teacher": teacher(),
+            "teacher": gaussian_teacher(),
             "student": Affine(0.4, 0.1),
             "auxiliary": Affine(0.2, 0.2),
         }
@@ -196,7 +190,7 @@ class TestChoices:
     def test_dmd_weighs_the_student_and_not_the_regression(self, monkeypatch):
         fixed_times(monkeypatch)
         batch = Batch(gaussian_batch(64, generator(0)))
-        nets = {"teacher": teacher(), "student": Affine(0.4, 0.1), "auxiliary": Affine(0.2, 0.2)}
+        nets = {"teacher": gaussian_teacher(), "student": Affine(0.4, 0.1), "auxiliary": Affine(0.2, 0.2)}
         losses = {
             w: MomentMatching(schedule=COSINE, k=4, w_s=w).phases(0)[0].loss(nets, batch, generator(1)).per_sample
             for w in ("flat", "dmd")
@@ -226,7 +220,7 @@ class TestChoices:
 
         method = MomentMatching(schedule=COSINE, k=2, pairing="uniform", auxiliary_sees_t=True)
         assert {r.name: r.conditions for r in method.roles} == {"teacher": (), "student": (), "auxiliary": ("t",)}
-        nets = {"teacher": teacher(), "student": Affine(0.4, 0.1), "auxiliary": Told(0.2, 0.2)}
+        nets = {"teacher": gaussian_teacher(), "student": Affine(0.4, 0.1), "auxiliary": Told(0.2, 0.2)}
         draws = []
         original = module.sample_pairs
 
@@ -299,7 +293,7 @@ def test_auxiliary_regression(monkeypatch, pull, halves):
     expected = halves * (slope * onto * v_t) / (onto**2 * v_t + var) + (1 - halves) * beta
 
     method = MomentMatching(schedule=COSINE, k=1, update="alternating", pull=pull)
-    nets = {"teacher": teacher(), "student": Affine(slope, 0.2), "auxiliary": Affine(0.0, 0.0)}
+    nets = {"teacher": gaussian_teacher(), "student": Affine(slope, 0.2), "auxiliary": Affine(0.0, 0.0)}
     batch = Batch(gaussian_batch(b, generator(0)))
     phi = list(nets["auxiliary"].parameters())
     loss = method.phases(0)[0].loss(nets, batch, generator(1)).per_sample["auxiliary"].mean()
@@ -346,7 +340,7 @@ def test_whole_algorithm_on_gaussian_data(pairing, k, delta_power):
     variance = population_variance(pairing, k, knots, delta_power)
     student, times = AffineInTime(knots), torch.tensor([1 - i / k for i in range(k)])
     method = MomentMatching(schedule=COSINE, k=k, pairing=pairing, delta_power=delta_power)
-    networks = {"teacher": teacher(), "student": student, "auxiliary": AffineInTime(64)}
+    networks = {"teacher": gaussian_teacher(), "student": student, "auxiliary": AffineInTime(64)}
     state = train(method, networks, steps=2500, batch=4096, lr=1e-2)
     slopes, _ = state.networks["student"].at(times)
     print(f"{pairing} k={k}: variance {sampled_variance(slopes.tolist()):.4f}, expected {variance:.4f}")
