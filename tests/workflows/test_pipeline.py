@@ -191,6 +191,15 @@ def test_another_tracking_store_gets_the_finished_stages(finished, tmp_path):
     assert other.client.get_metric_history(run_id, "moment_gap")
 
 
+def test_a_store_stays_with_its_workspace(tmp_path):
+    """Two workspaces in one process: the first one's store is not found in the environment by the second."""
+    import os
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    Tracker(f"sqlite:///{tmp_path / 'one.db'}", artifacts=tmp_path / "artifacts")
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
 @pytest.fixture(scope="session")
 def browser():
     found = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)

@@ -47,8 +47,7 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         self.uri, self._mlflow = uri, mlflow
         with self._reachable():
-            mlflow.set_tracking_uri(uri)
-            mlflow.set_registry_uri(uri)
+            self._point()
             self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
@@ -56,6 +55,16 @@ class Tracker:
                 self.experiment = self.client.create_experiment(experiment, artifact_location=location)
             else:
                 self.experiment = found.experiment_id
+
+    def _point(self) -> None:
+        """MLflow at this store. It writes the address to the environment, where the next run of this process would find it."""
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        self._mlflow.set_tracking_uri(self.uri)
+        self._mlflow.set_registry_uri(self.uri)
+        if before is None:
+            os.environ.pop("MLFLOW_TRACKING_URI", None)
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
     @contextmanager
     def _reachable(self) -> Iterator[None]:
@@ -163,7 +172,7 @@ class Tracker:
         )
         root = Path(__file__).resolve().parents[2]
         with self._reachable(), _silent():
-            self._mlflow.set_tracking_uri(self.uri)
+            self._point()
             with self._mlflow.start_run(run_id=run_id, log_system_metrics=False):
                 info = self._mlflow.pyfunc.log_model(
                     name=name.rsplit("-", 1)[-1],
