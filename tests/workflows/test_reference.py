@@ -231,12 +231,12 @@ def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     from workflows.runtime.data import dataset, read_all, write_shards
     from workflows.runtime.worker import Job, set_up, train
 
-    pixels = (images(60, size=8) + 1) / 2
+    pixels = (images(120, size=8) + 1) / 2
     write_shards(
-        tmp_path / "data", source="test", images=pixels, labels=np.zeros(60, int), num_classes=1, holdout=0.3, rows=20
+        tmp_path / "data", source="test", images=pixels, labels=np.zeros(120, int), num_classes=1, holdout=0.3, rows=40
     )
     rest = read_all(tmp_path / "data").rows("rest")
-    assert 0 < len(rest.images) < 60
+    assert 0 < len(rest.images) < 120
     network = {"image_size": 8, "channels": 1, "num_classes": 0, "patch": 4, "width": 16, "depth": 1, "heads": 2}
     job = Job(name="rows", output=str(tmp_path / "m"), storage=str(tmp_path / "ray"), data=str(tmp_path / "data"), seed=0,
               method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=network,
