@@ -43,6 +43,20 @@ def image_batch(b=8, seed=0):
     return Batch(torch.rand(b, 1, 4, 4, generator=rng) * 2 - 1, torch.randint(0, 3, (b,), generator=rng))
 
 
+def train(given, *, steps, lr):
+    """Trains `given["student"]` of one step on Gaussian data, by grid pairs; the learning rate decays to 0."""
+    state = TrainState.create(
+        method=MomentMatching(schedule=COSINE, k=1, pairing="grid", update="instant"),
+        given=given,
+        options=OptimiserOptions(lr=lr, warmup_images=0, clip_norm=1e9),
+        global_batch=4096,
+        total_images=steps * 4096,
+        best_role="student",
+    )
+    while state.n_images < state.total_images:
+        train_step(state=state, batches=lambda n: Batch(gaussian_batch(4096, generator(11, n))), seed=5)
+
+
 def norm(gradients):
     return sum(g.square().sum() for g in gradients).sqrt()
 
@@ -141,16 +155,7 @@ def test_training_reaches_the_closed_form(monkeypatch, lam):
     if lam == "adam":
         preconditioner = Preconditioner.adam({"mean": torch.tensor(0.04), "variance": torch.tensor(0.002)})
     student = Affine(teacher_slope(T), 0.3)
-    state = TrainState.create(
-        method=MomentMatching(schedule=COSINE, k=1, update="instant"),
-        given={"teacher": exact, "student": student, "preconditioner": preconditioner},
-        options=OptimiserOptions(lr=3e-3, warmup_images=0, clip_norm=1e9),
-        global_batch=4096,
-        total_images=2500 * 4096,
-        best_role="student",
-    )
-    while state.n_images < state.total_images:
-        train_step(state=state, batches=lambda n: Batch(gaussian_batch(4096, generator(11, n))), seed=5)
+    train({"teacher": exact, "student": student, "preconditioner": preconditioner}, steps=2500, lr=3e-3)
     expected = student_slope(T, S)
     assert expected == pytest.approx(0.42105, abs=1e-5)
     print(f"{lam}: slope {student.slope.item():.5f}, expected {expected:.5f}")
@@ -268,17 +273,10 @@ def test_whole_algorithm_at_one_step():
     is the root of the data's variance.
     """
     exact = AffineInTime(16).requires_grad_(False)
-    state = TrainState.create(
-        method=MomentMatching(schedule=COSINE, k=1, pairing="grid", update="instant"),
-        given={"teacher": exact, "student": AffineInTime(1), "preconditioner": Preconditioner.identity(exact)},
-        options=OptimiserOptions(lr=1e-2, warmup_images=0, clip_norm=1e9),
-        global_batch=4096,
-        total_images=1500 * 4096,
-        best_role="student",
-    )
-    while state.n_images < state.total_images:
-        train_step(state=state, batches=lambda n: Batch(gaussian_batch(4096, generator(11, n))), seed=5)
-    slope, offset = state.networks["student"].at(torch.ones(1))
+    student = AffineInTime(1)
+    given = {"teacher": exact, "student": student, "preconditioner": Preconditioner.identity(exact)}
+    train(given, steps=1500, lr=1e-2)
+    slope, offset = student.at(torch.ones(1))
     print(f"variance {slope.item() ** 2:.4f}, expected {VARIANCE}")
     assert slope.item() ** 2 == pytest.approx(VARIANCE, rel=0.03)
     assert offset.item() == pytest.approx(0, abs=0.02)
