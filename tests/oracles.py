@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -203,3 +206,22 @@ class Perceptron(nn.Module):
 def gaussian_batch(b: int, rng: torch.Generator) -> Tensor:
     """x [b, 1] ~ N(MEAN, VARIANCE)."""
     return MEAN + math.sqrt(VARIANCE) * torch.randn(b, 1, generator=rng)
+
+
+def together(world: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
+    """What `work(rank, summed)` gives on each of so many workers, threads here; `summed` adds a tensor over all of them."""
+    given: list[Tensor | None] = [None] * world
+    barrier = threading.Barrier(world, timeout=60)
+
+    def on(rank: int) -> Any:
+        def summed(value: Tensor) -> Tensor:
+            given[rank] = value.clone()
+            barrier.wait()
+            total = torch.stack([part for part in given if part is not None]).sum(0)
+            barrier.wait()
+            return total
+
+        return work(rank, summed)
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(on, range(world)))

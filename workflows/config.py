@@ -304,6 +304,10 @@ class RunConfig(Section):
             raise ValueError(
                 "evaluate.guidance: the teacher can't be guided: it needs labels, and teacher.label_dropout"
             )
+        if self.prediction == "eps" and self.schedule.name != "karras":
+            raise ValueError(
+                "prediction: eps says nothing of the image at t = 1, where sampling starts and no signal is left; take v, x or flow"
+            )
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
         self._check_extractor()

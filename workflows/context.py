@@ -46,6 +46,15 @@ class Placement:
     at_once: int
     use_gpu: bool
 
+    @property
+    def device(self) -> str:
+        """Where the tasks of a stage compute, that are no trainings; `task` is what Ray is to give each."""
+        return "cuda" if self.use_gpu else "cpu"
+
+    @property
+    def task(self) -> dict[str, Any]:
+        return {"num_cpus": 1, "num_gpus": int(self.use_gpu), "max_retries": 3}
+
 
 @dataclass
 class Context:

@@ -13,6 +13,7 @@ from torch import Tensor
 from mmdistill_core.engine.batches import BatchSource
 from mmdistill_core.engine.state import TrainState
 from mmdistill_core.engine.step import PhaseLog, train_step
+from mmdistill_core.methods.base import Statistic
 
 LEVEL_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 """logsnr edges of the 8 bins of the logs by noise level; bin 0 is the noisiest, below -6."""
@@ -30,7 +31,7 @@ class FitOptions:
 
 
 class LogWindow:
-    """Means over the steps since the last flush, kept on the device until then."""
+    """Means over the steps since the last flush, and over all workers; kept on the device until then."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
@@ -49,16 +50,20 @@ class LogWindow:
             for name, value in log.losses.by_level.items():
                 self._levels[name].append((value.detach(), log.losses.logsnr))
 
-    def flush(self) -> dict[str, float]:
-        metrics = {name: torch.stack(v).mean().item() for name, v in self._values.items()}
+    def flush(self, averaged_over_workers: Callable[[Statistic], Statistic]) -> dict[str, float]:
+        means = {name: torch.stack(v).mean() for name, v in self._values.items()}
+        sums: Statistic = {}
         for name, pairs in self._levels.items():
             value, logsnr = (torch.cat(part) for part in zip(*pairs, strict=True))
             level = torch.bucketize(logsnr, torch.tensor(LEVEL_EDGES, device=logsnr.device))
-            total = torch.zeros(len(LEVEL_EDGES) + 1, device=value.device).index_add_(0, level, value.float())
-            count = torch.bincount(level, minlength=len(LEVEL_EDGES) + 1)
-            for i, (t, c) in enumerate(zip(total.tolist(), count.tolist(), strict=True)):
-                if c:
-                    metrics[f"{name}/level{i}"] = t / c
+            both = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)], 1)
+            sums[name] = torch.zeros(len(LEVEL_EDGES) + 1, 2, device=value.device).index_add_(0, level, both)
+        means, sums = averaged_over_workers(means), averaged_over_workers(sums)
+        metrics = {name: value.item() for name, value in means.items()}
+        for name, value in sums.items():
+            for i, (total, count) in enumerate(value.tolist()):
+                if count:
+                    metrics[f"{name}/level{i}"] = total / count
         self._values.clear()
         self._levels.clear()
         return metrics
@@ -106,7 +111,7 @@ def fit(
                 "forwards": float(state.forwards),
                 "skipped": float(state.skipped),
             }
-            report(window.flush() | validated | counters)
+            report(window.flush(state.averaged_over_workers) | validated | counters)
             since, seen = time.perf_counter(), state.n_images
         if save is not None and due(options.checkpoint_every, before):
             save(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """count, mean [d] and scatter [d, d] = sum (f - mean)(f - mean)^T, in float64."""
+    """count, mean [d] and scatter [d, d] = sum (f - mean)(f - mean)^T, in float64, on the CPU."""
 
     count: int
     mean: Tensor
@@ -32,11 +33,19 @@ class Moments:
 
 
 def moments(features: Tensor) -> Moments:
-    """features [n, d]."""
+    """features [n, d], on any device."""
     f = features.double()
     mean = f.mean(0)
     centred = f - mean
-    return Moments(len(f), mean, centred.T @ centred)
+    return Moments(len(f), mean.cpu(), (centred.T @ centred).cpu())
+
+
+def pooled(own: Moments, summed: Callable[[Tensor], Tensor]) -> Moments:
+    """The moments of all workers' sets together, exactly, on each of them; `summed` adds a tensor over the workers."""
+    count = summed(torch.tensor(float(own.count), dtype=torch.float64))
+    mean = summed(own.mean * own.count) / count
+    delta = own.mean - mean
+    return Moments(int(count), mean, summed(own.scatter + own.count * torch.outer(delta, delta)))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -19,7 +19,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Statistics:
-    """
+    """All on the CPU.
+
     features    moments of all features
     pixels      moments of the images as vectors; None beyond PIXELS dimensions, or where the features are that already
     near        [m, d] features of some images, for measures of pairs: precision, recall, kernel distance
@@ -57,16 +58,16 @@ def _both(join: Callable[[T, T], T], a: T | None, b: T | None) -> T | None:
 
 
 def statistics(extractor: Extractor, images: Tensor, *, near: Tensor) -> Statistics:
-    """Of images [n, c, h, w] in [-1, 1]; `near` [m] says which of them are kept for measures of pairs."""
+    """Of images [n, c, h, w] in [-1, 1], on the extractor's device; `near` [m] says which are kept for measures of pairs."""
     features, logits = extractor.features_and_logits(images)
     pixels = images.flatten(1)
     own, labels = extractor.classes == "own", extractor.classes == "labels"
     return Statistics(
         features=moments(features),
         pixels=moments(pixels) if has_pixels(extractor, pixels.shape[1]) else None,
-        near=features[near],
-        logits=logits if own else None,
-        predicted=logits.argmax(1) if labels and logits is not None else None,
+        near=features[near.to(features.device)].cpu(),
+        logits=logits.cpu() if own and logits is not None else None,
+        predicted=logits.argmax(1).cpu() if labels and logits is not None else None,
     )
 
 

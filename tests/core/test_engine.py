@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from oracles import COSINE, Affine, gaussian_batch
+from oracles import COSINE, Affine, gaussian_batch, together
 from torch import nn
 
 from mmdistill_core.engine import (
@@ -18,9 +18,10 @@ from mmdistill_core.engine import (
     train_step,
 )
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
+from mmdistill_core.engine.fit import LogWindow
 from mmdistill_core.engine.optim import averaged
 from mmdistill_core.engine.second_moments import collected, of_optimiser
-from mmdistill_core.engine.step import PATIENCE
+from mmdistill_core.engine.step import PATIENCE, PhaseLog
 from mmdistill_core.methods import METHODS, Batch, Denoising, Losses, Method, MomentMatching, Phase, Role
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
@@ -346,6 +347,28 @@ class TestAccumulation:
         for part in batch.split(4):
             assert torch.equal(part.x[:, 0].long(), part.label)
         assert [len(p) for p in Batch(batch.x).split(4)] == [4, 4, 2]
+
+
+def test_logs_are_means_over_all_workers():
+    """Of a batch that three workers share, also where a level's images are all on one of them."""
+    x = torch.linspace(-8, 9, 12)
+    log = PhaseLog(
+        Losses({"teacher": x}, logs={"l": 2 * x}, by_level={"l": x**2}, logsnr=x), {"teacher": x.norm()}, skipped=False
+    )
+
+    def of(part, summed):
+        window = LogWindow()
+        losses = Losses({"teacher": x[part]}, logs={"l": 2 * x[part]}, by_level={"l": x[part] ** 2}, logsnr=x[part])
+        window.add(PhaseLog(losses, {"teacher": x.norm()}, skipped=False))
+        return window.flush(lambda values: {name: summed(value) / 3 for name, value in values.items()})
+
+    whole = LogWindow()
+    whole.add(log)
+    wanted = whole.flush(lambda values: values)
+    assert wanted["l/level0"] == pytest.approx((x[x < -6] ** 2).mean().item())
+    for found in together(3, lambda rank, summed: of(slice(4 * rank, 4 * rank + 4), summed)):
+        assert found == pytest.approx(wanted)
+    assert whole.flush(lambda values: values) == {}
 
 
 def test_second_moments_collected_are_adams_at_learning_rate_zero():

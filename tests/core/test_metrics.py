@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from oracles import together
 
-from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments
+from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments, pooled
 from mmdistill_core.metrics.inception_score import inception_score
 from mmdistill_core.metrics.kernel import kernel_distance
 from mmdistill_core.metrics.precision_recall import precision_recall
@@ -56,6 +57,17 @@ def test_merged_moments_are_those_of_the_whole(sizes, order):
     torch.testing.assert_close(together.mean, whole.mean, atol=1e-10, rtol=0)
     torch.testing.assert_close(together.covariance, whole.covariance, atol=1e-10, rtol=0)
     np.testing.assert_allclose(together.covariance, np.cov(a.numpy().T), atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [[1000], [10, 990], [300, 0, 700], [250, 250, 500, 0, 0]])
+def test_pooled_moments_are_those_of_the_whole_on_every_worker(sizes):
+    a = features(1000, 6, 0, shift=5.0)
+    nothing = Moments(0, torch.zeros(6, dtype=torch.float64), torch.zeros(6, 6, dtype=torch.float64))
+    parts, whole = [moments(part) if len(part) else nothing for part in a.split(sizes)], moments(a)
+    for pool in together(len(sizes), lambda rank, summed: pooled(parts[rank], summed)):
+        assert pool.count == 1000
+        torch.testing.assert_close(pool.mean, whole.mean, atol=1e-10, rtol=0)
+        torch.testing.assert_close(pool.covariance, whole.covariance, atol=1e-10, rtol=0)
 
 
 def test_one_sample_has_no_covariance():

@@ -59,6 +59,7 @@ BAD = {
     "override field": ("digits", ["distill.overrides.8.pairin=grid"], "distill.overrides.8.pairin: no such option"),
     "override of a k not distilled": ("digits", ["distill.k=[8]", "distill.overrides.2.x=1"], "distill.overrides.2.x"),
     "k": ("digits", ["distill.k=[0]"], "at least 1"),
+    "eps where no signal is left": ("digits", ["prediction=eps"], "take v, x or flow"),
     "heads": ("digits", ["network.heads=5"], "network.heads: 5 does not divide network.width 96"),
     "shift": ("digits", ["schedule.resolution=8"], "belong to shifted_cosine"),
     "no weights": (

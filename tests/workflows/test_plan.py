@@ -7,7 +7,7 @@ import pytest
 from workflows.cli import main
 from workflows.config import ConfigError, load_config, recipe_names
 from workflows.runtime.errors import UserError
-from workflows.stages.plan import RESERVE, UPDATES, count, plan
+from workflows.stages.plan import RESERVE, UPDATES, count, notes, plan
 
 SIZES = ["network.width=64", "network.depth=2", "network.heads=4", "distill.ema=true"]
 
@@ -53,7 +53,7 @@ def test_evaluations_are_the_recipes():
     config = load_config("digits")
     figures = plan(config, count(config), gpus=1, gib=2)
     e = figures["evaluations"]
-    assert e["evaluate"]["samples"] == (2 * (1 + 2 + 4 + 8 + 16 + 64 + 256) + 1 + 2 + 4 + 8) * 1797 * 3
+    assert e["evaluate"]["samples"] == (2 * (1 + 2 + 4 + 8 + 16 + 64 + 256) + 1 + 2 + 4 + 8) * (1797 * 3 + 40)
     assert e["teacher"]["training"] == pytest.approx(3 * 512_000, rel=0.02)
     for update, each in (("alternating", 5), ("joint", 7), ("instant", 5)):
         images = {"k=1": 160_000, "k=2": 160_000, "k=4": 128_000, "k=8": 76_800}
@@ -61,6 +61,37 @@ def test_evaluations_are_the_recipes():
             assert e[update][k] == pytest.approx(each * n, rel=0.02)
         assert e[update]["validation"] == 1797 * (12 * 1 + 12 * 2 + 10 * 4 + 6 * 8)
     assert {u: figures["memory"][u]["updates"] for u in UPDATES} == {"alternating": 0.5, "joint": 1, "instant": 1}
+
+
+def test_a_k_with_options_of_its_own_is_counted_with_them():
+    own = {"auxiliary_updates": 3, "batch": 256, "guidance": 1.0}
+    small = ["network.width=64", "network.depth=2", "network.heads=2", "teacher.label_dropout=0.1", "distill.k=[1,8]"]
+    config = load_config("digits", [*small, f"distill.overrides={{1: {own}}}"])
+    counted = count(config, ["joint", "instant"])
+    figures = plan(config, counted, gpus=1, gib=2)
+    # Of three steps two train the auxiliary alone: 3 forwards and a backward, which counts as 2. The guided teacher takes 2.
+    e = figures["evaluations"]["joint"]
+    each = {k: e[f"k={k}"] / config.distill.for_k(k).images for k in (1, 8)}
+    assert each == {8: pytest.approx(7, rel=0.01), 1: pytest.approx((2 * 5 + 7) / 3 + 1, rel=0.01)}
+    joint, teacher = figures["memory"]["joint"], figures["memory"]["teacher"]
+    assert (joint["k"], joint["batch"], teacher["k"]) == ([1], 256, [0])
+    assert joint["evaluations_per_image"] == pytest.approx(each[1])
+    said = [line for line in notes(figures) if line.startswith("Memory")]
+    assert [line.split(",")[0] for line in said] == [
+        f"Memory and batch of {u} are those of k = 1" for u in ("joint", "instant")
+    ]
+    with pytest.raises(ConfigError, match=r"--gpus: 192 does not divide the batch 256 of k = 1"):
+        plan(load_config("digits", ["teacher.batch=192", f"distill.overrides={{1: {own}}}"]), counted, gpus=192, gib=2)
+
+
+def test_guided_and_noisier_rows_are_counted_too(cifar):
+    config, counted = cifar
+    more = {"teacher_noise": (0.5,), "samplers": ("ancestral",), "teacher_steps": (4,)}
+    config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update=more)})
+    steps = {4, *config.distill.k}
+    found = plan(config, counted, gpus=4, gib=2)["evaluations"]["evaluate"]["samples"]
+    each = config.evaluate.samples * config.evaluate.seeds + 40
+    assert found == (2 * sum(steps) + sum(config.distill.k)) * each
 
 
 def test_hours_are_operations_over_the_measured_rate(cifar):

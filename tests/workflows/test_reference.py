@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from oracles import together
 from safetensors.torch import save_file
 
 from mmdistill_core.artifact import save_extractor
@@ -225,11 +226,100 @@ def test_a_run_against_images_never_trained_on(runner):
     assert summary["counts"] == f"50 samples against {held} images"
 
 
+NETWORK = {"image_size": 8, "channels": 1, "num_classes": 0, "patch": 4, "width": 16, "depth": 1, "heads": 2}
+
+
+def job_of(folder, **fields):
+    """The training of a small teacher on the images in `folder`."""
+    from workflows.runtime.worker import Job
+
+    job = Job(name="rows", output=str(folder / "m"), storage=str(folder / "ray"), data=str(folder / "data"), seed=0,
+              method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=NETWORK,
+              schedule={"name": "cosine"}, prediction="v", options={"teacher": {"lr": 1e-3}}, images=8, batch=4, log_every=4,
+              checkpoint_every=8, best_role="teacher_ema", k=1)  # fmt: skip
+    return replace(job, **fields)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_cluster):
+    """550 samples in batches of 250: of five workers two have nothing to do."""
+    from workflows.runtime.worker import build_state, validator
+
+    save_extractor(tmp_path / "extractor", Pixels(), provenance={})
+    real = prepare.build_reference(
+        images(90, size=8), extractor=str(tmp_path / "extractor"), near=20, seed=0, fingerprint=ABOUT_PIXELS, cpus=2,
+        tick=lambda _: None,
+    )  # fmt: skip
+    save_reference(tmp_path / "statistics", real)
+    samples = {"extractor": str(tmp_path / "extractor"), "reference": str(tmp_path / "statistics"), "samples": 550}
+    job, labels = job_of(tmp_path, validate=samples), torch.full((90,), -1)
+    alone = validator(job, labels)(build_state(job))["score"]
+
+    def on(rank, summed):
+        return validator(job, labels, rank=rank, world=world, summed=summed)(states[rank])["score"]
+
+    states = [build_state(job) for _ in range(world)]
+    assert alone > 0
+    assert together(world, on) == pytest.approx([alone] * world, rel=1e-8)
+
+
+@pytest.mark.ray
+def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster):
+    """A training that goes on has the one of before, from its checkpoint."""
+    from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
+    from mmdistill_core.networks.dit import DiTConfig
+    from workflows.runtime.cluster import Monitor
+    from workflows.runtime.data import dataset, write_shards
+    from workflows.runtime.worker import set_up, train
+
+    pixels = (images(120, size=8) + 1) / 2
+    write_shards(
+        tmp_path / "data", source="test", images=pixels, labels=np.zeros(120, int), num_classes=1, holdout=0.3, rows=40
+    )
+    torch.manual_seed(0)
+    teacher = build_denoiser(network=DiTConfig(**NETWORK), prediction="v", schedule={"name": "cosine"})
+    for parameter in teacher.parameters():  # a new network's output is 0, and so are its gradients
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_model(tmp_path / "teacher", DiffusionModel(teacher, k=2))
+    job = job_of(
+        tmp_path, method="moment_matching", arguments={"k": 2, "update": "instant"}, options={"student": {"lr": 1e-3}},
+        networks={"teacher": str(tmp_path / "teacher")}, best_role="student", k=2,
+        preconditioner={"kind": "collected", "batches": 3, "arguments": {"p_t": "uniform", "w_t": "v"}},
+    )  # fmt: skip
+
+    def first(config):
+        from mmdistill_core.engine import fit
+
+        t = set_up(config)
+        fit(state=t.state, batches=t.batches, options=t.options, report=t.report, save=t.save)
+        return {name: value.numpy() for name, value in t.state.networks["preconditioner"].state_dict().items()}
+
+    def again(config):
+        from mmdistill_core.engine import second_moments
+
+        def never(**_):
+            raise AssertionError("collected again")
+
+        second_moments.collected = never
+        t = set_up(config)
+        assert t.state.n_images == 8
+        return {name: value.numpy() for name, value in t.state.networks["preconditioner"].state_dict().items()}
+
+    kept, found = (
+        train(job, dataset=dataset(tmp_path / "data"), mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop)
+        for loop in (first, again)
+    )
+    assert kept.keys() == found.keys()
+    assert all(np.array_equal(kept[name], found[name]) for name in kept)
+    assert any(value.std() > 0 for value in kept.values())
+
+
 @pytest.mark.ray
 def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     """What the loop of a worker is handed: the images not held out, and a validation against their statistics."""
     from workflows.runtime.data import dataset, read_all, write_shards
-    from workflows.runtime.worker import Job, set_up, train
+    from workflows.runtime.worker import set_up, train
 
     pixels = (images(120, size=8) + 1) / 2
     write_shards(
@@ -237,11 +327,6 @@ def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     )
     rest = read_all(tmp_path / "data").rows("rest")
     assert 0 < len(rest.images) < 120
-    network = {"image_size": 8, "channels": 1, "num_classes": 0, "patch": 4, "width": 16, "depth": 1, "heads": 2}
-    job = Job(name="rows", output=str(tmp_path / "m"), storage=str(tmp_path / "ray"), data=str(tmp_path / "data"), seed=0,
-              method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=network,
-              schedule={"name": "cosine"}, prediction="v", options={"teacher": {"lr": 1e-3}}, images=8, batch=4, log_every=4,
-              checkpoint_every=8, best_role="teacher_ema", k=1)  # fmt: skip
 
     def loop(config):
         return {"images": set_up(config).batches.x.numpy()}
@@ -249,7 +334,7 @@ def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     from workflows.runtime.cluster import Monitor
 
     for rows, expected in (("rest", rest), ("all", read_all(tmp_path / "data"))):
-        own = replace(job, rows=rows, name=f"rows-{rows}")
+        own = job_of(tmp_path, rows=rows, name=f"rows-{rows}")
         got = train(
             own, dataset=dataset(tmp_path / "data"), mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop
         )

@@ -16,6 +16,7 @@ from typing import Any
 from workflows.runtime.errors import UserError
 
 KEEP = 2
+SAMPLED_AT_ONCE = 250
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,15 @@ class Job:
     guidance: tuple[float, float] | None = None  # a list, once it came through JSON
 
 
-def build_state(job: Job, batches: Any = None, rank: int = 0, averaged: Callable[[Any], Any] = lambda s: s) -> Any:
+def build_state(
+    job: Job,
+    batches: Any = None,
+    rank: int = 0,
+    averaged: Callable[[Any], Any] = lambda s: s,
+    collected: Any = None,
+) -> Any:
     """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed. `batches`, and
-    `averaged`, the mean over workers, serve a collected preconditioner.
+    `averaged`, the mean over workers, serve a preconditioner that is to be collected, unless `collected`, one of before, is given.
     """
     import torch
 
@@ -87,7 +94,7 @@ def build_state(job: Job, batches: Any = None, rank: int = 0, averaged: Callable
     }
     for role in method.roles:
         if role.name == "preconditioner":
-            given[role.name] = _preconditioner(job, given["teacher"], batches, rank, averaged)
+            given[role.name] = _preconditioner(job, given["teacher"], batches, rank, averaged, collected)
         elif role.source == "given" and role.name not in given:
             given[role.name] = build_denoiser(
                 network=DiTConfig(**job.network), prediction=job.prediction, schedule=job.schedule
@@ -110,8 +117,10 @@ def build_state(job: Job, batches: Any = None, rank: int = 0, averaged: Callable
     return state
 
 
-def _preconditioner(job: Job, teacher: Any, batches: Any, rank: int, averaged: Callable[[Any], Any]) -> Any:
-    """Lambda, of the kind that the job names, checked against the teacher."""
+def _preconditioner(
+    job: Job, teacher: Any, batches: Any, rank: int, averaged: Callable[[Any], Any], before: Any
+) -> Any:
+    """Lambda, of the kind that the job names, checked against the teacher; `before` is one that was collected already."""
     from mmdistill_core.artifact import load_second_moments
     from mmdistill_core.diffusion.schedules import schedule_from_dict
     from mmdistill_core.engine.second_moments import collected
@@ -119,8 +128,10 @@ def _preconditioner(job: Job, teacher: Any, batches: Any, rank: int, averaged: C
     from mmdistill_core.networks.preconditioner import Preconditioner
 
     kind = (job.preconditioner or {"kind": "identity"})["kind"]
-    if kind == "identity":
-        return Preconditioner.identity(teacher)
+    if kind == "identity" or before:
+        preconditioner = Preconditioner.identity(teacher)
+        preconditioner.load_state_dict(before or preconditioner.state_dict())
+        return preconditioner
     if kind == "adam":
         moments = load_second_moments(job.networks["teacher"])
     else:
@@ -176,10 +187,21 @@ def export(job: Job, state: Any) -> None:
         save_second_moments(job.output, of_optimiser(state.networks["teacher"], state.optimisers["teacher"]))
 
 
-def validator(job: Job, labels: Any, device: Any = "cpu") -> Callable[[Any], dict[str, float]]:
-    """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}."""
+def validator(
+    job: Job,
+    labels: Any,
+    device: Any = "cpu",
+    *,
+    rank: int = 0,
+    world: int = 1,
+    summed: Callable[[Any], Any] = lambda value: value,
+) -> Callable[[Any], dict[str, float]]:
+    """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}.
+
+    The workers share the samples, and all get the same score; `summed` adds a tensor over them.
+    """
     from mmdistill_core.artifact import load_extractor
-    from mmdistill_core.metrics.frechet import frechet_distance, moments
+    from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments, pooled
     from mmdistill_core.samplers import data_labels
     from workflows.reference import load_reference
 
@@ -187,41 +209,47 @@ def validator(job: Job, labels: Any, device: Any = "cpu") -> Callable[[Any], dic
     n, classes = int(job.validate["samples"]), int(job.network["num_classes"])
     extractor = load_extractor(job.validate["extractor"]).to(device)
     reference = load_reference(Path(job.validate["reference"])).statistics.features
-    drawn = data_labels(labels, n, job.seed, 1)
+    # Whole batches of the sampler's stream, so that the samples are the same whatever the number of workers.
+    share = -(-n // SAMPLED_AT_ONCE // world) * SAMPLED_AT_ONCE
+    first, last = min(rank * share, n), min((rank + 1) * share, n)
+    drawn = data_labels(labels, n, job.seed, 1)[first:last] if classes else None
+
+    def of_samples(network: Any) -> Any:
+        if first == last:
+            return Moments(0, 0 * reference.mean, 0 * reference.scatter)
+        options = {"label": drawn, "seed": job.seed + 104_729, "first": first, "batch": SAMPLED_AT_ONCE}
+        return moments(extractor.extract(model_of(job, network).sample(last - first, **options)))
 
     def validate(state: Any) -> dict[str, float]:
         network = state.networks[job.best_role]
         was_training = network.training
         network.eval()
-        fakes = model_of(job, network).sample(n, label=drawn if classes else None, seed=job.seed + 104_729)
+        own = of_samples(network)
         network.train(was_training)
-        return {"score": frechet_distance(moments(extractor.extract(fakes).cpu()), reference)}
+        return {"score": frechet_distance(pooled(own, summed), reference)}
 
     return validate
 
 
-def _restore(state: Any, note: Callable[[str], None]) -> list[dict[str, float]]:
-    """The newest undamaged checkpoint of this run goes to `state`; gives the metrics that were reported up to it."""
+def _newest(note: Callable[[str], None]) -> dict[str, Any] | None:
+    """What `save` wrote into the newest undamaged checkpoint of this run, if there is one."""
     import ray.train
 
     from mmdistill_core.engine.checkpoint import DamagedCheckpoint, load_checkpoint
 
     newest = ray.train.get_checkpoint()
     if newest is None:
-        return []
+        return None
     reported = [r.checkpoint for r in ray.train.get_all_reported_checkpoints()]
     candidates = [newest] + [c for c in reversed(reported) if c.path != newest.path]
     for checkpoint in candidates:
         with checkpoint.as_directory() as folder:
             try:
-                values = load_checkpoint(folder)
+                return dict(load_checkpoint(folder))
             except DamagedCheckpoint as error:
                 note(f"checkpoint {Path(checkpoint.path).name} is damaged ({error}); trying the one before it")
-                continue
-        state.load_state_dict(values["state"])
-        return list(values["reported"])
     note("no undamaged checkpoint is left: training starts again")
-    return []
+    return None
 
 
 @dataclass
@@ -267,10 +295,16 @@ def set_up(config: dict[str, Any]) -> Training:
         device=device,
     )
 
+    def summed(value: Any) -> Any:
+        placed = value.to(device, copy=True)
+        if world > 1:
+            torch.distributed.all_reduce(placed)
+        return placed.to(value.device)
+
     def averaged(statistic: dict[str, Any]) -> dict[str, Any]:
         if world > 1:
             for value in statistic.values():
-                torch.distributed.all_reduce(value, torch.distributed.ReduceOp.SUM)
+                torch.distributed.all_reduce(value)
                 value /= world
         return statistic
 
@@ -278,12 +312,15 @@ def set_up(config: dict[str, Any]) -> Training:
         if rank == 0:
             mailbox.note.remote(f"{job.name.rsplit('-', 1)[0]}: {text}")
 
-    state = build_state(job, batches, rank, averaged)
+    before = _newest(note)
+    state = build_state(job, batches, rank, averaged, before and before["collected"])
     for network in state.networks.values():
         network.to(device)
     state.averaged_over_workers, state.unsynced = averaged, lambda: _unsynced(state)
     # A checkpoint carries the metrics up to it: the driver may have died before it took them in.
-    reported = _restore(state, note)
+    reported: list[dict[str, float]] = list(before["reported"]) if before else []
+    if before:
+        state.load_state_dict(before["state"])
     if state.n_images and rank == 0:
         for row in reported:
             mailbox.push.remote(job.name, row)
@@ -302,8 +339,11 @@ def set_up(config: dict[str, Any]) -> Training:
         if rank:
             ray.train.report(metrics)
             return
+        held = {"state": state.state_dict(), "reported": reported, "collected": None}
+        if job.preconditioner and job.preconditioner["kind"] == "collected":
+            held["collected"] = state.networks["preconditioner"].state_dict()
         with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder) / "checkpoint", {"state": state.state_dict(), "reported": reported})
+            save_checkpoint(Path(folder) / "checkpoint", held)
             ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(Path(folder) / "checkpoint"))
 
     options = FitOptions(
@@ -313,7 +353,7 @@ def set_up(config: dict[str, Any]) -> Training:
         seed=job.seed,
         rank=rank,
     )
-    validate = validator(job, labels, device) if job.validate else None
+    validate = validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
     return Training(job, state, batches, options, report, save, validate, rank)
 
 

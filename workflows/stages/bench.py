@@ -146,7 +146,7 @@ def engine_of(state: Any, batches: Any) -> Callable[[], None]:
         for _ in range(STEPS):
             for log in train_step(state=state, batches=batches, seed=0):
                 window.add(log)
-        window.flush()
+        window.flush(state.averaged_over_workers)
 
     return run
 

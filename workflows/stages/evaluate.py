@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from workflows.config import Distill, Evaluate, digest
+from workflows.config import Distill, Evaluate, RunConfig, digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
 from workflows.runtime.progress import short
@@ -35,8 +35,9 @@ CODE = (
     "mmdistill_core/rng.py",
 )
 CHUNK = 600
+GRID_COLUMNS, STRIP = 10, 40
+"""The strips of samples that are shown: so many a line, so many in all."""
 MEASURES = ("frechet", "frechet_pixels", "kid", "inception_score", "precision", "recall", "accuracy")
-GRID_COLUMNS = 10
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int,
     )
 
 
-def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
-    """Plain rows first; then the teacher with more noise in its ancestral steps, and all that can be guided, guided."""
-    config, model = run.context.config, str(taught.folder / "model")
+def rows_of(config: RunConfig, model: str, students: dict[int, str]) -> list[Row]:
+    """The rows of a teacher and of students by k, given their folders: the plain ones; then the teacher with more noise in its
+    ancestral steps, and all that can be guided, guided.
+    """
     options, steps = config.evaluate, sorted({*config.evaluate.teacher_steps, *students})
     rows = [Row("teacher", sampler, k, model) for sampler in options.samplers for k in steps]
     rows += [
@@ -104,8 +106,8 @@ def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
         for k in steps
     ]
     rows += [
-        Row("student", "ancestral", k, str(s.folder / "model"), own=_own_sampler(config.distill.for_k(k)))
-        for k, s in students.items()
+        Row("student", "ancestral", k, student, own=_own_sampler(config.distill.for_k(k)))
+        for k, student in students.items()
     ]
     for w in options.guidance:
         guided = (("guidance", w),)
@@ -113,7 +115,7 @@ def _rows(run: StageRun, taught: Done, students: dict[int, Done]) -> list[Row]:
         for k, student in students.items():
             low, high = config.distill.for_k(k).told or (1.0, 0.0)
             if low <= w <= high:
-                rows.append(Row("student", "ancestral", k, str(student.folder / "model"), guided))
+                rows.append(Row("student", "ancestral", k, student, guided))
     return rows
 
 
@@ -129,21 +131,26 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     import torch
 
     from mmdistill_core.samplers import data_labels
+    from workflows.images import image_grid
     from workflows.runtime.data import read_all
 
     config, options, screen = run.context.config, run.context.config.evaluate, run.context.screen
-    rows = _rows(run, taught, students)
-    parts = run.path / "rows"
+    models = {k: str(student.folder / "model") for k, student in students.items()}
+    rows = rows_of(config, str(taught.folder / "model"), models)
+    parts, grids = run.path / "rows", run.path / "grids"
     parts.mkdir(exist_ok=True)
+    grids.mkdir(exist_ok=True)
     labels = torch.from_numpy(read_all(prepared.folder / "data").rows(config.data.reference).labels)
     extractor, reference = str(prepared.folder / "extractor"), load_reference(folder)
 
     # Longest first, so that the last tasks to end are short.
     wanted = [(row, seed) for row in sorted(rows, key=lambda r: -r.nfe) for seed in range(options.seeds)]
-    total = sum(row.nfe for row, _ in wanted) * options.samples
+    total = sum(row.nfe for row, _ in wanted) * options.samples + sum(row.nfe for row in rows) * STRIP
     missing = [(row, seed) for row, seed in wanted if not (parts / f"{row.name}-{seed}.json").exists()]
-    done = total - sum(row.nfe for row, _ in missing) * options.samples
-    sample_task = ray.remote(num_cpus=1, max_retries=3)(sample_chunk)
+    done = sum(row.nfe for row, _ in set(wanted) - set(missing)) * options.samples
+    placement = run.context.placement
+    sample_task = ray.remote(**placement.task)(sample_chunk)
+    strip_task = ray.remote(**placement.task)(sample_strip)
     measure_task = ray.remote(num_cpus=1, max_retries=3)(measure_chunks)
     data, width = ray.put(reference.statistics), chunk_of(reference)
 
@@ -156,14 +163,19 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
             chunks = []
             for first in range(0, options.samples, width):
                 part, near = drawn[first : first + width], options.neighbour_samples - first
-                chunks.append(sample_task.remote(row.model, extractor, row.how, row.k, part, seed, first, near))
+                where = (row.model, extractor, placement.device)
+                chunks.append(sample_task.remote(where, row.how, row.k, part, seed, first, near))
                 sampling[chunks[-1]] = row.nfe * len(part)
             measuring[measure_task.remote(data, drawn, options, seed, *chunks)] = (row, seed)
+        strips = {strip_task.remote(row.model, row.how, row.k, placement.device): row for row in rows}
+        sampling |= {task: row.nfe * STRIP for task, row in strips.items()}
         began, at_start = time.monotonic(), done
-        while measuring:
+        while sampling or measuring:
             for task in ray.wait([*sampling, *measuring], num_returns=1, timeout=0.5, fetch_local=False)[0]:
                 if task in sampling:
                     done += sampling.pop(task)
+                    if task in strips:
+                        image_grid(ray.get(task), columns=GRID_COLUMNS).save(grids / f"{strips[task].name}.png")
                 else:
                     row, seed = measuring.pop(task)
                     write_json(parts / f"{row.name}-{seed}.json", ray.get(task))
@@ -174,7 +186,6 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
             _summarise(row, [json.loads((parts / f"{row.name}-{s}.json").read_text()) for s in range(options.seeds)])
             for row in rows
         ]
-    _grids(run, rows)
     result = {
         "rows": table,
         "measures": [name for name in MEASURES if name in table[0]],
@@ -239,21 +250,44 @@ def chunk_of(reference: Reference) -> int:
     return CHUNK * -(-widest // CHUNK)
 
 
-@lru_cache(maxsize=16)
-def _models(model: str, extractor: str) -> tuple[Any, Any]:
-    from mmdistill_core.artifact import load_extractor, load_model
+@lru_cache(maxsize=2)
+def _model(folder: str, device: str) -> Any:
+    from mmdistill_core.artifact import load_model
 
-    return load_model(model), load_extractor(extractor)
+    model = load_model(folder)
+    model.denoiser.to(device)
+    return model
+
+
+@lru_cache(maxsize=1)
+def _extractor(folder: str, device: str) -> Any:
+    from mmdistill_core.artifact import load_extractor
+
+    return load_extractor(folder).to(device)
 
 
 def sample_chunk(
-    model: str, extractor: str, how: dict[str, Any], k: int, label: np.ndarray, seed: int, first: int, near: int
+    where: tuple[str, str, str], how: dict[str, Any], k: int, label: np.ndarray, seed: int, first: int, near: int
 ) -> Statistics:
-    """`sampled` as a Ray task: on one thread, from folders."""
+    """`sampled` as a Ray task: on one thread, from the folders of a model and an extractor, on a device."""
     import torch
 
     torch.set_num_threads(1)
-    return sampled(*_models(model, extractor), how, k, torch.from_numpy(label.copy()), seed, first, near)
+    model, extractor, device = where
+    drawn = torch.from_numpy(label.copy())
+    return sampled(_model(model, device), _extractor(extractor, device), how, k, drawn, seed, first, near)
+
+
+def sample_strip(model: str, how: dict[str, Any], k: int, device: str) -> np.ndarray:
+    """STRIP samples [n, c, h, w] as a Ray task, from the same noise and labels whatever the model."""
+    import torch
+
+    torch.set_num_threads(1)
+    diffusion = _model(model, device)
+    classes = diffusion.network.num_classes
+    label = torch.arange(STRIP) % classes if classes else None
+    images: np.ndarray = diffusion.sample(STRIP, label=label, seed=7, k=k, **how).cpu().numpy()
+    return images
 
 
 def sampled(
@@ -332,20 +366,3 @@ def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
         "name": row.name,
         **measures,
     }
-
-
-def _grids(run: StageRun, rows: list[Row]) -> None:
-    """One strip of samples for each row from the same noise and labels, as .npy [n, c, h, w] and .png."""
-    import torch
-
-    from mmdistill_core.artifact import load_model
-    from workflows.images import image_grid
-
-    folder = run.path / "grids"
-    folder.mkdir(exist_ok=True)
-    for row in rows:
-        model = load_model(row.model)
-        classes = model.network.num_classes
-        label = torch.arange(4 * GRID_COLUMNS) % classes if classes else None
-        images = model.sample(4 * GRID_COLUMNS, label=label, seed=7, k=row.k, **row.how)
-        image_grid(images.numpy(), columns=GRID_COLUMNS).save(folder / f"{row.name}.png")

@@ -45,11 +45,11 @@ class Training:
 
 @dataclass(frozen=True)
 class Counted:
-    """What was counted of a recipe: `trainings` are the teacher's and one for each update."""
+    """What was counted of a recipe: `trainings` by name, the teacher's or an update, and by k, which is 0 for the teacher."""
 
     flops_per_forward: float
     parameters: int
-    trainings: dict[str, Training]
+    trainings: dict[str, dict[int, Training]]
 
 
 def count(config: RunConfig, updates: Sequence[str] = UPDATES) -> Counted:
@@ -60,7 +60,7 @@ def count(config: RunConfig, updates: Sequence[str] = UPDATES) -> Counted:
         return Counted(
             forward_flops(network, source_of(config.data).shape),
             sum(p.numel() for p in network.parameters()),
-            {"teacher": _teacher(config)} | {update: _student(config, update) for update in updates},
+            {"teacher": {0: _teacher(config)}} | {update: _students(config, update) for update in updates},
         )
 
 
@@ -68,11 +68,15 @@ def plan(
     config: RunConfig, counted: Counted, *, gpus: int, gib: float, bench: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Plain JSON. Raises UserError when no update fits, ConfigError when the GPUs can't share a batch."""
-    batches = {name: config.distill.batch for name in counted.trainings} | {"teacher": config.teacher.batch}
-    for name, batch in batches.items():
+    batches = {0: config.teacher.batch} | {k: config.distill.for_k(k).batch for k in config.distill.k}
+    for k, batch in batches.items():
         if batch % gpus:
-            raise ConfigError(f"--gpus: {gpus} does not divide the batch {batch} of {name}")
-    memory = {name: _memory(t, batches[name], gpus, gib) for name, t in counted.trainings.items()}
+            of = f"k = {k}" if k else "teacher"
+            raise ConfigError(f"--gpus: {gpus} does not divide the batch {batch} of {of}")
+    memory = {
+        name: _most([_memory(t, k, batches[k], gpus, gib) for k, t in trainings.items()])
+        for name, trainings in counted.trainings.items()
+    }
     updates = [name for name in memory if name != "teacher"]
     if not any(memory[update]["micro_batch"] for update in updates):
         needs = {u: (memory[u]["fixed_bytes"] + memory[u]["bytes_per_image"]) / GIB / (1 - RESERVE) for u in updates}
@@ -80,7 +84,7 @@ def plan(
         line = f"nothing fits in {gib:g} GiB; {least}, the smallest, needs GPUs of {needs[least]:.1f} GiB"
         raise UserError(f"{config.recipe}: {line}")
     evaluations = {
-        "teacher": {"training": config.teacher.images * counted.trainings["teacher"].evaluations},
+        "teacher": {"training": config.teacher.images * counted.trainings["teacher"][0].evaluations},
         **{update: _evaluations(config, counted.trainings[update]) for update in updates},
         "evaluate": _evaluate(config),
     }
@@ -127,13 +131,25 @@ def _teacher(config: RunConfig) -> Training:
     return _training(config, "denoising", denoising_arguments(config), "teacher_ema", rounds=1)
 
 
-def _student(config: RunConfig, update: str) -> Training:
+def _students(config: RunConfig, update: str) -> dict[int, Training]:
+    """By k. What is the same for several is counted once."""
     from workflows.stages.distill import ARGUMENTS
 
-    own = config.distill
-    arguments = {"k": own.k[0]} | {name: getattr(own, name) for name in ARGUMENTS} | {"update": update}
-    turns = own.auxiliary_updates
-    return _training(config, own.method, arguments, "student", rounds=lcm(turns, turns + 1), dropout=own.dropout)
+    out: dict[int, Training] = {}
+    known: dict[str, Training] = {}
+    for k in config.distill.k:
+        own = config.distill.for_k(k)
+        arguments = {name: getattr(own, name) for name in ARGUMENTS} | {"update": update}
+        if update == "instant":
+            arguments |= {"auxiliary_updates": 1, "auxiliary_sees_t": False}
+        turns, what = arguments["auxiliary_updates"], repr((own.method, arguments, own.dropout))
+        if what not in known:
+            rounds = lcm(turns, turns + 1)
+            known[what] = _training(
+                config, own.method, {"k": k} | arguments, "student", rounds=rounds, dropout=own.dropout
+            )
+        out[k] = known[what]
+    return out
 
 
 def _training(
@@ -177,13 +193,20 @@ def _training(
     )
 
 
-def _memory(t: Training, batch: int, gpus: int, gib: float) -> dict[str, Any]:
+def _most(columns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the students of several k, the one that needs the most memory; `k` then has those that need the same."""
+    most = max(columns, key=lambda c: (c["bytes_per_image"], c["fixed_bytes"]))
+    return most | {"k": [c["k"] for c in columns if c == most | {"k": c["k"]}]}
+
+
+def _memory(t: Training, k: int, batch: int, gpus: int, gib: float) -> dict[str, Any]:
     """The largest micro-batch that fits and divides a GPU's part of the batch; None if not even one image does."""
     # Between GPUs gradients travel in buckets, which are a copy of them.
     fixed = t.fixed | {"buckets between GPUs": t.fixed["gradients"] if gpus > 1 else 0}
     free, part = gib * GIB * (1 - RESERVE) - sum(fixed.values()), batch // gpus // t.halves
     micro = next((m for m in range(part, 0, -1) if part % m == 0 and m * t.per_image <= free), None)
     return {
+        "k": k,
         "bytes": fixed,
         "bytes_per_image": t.per_image,
         "fixed_bytes": sum(fixed.values()),
@@ -196,23 +219,21 @@ def _memory(t: Training, batch: int, gpus: int, gib: float) -> dict[str, Any]:
     }
 
 
-def _evaluations(config: RunConfig, t: Training) -> dict[str, float]:
+def _evaluations(config: RunConfig, trainings: dict[int, Training]) -> dict[str, float]:
     """Of each student's training, and of all their validations: forwards, or as many operations."""
     sections = {k: config.distill.for_k(k) for k in config.distill.k}
     measured = {k: own.images // own.validate_every if own.validate_every else 0 for k, own in sections.items()}
-    return {f"k={k}": own.images * t.evaluations for k, own in sections.items()} | {
+    return {f"k={k}": own.images * trainings[k].evaluations for k, own in sections.items()} | {
         "validation": sum(measured[k] * own.validate_samples * k for k, own in sections.items())
     }
 
 
 def _evaluate(config: RunConfig) -> dict[str, float]:
-    from workflows.stages.evaluate import Row
+    from workflows.stages.evaluate import STRIP, rows_of
 
-    options, ks = config.evaluate, config.distill.k
-    steps = {*options.teacher_steps, *ks}
-    rows = [Row("teacher", sampler, k, "") for sampler in options.samplers for k in steps]
-    rows += [Row("student", "ancestral", k, "") for k in ks]
-    return {"samples": sum(row.nfe for row in rows) * options.samples * options.seeds}
+    options = config.evaluate
+    rows = rows_of(config, "", dict.fromkeys(config.distill.k, ""))
+    return {"samples": sum(row.nfe for row in rows) * (options.samples * options.seeds + STRIP)}
 
 
 def _hours(evaluations: dict[str, dict[str, float]], flops: float, gpus: int, bench: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +256,8 @@ def pair_flops(config: RunConfig) -> tuple[float, float]:
     """Operations of a forward of one image, and of a joint pair of updates from a whole batch: what `bench` measures."""
     counted = count(config, ["joint"])
     flops = counted.flops_per_forward
-    return flops, flops * counted.trainings["joint"].evaluations * config.distill.batch
+    joint = counted.trainings["joint"][max(config.distill.k)]
+    return flops, flops * joint.evaluations * config.distill.batch
 
 
 def read_bench(path: Path | None) -> dict[str, Any] | None:
@@ -328,6 +350,14 @@ def notes(figures: dict[str, Any]) -> list[str]:
         f"A forward of one image: {forward:,.3g} GFLOP. A backward counts as the forwards that have as many operations. "
         f"Evaluate: {short(samples)} forwards. {RESERVE:.0%} of the memory is left free; float32 throughout."
     ]
+    for name, column in figures["memory"].items():
+        if name != "teacher" and set(column["k"]) != {
+            int(what[2:]) for what in figures["evaluations"][name] if "=" in what
+        }:
+            few = ", ".join(map(str, column["k"]))
+            out.append(
+                f"Memory and batch of {name} are those of k = {few}, which needs the most; the others have options of their own."
+            )
     if hours := figures.get("hours"):
         out.append(
             f"Hours: scaled, not measured. {hours['measured_flops_per_second'] / 1e9:,.3g} GFLOP/s on {hours['device']}, measured "

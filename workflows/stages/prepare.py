@@ -167,6 +167,8 @@ def _statistics(run: StageRun, which: str, images: np.ndarray, about: dict[str, 
         seed=run.context.config.seed,
         fingerprint=about | {"rows": which, "count": len(images)},
         cpus=int(run.context.resources.get("CPU", 1)),
+        task=run.context.placement.task,
+        device=run.context.placement.device,
         tick=bar.update,
     )
     save_reference(folder, reference)
@@ -182,8 +184,12 @@ def build_reference(
     fingerprint: dict[str, Any],
     cpus: int,
     tick: Callable[[int], None],
+    task: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Reference:
-    """Statistics of all images, by Ray tasks of ROWS images, `cpus` and a few at a time; features of `near` of them are kept."""
+    """Statistics of all images, by Ray tasks of ROWS images, `cpus` and a few at a time; features of `near` of them are kept.
+    `task` is what Ray gives each of them, `device` where it computes.
+    """
     import ray
     import torch
 
@@ -191,14 +197,14 @@ def build_reference(
     from mmdistill_core.rng import generator
 
     chosen = torch.randperm(len(images), generator=generator(seed, 6))[:near].sort().values
-    task = ray.remote(num_cpus=1, max_retries=3)(statistics_of)
+    remote = ray.remote(**task or {"num_cpus": 1, "max_retries": 3})(statistics_of)
     waiting, parts = list(range(0, len(images), ROWS)), {}
     running: dict[Any, int] = {}
     while waiting or running:
         while waiting and len(running) < cpus + 2:
             first = waiting.pop(0)
             own = chosen[(chosen >= first) & (chosen < first + ROWS)] - first
-            running[task.remote(extractor, images[first : first + ROWS], own.numpy())] = first
+            running[remote.remote(extractor, images[first : first + ROWS], own.numpy(), device)] = first
         for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
             parts[running.pop(done)] = ray.get(done)
             tick(sum(p.count for p in parts.values()))
@@ -207,7 +213,7 @@ def build_reference(
     return Reference(statistics, fingerprint, floor(statistics.near, pixels))
 
 
-def statistics_of(extractor: str, images: np.ndarray, near: np.ndarray) -> Any:
+def statistics_of(extractor: str, images: np.ndarray, near: np.ndarray, device: str = "cpu") -> Any:
     """`statistics` as a Ray task: on one thread, from the extractor's folder; without the predictions, which only samples need."""
     import torch
 
@@ -215,7 +221,8 @@ def statistics_of(extractor: str, images: np.ndarray, near: np.ndarray) -> Any:
     from mmdistill_core.metrics.statistics import statistics
 
     torch.set_num_threads(1)
-    whole = statistics(load_extractor(extractor), torch.from_numpy(images.copy()), near=torch.from_numpy(near.copy()))
+    values, kept = torch.from_numpy(images.copy()).to(device), torch.from_numpy(near.copy())
+    whole = statistics(load_extractor(extractor).to(device), values, near=kept)
     return replace(whole, logits=None, predicted=None)
 
 
