@@ -203,6 +203,55 @@ class Perceptron(nn.Module):
         return self.schedule.alpha(t)[:, None] * z - self.schedule.sigma(t)[:, None] * v
 
 
+class Corrected(nn.Module):
+    """An exact denoiser, which has nothing to train, and a perceptron's correction that starts at 0: a copy that can be trained."""
+
+    def __init__(self, exact: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.exact, self.correction = (
+            (exact,),
+            Perceptron(dimensions=2),
+        )  # in a tuple: none of its parameters are this module's
+        last = self.correction.body[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        correction: Tensor = self.correction(z, t) - self.correction.schedule.alpha(t)[:, None] * z
+        return self.exact[0](z, t) + correction
+
+
+def exact_uniform_variance(k: int, cells: int) -> float:
+    """The k-step variance where `uniform` pairs have phi(s) = beta(s) at every s, by a student whose slope is free at every t.
+
+    An equation of the first kind with a delay of 1 / k, solved by the midpoint rule from t = 1 down: at each s the slope of the
+    cell above it is a root of a quadratic. Its errors grow on the way, the faster the finer the cells, so it takes few.
+    """
+    a_s = torch.cos(torch.pi / 2 * torch.arange(cells, dtype=torch.float64).clamp_min(1e-6) / cells)
+    betas, t = a_s * VARIANCE / (a_s**2 * VARIANCE + 1 - a_s**2), (torch.arange(cells).double() + 0.5) / cells
+    v_t = COSINE.alpha(t) ** 2 * VARIANCE + COSINE.sigma(t) ** 2
+    slope, first = torch.zeros(cells, dtype=torch.float64), math.sqrt(VARIANCE)
+    for i in reversed(range(cells)):
+        s, beta = max(i / cells, 1e-6), betas[i].item()
+
+        def terms(slope: Tensor, t: Tensor, v_t: Tensor, s: float = s, beta: float = beta) -> Tensor:
+            c_z, c_x, var = posterior_coefficients(schedule=COSINE, t=t, s=torch.full_like(t, s))
+            onto = c_z + c_x * slope
+            return slope * onto * v_t - beta * (onto**2 * v_t + var)
+
+        above = slice(i + 1, min(i + cells // k, cells))
+        rest = terms(slope[above], t[above], v_t[above]).sum().item()
+        rest += max(0.0, s + 1 / k - 1) * cells * terms(at(first), at(1.0), at(1.0)).item()
+        c_z, c_x, var = (c.item() for c in posterior_coefficients(schedule=COSINE, t=t[i : i + 1], s=at(s)))
+        v = v_t[i].item()
+        a2, a1, a0 = v * c_x * (1 - beta * c_x), v * c_z * (1 - 2 * beta * c_x), rest - beta * (c_z**2 * v + var)
+        slope[i] = (-a1 + math.sqrt(a1**2 - 4 * a2 * a0)) / (2 * a2)
+    middle = [cells - cells * i // k for i in range(1, k)]
+    return sampled_variance([first] + [(slope[j - 1] + slope[j]).item() / 2 for j in middle])
+
+
 def gaussian_batch(b: int, rng: torch.Generator) -> Tensor:
     """x [b, 1] ~ N(MEAN, VARIANCE)."""
     return MEAN + math.sqrt(VARIANCE) * torch.randn(b, 1, generator=rng)

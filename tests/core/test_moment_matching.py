@@ -10,9 +10,10 @@ from oracles import (
     VARIANCE,
     Affine,
     AffineInTime,
-    Perceptron,
+    Corrected,
     S,
     T,
+    exact_uniform_variance,
     fixed_times,
     gaussian_batch,
     gaussian_teacher,
@@ -326,6 +327,12 @@ def test_the_fixed_points_of_uniform(k, knots, variance):
     assert population_variance("uniform", k, knots) == pytest.approx(variance, abs=1e-3)
 
 
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
+def test_uniform_has_no_bias_where_its_condition_holds_at_every_s(k):
+    """What the figures above show is the stiffness of the student: with a slope that bends at will all k are within 2 % of .3."""
+    assert exact_uniform_variance(k, cells=64) == pytest.approx(VARIANCE, rel=0.02)
+
+
 CASES = [(pairing, k, 1.0) for pairing, k in [("grid", 1), ("grid", 2), ("grid", 4), ("grid", 8)]]
 CASES += [("uniform", 2, 1.0), ("uniform", 4, 1.0), ("uniform", 8, 1.0)]
 CASES += [("grid", 2, 0.5), ("grid", 8, 0.7), ("uniform", 8, 0.5)]
@@ -351,56 +358,36 @@ def test_whole_algorithm_on_gaussian_data(pairing, k, delta_power):
 def test_mixture_of_eight():
     """k = 8 on a ring of eight Gaussians with the exact teacher: no mode is lost or doubled, and their variances stay.
 
-    Reached: 4.4 % in the masses, 4.2 % in the mean variance; the bounds leave room for other machines' rounding. The setting is the
-    best of those tried: delta_power .85 is between 1, which leaves the variance 6 % low, and .7, which the Gaussian's table would
-    have (docs/defaults.md).
+    Reached: 1.7 % in the masses, 1.3 % in the modes' variances; with another seed 1.8 and 3.3. delta_power 2 is the best of those
+    tried: at 1, the paper's, the variance stays 7 % high, at 1.25 5 %, at 1.75 4 %; with `grid` and 1 it is 5 % low. Student and
+    auxiliary start as the exact teacher. Perceptrons fitted to it did not get the masses below 4.4 %: what the auxiliary can't
+    represent of the teacher, the student makes up for.
     """
     modes, variance = 8, 0.02
-    exact = ring_of_gaussians(modes=modes, radius=1.0, variance=variance, schedule=COSINE)
-    student = fitted_perceptron(exact, steps=3000)
-    auxiliary = Perceptron(dimensions=2)
-    auxiliary.load_state_dict(student.state_dict())
-    method = MomentMatching(schedule=COSINE, k=8, pairing="uniform", delta_power=0.85, w_s="sigmoid")
+    exact = ring_of_gaussians(modes=modes, radius=1.0, variance=variance, schedule=COSINE).requires_grad_(False)
+    student, auxiliary = Corrected(exact), Corrected(exact)
+    method = MomentMatching(schedule=COSINE, k=8, pairing="uniform", delta_power=2.0)
     state = TrainState.create(
         method=method,
         given={"teacher": exact, "student": student, "auxiliary": auxiliary},
         options={
-            "student": OptimiserOptions(lr=1e-3, warmup_images=50 * 2048),
-            "auxiliary": OptimiserOptions(lr=3e-3, warmup_images=50 * 2048),
+            "student": OptimiserOptions(lr=1e-3, warmup_images=50 * 2048, decay="linear"),
+            "auxiliary": OptimiserOptions(lr=3e-3, warmup_images=50 * 2048, decay="linear"),
         },
         global_batch=2048,
-        total_images=3000 * 2048,
+        total_images=4000 * 2048,
         best_role="student",
     )
     while state.n_images < state.total_images:
         train_step(state=state, batches=lambda n: Batch(exact.sample(2048, rng=generator(1, n))[0]), seed=0)
 
-    mass, spread = modes_of(state.networks["student"], exact, k=8)
+    mass, spread = modes_of(student, exact, k=8)
     teacher_mass, teacher_spread = modes_of(exact, exact, k=8)
     print(f"student: mass x{modes} {mass * modes}, variance ratio {spread / variance}")
     print(f"teacher: mass x{modes} {teacher_mass * modes}, variance ratio {teacher_spread / variance}")
-    torch.testing.assert_close(mass * modes, torch.ones(modes), atol=0.08, rtol=0)
-    assert abs(spread.mean().item() / variance - 1) < 0.08
-
-
-def fitted_perceptron(exact, *, steps):
-    """A perceptron regressed on the exact teacher, where a student starts."""
-    torch.manual_seed(0)
-    network = Perceptron(dimensions=2)
-    optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    rng = generator(3)
-    for _ in range(steps):
-        x, _ = exact.sample(1024, rng=rng)
-        t = torch.rand(1024, generator=rng)
-        z = q_sample(schedule=COSINE, x=x, eps=torch.randn(x.shape, generator=rng), t=t)
-        w = (1 + COSINE.logsnr(t).exp()).clamp_max(100)[:, None]
-        loss = (w * (network(z, t) - exact(z, t)) ** 2).mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        decay.step()
-    return network
+    torch.testing.assert_close(mass * modes, torch.ones(modes), atol=0.05, rtol=0)
+    torch.testing.assert_close(spread / variance, torch.ones(modes), atol=0.05, rtol=0)
+    assert (teacher_spread / variance - 1).abs().min() > 0.05
 
 
 def modes_of(denoiser, exact, *, k, n=400_000):

@@ -66,6 +66,12 @@ def test_students_keep_how_they_are_sampled(chosen):
         two.sample(3, guidance=3.0)
 
 
+def test_the_report_says_which_curve_is_an_instant_students(chosen):
+    page = next((chosen[0].workspace / "stages").glob("report-*/report.html")).read_text()
+    assert "k = 2 has no auxiliary" in page
+    assert "k = 1 has" not in page
+
+
 def test_one_step_starts_from_two(chosen):
     """Its run waited for the other's, and names it in what it depends on."""
     import json

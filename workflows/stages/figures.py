@@ -115,8 +115,10 @@ def distance_against_steps(table: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def _each_k(histories: dict[int, History], draw: Callable[[Any, int, History], None], height: float) -> str:
-    figure, axes = _figure(len(histories), width=10.4, height=height, sharey=True)
+def _each_k(
+    histories: dict[int, History], draw: Callable[[Any, int, History], None], height: float, *, sharey: bool = True
+) -> str:
+    figure, axes = _figure(len(histories), width=10.4, height=height, sharey=sharey)
     for axis, (k, history) in zip(axes[0], histories.items(), strict=True):
         draw(axis, k, history)
         axis.set_title(f"k = {k}")
@@ -126,28 +128,31 @@ def _each_k(histories: dict[int, History], draw: Callable[[Any, int, History], N
 
 
 def moment_gap(histories: dict[int, History]) -> str:
-    """w(s) |g_phi - g_theta|^2 over training: its mean, and each of 8 noise levels."""
+    """w(s) |g_phi - g_theta|^2 over training, of an instant student G_A . Lambda G_B: its mean, and each of 8 noise levels."""
     import matplotlib as mpl
 
     levels = mpl.colormaps["viridis"]
+    instant = {k: any("squared_moments" in m for _, m in history) for k, history in histories.items()}
+    mixed = len(set(instant.values())) > 1
 
     def draw(axis: Any, k: int, history: History) -> None:
+        logged = "squared_moments" if instant[k] else "moment_gap"
         for level in range(8):
             points = [
-                (n / 1e3, m[f"moment_gap/level{level}"]) for n, m in history if m.get(f"moment_gap/level{level}", 0) > 0
+                (n / 1e3, m[f"{logged}/level{level}"]) for n, m in history if m.get(f"{logged}/level{level}", 0) > 0
             ]
             if points:
                 name = ("logsnr < -6", *(f"{-6 + 2 * i} to {-4 + 2 * i}" for i in range(6)), "logsnr > 6")[level]
                 axis.plot(*zip(*points, strict=True), color=levels(level / 7.5), linewidth=1, alpha=0.8, label=name)
-        mean = [(n / 1e3, m["moment_gap"]) for n, m in history if m.get("moment_gap", 0) > 0]
+        mean = [(n / 1e3, m[logged]) for n, m in history if m.get(logged, 0) > 0]
         if mean:
             axis.plot(*zip(*mean, strict=True), color=INK, linewidth=2, label="mean")
-        if k == min(histories):
-            axis.set_ylabel("moment gap")
-        if k == max(histories):
+        if k == min(histories) or mixed:
+            axis.set_ylabel("squared moments" if instant[k] else "moment gap")
+        if k == max(histories) and axis.lines:
             axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
 
-    return _each_k(histories, draw, 3.2)
+    return _each_k(histories, draw, 3.2, sharey=not mixed)
 
 
 def distance_in_training(histories: dict[int, History], teacher: float, most: int) -> str:

@@ -78,6 +78,7 @@ def _body(
         steps=sorted({k for who, _, k in rows if who == "teacher"}),
         distance_plot=figures.distance_against_steps(table),
         gap_plot=figures.moment_gap(histories),
+        instant=[k for k in students if run.context.config.distill.for_k(k).update == "instant"],
         progress_plot=figures.distance_in_training(
             histories, rows[("teacher", "ancestral", most)]["frechet"]["mean"], most
         ),
