@@ -208,11 +208,8 @@ class Corrected(nn.Module):
 
     def __init__(self, exact: nn.Module) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.exact, self.correction = (
-            (exact,),
-            Perceptron(dimensions=2),
-        )  # in a tuple: none of its parameters are this module's
+        self.exact = (exact,)  # in a tuple, so that none of its parameters are this module's
+        self.correction = Perceptron(dimensions=2)
         last = self.correction.body[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
@@ -223,16 +220,15 @@ class Corrected(nn.Module):
         return self.exact[0](z, t) + correction
 
 
-def exact_uniform_variance(k: int, cells: int) -> float:
-    """The k-step variance where `uniform` pairs have phi(s) = beta(s) at every s, by a student whose slope is free at every t.
-
-    An equation of the first kind with a delay of 1 / k, solved by the midpoint rule from t = 1 down: at each s the slope of the
-    cell above it is a root of a quadratic. Its errors grow on the way, the faster the finer the cells, so it takes few.
+def exact_uniform_variance(k: int, cells: int, first: float) -> float:
+    """The k-step variance where `uniform` pairs have phi(s) = beta(s) at every s, by a student whose slope is free at every t: an
+    integral equation with a delay of 1 / k, solved by the midpoint rule from t = 1 down. At each s the slope in the cell above it
+    is a root of a quadratic. The slope at t = 1, `first`, is free: the slopes just below make up for it.
     """
     a_s = torch.cos(torch.pi / 2 * torch.arange(cells, dtype=torch.float64).clamp_min(1e-6) / cells)
     betas, t = a_s * VARIANCE / (a_s**2 * VARIANCE + 1 - a_s**2), (torch.arange(cells).double() + 0.5) / cells
     v_t = COSINE.alpha(t) ** 2 * VARIANCE + COSINE.sigma(t) ** 2
-    slope, first = torch.zeros(cells, dtype=torch.float64), math.sqrt(VARIANCE)
+    slope = torch.zeros(cells, dtype=torch.float64)
     for i in reversed(range(cells)):
         s, beta = max(i / cells, 1e-6), betas[i].item()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows.config import RunConfig, digest
-from workflows.runtime.cluster import Monitor
+from workflows.runtime.cluster import Monitor, task_options
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
@@ -48,12 +48,12 @@ class Placement:
 
     @property
     def device(self) -> str:
-        """Where the tasks of a stage compute, that are no trainings; `task` is what Ray is to give each."""
+        """Where those tasks of a stage compute that are no trainings, for `device_of_task`; `task` is what Ray is to give each."""
         return "cuda" if self.use_gpu else "cpu"
 
     @property
     def task(self) -> dict[str, Any]:
-        return {"num_cpus": 1, "num_gpus": int(self.use_gpu), "max_retries": 3}
+        return task_options(use_gpu=self.use_gpu)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement
 from workflows.reference import check_inputs, check_reference
-from workflows.runtime.cluster import Monitor, ray_session
+from workflows.runtime.cluster import Monitor, ray_session, require
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
 from workflows.runtime.tracking import Tracker
@@ -139,6 +139,8 @@ def open_context(
         with screen.status("starting Ray"):
             resources = stack.enter_context(ray_session())
             monitor = Monitor()
+        placement = place(config, options, resources)
+        require(resources, cpus=1, gpus=int(placement.use_gpu))
         yield Context(
             config=config,
             workspace=workspace,
@@ -148,7 +150,7 @@ def open_context(
             resources=resources,
             force=frozenset(options.force),
             monitor=monitor,
-            placement=place(config, options, resources),
+            placement=placement,
         )
 
 

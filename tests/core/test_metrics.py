@@ -52,11 +52,11 @@ def test_merged_moments_are_those_of_the_whole(sizes, order):
         parts.reverse()
     if order == "shuffled":
         parts = [parts[i] for i in torch.randperm(len(parts), generator=torch.Generator().manual_seed(0))]
-    together, whole = reduce(Moments.merge, parts), moments(a)
-    assert together.count == whole.count
-    torch.testing.assert_close(together.mean, whole.mean, atol=1e-10, rtol=0)
-    torch.testing.assert_close(together.covariance, whole.covariance, atol=1e-10, rtol=0)
-    np.testing.assert_allclose(together.covariance, np.cov(a.numpy().T), atol=1e-10)
+    joined, whole = reduce(Moments.merge, parts), moments(a)
+    assert joined.count == whole.count
+    torch.testing.assert_close(joined.mean, whole.mean, atol=1e-10, rtol=0)
+    torch.testing.assert_close(joined.covariance, whole.covariance, atol=1e-10, rtol=0)
+    np.testing.assert_allclose(joined.covariance, np.cov(a.numpy().T), atol=1e-10)
 
 
 @pytest.mark.parametrize("sizes", [[1000], [10, 990], [300, 0, 700], [250, 250, 500, 0, 0]])
@@ -85,12 +85,12 @@ def test_statistics_of_parts_merge_to_those_of_the_whole(sizes):
         statistics(extractor, part, near=torch.arange(min(max(25 - first, 0), len(part))))
         for part, first in zip(images.split(sizes), starts, strict=True)
     ]
-    together = merged(parts)
-    assert together.count == whole.count == 60
-    assert torch.equal(together.predicted, whole.predicted)
-    assert together.logits is whole.logits is None
-    torch.testing.assert_close(together.near, whole.near)
-    for a, b in ((together.features, whole.features), (together.pixels, whole.pixels)):
+    joined = merged(parts)
+    assert joined.count == whole.count == 60
+    assert torch.equal(joined.predicted, whole.predicted)
+    assert joined.logits is whole.logits is None
+    torch.testing.assert_close(joined.near, whole.near)
+    for a, b in ((joined.features, whole.features), (joined.pixels, whole.pixels)):
         torch.testing.assert_close(a.scatter, b.scatter, atol=1e-5, rtol=1e-5)
 
 

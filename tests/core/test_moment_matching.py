@@ -1,5 +1,6 @@
 """Moment matching against closed forms on Gaussian data, and on a mixture with an exact teacher."""
 
+import copy
 import math
 
 import pytest
@@ -327,17 +328,23 @@ def test_the_fixed_points_of_uniform(k, knots, variance):
     assert population_variance("uniform", k, knots) == pytest.approx(variance, abs=1e-3)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
-def test_uniform_has_no_bias_where_its_condition_holds_at_every_s(k):
-    """What the figures above show is the stiffness of the student: with a slope that bends at will all k are within 2 % of .3."""
-    assert exact_uniform_variance(k, cells=64) == pytest.approx(VARIANCE, rel=0.02)
+@pytest.mark.parametrize("cells", [48, 96])
+@pytest.mark.parametrize(("k", "low", "high"), [(4, 0.263, 0.306), (8, 0.292, 0.300), (16, 0.299, 0.300)])
+def test_the_exact_fixed_points_of_uniform(k, low, high, cells):
+    """Where the condition holds at every s. It leaves the slope at t = 1 free: with 0 there the variance is the lowest, with the root
+    of S, which is k = 1's exact student, close to the data's. From 8 steps on it hardly matters.
+    """
+    found = [exact_uniform_variance(k, cells, first) for first in (0.0, 0.3, VARIANCE**0.5)]
+    assert found == sorted(found)
+    assert found[0] == pytest.approx(low, abs=5e-3)
+    assert found[-1] == pytest.approx(high, abs=3e-3)
 
 
 CASES = [(pairing, k, 1.0) for pairing, k in [("grid", 1), ("grid", 2), ("grid", 4), ("grid", 8)]]
 CASES += [("uniform", 2, 1.0), ("uniform", 4, 1.0), ("uniform", 8, 1.0)]
 CASES += [("grid", 2, 0.5), ("grid", 8, 0.7), ("uniform", 8, 0.5)]
-"""(pairing, k, delta_power). `uniform` at k = 1 is left out: its fixed point is a first-kind integral equation that no finite run
-pins down (.22 at a residual of 1e-3, .055 at 1e-4)."""
+"""(pairing, k, delta_power). `uniform` at k = 1 is left out: its condition leaves the slope at t = 1 free, and that alone
+is sampled."""
 
 
 @pytest.mark.parametrize(("pairing", "k", "delta_power"), CASES)
@@ -365,7 +372,9 @@ def test_mixture_of_eight():
     """
     modes, variance = 8, 0.02
     exact = ring_of_gaussians(modes=modes, radius=1.0, variance=variance, schedule=COSINE).requires_grad_(False)
-    student, auxiliary = Corrected(exact), Corrected(exact)
+    torch.manual_seed(0)
+    student = Corrected(exact)
+    auxiliary = copy.deepcopy(student)
     method = MomentMatching(schedule=COSINE, k=8, pairing="uniform", delta_power=2.0)
     state = TrainState.create(
         method=method,

@@ -68,8 +68,28 @@ def test_students_keep_how_they_are_sampled(chosen):
 
 def test_the_report_says_which_curve_is_an_instant_students(chosen):
     page = next((chosen[0].workspace / "stages").glob("report-*/report.html")).read_text()
-    assert "k = 2 has no auxiliary" in page
-    assert "k = 1 has" not in page
+    assert "Squared moments (k = 2)" in page
+    assert "Moment gap" in page
+
+
+def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatch):
+    """Panels for both kinds, each with its mean and its levels; values below 0 are there."""
+    from workflows.context import read_metrics
+    from workflows.stages import figures
+
+    folders = {k: next((chosen[0].workspace / "stages").glob(f"distill-k{k}-*")) for k in (1, 2)}
+    drawn = {}
+    monkeypatch.setattr(figures, "_svg", lambda figure: drawn.update(axes=figure.axes))
+    histories = {k: read_metrics(folder) for k, folder in folders.items()}
+    (n, last), *_ = histories[2][-1:]
+    histories[2] = [*histories[2][:-1], (n, last | {"squared_moments": -last["squared_moments"]})]
+    figures.moment_gap(histories)
+    assert [axis.get_yscale() for axis in drawn["axes"]] == ["log", "symlog"]
+    assert [axis.get_ylabel() for axis in drawn["axes"]] == ["moment gap", "squared moments"]
+    for axis, history, name in zip(drawn["axes"], histories.values(), ("moment_gap", "squared_moments"), strict=True):
+        mean = next(line for line in axis.lines if line.get_label() == "mean")
+        assert list(mean.get_ydata()) == [m[name] for _, m in history if name in m]
+        assert len(axis.lines) > 4
 
 
 def test_one_step_starts_from_two(chosen):

@@ -79,3 +79,29 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "no cluster answers at 127.0.0.1:9 (Connection refused)" in done.stderr
+
+
+TASKS = """
+import os, ray, time
+from workflows.runtime.cluster import device_of_task, task_options
+
+ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level=40)
+
+@ray.remote(**task_options(use_gpu=True))
+def where(wait):
+    time.sleep(wait)
+    return device_of_task("cuda"), os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+both = ray.get([where.remote(3), where.remote(3)])
+after = ray.get([where.remote(0) for _ in range(6)])
+print(sorted(device for device, _, _ in both), len({pid for _, pid, _ in both + after}), {seen for _, _, seen in both + after})
+"""
+
+
+@pytest.mark.parametrize("visible", [None, "4,7"])
+def test_a_task_knows_its_gpu_though_its_process_had_another(visible):
+    """Two GPUs that are not there, which Ray gives all the same."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_VISIBLE"))}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    done = subprocess.run([sys.executable, "-c", TASKS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().splitlines()[-1:] == [f"['cuda:0', 'cuda:1'] 2 {{{visible!r}}}"], done.stderr

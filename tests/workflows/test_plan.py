@@ -7,7 +7,7 @@ import pytest
 from workflows.cli import main
 from workflows.config import ConfigError, load_config, recipe_names
 from workflows.runtime.errors import UserError
-from workflows.stages.plan import RESERVE, UPDATES, count, notes, plan
+from workflows.stages.plan import RESERVE, UPDATES, Counted, Training, count, notes, plan
 
 SIZES = ["network.width=64", "network.depth=2", "network.heads=4", "distill.ema=true"]
 
@@ -81,7 +81,29 @@ def test_a_k_with_options_of_its_own_is_counted_with_them():
         f"Memory and batch of {u} are those of k = 1" for u in ("joint", "instant")
     ]
     with pytest.raises(ConfigError, match=r"--gpus: 192 does not divide the batch 256 of k = 1"):
-        plan(load_config("digits", ["teacher.batch=192", f"distill.overrides={{1: {own}}}"]), counted, gpus=192, gib=2)
+        plan(
+            load_config("digits", [*small, "teacher.batch=192", f"distill.overrides={{1: {own}}}"]),
+            counted,
+            gpus=192,
+            gib=2,
+        )
+
+
+def test_the_k_that_is_shown_is_the_one_that_needs_the_most():
+    def training(fixed, per_image):
+        return Training({"weights": fixed, "gradients": 0}, per_image, evaluations=7.0, updates=1.0, halves=1)
+
+    def shown(override, one, eight, gib):
+        config = load_config("digits", ["distill.k=[1,8]", f"distill.overrides={{8: {override}}}"])
+        trainings = {"teacher": {0: training(0, 1)}, "joint": {1: one, 8: eight}, "instant": {1: one, 8: one}}
+        return plan(config, Counted(1.0, 1, trainings), gpus=1, gib=gib)["memory"]["joint"]
+
+    same = training(2**20, 2**20)
+    column = shown({"batch": 512}, same, same, 2)
+    assert (column["k"], column["batch"]) == ([8], 512)
+    column = shown({}, training(0, 1.1e6), training(3 * 2**30, 1e6), 2)
+    assert (column["k"], column["micro_batch"]) == ([8], None)
+    assert shown({}, same, same, 2)["k"] == [1, 8]
 
 
 def test_guided_and_noisier_rows_are_counted_too(cifar):

@@ -243,7 +243,7 @@ def job_of(folder, **fields):
 @pytest.mark.ray
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_cluster):
-    """550 samples in batches of 250: of five workers two have nothing to do."""
+    """550 samples in batches of 250: of five workers two have nothing to do. Each has the labels of its own."""
     from workflows.runtime.worker import build_state, validator
 
     save_extractor(tmp_path / "extractor", Pixels(), provenance={})
@@ -253,14 +253,21 @@ def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_
     )  # fmt: skip
     save_reference(tmp_path / "statistics", real)
     samples = {"extractor": str(tmp_path / "extractor"), "reference": str(tmp_path / "statistics"), "samples": 550}
-    job, labels = job_of(tmp_path, validate=samples), torch.full((90,), -1)
-    alone = validator(job, labels)(build_state(job))["score"]
+    job, labels = job_of(tmp_path, validate=samples, network=NETWORK | {"num_classes": 2}), torch.arange(90) % 2
+
+    def state():
+        made = build_state(job)
+        for parameter in made.networks["teacher_ema"].parameters():  # a new network's output is 0
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+        return made
+
+    alone = validator(job, labels)(state())["score"]
+    assert alone != pytest.approx(validator(job, 1 - labels)(state())["score"], rel=1e-3), "the labels matter"
 
     def on(rank, summed):
         return validator(job, labels, rank=rank, world=world, summed=summed)(states[rank])["score"]
 
-    states = [build_state(job) for _ in range(world)]
-    assert alone > 0
+    states = [state() for _ in range(world)]
     assert together(world, on) == pytest.approx([alone] * world, rel=1e-8)
 
 

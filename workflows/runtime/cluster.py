@@ -107,12 +107,35 @@ class Monitor:
 
 def require(resources: dict[str, float], *, cpus: float, gpus: float = 0) -> None:
     """Raises UserError where Ray would wait for ever."""
-    for name, need in (("CPU", cpus), ("GPU", gpus)):
+    for name, need, less in (("CPU", cpus, "fewer --workers"), ("GPU", gpus, "fewer --workers, or --no-gpu")):
         if need > resources.get(name, 0):
             raise UserError(
                 f"workers: {need:g} {name}s are needed at once, the cluster has {resources.get(name, 0):g}",
-                hint="give fewer --workers, or start a larger cluster and name it in RAY_ADDRESS",
+                hint=f"give {less}, or start a larger cluster and name it in RAY_ADDRESS",
             )
+
+
+def task_options(*, use_gpu: bool) -> dict[str, Any]:
+    """What Ray is to give a task that computes: a CPU, or a GPU beside it. Processes are used again, and so keep their models; by
+    default one with a GPU would end with its task. The next time it may be given another GPU than its CUDA began with, so that Ray
+    is told to leave CUDA_VISIBLE_DEVICES alone, and `device_of_task` tells which one it is.
+    """
+    options: dict[str, Any] = {"num_cpus": 1, "max_retries": 3}
+    if use_gpu:
+        apart = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+        options |= {"num_gpus": 1, "max_calls": 0, "runtime_env": apart}
+    return options
+
+
+def device_of_task(kind: str) -> str:
+    """Within a task: "cpu" for "cpu", and for "cuda" the GPU that Ray gave it, as torch names it."""
+    if kind == "cpu":
+        return kind
+    import ray
+
+    (gpu,) = ray.get_gpu_ids()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"cuda:{visible.split(',').index(str(gpu)) if visible else gpu}"
 
 
 def run_together(

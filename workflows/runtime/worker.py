@@ -252,6 +252,16 @@ def _newest(note: Callable[[str], None]) -> dict[str, Any] | None:
     return None
 
 
+def _agree(n_images: int, device: Any) -> None:
+    """Raises RuntimeError, on every worker, where some have read another checkpoint: they would wait for each other for ever."""
+    import torch
+
+    ends = torch.tensor([n_images, -n_images], device=device)
+    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+    if ends[0] != -ends[1]:
+        raise RuntimeError(f"the workers read different checkpoints, of {-int(ends[1])} and {int(ends[0])} images")
+
+
 @dataclass
 class Training:
     """What `engine.fit` is called with on a worker."""
@@ -313,6 +323,8 @@ def set_up(config: dict[str, Any]) -> Training:
             mailbox.note.remote(f"{job.name.rsplit('-', 1)[0]}: {text}")
 
     before = _newest(note)
+    if world > 1:
+        _agree(before["state"]["counters"]["n_images"] if before else -1, device)
     state = build_state(job, batches, rank, averaged, before and before["collected"])
     for network in state.networks.values():
         network.to(device)

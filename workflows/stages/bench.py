@@ -25,7 +25,7 @@ from workflows.stages.memory import bench_memory
 from workflows.stages.plan import pair_flops
 
 PARTS = ("engine", "sampler", "ray", "memory")
-STEPS = 10
+STEPS, K = 10, 8
 """Updates timed together in a round."""
 
 
@@ -172,12 +172,12 @@ def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        state = build_state(_job(_joint(config), Path(scratch), k=8))
+        state = build_state(_job(_joint(config), Path(scratch), k=K))
     images, labels = source_of(config.data).load(print)
     batches = InMemoryBatches(
         x=torch.from_numpy(images).float() * 2 - 1,
         label=torch.from_numpy(labels),
-        global_batch=config.distill.batch,
+        global_batch=config.distill.for_k(K).batch,
         seed=0,
     )
     systems = {
@@ -186,7 +186,7 @@ def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
         "optimisers": optimisers_of(state),
     }
     times = interleaved(systems, rounds=repeats)
-    forward, pair = pair_flops(config)
+    forward, pair = pair_flops(config, K)
     return {
         "seconds_per_pair": {name: t["median"] / STEPS for name, t in times.items()},
         "flops_per_forward": forward,
@@ -293,7 +293,7 @@ def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
     images, labels = source.load(print)
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         folder = Path(scratch)
-        job = _job(_joint(config), folder, k=8)
+        job = _job(_joint(config), folder, k=K)
         write_shards(folder / "data", source="bench", images=images, labels=labels, num_classes=source.num_classes,
                      holdout=0.2, rows=512)  # fmt: skip
         began = time.perf_counter()

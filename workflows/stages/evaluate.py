@@ -18,6 +18,7 @@ import numpy as np
 from workflows.config import Distill, Evaluate, RunConfig, digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
+from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.progress import short
 from workflows.runtime.workspace import code_version, write_json
 
@@ -151,7 +152,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     placement = run.context.placement
     sample_task = ray.remote(**placement.task)(sample_chunk)
     strip_task = ray.remote(**placement.task)(sample_strip)
-    measure_task = ray.remote(num_cpus=1, max_retries=3)(measure_chunks)
+    measure_task = ray.remote(**task_options(use_gpu=False))(measure_chunks)
     data, width = ray.put(reference.statistics), chunk_of(reference)
 
     with screen.bars():
@@ -273,7 +274,7 @@ def sample_chunk(
     import torch
 
     torch.set_num_threads(1)
-    model, extractor, device = where
+    model, extractor, device = where[0], where[1], device_of_task(where[2])
     drawn = torch.from_numpy(label.copy())
     return sampled(_model(model, device), _extractor(extractor, device), how, k, drawn, seed, first, near)
 
@@ -283,7 +284,7 @@ def sample_strip(model: str, how: dict[str, Any], k: int, device: str) -> np.nda
     import torch
 
     torch.set_num_threads(1)
-    diffusion = _model(model, device)
+    diffusion = _model(model, device_of_task(device))
     classes = diffusion.network.num_classes
     label = torch.arange(STRIP) % classes if classes else None
     images: np.ndarray = diffusion.sample(STRIP, label=label, seed=7, k=k, **how).cpu().numpy()

@@ -120,10 +120,10 @@ def _each_k(
 ) -> str:
     figure, axes = _figure(len(histories), width=10.4, height=height, sharey=sharey)
     for axis, (k, history) in zip(axes[0], histories.items(), strict=True):
+        axis.set_yscale("log")
         draw(axis, k, history)
         axis.set_title(f"k = {k}")
         axis.set_xlabel("images seen, thousands")
-        axis.set_yscale("log")
     return _svg(figure)
 
 
@@ -138,15 +138,15 @@ def moment_gap(histories: dict[int, History]) -> str:
     def draw(axis: Any, k: int, history: History) -> None:
         logged = "squared_moments" if instant[k] else "moment_gap"
         for level in range(8):
-            points = [
-                (n / 1e3, m[f"{logged}/level{level}"]) for n, m in history if m.get(f"{logged}/level{level}", 0) > 0
-            ]
+            points = [(n / 1e3, m[f"{logged}/level{level}"]) for n, m in history if f"{logged}/level{level}" in m]
             if points:
                 name = ("logsnr < -6", *(f"{-6 + 2 * i} to {-4 + 2 * i}" for i in range(6)), "logsnr > 6")[level]
                 axis.plot(*zip(*points, strict=True), color=levels(level / 7.5), linewidth=1, alpha=0.8, label=name)
-        mean = [(n / 1e3, m[logged]) for n, m in history if m.get(logged, 0) > 0]
+        mean = [(n / 1e3, m[logged]) for n, m in history if logged in m]
         if mean:
             axis.plot(*zip(*mean, strict=True), color=INK, linewidth=2, label="mean")
+            if instant[k]:  # without bias, and so below 0 as often as above once it is over
+                axis.set_yscale("symlog", linthresh=max(abs(v) for _, v in mean) / 1e3)
         if k == min(histories) or mixed:
             axis.set_ylabel("squared moments" if instant[k] else "moment gap")
         if k == max(histories) and axis.lines:

@@ -195,7 +195,8 @@ def _training(
 
 def _most(columns: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the students of several k, the one that needs the most memory; `k` then has those that need the same."""
-    most = max(columns, key=lambda c: (c["bytes_per_image"], c["fixed_bytes"]))
+    most = max(columns, key=lambda c: (c["fixed_bytes"] + (c["micro_batch"] or 1) * c["bytes_per_image"], c["batch"]))
+    most = next((c for c in columns if not c["micro_batch"]), most)
     return most | {"k": [c["k"] for c in columns if c == most | {"k": c["k"]}]}
 
 
@@ -252,12 +253,12 @@ def _hours(evaluations: dict[str, dict[str, float]], flops: float, gpus: int, be
     }
 
 
-def pair_flops(config: RunConfig) -> tuple[float, float]:
+def pair_flops(config: RunConfig, k: int) -> tuple[float, float]:
     """Operations of a forward of one image, and of a joint pair of updates from a whole batch: what `bench` measures."""
-    counted = count(config, ["joint"])
+    own = config.distill.for_k(k)
+    counted = count(config.model_copy(update={"distill": own}), ["joint"])
     flops = counted.flops_per_forward
-    joint = counted.trainings["joint"][max(config.distill.k)]
-    return flops, flops * joint.evaluations * config.distill.batch
+    return flops, flops * counted.trainings["joint"][k].evaluations * own.batch
 
 
 def read_bench(path: Path | None) -> dict[str, Any] | None:

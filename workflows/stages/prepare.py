@@ -13,6 +13,7 @@ import numpy as np
 from workflows.config import digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, save_reference
+from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
 from workflows.runtime.workspace import code_version
 from workflows.sources import Source, source_of
@@ -197,7 +198,7 @@ def build_reference(
     from mmdistill_core.rng import generator
 
     chosen = torch.randperm(len(images), generator=generator(seed, 6))[:near].sort().values
-    remote = ray.remote(**task or {"num_cpus": 1, "max_retries": 3})(statistics_of)
+    remote = ray.remote(**task or task_options(use_gpu=False))(statistics_of)
     waiting, parts = list(range(0, len(images), ROWS)), {}
     running: dict[Any, int] = {}
     while waiting or running:
@@ -221,6 +222,7 @@ def statistics_of(extractor: str, images: np.ndarray, near: np.ndarray, device: 
     from mmdistill_core.metrics.statistics import statistics
 
     torch.set_num_threads(1)
+    device = device_of_task(device)
     values, kept = torch.from_numpy(images.copy()).to(device), torch.from_numpy(near.copy())
     whole = statistics(load_extractor(extractor).to(device), values, near=kept)
     return replace(whole, logits=None, predicted=None)

@@ -59,6 +59,7 @@ def _body(
     grids = {p.stem: _data_uri(p) for p in (measured.folder / "grids").glob("*.png")}
     rows = {(r["who"], r["sampler"], r["k"]): r for r in table["rows"]}
     most = max(k for who, sampler, k in rows if who == "teacher" and sampler == "ancestral")
+    instant = [k for k in sorted(students) if run.context.config.distill.for_k(k).update == "instant"]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -78,7 +79,8 @@ def _body(
         steps=sorted({k for who, _, k in rows if who == "teacher"}),
         distance_plot=figures.distance_against_steps(table),
         gap_plot=figures.moment_gap(histories),
-        instant=[k for k in students if run.context.config.distill.for_k(k).update == "instant"],
+        instant=instant,
+        with_auxiliary=len(instant) < len(students),
         progress_plot=figures.distance_in_training(
             histories, rows[("teacher", "ancestral", most)]["frechet"]["mean"], most
         ),
