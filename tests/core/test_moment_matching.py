@@ -331,8 +331,8 @@ def test_the_fixed_points_of_uniform(k, knots, variance):
 @pytest.mark.parametrize("cells", [48, 96])
 @pytest.mark.parametrize(("k", "low", "high"), [(4, 0.263, 0.306), (8, 0.292, 0.300), (16, 0.299, 0.300)])
 def test_the_exact_fixed_points_of_uniform(k, low, high, cells):
-    """Where the condition holds at every s. It leaves the slope at t = 1 free: with 0 there the variance is the lowest, with the root
-    of S, which is k = 1's exact student, close to the data's. From 8 steps on it hardly matters.
+    """Where the condition holds at every s. It leaves the slope at t = 1 free: with 0 there the variance is the lowest, and with
+    k = 1's exact student, the root of S, close to the data's. From 8 steps on it hardly matters.
     """
     found = [exact_uniform_variance(k, cells, first) for first in (0.0, 0.3, VARIANCE**0.5)]
     assert found == sorted(found)
