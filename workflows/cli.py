@@ -159,9 +159,10 @@ def sweep(
 @app.command()
 def ablate(
     recipe: Annotated[list[str] | None, typer.Argument(help="gmm, digits, or both, which is the default.")] = None,
-    page: Annotated[Path, typer.Option(help="Its tables are written anew, and the rows kept beside it.")] = Path(
-        "docs/ablation.md"
-    ),
+    page: Annotated[
+        Path,
+        typer.Option(help="Its tables are written anew, and the rows kept beside it; those of another teacher go."),
+    ] = Path("ablation.md"),
     only: Annotated[list[str] | None, typer.Option(help="This setting; may be repeated. By default all.")] = None,
     k: Annotated[list[int] | None, typer.Option("-k", help="Steps; may be repeated. By default 1, 2, 4, 8.")] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each.", min=1)] = 3,

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from workflows.smoke import smoke_values
 from workflows.sources import SHAPED, SOURCES, source_of
+from workflows.values import merge, nested, without
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -329,14 +330,6 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section."""
-    out = dict(base)
-    for key, value in over.items():
-        out[key] = merge(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out
-
-
 @cache
 def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in RECIPES.glob("*.yaml")))
@@ -377,14 +370,6 @@ def _parse_override(text: str) -> dict[str, Any]:
     return nested(field, parsed)
 
 
-def nested(field: str, value: Any) -> dict[str, Any]:
-    """("a.b", 1) -> {"a": {"b": 1}}; whole numbers are keys of their own kind."""
-    for part in reversed(field.split(".")):
-        value = {int(part) if part.isdigit() else part: value}
-    assert isinstance(value, dict)
-    return value
-
-
 def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
     """The names that are valid where `path` ends, below `model`, for a message about an unknown one."""
     for part in path:
@@ -417,7 +402,12 @@ def load_config(recipe: str, overrides: list[str] | None = None, *, smoke: bool 
     line.
     """
     given: dict[str, Any] = reduce(merge, map(_parse_override, overrides or []), dict[str, Any]())
-    config = _resolve({"recipe": Path(recipe).stem} | merge(_read_recipe(recipe), given))
+    values = _read_recipe(recipe)
+    if isinstance(section := values.get("distill"), dict) and isinstance(said := given.get("distill"), dict):
+        # What the command line says of all k holds for each, also for one of which the recipe says something else.
+        if isinstance(of_k := section.get("overrides"), dict):
+            section["overrides"] = {k: without(own, said) if isinstance(own, dict) else own for k, own in of_k.items()}
+    config = _resolve({"recipe": Path(recipe).stem} | merge(values, given))
     # What the command line says holds for the small run too.
     return _resolve(merge(smoke_values(config), given)) if smoke else config
 

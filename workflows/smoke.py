@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from workflows.values import merge, without
+
 if TYPE_CHECKING:
     from workflows.config import RunConfig
 
@@ -28,8 +30,6 @@ def smoke_values(config: RunConfig) -> dict[str, Any]:
     """All values of `config`, made small. What is not a matter of size stays: patches, the method, its settings by k (the least
     and the largest k are distilled). A recipe whose folder is not given gets made images of the same shape.
     """
-    from workflows.config import merge
-
     values, own = merge(config.model_dump(), SMALL), config.distill
     values["recipe"] += "-smoke"
     values["distill"]["k"] = sorted({min(own.k), max(own.k)})
@@ -38,17 +38,8 @@ def smoke_values(config: RunConfig) -> dict[str, Any]:
         if values[section]["micro_batch"]:
             values[section]["micro_batch"] = 4
     values["distill"]["overrides"] = {
-        k: _without(fields, DISTILL | {"micro_batch": 0}) for k, fields in own.overrides.items()
+        k: without(fields, DISTILL | {"micro_batch": 0}) for k, fields in own.overrides.items()
     }
     if config.data.source == "folder" and config.data.path is None:
         values["data"]["source"] = "made"
     return values
-
-
-def _without(own: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """`own` less `fields`, section by section."""
-    return {
-        name: _without(value, fields[name]) if isinstance(value, dict) and name in fields else value
-        for name, value in own.items()
-        if isinstance(value, dict) or name not in fields
-    }

@@ -43,6 +43,28 @@ def test_overrides_hold_for_their_k_alone():
     assert config.distill.for_k(1).w_s == "flat"
 
 
+def test_the_command_line_holds_for_every_k():
+    """Also where the recipe has something else for one; what it says of a k itself comes before both."""
+    recipe = load_config("digits").distill
+    assert (recipe.for_k(8).pairing, recipe.for_k(8).optimiser.lr, recipe.for_k(8).images) == (
+        "uniform",
+        1.5e-4,
+        76_800,
+    )
+    words = [
+        "distill.pairing=grid",
+        "distill.optimiser.lr=1e-3",
+        "distill.images=200000",
+        "distill.overrides.4.images=9000",
+    ]
+    own = load_config("digits", words).distill
+    assert [own.for_k(k).images for k in (1, 2, 4, 8)] == [200_000, 200_000, 9_000, 200_000]
+    assert {own.for_k(k).optimiser.lr for k in (1, 2, 4, 8)} == {1e-3}
+    assert own.for_k(8).pairing == "grid"
+    assert own.for_k(8).auxiliary_lr == recipe.for_k(8).auxiliary_lr == 1e-3
+    assert own.for_k(2).w_s == "sigmoid"
+
+
 BAD = {
     "recipe digit": ("digit", [], "digits"),
     "recipe file": ("nope.yaml", [], "no such file"),

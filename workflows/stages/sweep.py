@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from workflows.config import ConfigError, Distill, RunConfig, digest, merge, nested, one_line
+from workflows.config import ConfigError, Distill, RunConfig, digest, one_line
 from workflows.context import Context, Done
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen, clock
+from workflows.values import merge, nested
 
 NUMBER = r"[0-9.eE+-]+"
 RANDOM = re.compile(rf"^(uniform|loguniform)\(({NUMBER}),({NUMBER})\)$")
