@@ -330,6 +330,15 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+def _for_all_k(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe less its settings for one k that the command line has given for all of them."""
+    section, said = recipe.get("distill"), given.get("distill")
+    if not isinstance(section, dict) or not isinstance(said, dict) or not isinstance(section.get("overrides"), dict):
+        return recipe
+    of_k = {k: without(own, said) if isinstance(own, dict) else own for k, own in section["overrides"].items()}
+    return recipe | {"distill": section | {"overrides": of_k}}
+
+
 @cache
 def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in RECIPES.glob("*.yaml")))
@@ -402,12 +411,7 @@ def load_config(recipe: str, overrides: list[str] | None = None, *, smoke: bool 
     line.
     """
     given: dict[str, Any] = reduce(merge, map(_parse_override, overrides or []), dict[str, Any]())
-    values = _read_recipe(recipe)
-    if isinstance(section := values.get("distill"), dict) and isinstance(said := given.get("distill"), dict):
-        # What the command line says of all k holds for each, also for one of which the recipe says something else.
-        if isinstance(of_k := section.get("overrides"), dict):
-            section["overrides"] = {k: without(own, said) if isinstance(own, dict) else own for k, own in of_k.items()}
-    config = _resolve({"recipe": Path(recipe).stem} | merge(values, given))
+    config = _resolve({"recipe": Path(recipe).stem} | merge(_for_all_k(_read_recipe(recipe), given), given))
     # What the command line says holds for the small run too.
     return _resolve(merge(smoke_values(config), given)) if smoke else config
 
