@@ -227,8 +227,8 @@ def _summary(config: RunConfig, done: list[Done], seconds: float) -> dict[str, A
             "counts": result["counts"],
             "warnings": result["warnings"],
         }
-        at_256 = rows.get(("teacher", "ancestral", 256))
-        summary["teacher_frechet_256"] = at_256["frechet"]["mean"] if at_256 else None
+        most = max(k for who, sampler, k in rows if (who, sampler) == ("teacher", "ancestral"))
+        summary["teacher_longest"] = {"k": most, "frechet": rows["teacher", "ancestral", most]["frechet"]["mean"]}
         best = min((r for r in result["rows"] if r["who"] == "teacher"), key=lambda r: r["frechet"]["mean"])
         summary["teacher_best"] = {"sampler": best["sampler"], "k": best["k"], "frechet": best["frechet"]["mean"]}
         summary["students"] = [

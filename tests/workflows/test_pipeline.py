@@ -28,7 +28,10 @@ def test_the_summary_has_what_it_promises(finished):
     assert all(s["seconds"] > 0 and len(s["run_id"]) == 32 for s in summary["stages"])
     assert summary["recipe"] == "digits"
     assert summary["floor"] > 0
-    assert summary["teacher_frechet_256"] is None  # not measured at 256 here
+    table = json.loads(next((runner.workspace / "stages").glob("evaluate-*/table.json")).read_text())
+    four = next(r for r in table["rows"] if (r["who"], r["sampler"], r["k"]) == ("teacher", "ancestral", 4))
+    assert summary["teacher_longest"] == {"k": 4, "frechet": four["frechet"]["mean"]}
+    assert "at 4 steps" in runner.text
     for student, k in zip(summary["students"], (1, 2), strict=True):
         assert (student["k"], student["nfe"]) == (k, k)
         assert student["frechet"] > 0

@@ -205,7 +205,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     return {
         "identity": digest(result, 16),
         "artifacts": ["table.json", "grids"],
-        "summary": f"{len(rows)} rows, {result['counts']}, {options.seeds} seeds",
+        "summary": f"{len(rows)} rows, {result['counts']}, {options.seeds} seed{'s' * (options.seeds > 1)}",
         **result,
     }
 

@@ -12,7 +12,6 @@ from workflows.runtime.progress import Screen, clock, short
 from workflows.runtime.workspace import code_version
 
 CODE = ("workflows/stages/report.py", "workflows/stages/report.html", "workflows/stages/figures.py")
-HEADLINE_STEPS = 256
 TITLES = {
     "frechet": "Frechet, features",
     "frechet_pixels": "Frechet, pixels",
@@ -176,25 +175,24 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: Path, tracki
     """The table, where the report is, and what to try next."""
     from rich.table import Table
 
-    table = Table(title=None, header_style="bold", title_justify="left")
+    table, longest = Table(title=None, header_style="bold", title_justify="left"), summary["teacher_longest"]
     for name, justify in (
         ("steps", "right"),
         ("student", "right"),
         ("teacher,\nsame steps", "right"),
         ("student /\nteacher", "right"),
-        (f"student / teacher\nat {HEADLINE_STEPS} steps", "right"),
+        (f"student / teacher\nat {longest['k']} steps", "right"),
         ("trained\nin", "right"),
     ):
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    at_256 = summary["teacher_frechet_256"]
     for s in summary["students"]:
         same = s["frechet"] / s["teacher_frechet_same_k"]
         table.add_row(
             str(s["k"]),
-            f"{s['frechet']:.3f} ± {s['frechet_spread']:.3f}",
+            f"{s['frechet']:.3f}" + (f" ± {s['frechet_spread']:.3f}" if summary["seeds"] > 1 else ""),
             f"{s['teacher_frechet_same_k']:.3f}",
             f"{same:.3f}",
-            f"{s['frechet'] / at_256:.2f}" if at_256 else "-",
+            f"{s['frechet'] / longest['frechet']:.2f}",
             clock(s["seconds"]),
         )
     where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
@@ -202,10 +200,10 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: Path, tracki
     champion = max(summary["students"], key=lambda s: s["k"])
     screen.line()
     screen.console.print(table)
-    teacher = f"; teacher at {HEADLINE_STEPS} steps {at_256:.3f}" if at_256 else ""
+    seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] > 1)}"
     screen.line(
-        f"Frechet distance in {summary['features']} features, {summary['counts']}, {summary['seeds']} seeds{teacher}; "
-        f"half the data against the other half {summary['floor']:.3f}."
+        f"Frechet distance in {summary['features']} features, {summary['counts']}, {seeds}; teacher at {longest['k']} steps "
+        f"{longest['frechet']:.3f}; half the data against the other half {summary['floor']:.3f}."
     )
     best = summary["teacher_best"]
     screen.line(f"The teacher's best row: {best['frechet']:.3f}, {best['sampler']}, {best['k']} steps.")
