@@ -1,15 +1,19 @@
 """The whole pipeline, small: outputs, reuse, registry, lineage, report, samples."""
 
+import io
 import json
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from workflows.cli import main
+from workflows.runtime.progress import Screen
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace
+from workflows.stages.report import last_screen
 
 pytestmark = pytest.mark.ray
 STAGES = ["prepare", "teacher", "distill-k1", "distill-k2", "evaluate", "register", "report"]
@@ -31,7 +35,6 @@ def test_the_summary_has_what_it_promises(finished):
     table = json.loads(next((runner.workspace / "stages").glob("evaluate-*/table.json")).read_text())
     four = next(r for r in table["rows"] if (r["who"], r["sampler"], r["k"]) == ("teacher", "ancestral", 4))
     assert summary["teacher_longest"] == {"k": 4, "frechet": four["frechet"]["mean"]}
-    assert "at 4 steps" in runner.text
     for student, k in zip(summary["students"], (1, 2), strict=True):
         assert (student["k"], student["nfe"]) == (k, k)
         assert student["frechet"] > 0
@@ -39,6 +42,18 @@ def test_the_summary_has_what_it_promises(finished):
         assert student["model_uri"] == f"models:/mmdistill-digits-student/{k}"
     on_disk = json.loads((runner.workspace / "reports/digits/summary.json").read_text())
     assert on_disk == summary
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_the_last_screen_names_the_teachers_longest_row_and_spreads_of_several_seeds(finished, seeds):
+    shown = io.StringIO()
+    screen = Screen(Console(file=shown, width=200, highlight=False))
+    last_screen(finished[1] | {"seeds": seeds, "report": "there"}, screen, finished[0].workspace, None)
+    text = shown.getvalue()
+    assert "student / teacher" in text
+    assert "at 4 steps" in text
+    assert f"{seeds} seed{'s' * (seeds > 1)};" in text
+    assert text.count(" ± ") == (2 if seeds > 1 else 0)
 
 
 def test_a_second_run_reuses_everything_and_says_so(finished):
