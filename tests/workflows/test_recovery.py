@@ -2,6 +2,7 @@
 Each time the run ends with the very weights and metrics of an undisturbed one.
 """
 
+import functools
 import json
 import os
 import signal
@@ -142,9 +143,10 @@ class Command:
         for text in [*SMALL, *LONG]:
             words += ["--set", text]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
-        return subprocess.Popen(
-            words, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        # Tests that run in the background have Ctrl-C ignored, and would pass that on.
+        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
 
     def disturb(self, images, how):
         """`how(process)` once that many images are logged: (exit code, what it said)."""
