@@ -128,9 +128,11 @@ def _preconditioner(
     from mmdistill_core.networks.preconditioner import Preconditioner
 
     kind = (job.preconditioner or {"kind": "identity"})["kind"]
-    if kind == "identity" or before:
+    if kind == "identity":
+        return Preconditioner.identity(teacher)
+    if before:
         preconditioner = Preconditioner.identity(teacher)
-        preconditioner.load_state_dict(before or preconditioner.state_dict())
+        preconditioner.load_state_dict(before)
         return preconditioner
     if kind == "adam":
         moments = load_second_moments(job.networks["teacher"])
