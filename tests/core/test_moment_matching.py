@@ -366,9 +366,9 @@ def test_mixture_of_eight():
     """k = 8 on a ring of eight Gaussians with the exact teacher: no mode is lost or doubled, and their variances stay.
 
     Reached: 1.7 % in the masses, 1.3 % in the modes' variances; with another seed 1.8 and 3.3. delta_power 2 is the best of those
-    tried, by these very figures: at 1, the paper's, the variance stays 7 % high, at 1.25 5 %, at 1.75 4 % (3,000 updates where this
-    has 4,000); with `grid` it is 5 % low at 1 and at .85. Student and auxiliary start as the exact teacher. With perceptrons fitted to
-    it, for both, the masses did not get below 4.4 %; which of the two is the reason was not tried apart.
+    tried, by these very figures: at 1, the paper's, the variance stays 7 % high, at 1.25 5 %, at 1.75 4 % (3,000 updates where
+    this has 4,000); with `grid` it is 5 % low at 1 and at .85. Student and auxiliary start as the exact teacher. With perceptrons
+    fitted to it, for both, the masses did not get below 4.4 %; which of the two is the reason was not tried apart.
     """
     modes, variance = 8, 0.02
     exact = ring_of_gaussians(modes=modes, radius=1.0, variance=variance, schedule=COSINE).requires_grad_(False)
