@@ -1,0 +1,108 @@
+"""One holder at a time of something in an object store: a lease, renewed while its holder lives, which runs out when it doesn't."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from workflows.runtime.errors import UserError
+from workflows.runtime.storage import delete, put_if, read_tagged, shown
+
+SECONDS = 60.0
+"""How long a lease lasts that is not renewed. The clocks of those who compete should differ by much less."""
+
+
+@dataclass
+class Lease:
+    """An object that says who holds it until when. `lost` once another took it over, which a holder must look at."""
+
+    uri: str
+    what: str
+    seconds: float = SECONDS
+    holder: str = field(default_factory=lambda: f"{socket.gethostname()}, process {os.getpid()}")
+    lost: bool = False
+    _id: str = ""
+    _tag: str = ""
+    _until: float = 0.0
+
+    @contextmanager
+    def held(self) -> Iterator[Lease]:
+        """Raises UserError while another holds it."""
+        self._id = uuid.uuid4().hex
+        self._tag = self._take()
+        self._until = time.monotonic() + self.seconds
+        stop = threading.Event()
+        renewing = threading.Thread(target=self._renew, args=(stop,), daemon=True)
+        renewing.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            renewing.join()
+            if not self.lost:
+                self._release()
+
+    def _body(self) -> bytes:
+        return json.dumps({"id": self._id, "holder": self.holder, "until": time.time() + self.seconds}).encode()
+
+    def _put(self, before: str | None) -> str | None:
+        """The new tag, or None if another was faster. An answer that was lost on its way is no other."""
+        if tag := put_if(self.uri, self._body(), before):
+            return tag
+        found = read_tagged(self.uri)
+        return found[1] if found and _about(found[0])["id"] == self._id else None
+
+    def _take(self) -> str:
+        for _ in range(5):
+            if tag := self._put(None):
+                return tag
+            found = read_tagged(self.uri)
+            if found is None:  # released in between
+                continue
+            about, tag = _about(found[0]), found[1]
+            left, holder = about["until"] - time.time(), about["holder"]
+            if left > 0:
+                raise UserError(
+                    f"{self.what}: {shown(self.uri.rpartition('/')[0])} is in use by another run ({holder})",
+                    hint=f"wait for it to end; if it was killed, its hold runs out in {left:.0f} s",
+                )
+            if new := self._put(tag):
+                return new
+        raise UserError(f"{self.what}: {shown(self.uri.rpartition('/')[0])} is wanted by many runs at once")
+
+    def _renew(self, stop: threading.Event) -> None:
+        while not stop.wait(self.seconds / 4):
+            try:
+                tag = self._put(self._tag)
+            except (UserError, OSError):  # away for now
+                self.lost = time.monotonic() > self._until
+            else:
+                self.lost, self._tag = tag is None, tag or ""
+                self._until = time.monotonic() + self.seconds
+            if self.lost:
+                return
+
+    def _release(self) -> None:
+        try:
+            found = read_tagged(self.uri)
+            if found and found[1] == self._tag:
+                delete(self.uri)
+        except (UserError, OSError):
+            return  # it runs out
+
+
+def _about(body: bytes) -> dict[str, Any]:
+    """What a holder wrote; what is not readable has run out."""
+    try:
+        about = json.loads(body)
+        return {"id": str(about["id"]), "holder": str(about["holder"]), "until": float(about["until"])}
+    except (ValueError, KeyError, TypeError):
+        return {"id": "", "holder": "unknown", "until": 0.0}
