@@ -21,8 +21,10 @@ app = typer.Typer(
 )
 
 Workspace_ = Annotated[
-    Path,
-    typer.Option("--workspace", envvar="MMDISTILL_HOME", help="Where models, checkpoints and reports are kept."),
+    str,
+    typer.Option(
+        "--workspace", envvar="MMDISTILL_HOME", help="Folder or s3://BUCKET/PREFIX for models, checkpoints and reports."
+    ),
 ]
 Tracking = Annotated[
     str | None,
@@ -34,7 +36,29 @@ Smoke = Annotated[
     bool, typer.Option("--smoke", help="Made so small that all of it runs in seconds: three training steps a stage.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-DEFAULT_WORKSPACE = Path(".mmdistill")
+DEFAULT_WORKSPACE = ".mmdistill"
+
+
+@app.callback()
+def _options(
+    s3_endpoint_url: Annotated[
+        str | None, typer.Option(help="An S3 server that is not AWS; else AWS_ENDPOINT_URL.")
+    ] = None,
+    s3_region: Annotated[str | None, typer.Option(help="Else AWS_REGION.")] = None,
+    s3_path_style: Annotated[
+        bool | None,
+        typer.Option("--s3-path-style/--s3-virtual-style", help="How buckets are named; by default both are tried."),
+    ] = None,
+    s3_ca: Annotated[str | None, typer.Option(help="File of the CA that signed the server's certificate.")] = None,
+) -> None:
+    addressing = None if s3_path_style is None else "path" if s3_path_style else "virtual"
+    given = {
+        "AWS_ENDPOINT_URL": s3_endpoint_url,
+        "AWS_REGION": s3_region,
+        "AWS_CA_BUNDLE": s3_ca,
+        "MMDISTILL_S3_ADDRESSING": addressing,
+    }
+    os.environ.update({name: value for name, value in given.items() if value})
 
 
 @contextmanager
@@ -55,7 +79,7 @@ def _errors(debug: bool, continues: bool = False) -> Iterator[None]:
     except (ConfigError, UserError, OSError) as error:
         if debug:
             raise
-        shown = explain_os_error(error, DEFAULT_WORKSPACE) if isinstance(error, OSError) else error
+        shown = explain_os_error(error, Path(DEFAULT_WORKSPACE)) if isinstance(error, OSError) else error
         if shown is None:
             raise
         _say(f"error: {shown}")

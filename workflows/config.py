@@ -21,6 +21,7 @@ from workflows.sources import SHAPED, SOURCES, source_of
 from workflows.values import merge, nested, without
 
 RECIPES = Path(__file__).parent / "recipes"
+DATA_SET = "dataset://"
 
 
 class ConfigError(ValueError):
@@ -32,12 +33,15 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What is distilled from. `source` names a data set of sources/; `folder` is a user's own, and `made` tries a recipe without
-    its data: these two have the shape that is given here.
+    """What is distilled from. `source` names a data set of sources/, or one that `mmdistill prepare` wrote: dataset://PATH or
+    dataset://s3://BUCKET/PREFIX; `folder` is a user's own, and `made` tries a recipe without its data: these two have the shape
+    that is given here.
     """
 
     source: str = "digits"
-    path: str | None = Field(None, description="folder: the images, in a subfolder for each class")
+    path: str | None = Field(
+        None, description="folder: the images, in a subfolder for each class; dataset: where its manifest is"
+    )
     image_size: int | None = Field(None, ge=1, description="folder and made")
     channels: Literal[1, 3] | None = Field(None, description="folder and made; by default 3")
     num_classes: int | None = Field(None, ge=0, description="folder and made; by default 0: no labels")
@@ -51,7 +55,20 @@ class Data(Section):
     )
     extractor_weights: str | None = Field(None, description="the file of inception's weights: .pth or .safetensors")
     shard_rows: int = Field(512, ge=1)
+    memory_gib: float = Field(
+        4,
+        ge=0,
+        description="data of at most so many GiB are held by every worker; larger ones are read as they are wanted",
+    )
+    window: int = Field(4, ge=1, description="shards that are shuffled together, of data that are not held in memory")
     classifier_epochs: int = Field(25, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _data_set(cls, values: Any) -> Any:
+        if isinstance(values, dict) and str(source := values.get("source")).startswith(DATA_SET):
+            return values | {"source": "dataset", "path": str(source).removeprefix(DATA_SET)}
+        return values
 
     @field_validator("source")
     @classmethod
@@ -65,11 +82,16 @@ class Data(Section):
         own = {
             "folder": {"path", "image_size", "channels", "num_classes"},
             "made": {"image_size", "channels", "num_classes"},
+            "dataset": {"path"},
         }
         for name in ("path", "image_size", "channels", "num_classes"):
             if getattr(self, name) is not None and name not in own.get(self.source, ()):
                 raise ValueError(f"{name} does not belong to source {self.source}")
-        if self.source in SHAPED and self.image_size is None:
+        if self.source == "dataset" and self.path is None:
+            raise ValueError("source: dataset needs its path: dataset://PATH or dataset://s3://BUCKET/PREFIX")
+        if self.source == "dataset" and self.limit is not None:
+            raise ValueError("limit: belongs to the preparation of a data set: mmdistill prepare --limit")
+        if self.source in ("folder", "made") and self.image_size is None:
             raise ValueError(f"image_size: the source {self.source} needs one, such as 64")
         return self
 

@@ -14,6 +14,7 @@ from typing import Any
 from workflows.config import RunConfig, digest
 from workflows.runtime.cluster import Monitor, task_options
 from workflows.runtime.progress import Bar, Screen, clock, short
+from workflows.runtime.storage import join
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
 
@@ -22,10 +23,13 @@ METRICS, RUNS, CLOCK = "metrics.jsonl", "runs.json", "clock.json"
 
 @dataclass
 class Done:
-    """A finished stage: where its outputs are, what it returned, its tracking run, and whether it was there before."""
+    """A finished stage: where its outputs are, here and for others, what it returned, its tracking run, and whether it was there
+    before.
+    """
 
     name: str
     folder: Path
+    uri: str
     result: dict[str, Any]
     run_id: str
     seconds: float
@@ -35,6 +39,10 @@ class Done:
     def identity(self) -> str:
         """The hash of what the stage made: the part of later stages' keys that comes from it."""
         return str(self.result["identity"])
+
+    def at(self, name: str) -> str:
+        """Where workers find this file or folder of it."""
+        return join(self.uri, name)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class Context:
     listeners: dict[str, Callable[[dict[str, float]], None]] = field(default_factory=dict)
 
     def tick(self) -> None:
-        """Takes in what the workers sent."""
+        """Takes in what the workers sent. Raises UserError when the workspace is no longer this run's."""
+        self.workspace.check_held()
         rows, notes = self.monitor.drain()
         for text in notes:
             self.screen.line(f"[yellow]![/] {text}")
@@ -106,6 +115,7 @@ class StageRun:
             }
             run_id = tracker.start_run(self.folder.name, parent=self.context.parent_run, tags=tags)
             write_json(self.path / RUNS, runs | {tracker.uri: run_id})
+            self.folder.keep(RUNS)
             tracker.log_params(run_id, config)
         return str(run_id)
 
@@ -147,7 +157,7 @@ class StageRun:
         self.context.tracker.end_run(self.run_id)
         summary = result.get("summary", "")
         self.context.screen.line(f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{summary}[/]")
-        return Done(self.folder.name, self.path, result, self.run_id, seconds, reused=False)
+        return Done(self.folder.name, self.path, self.folder.uri, result, self.run_id, seconds, reused=False)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -180,7 +190,7 @@ def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: 
         return StageRun(context, folder, config, began)
     run_id = _read(folder.path / RUNS, {}).get(context.tracker.uri) or _republish(context, folder, config, result)
     context.screen.line(f"[green]✓[/] [bold]{name}[/]  reused  [dim]{result.get('summary', '')}[/]")
-    return Done(name, folder.path, result, run_id, float(result["seconds"]), reused=True)
+    return Done(name, folder.path, folder.uri, result, run_id, float(result["seconds"]), reused=True)
 
 
 def run_stage(

@@ -5,7 +5,6 @@ prepare -> teacher -> distill (each k) -> evaluate -> register -> report
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -18,6 +17,7 @@ from typing import Any
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement
 from workflows.reference import check_inputs, check_reference
+from workflows.runtime import storage
 from workflows.runtime.cluster import Monitor, ray_session, require
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
@@ -32,7 +32,7 @@ STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
 class RunOptions:
     """How to run, as against what to run: none of it is part of a stage's key."""
 
-    workspace: Path
+    workspace: str | Path
     tracking_uri: str | None = None
     workers: int | None = None
     at_once: int | None = None
@@ -81,8 +81,9 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
         if options.until == STAGES[-1]:
             folder = context.workspace.report(config.recipe)
             shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
-            summary["report"] = str(folder / "report.html")
+            summary["report"] = storage.join(context.workspace.uri, "reports", config.recipe, "report.html")
             write_json(folder / "summary.json", summary)
+            context.workspace.share_report(config.recipe)
             for name in ("report.html", "summary.json"):
                 context.tracker.log_artifact(context.parent_run, folder / name)
     return summary
@@ -130,7 +131,9 @@ def open_context(
     workspace = Workspace(options.workspace)
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())
-        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {workspace.root}[/]")
+        screen.line(
+            f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {storage.shown(workspace.uri)}[/]"
+        )
         uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
         with screen.status("opening the tracking store"):
             tracker = Tracker(uri, artifacts=workspace.default_artifacts)
@@ -175,7 +178,7 @@ def _stages(context: Context) -> Iterator[tuple[str, list[Done]]]:
     from workflows.stages.teacher import teacher
 
     prepared = prepare(context)
-    check_reference(context.config, prepared.folder, prepared.result)
+    check_reference(context.config, str(prepared.folder / "statistics"), prepared.result)
     yield "prepare", [prepared]
     taught = teacher(context, prepared)
     yield "teacher", [taught]
@@ -248,17 +251,13 @@ def _summary(config: RunConfig, done: list[Done], seconds: float) -> dict[str, A
 
 def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker, kind: str) -> str:
     """The parent of the stages' runs: of this resolved configuration in this store, gone on with or new."""
-    folder = workspace.root / "pipelines"
-    folder.mkdir(exist_ok=True)
-    file = folder / f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind])}.json"
-    if file.exists():
-        run_id = str(json.loads(file.read_text())["run_id"])
-        if tracker.resume_run(run_id):
-            return run_id
+    note = f"pipelines/{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind])}.json"
+    if (known := workspace.read_note(note)) and tracker.resume_run(run_id := str(known["run_id"])):
+        return run_id
     run_id = tracker.start_run(
         f"{config.recipe} {kind}", tags={"mmdistill.recipe": config.recipe, "git_commit": git_commit()}
     )
-    write_json(file, {"run_id": run_id})
+    workspace.write_note(note, {"run_id": run_id})
     tracker.log_params(run_id, config.model_dump(mode="json"))
     tracker.log_text(run_id, config.yaml(), "config.yaml")
     return run_id

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from workflows.config import RunConfig
 from workflows.runtime.errors import UserError
+from workflows.runtime.storage import fetch, is_remote, join
 from workflows.runtime.workspace import write_json
 from workflows.sources import source_of
 
@@ -81,15 +82,15 @@ def load_reference(folder: Path) -> Reference:
     return Reference(statistics, about["fingerprint"], about["floor"])
 
 
-def reference_folder(config: RunConfig, prepared: Path) -> Path:
-    """The statistics that samples are measured against: the user's, or the run's own."""
-    named = config.evaluate.reference
-    return Path(named).expanduser() if named else prepared / "statistics" / config.data.reference
+def reference_folder(config: RunConfig, statistics: str) -> Path:
+    """The statistics that samples are measured against: the user's, or the run's own, which are below `statistics`."""
+    return fetch(Path(named).expanduser() if (named := config.evaluate.reference) and not is_remote(named)
+                 else named or join(statistics, config.data.reference))  # fmt: skip
 
 
-def check_reference(config: RunConfig, prepared: Path, result: dict[str, Any]) -> Path:
+def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) -> Path:
     """`reference_folder`, if its fingerprint fits what `prepare` returned. Raises UserError that names what differs."""
-    folder, own = reference_folder(config, prepared), result["statistics"][config.data.reference]["fingerprint"]
+    folder, own = reference_folder(config, statistics), result["statistics"][config.data.reference]["fingerprint"]
     about, neighbours = read_about(folder), config.evaluate.neighbours
     found = about["fingerprint"]
     fields = AGREE if config.evaluate.reference else tuple(own)
@@ -125,7 +126,7 @@ def check_inputs(config: RunConfig) -> None:
                 hint="pt_inception-2015-12-05-6726825d.pth, as pytorch-fid and torch-fidelity have it; see docs/evaluation.md",
             ) from error
     if config.evaluate.reference:
-        found = read_about(Path(config.evaluate.reference).expanduser())["fingerprint"]["extractor"]
+        found = read_about(reference_folder(config, ""))["fingerprint"]["extractor"]
         if found != config.data.extractor:
             raise UserError(
                 f"evaluate.reference: its features are of extractor {found!r}, this run's of {config.data.extractor!r}",

@@ -14,8 +14,14 @@ BatchSource = Callable[[int], Batch]
 """n_images seen so far -> this worker's part of the next global batch."""
 
 
+def centred(x: Tensor) -> Tensor:
+    """Images in [-1, 1]: bytes of 0 to 255 become x / 127.5 - 1, floats are left as they are."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
 class InMemoryBatches:
-    """x [n, ...] and label [n] held by every worker; worker `rank` of `world` takes its slice of each global batch.
+    """x [n, ...] and label [n] held by every worker; worker `rank` of `world` takes its slice of each global batch. Bytes
+    stay bytes until they are on the device.
 
     Image number i of the run is permutation_e[i mod n] with e = i // n: every image comes once an epoch, a batch may span two
     epochs, and the global batches do not depend on the number of workers. Images stay where they are; batches go to `device`.
@@ -53,4 +59,4 @@ class InMemoryBatches:
             start += take
         index = torch.cat(parts)
         label = None if self.label is None else self.label[index].to(self.device)
-        return Batch(self.x[index].to(self.device), label)
+        return Batch(centred(self.x[index].to(self.device)), label)

@@ -23,8 +23,8 @@ from workflows.reference import (
     load_reference,
     save_reference,
 )
-from workflows.runtime.data import Arrays
 from workflows.runtime.errors import UserError
+from workflows.runtime.shards import Arrays, Rows, manifest_of, save_shard
 from workflows.stages import prepare
 from workflows.stages.evaluate import CHUNK, _against, chunk_of, measure, sampled
 
@@ -38,10 +38,23 @@ def images(n, channels=1, size=4, seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (n, channels, size, size)).astype(np.float32)
 
 
+def data_set(root, values, rows=40):
+    """(folder, manifest) of shards of these values."""
+    made = []
+    for start in range(0, len(values), rows):
+        part = values[start : start + rows]
+        zeros = np.zeros(len(part), int)
+        made.append(
+            save_shard(root, f"{start}.parquet", Rows(part, zeros, zeros > 0, list(map(str, zeros))), "float32")
+        )
+    return str(root), manifest_of(made, source="test", shape=values.shape[1:], encoding="float32", num_classes=0)
+
+
 def built(folder, extractor, n=30, near=20, **about):
     save_extractor(folder / "extractor", extractor, provenance={})
     reference = prepare.build_reference(
-        images(n),
+        *data_set(folder / "data", images(n), rows=7),
+        "all",
         extractor=str(folder / "extractor"),
         near=near,
         seed=0,
@@ -60,8 +73,7 @@ def prepared(tmp_path, ray_cluster):
 
 
 @pytest.mark.ray
-def test_statistics_by_tasks_are_those_of_all_images_and_are_kept(tmp_path, ray_cluster, monkeypatch):
-    monkeypatch.setattr(prepare, "ROWS", 7)
+def test_statistics_by_tasks_are_those_of_all_images_and_are_kept(tmp_path, ray_cluster):
     built(tmp_path, Pixels())
     back = load_reference(tmp_path / "statistics" / "all")
     whole = moments(torch.from_numpy(images(30)).flatten(1))
@@ -81,11 +93,11 @@ def test_statistics_by_tasks_are_those_of_all_images_and_are_kept(tmp_path, ray_
 def test_its_own_statistics_must_agree_in_everything(prepared):
     folder, result = prepared
     config = load_config("digits")
-    assert check_reference(config, folder, result) == folder / "statistics" / "all"
+    assert check_reference(config, str(folder / "statistics"), result) == folder / "statistics" / "all"
     for field, other in (("data", "e"), ("count", 31), ("resolution", [3, 4, 4]), ("extractor", "inception")):
         wrong = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
         with pytest.raises(UserError) as caught:
-            check_reference(config, folder, wrong)
+            check_reference(config, str(folder / "statistics"), wrong)
         assert f"{field} {ABOUT_PIXELS[field]!r} where this run has {other!r}" in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -97,11 +109,11 @@ def test_the_users_statistics_may_be_of_other_data_and_counts_but_not_of_other_f
     check_inputs(config)
     for field, other in (("data", "e"), ("count", 31), ("rows", "holdout")):
         result = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
-        assert check_reference(config, folder / "elsewhere", result) == folder / "statistics" / "all"
+        assert check_reference(config, str(folder / "elsewhere"), result) == folder / "statistics" / "all"
     for field, other in (("resolution", [1, 8, 8]), ("preprocessing", "cropped; none"), ("weights", "v")):
         result = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
         with pytest.raises(UserError, match=f"are of {field} "):
-            check_reference(config, folder, result)
+            check_reference(config, str(folder / "statistics"), result)
     with pytest.raises(UserError, match="are of extractor 'pixels', this run's of 'classifier'"):
         check_inputs(load_config("digits", [f"evaluate.reference={folder}/statistics/all"]))
 
@@ -109,9 +121,9 @@ def test_the_users_statistics_may_be_of_other_data_and_counts_but_not_of_other_f
 @pytest.mark.ray
 def test_a_reference_with_fewer_features_than_neighbours_is_refused(prepared):
     folder, result = prepared
-    check_reference(load_config("digits", ["evaluate.neighbours=19"]), folder, result)
+    check_reference(load_config("digits", ["evaluate.neighbours=19"]), str(folder / "statistics"), result)
     with pytest.raises(UserError, match="neighbours: 20 is too many for the 20 features"):
-        check_reference(load_config("digits", ["evaluate.neighbours=20"]), folder, result)
+        check_reference(load_config("digits", ["evaluate.neighbours=20"]), str(folder / "statistics"), result)
 
 
 @pytest.mark.ray
@@ -175,7 +187,7 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
     config = load_config("digits", ["data.extractor=inception", f"data.extractor_weights={tmp_path}/w.safetensors"])
     check_inputs(config)
     run = SimpleNamespace(context=SimpleNamespace(config=config))
-    extractor, accuracy = prepare.make_extractor(run, None, 10)
+    extractor, accuracy = prepare.make_extractor(run, "", None, None)
     assert accuracy is None
     built(tmp_path, extractor, n=12, near=10)
     reference = load_reference(tmp_path / "statistics" / "all")
@@ -201,7 +213,7 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
 @pytest.mark.ray
 def test_a_run_against_images_never_trained_on(runner):
     """Teacher and student leave out what is held out; few samples are warned of; no label is asked for."""
-    from workflows.runtime.data import read_manifest
+    from workflows.runtime.manifest import read_manifest
 
     few = (
         "data.reference=holdout",
@@ -231,7 +243,7 @@ NETWORK = {"image_size": 8, "channels": 1, "num_classes": 0, "patch": 4, "width"
 
 def job_of(folder, **fields):
     """The training of a small teacher on the images in `folder`."""
-    from workflows.runtime.worker import Job
+    from workflows.runtime.job import Job
 
     job = Job(name="rows", output=str(folder / "m"), storage=str(folder / "ray"), data=str(folder / "data"), seed=0,
               method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=NETWORK,
@@ -244,11 +256,12 @@ def job_of(folder, **fields):
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_cluster):
     """550 samples in batches of 250: of five workers two have nothing to do. Each has the labels of its own."""
-    from workflows.runtime.worker import build_state, validator
+    from workflows.runtime.job import build_state, validator
 
     save_extractor(tmp_path / "extractor", Pixels(), provenance={})
     real = prepare.build_reference(
-        images(90, size=8), extractor=str(tmp_path / "extractor"), near=20, seed=0, fingerprint=ABOUT_PIXELS, cpus=2,
+        *data_set(tmp_path / "data", images(90, size=8)), "all",
+        extractor=str(tmp_path / "extractor"), near=20, seed=0, fingerprint=ABOUT_PIXELS, cpus=2,
         tick=lambda _: None,
     )  # fmt: skip
     save_reference(tmp_path / "statistics", real)
@@ -277,7 +290,7 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
     from workflows.runtime.cluster import Monitor
-    from workflows.runtime.data import dataset, write_shards
+    from workflows.runtime.shards import write_shards
     from workflows.runtime.worker import set_up, train
 
     pixels = (images(120, size=8) + 1) / 2
@@ -313,10 +326,7 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
         assert t.state.n_images == 8
         return {name: value.numpy() for name, value in t.state.networks["preconditioner"].state_dict().items()}
 
-    kept, found = (
-        train(job, dataset=dataset(tmp_path / "data"), mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop)
-        for loop in (first, again)
-    )
+    kept, found = (train(job, mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop) for loop in (first, again))
     assert kept.keys() == found.keys()
     assert all(np.array_equal(kept[name], found[name]) for name in kept)
     assert any(value.std() > 0 for value in kept.values())
@@ -325,7 +335,7 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
 @pytest.mark.ray
 def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     """What the loop of a worker is handed: the images not held out, and a validation against their statistics."""
-    from workflows.runtime.data import dataset, read_all, write_shards
+    from workflows.runtime.shards import read_all, write_shards
     from workflows.runtime.worker import set_up, train
 
     pixels = (images(120, size=8) + 1) / 2
@@ -342,7 +352,5 @@ def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
 
     for rows, expected in (("rest", rest), ("all", read_all(tmp_path / "data"))):
         own = job_of(tmp_path, rows=rows, name=f"rows-{rows}")
-        got = train(
-            own, dataset=dataset(tmp_path / "data"), mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop
-        )
+        got = train(own, mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop)
         assert np.array_equal(got["images"], expected.images)

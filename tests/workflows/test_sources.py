@@ -176,7 +176,7 @@ def test_another_listing_when_a_folder_changes(folder):
     ],
 )
 def test_images_that_will_not_do_are_a_line(images, said, hint, tmp_path):
-    from workflows.runtime.data import write_shards
+    from workflows.runtime.shards import write_shards
 
     labels = np.zeros(len(images), int)
     with pytest.raises(UserError, match=f"mine: .*{said}") as caught:

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_discard_forgets_outputs_and_checkpoints(tmp_path):
     space = Workspace(tmp_path)
     folder = space.stage("teacher", "abc")
     folder.finish({"identity": "x"})
-    checkpoints = space.training_storage / "teacher-abc"
+    checkpoints = Path(space.training_storage) / "teacher-abc"
     checkpoints.mkdir()
     space.discard(folder)
     assert folder.result is None

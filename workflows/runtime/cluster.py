@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from workflows.runtime.errors import UserError
+from workflows.runtime.storage import told
 
 QUIET = {
     # Ray Train takes in one report per interval; its default of 2 s would make short trainings wait for their checkpoints.
@@ -41,7 +42,7 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
     options: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": {name: os.environ[name] for name in QUIET}},
+        "runtime_env": {"env_vars": {name: os.environ[name] for name in QUIET} | told()},
     }
     if address := os.environ.get("RAY_ADDRESS"):
         _check_address(address)

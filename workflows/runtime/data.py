@@ -1,51 +1,29 @@
-"""The only file that knows Ray Data: writes shards with their manifest, reads them for training.
-
-A data set is a folder of Parquet shards (columns image [c, h, w] float32 in [-1, 1], label, index, holdout) and manifest.json,
-which is written last: without it the folder is not a data set.
-"""
+"""The only file that knows Ray Data: work spread over a cluster as a stream, and a training's images read as one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from workflows.runtime.errors import UserError
-from workflows.runtime.workspace import write_json
+from workflows.runtime.manifest import Manifest, Shard
+from workflows.runtime.shards import read_shards
 
-MANIFEST = "manifest.json"
-FEWEST = 100
-"""Images below which nothing can be held out, compared or learnt."""
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """count images of `shape` (c, h, w); `fingerprint` names the content; `labels` counts each class."""
-
-    source: str
-    count: int
-    shape: tuple[int, int, int]
-    num_classes: int
-    labels: dict[str, int]
-    fingerprint: str
-    shards: tuple[str, ...]
-    format: int = FORMAT
-
-
-def read_manifest(folder: Path) -> Manifest:
-    values = json.loads((folder / MANIFEST).read_text())
-    return Manifest(**values | {"shape": tuple(values["shape"]), "shards": tuple(values["shards"])})
+AHEAD = 2
+"""Windows that a worker's decoding tasks work on at once."""
+BLOCK = 4096
+"""Images that travel at once from a decoding task to its worker."""
+PASS = 64
+"""Windows of one execution of Ray Data."""
 
 
 def _context() -> None:
-    """V1 of Ray's data source (V2 waits seconds before the first batch of every pass), and no bars of its own."""
+    """V1 of Ray's data source (V2 waits seconds before the first batch of every pass), order kept, no bars of its own."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets its own level when it is imported
@@ -54,102 +32,229 @@ def _context() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.enable_rich_progress_bars = False
+    context.execution_options.preserve_order = True
 
 
-def write_shards(
-    folder: Path,
+def spread(
+    items: Sequence[Any],
+    work: Callable[[Any], Iterator[dict[str, Any]]],
     *,
-    source: str,
-    images: np.ndarray,
-    labels: np.ndarray,
-    num_classes: int,
-    holdout: float,
-    rows: int,
-) -> Manifest:
-    """images [n, c, h, w] in [0, 1], labels [n]. `holdout`: share of rows (chosen by hash of their index) marked as held out.
-
-    Raises UserError for images of another shape or range.
+    at_once: int,
+    options: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """What `work(item)` yields for each item, as it comes; `at_once` items at a time, each a Ray task with these `options`.
+    The order of items is not kept.
     """
-    import ray
-
-    _check(source, images)
-    _context()
-    index = np.arange(len(images))
-    marks = np.array([hashlib.blake2b(str(i).encode(), digest_size=4).digest()[0] / 256 < holdout for i in index])
-    held = ray.put((images.astype(np.float32), labels.astype(np.int64), marks))
-
-    def select(batch: Any) -> Any:
-        i = batch["id"]
-        pixels, classes, holdouts = ray.get(held)
-        return {"image": pixels[i] * 2 - 1, "label": classes[i], "index": i, "holdout": holdouts[i]}
-
-    shards = folder / "shards"
-    shutil.rmtree(shards, ignore_errors=True)
-    rows_of = ray.data.range(len(images), override_num_blocks=max(1, -(-len(images) // rows)))
-    rows_of.map_batches(select, batch_size=None).write_parquet(str(shards), compression="zstd")
-    names = tuple(sorted(str(p.relative_to(folder)) for p in shards.glob("*.parquet")))
-    digest = hashlib.sha256(
-        np.ascontiguousarray(images, dtype=np.float32).tobytes() + labels.astype(np.int64).tobytes()
-    )
-    manifest = Manifest(
-        source=source,
-        count=len(images),
-        shape=tuple(int(n) for n in images.shape[1:]),  # type: ignore[arg-type]
-        num_classes=num_classes,
-        labels={str(c): int(n) for c, n in enumerate(np.bincount(labels, minlength=num_classes))},
-        fingerprint=digest.hexdigest()[:16],
-        shards=names,
-    )
-    write_json(folder / MANIFEST, asdict(manifest))
-    return manifest
-
-
-def _check(source: str, images: np.ndarray) -> None:
-    if images.ndim != 4:
-        raise UserError(f"{source}: images [n, c, h, w] are expected, got {list(images.shape)}")
-    if len(images) < FEWEST:
-        raise UserError(f"{source}: {len(images)} images; at least {FEWEST} are needed")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # nan, too, is out of range
-        hint = "divide them by 255" if low >= 0 and 1 < high <= 255 else ""
-        raise UserError(f"{source}: values in [0, 1] are expected, got [{low:g}, {high:g}]", hint=hint)
-
-
-def dataset(folder: Path) -> Any:
-    """The shards as a Ray Dataset, held in the object store.
-
-    Read before training starts: reading takes CPUs, and on a small machine the workers have taken them all.
-    """
-    import ray
+    import ray.data
 
     _context()
-    manifest = read_manifest(folder)
-    return ray.data.read_parquet([str(folder / name) for name in manifest.shards]).materialize()
+    ray.data.DataContext.get_current().execution_options.preserve_order = False
+    held = ray.put(list(items))
+
+    def do(batch: Any) -> Iterator[Any]:
+        for i in batch["id"]:
+            for row in work(ray.get(held)[int(i)]):
+                yield {"row": [row]}
+
+    rows = ray.data.range(len(items), override_num_blocks=max(1, len(items)))
+    done = rows.map_batches(do, batch_size=1, concurrency=at_once, **options)
+    for row in done.iter_rows():
+        yield row["row"]
+
+
+Block = tuple[np.ndarray, np.ndarray]
+"""Images [n, c, h, w] and labels [n]."""
 
 
 @dataclass(frozen=True)
-class Arrays:
-    """A data set in memory, in the order of its index."""
+class Window:
+    """Shards that are read together, and a seed for the order of their rows."""
 
-    images: np.ndarray
-    labels: np.ndarray
-    holdout: np.ndarray
-
-    def rows(self, which: str) -> Arrays:
-        """ "all" of them, those of the "holdout", or the "rest"."""
-        if which == "all":
-            return self
-        keep = {"holdout": self.holdout, "rest": ~self.holdout}[which]
-        return Arrays(self.images[keep], self.labels[keep], self.holdout[keep])
+    shards: tuple[Shard, ...]
+    seed: tuple[int, int, int]
 
 
-def collect(batches: Any) -> Arrays:
-    """All rows of an iterable of numpy batches (a Ray Dataset's, or a worker's shard's), in the order of their index."""
-    parts = list(batches)
-    whole = {name: np.concatenate([p[name] for p in parts]) for name in ("image", "label", "index", "holdout")}
-    order = np.argsort(whole["index"], kind="stable")
-    return Arrays(whole["image"][order], whole["label"][order], whole["holdout"][order].astype(bool))
+class Plan:
+    """Which rows a worker sees, and when: a function of the seed, the worker and the number of workers alone.
+
+    Each epoch takes all shards in an order of its own, `window` shards at a time; the rows of a window are permuted. Window
+    number g of the run goes to worker g mod world, so that together they see every image once an epoch, whatever divides what.
+    """
+
+    def __init__(self, manifest: Manifest, which: str, *, seed: int, rank: int, world: int, window: int) -> None:
+        self.shards = tuple(shard for shard in manifest.shards if shard.count(which))
+        self.which, self.seed, self.rank, self.world = which, seed, rank, world
+        self.window, self.each = window, -(-len(self.shards) // window)
+
+    def __getitem__(self, m: int) -> Window:
+        """The worker's window number m."""
+        number = m * self.world + self.rank
+        epoch, i = divmod(number, self.each)
+        order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.shards))
+        chosen = order[i * self.window : (i + 1) * self.window]
+        return Window(tuple(self.shards[int(c)] for c in chosen), (self.seed, 2, number))
+
+    def rows(self, m: int) -> int:
+        return sum(shard.count(self.which) for shard in self[m].shards)
+
+    def find(self, position: int) -> tuple[int, int]:
+        """The window that holds the worker's row `position`, and the row's place in it."""
+        m = 0
+        while position >= (rows := self.rows(m)):
+            m, position = m + 1, position - rows
+        return m, position
 
 
-def read_all(folder: Path) -> Arrays:
-    return collect(dataset(folder).iter_batches(batch_size=4096, batch_format="numpy"))
+def read_window(root: str, manifest: Manifest, window: Window, which: str) -> Block:
+    """Its images and labels, in the order that its seed gives them."""
+    arrays = read_shards(root, manifest, window.shards, which)
+    order = np.random.default_rng(window.seed).permutation(len(arrays.labels))
+    return arrays.images[order], arrays.labels[order]
+
+
+class StreamedBatches:
+    """Batches of a data set that is read while it is trained on (engine.batches.BatchSource).
+
+    Like the batches of images in memory they are a function of n_images: a run that goes on from a checkpoint, with as many
+    workers as before, sees exactly the rows that it would have seen. With another number of workers it begins at the same
+    number of images seen, but the windows fall to other workers: an image may come twice in that epoch, or not at all; at most
+    (workers before + workers now) windows of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str,
+        manifest: Manifest,
+        which: str,
+        global_batch: int,
+        seed: int,
+        rank: int,
+        world: int,
+        window: int,
+        device: Any = "cpu",
+        labelled: bool = True,
+    ) -> None:
+        self.root, self.manifest, self.device, self.labelled = root, manifest, device, labelled
+        self.local, self.world = global_batch // world, world
+        self.plan = Plan(manifest, which, seed=seed, rank=rank, world=world, window=window)
+        self._next = -1
+        self._blocks: Iterator[Block] = iter(())
+        self._rest: list[Block] = []
+        self.waited = 0.0
+
+    def __call__(self, n_images: int) -> Any:
+        import time
+
+        import torch
+
+        from mmdistill_core.engine.batches import centred
+        from mmdistill_core.methods.base import Batch
+
+        if n_images != self._next:
+            self._seek(n_images // self.world)
+        since = time.perf_counter()
+        while sum(len(labels) for _, labels in self._rest) < self.local:
+            self._rest.append(next(self._blocks))
+        self.waited += time.perf_counter() - since
+        images, labels = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*self._rest, strict=True))
+        x, label = torch.from_numpy(images[: self.local].copy()), torch.from_numpy(labels[: self.local].copy())
+        self._rest = [(images[self.local :], labels[self.local :])]
+        self._next = n_images + self.local * self.world
+        if str(self.device).startswith("cuda"):
+            x, label = x.pin_memory(), label.pin_memory()
+        x, label = x.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
+        return Batch(centred(x), label if self.labelled else None)
+
+    def _seek(self, position: int) -> None:
+        self.close()
+        m, skip = self.plan.find(position)
+        # Bytes are read by the worker itself; images that have to be decoded are so by Ray Data, on CPUs that have time for it.
+        stream = self._decoded(m) if self.manifest.encoding == "png" else self._read(m)
+        self._blocks, self._rest = Ahead(_after(skip, stream)), []
+
+    def close(self) -> None:
+        """Ends the reading."""
+        if isinstance(self._blocks, Ahead):
+            self._blocks.close()
+
+    def _read(self, m: int) -> Iterator[Block]:
+        """The worker's windows from number m on, without end."""
+        while True:
+            yield read_window(self.root, self.manifest, self.plan[m], self.plan.which)
+            m += 1
+
+    def _decoded(self, m: int) -> Iterator[Block]:
+        """The same in blocks, by Ray Data's tasks."""
+        import ray.data
+
+        _context()
+        root, manifest, which = self.root, self.manifest, self.plan.which
+        while True:
+            held = ray.put((manifest, [self.plan[m + i] for i in range(PASS)]))
+
+            def blocks(batch: Any, held: Any = held) -> Iterator[Any]:
+                (i,) = batch["id"]
+                about, windows = ray.get(held)
+                images, labels = read_window(root, about, windows[int(i)], which)
+                for start in range(0, len(labels), BLOCK):
+                    part = images[start : start + BLOCK]  # flat: a tensor column is copied on its way
+                    yield {"image": part.reshape(len(part), -1), "label": labels[start : start + BLOCK]}
+
+            # No CPU is asked for: on a small machine the training's workers have taken them all.
+            read = ray.data.range(PASS, override_num_blocks=PASS).map_batches(
+                blocks, batch_size=1, num_cpus=0, concurrency=AHEAD
+            )
+            batch: Any
+            for batch in read.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD):
+                yield batch["image"].reshape(-1, *manifest.shape), batch["label"]
+            m += PASS
+
+
+def _after(skip: int, blocks: Iterator[Block]) -> Iterator[Block]:
+    """Without the first `skip` rows."""
+    for images, labels in blocks:
+        drop = min(skip, len(labels))
+        skip -= drop
+        if drop < len(labels):
+            yield images[drop:], labels[drop:]
+
+
+class Ahead:
+    """An iterator that a thread keeps ahead of its reader by a block. An error is raised where it is met."""
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._take, args=(blocks,), daemon=True)
+        self._thread.start()
+
+    def _take(self, blocks: Iterator[Block]) -> None:
+        try:
+            for block in blocks:
+                if not self._put((block, None)):
+                    return
+        except BaseException as error:
+            self._put((None, error))
+
+    def _put(self, value: tuple[Any, BaseException | None]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(value, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def __iter__(self) -> Ahead:
+        return self
+
+    def __next__(self) -> Block:
+        block, error = self._ready.get()
+        if error is not None:
+            raise error
+        return block
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()

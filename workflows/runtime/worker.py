@@ -1,7 +1,7 @@
 """The only file that knows ray.train and torch.distributed: a training as a Ray Train run of one or more workers.
 
-`Job` describes a training in plain values; `train` runs it on Ray and returns when its model folder is written; `train_worker` is
-what every worker runs: it builds, wraps, restores, and hands `engine.fit` its three callables.
+`train` runs a job on Ray and returns when its model folder is written; `train_worker` is what every worker runs: it builds, wraps,
+restores, and hands `engine.fit` its three callables.
 """
 
 from __future__ import annotations
@@ -9,228 +9,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from workflows.runtime.errors import UserError
+from workflows.runtime.job import Job, build_state, export, validator
+from workflows.runtime.storage import arrow_filesystem, is_remote
 
 KEEP = 2
-SAMPLED_AT_ONCE = 250
-
-
-@dataclass(frozen=True)
-class Job:
-    """
-    name         of the Ray Train run: the same name goes on from its last checkpoint
-    output       folder for the trained model
-    storage      folder for checkpoints
-    method       name in METHODS, and `arguments` its fields but the schedule
-    networks     role -> model folder, for the roles that are given; none: one new network from `network`
-    options      trained role -> fields of OptimiserOptions
-    rows         which of the data are trained on: "all", or the "rest" beside those held out
-    validate     {"extractor", "reference", "samples", "every"}, or None
-    preconditioner  instant's Lambda: {"kind": adam, collected or identity; for collected "batches" and "arguments" of denoising}
-    sampler, sampler_options, null_label, guidance   of the model that is exported (artifact.DiffusionModel)
-    """
-
-    name: str
-    output: str
-    storage: str
-    data: str
-    seed: int
-    method: str
-    arguments: dict[str, Any]
-    networks: dict[str, str]
-    network: dict[str, Any]
-    schedule: dict[str, Any]
-    prediction: str
-    options: dict[str, Any]
-    images: int
-    batch: int
-    log_every: int
-    checkpoint_every: int
-    best_role: str
-    k: int
-    ema_half_life_images: int = 500_000
-    ema_ramp: float = 0.05
-    rows: str = "all"
-    validate: dict[str, Any] | None = None
-    provenance: dict[str, Any] | None = None
-    threads: int = 1
-    micro_batch: int | None = None
-    dropout: float = 0.0
-    preconditioner: dict[str, Any] | None = None
-    sampler: str = "ancestral"
-    sampler_options: dict[str, float] = field(default_factory=dict)
-    null_label: bool = False
-    guidance: tuple[float, float] | None = None  # a list, once it came through JSON
-
-
-def build_state(
-    job: Job,
-    batches: Any = None,
-    rank: int = 0,
-    averaged: Callable[[Any], Any] = lambda s: s,
-    collected: Any = None,
-) -> Any:
-    """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed. `batches`, and
-    `averaged`, the mean over workers, serve a preconditioner that is to be collected, unless `collected`, one of before, is given.
-    """
-    import torch
-
-    from mmdistill_core.artifact import build_denoiser, load_model
-    from mmdistill_core.diffusion.schedules import schedule_from_dict
-    from mmdistill_core.engine import OptimiserOptions, TrainState
-    from mmdistill_core.methods import METHODS
-    from mmdistill_core.networks.dit import DiTConfig
-
-    torch.manual_seed(job.seed)
-    schedule = schedule_from_dict(job.schedule)
-    method = METHODS[job.method](schedule=schedule, **job.arguments)  # type: ignore[call-arg]
-    names = {role.name for role in method.roles}
-    given: dict[str, torch.nn.Module] = {
-        role: load_model(path).denoiser for role, path in job.networks.items() if role in names
-    }
-    for role in method.roles:
-        if role.name == "preconditioner":
-            given[role.name] = _preconditioner(job, given["teacher"], batches, rank, averaged, collected)
-        elif role.source == "given" and role.name not in given:
-            given[role.name] = build_denoiser(
-                network=DiTConfig(**job.network), prediction=job.prediction, schedule=job.schedule
-            )
-    state = TrainState.create(
-        method=method,
-        given=given,
-        options={role: OptimiserOptions(**values) for role, values in job.options.items()},
-        global_batch=job.batch,
-        total_images=job.images,
-        best_role=job.best_role,
-        ema_half_life_images=job.ema_half_life_images,
-        ema_ramp=job.ema_ramp,
-        micro_batch=job.micro_batch,
-    )
-    for trained in state.optimisers:
-        for module in state.networks[trained].modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = job.dropout
-    return state
-
-
-def _preconditioner(
-    job: Job, teacher: Any, batches: Any, rank: int, averaged: Callable[[Any], Any], before: Any
-) -> Any:
-    """Lambda, of the kind that the job names, checked against the teacher; `before` is one that was collected already."""
-    from mmdistill_core.artifact import load_second_moments
-    from mmdistill_core.diffusion.schedules import schedule_from_dict
-    from mmdistill_core.engine.second_moments import collected
-    from mmdistill_core.methods import METHODS
-    from mmdistill_core.networks.preconditioner import Preconditioner
-
-    kind = (job.preconditioner or {"kind": "identity"})["kind"]
-    if kind == "identity":
-        return Preconditioner.identity(teacher)
-    if before:
-        preconditioner = Preconditioner.identity(teacher)
-        preconditioner.load_state_dict(before)
-        return preconditioner
-    if kind == "adam":
-        moments = load_second_moments(job.networks["teacher"])
-    else:
-        assert job.preconditioner is not None
-        arguments = job.preconditioner["arguments"]
-        denoising = METHODS["denoising"](schedule=schedule_from_dict(job.schedule), **arguments)  # type: ignore[call-arg]
-        moments = collected(
-            network=teacher.to(batches.device),
-            micro_batch=job.micro_batch,
-            method=denoising,
-            batches=batches,
-            steps=job.preconditioner["batches"],
-            global_batch=job.batch,
-            seed=job.seed,
-            rank=rank,
-            averaged_over_workers=averaged,
-        )
-    preconditioner = Preconditioner.adam(moments)
-    preconditioner.check(teacher)
-    return preconditioner
-
-
-def model_of(job: Job, network: Any, provenance: dict[str, Any] | None = None) -> Any:
-    """The DiffusionModel of a trained network, or of its average."""
-    from mmdistill_core.artifact import DiffusionModel
-
-    return DiffusionModel(
-        getattr(network, "module", network),
-        k=job.k,
-        sampler=job.sampler,
-        options=dict(job.sampler_options),
-        null_label=job.null_label,
-        guidance=(job.guidance[0], job.guidance[1]) if job.guidance else None,
-        provenance=provenance or {},
-    )
-
-
-def export(job: Job, state: Any) -> None:
-    """The best (or average) network as a model folder; beside a teacher's, the second moments of its gradients."""
-    from mmdistill_core.artifact import save_model, save_second_moments
-    from mmdistill_core.engine.second_moments import of_optimiser
-
-    figures = {
-        "images": state.n_images,
-        "forwards": state.forwards,
-        "skipped": state.skipped,
-        "seed": job.seed,
-    }
-    if state.best.weights:
-        figures |= {"best_images": state.best.n_images, "best_score": state.best.score}
-    save_model(job.output, model_of(job, state.best_network(), (job.provenance or {}) | figures))
-    if job.method == "denoising":
-        save_second_moments(job.output, of_optimiser(state.networks["teacher"], state.optimisers["teacher"]))
-
-
-def validator(
-    job: Job,
-    labels: Any,
-    device: Any = "cpu",
-    *,
-    rank: int = 0,
-    world: int = 1,
-    summed: Callable[[Any], Any] = lambda value: value,
-) -> Callable[[Any], dict[str, float]]:
-    """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}.
-
-    The workers share the samples, and all get the same score; `summed` adds a tensor over them.
-    """
-    from mmdistill_core.artifact import load_extractor
-    from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments, pooled
-    from mmdistill_core.samplers import data_labels
-    from workflows.reference import load_reference
-
-    assert job.validate is not None
-    n, classes = int(job.validate["samples"]), int(job.network["num_classes"])
-    extractor = load_extractor(job.validate["extractor"]).to(device)
-    reference = load_reference(Path(job.validate["reference"])).statistics.features
-    # Whole batches of the sampler's stream, so that the samples are the same whatever the number of workers.
-    share = -(-n // SAMPLED_AT_ONCE // world) * SAMPLED_AT_ONCE
-    first, last = min(rank * share, n), min((rank + 1) * share, n)
-    drawn = data_labels(labels, n, job.seed, 1)[first:last] if classes else None
-
-    def of_samples(network: Any) -> Any:
-        if first == last:
-            return Moments(0, 0 * reference.mean, 0 * reference.scatter)
-        options = {"label": drawn, "seed": job.seed + 104_729, "first": first, "batch": SAMPLED_AT_ONCE}
-        return moments(extractor.extract(model_of(job, network).sample(last - first, **options)))
-
-    def validate(state: Any) -> dict[str, float]:
-        network = state.networks[job.best_role]
-        was_training = network.training
-        network.eval()
-        own = of_samples(network)
-        network.train(was_training)
-        return {"score": frechet_distance(pooled(own, summed), reference)}
-
-    return validate
 
 
 def _newest(note: Callable[[str], None]) -> dict[str, Any] | None:
@@ -277,16 +64,19 @@ class Training:
     validate: Callable[[Any], dict[str, float]] | None
     rank: int
 
+    def close(self) -> None:
+        if self.job.window is not None:
+            self.batches.close()
+
 
 def set_up(config: dict[str, Any]) -> Training:
-    """Builds, wraps and restores a job's training on this worker, its images from Ray Data."""
+    """Builds, wraps and restores a job's training on this worker."""
     import ray.train
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    from mmdistill_core.engine import FitOptions, InMemoryBatches
+    from mmdistill_core.engine import FitOptions
     from mmdistill_core.engine.checkpoint import save_checkpoint
-    from workflows.runtime.data import collect
 
     job, mailbox = Job(**config["job"]), config["mailbox"]
     context = ray.train.get_context()
@@ -294,18 +84,7 @@ def set_up(config: dict[str, Any]) -> Training:
     torch.set_num_threads(job.threads)
     device = ray.train.torch.get_device()
 
-    arrays = collect(ray.train.get_dataset_shard("train").iter_batches(batch_size=4096, batch_format="numpy"))
-    arrays = arrays.rows(job.rows)
-    images, labels = torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
-    batches = InMemoryBatches(
-        x=images,
-        label=labels if int(job.network["num_classes"]) else None,
-        global_batch=job.batch,
-        seed=job.seed,
-        rank=rank,
-        world=world,
-        device=device,
-    )
+    batches, labels = _batches(job, rank, world, device)
 
     def summed(value: Any) -> Any:
         placed = value.to(device, copy=True)
@@ -371,6 +150,38 @@ def set_up(config: dict[str, Any]) -> Training:
     return Training(job, state, batches, options, report, save, validate, rank)
 
 
+def _batches(job: Job, rank: int, world: int, device: Any) -> tuple[Any, Any]:
+    """The images, held in memory or read as they are wanted, and labels to draw from."""
+    import torch
+
+    from mmdistill_core.engine import InMemoryBatches
+    from workflows.runtime.data import StreamedBatches
+    from workflows.runtime.manifest import read_manifest
+    from workflows.runtime.shards import label_pool, read_all
+
+    labelled = bool(job.network["num_classes"])
+    common: dict[str, Any] = {
+        "global_batch": job.batch,
+        "seed": job.seed,
+        "rank": rank,
+        "world": world,
+        "device": device,
+    }
+    if job.window is None:
+        arrays = read_all(job.data, job.rows)
+        images, labels = torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
+        return InMemoryBatches(x=images, label=labels if labelled else None, **common), labels
+    streamed = StreamedBatches(
+        root=job.data,
+        manifest=read_manifest(job.data),
+        which=job.rows,
+        window=job.window,
+        labelled=labelled,
+        **common,
+    )
+    return streamed, torch.from_numpy(label_pool(job.data, job.rows, most=0))
+
+
 def _unsynced(state: Any) -> ExitStack:
     """The context in which no wrapped network exchanges gradients."""
     stack = ExitStack()
@@ -385,7 +196,10 @@ def train_worker(config: dict[str, Any]) -> None:
     from mmdistill_core.engine import fit
 
     t = set_up(config)
-    fit(state=t.state, batches=t.batches, options=t.options, report=t.report, save=t.save, validate=t.validate)
+    try:
+        fit(state=t.state, batches=t.batches, options=t.options, report=t.report, save=t.save, validate=t.validate)
+    finally:
+        t.close()
     if t.rank == 0:
         export(t.job, t.state)
 
@@ -393,7 +207,6 @@ def train_worker(config: dict[str, Any]) -> None:
 def train(
     job: Job,
     *,
-    dataset: Any,
     mailbox: Any,
     workers: int,
     use_gpu: bool,
@@ -405,9 +218,10 @@ def train(
     Raises UserError when training itself fails.
     """
     import ray.train
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    filesystem, path = arrow_filesystem(job.storage) if is_remote(job.storage) else (None, job.storage)
     trainer = TorchTrainer(
         loop,
         train_loop_config={"job": asdict(job), "mailbox": mailbox},
@@ -418,14 +232,11 @@ def train(
         ),
         run_config=RunConfig(
             name=job.name,
-            storage_path=job.storage,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=3),
             checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
         ),
-        datasets={"train": dataset},
-        dataset_config=DataConfig(
-            datasets_to_split=[]
-        ),  # each worker holds all rows and takes its slice of every batch
     )
     try:
         result: Any = trainer.fit()

@@ -1,10 +1,12 @@
-"""The workspace: one folder for everything a run leaves, stages kept by key, one run at a time.
+"""The workspace: one folder for everything a run leaves, here or in an object store; stages kept by key, one run at a time.
 
 .mmdistill/
     stages/<stage>-<key>/   result.json (last: the stage is done), config.yaml, metrics.jsonl, runs.json, its outputs
     reports/<recipe>/       report.html, summary.json
     ray/                    checkpoints of trainings
     mlflow.db, mlartifacts/ the default tracking store
+
+Of one in an object store a working copy is kept on this machine. A stage is there once its result.json is, which is written last.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from workflows.runtime import storage
 from workflows.runtime.errors import UserError
+from workflows.runtime.lease import Lease
 
 RESULT = "result.json"
 MINIMUM_FREE = 200 * 1024**2
@@ -37,11 +41,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class StageFolder:
-    """A stage's outputs, and whether they are whole."""
+    """A stage's outputs, and whether they are whole. `path` is here; `uri` is where others find them: the same, or in the store."""
 
     name: str
     key: str
     path: Path
+    uri: str
+    there: set[str] = field(default_factory=set)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -52,15 +58,63 @@ class StageFolder:
             return None
         return value if isinstance(value, dict) else None
 
+    def at(self, name: str) -> str:
+        """Where others find this file or folder of the stage."""
+        return storage.join(self.uri, name)
+
+    def keep(self, name: str) -> None:
+        """A file that a run on another machine would want, before the stage is done."""
+        if storage.is_remote(self.uri):
+            storage.upload(self.path / name, self.at(name))
+
+    def collect(self, name: str) -> None:
+        """What a worker wrote to `at(name)`, here."""
+        if storage.is_remote(self.uri):
+            storage.pull(self.at(name), self.path / name)
+            self.there.add(name)
+
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.path / RESULT, result)
+        if storage.is_remote(self.uri):
+            collected = tuple(f"{name}/" for name in self.there)
+            storage.publish(self.path, self.uri, skip=lambda name: name.startswith(collected), last=RESULT)
+
+    def refresh(self) -> None:
+        """The working copy as the store has it."""
+        if not storage.is_remote(self.uri):
+            return
+        try:
+            stored = storage.read(self.at(RESULT))
+        except FileNotFoundError:
+            (self.path / RESULT).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                storage.pull(self.uri, self.path, skip=_heavy)
+            return
+        if not (self.path / RESULT).is_file() or (self.path / RESULT).read_bytes() != stored:
+            shutil.rmtree(self.path)
+            self.path.mkdir()
+            storage.pull(self.uri, self.path, skip=lambda name: _heavy(name) or name == RESULT)
+            (self.path / RESULT).write_bytes(stored)
+
+
+def _heavy(name: str) -> bool:
+    """Shards are read where they are."""
+    return name.startswith("data/shards/")
 
 
 class Workspace:
-    """Raises UserError if the folder can't be made or written, or the disk is full."""
+    """`root` is a folder or s3://BUCKET/PREFIX. Raises UserError if it can't be made or written, or the disk is full."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser().resolve()
+        self.remote = storage.is_remote(root)
+        if self.remote:
+            self.uri = str(root).rstrip("/")
+            storage.check(self.uri)
+            self.root = storage.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+        else:
+            self.root = Path(str(root).removeprefix("file://")).expanduser().resolve()
+            self.uri = str(self.root)
+        self._lease: Lease | None = None
         try:
             for folder in ("stages", "reports", "ray"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -83,22 +137,45 @@ class Workspace:
     def stage(self, name: str, key: str) -> StageFolder:
         path = self.root / "stages" / f"{name}-{key}"
         path.mkdir(parents=True, exist_ok=True)
-        return StageFolder(name, key, path)
+        folder = StageFolder(name, key, path, storage.join(self.uri, "stages", path.name))
+        folder.refresh()
+        return folder
 
     def discard(self, folder: StageFolder) -> None:
         """Forgets a stage, its checkpoints included."""
         shutil.rmtree(folder.path, ignore_errors=True)
-        shutil.rmtree(self.training_storage / f"{folder.name}-{folder.key}", ignore_errors=True)
+        checkpoints = storage.join(self.training_storage, f"{folder.name}-{folder.key}")
+        for uri in (folder.uri, checkpoints):
+            if storage.is_remote(uri):
+                storage.delete(uri)
+            else:
+                shutil.rmtree(uri, ignore_errors=True)
         folder.path.mkdir(parents=True)
 
     @property
-    def training_storage(self) -> Path:
-        return self.root / "ray"
+    def training_storage(self) -> str:
+        return storage.join(self.uri, "ray")
+
+    def read_note(self, name: str) -> dict[str, Any] | None:
+        """A small JSON file of the workspace, or None if it is not there."""
+        try:
+            return dict(json.loads(storage.read(storage.join(self.uri, name))))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write_note(self, name: str, value: dict[str, Any]) -> None:
+        storage.write(storage.join(self.uri, name), (json.dumps(value, indent=2) + "\n").encode())
 
     def report(self, recipe: str) -> Path:
         path = self.root / "reports" / recipe
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def share_report(self, recipe: str) -> str:
+        """Puts the report where the workspace is; says where."""
+        if self.remote:
+            storage.publish(self.report(recipe), storage.join(self.uri, "reports", recipe))
+        return storage.join(self.uri, "reports", recipe, "report.html")
 
     @property
     def default_tracking_uri(self) -> str:
@@ -108,9 +185,26 @@ class Workspace:
     def default_artifacts(self) -> Path:
         return self.root / "mlartifacts"
 
+    def check_held(self) -> None:
+        """Raises UserError when another run took the workspace over, as it may when this one did not reach the store for long."""
+        if self._lease and self._lease.lost:
+            raise UserError(
+                f"workspace: {self.uri} was taken over by another run: this one could not renew its hold",
+                hint="what it had saved is kept, and the other run goes on from it",
+            )
+
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One run at a time; the kernel frees the lock when its holder dies, however it dies."""
+        """One run at a time. Here the kernel frees the lock when its holder dies, however it dies; in a store it runs out."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._flock())
+            if self.remote:
+                self._lease = Lease(storage.join(self.uri, ".lock"), "workspace")
+                stack.enter_context(self._lease.held())
+            yield
+
+    @contextlib.contextmanager
+    def _flock(self) -> Iterator[None]:
         with (self.root / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +212,7 @@ class Workspace:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise UserError(
-                    f"workspace: {self.root} is in use by another run (process {holder})",
+                    f"workspace: {self.uri} is in use by another run (process {holder})",
                     hint="wait for it to end, or use another --workspace",
                 ) from None
             file.truncate(0)

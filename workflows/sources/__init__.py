@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflows.runtime.manifest import read_manifest
+from workflows.runtime.storage import is_remote
 from workflows.sources.drawn import RING, gmm, made, ring
 from workflows.sources.folder import evenly, load_folder
 from workflows.sources.packaged import PHOTOGRAPHS, digits, photos
@@ -24,12 +27,13 @@ Load = Callable[[Say], "tuple[np.ndarray, np.ndarray]"]
 class Source:
     """`load(say)` gives images [n, c, h, w] in [0, 1] and labels [n], and says in a line what the user should know of them;
     `shape` is (c, h, w); `num_classes` 0: no labels, and those that load gives are 0; `exact(schedule=...)` the optimal denoiser,
-    where the law of the data is known; `preprocessing` says what load did to the images.
+    where the law of the data is known; `preprocessing` says what load did to the images. Without `load` the images are a data set
+    already.
     """
 
     shape: tuple[int, int, int]
     num_classes: int
-    load: Load
+    load: Load | None
     exact: Callable[..., Any] | None = None
     preprocessing: str = "whole images"
 
@@ -55,24 +59,35 @@ def _folder(data: Data) -> Source:
     return Source(shape, classes, load, preprocessing="upright, central square, Lanczos")
 
 
+def _dataset(data: Data) -> Source:
+    manifest = read_manifest(data_set(data))
+    return Source(manifest.shape, manifest.num_classes, None, preprocessing=manifest.preprocessing)
+
+
+def data_set(data: Data) -> str:
+    """Folder or URI of the data set that the section names."""
+    path = str(data.path).removesuffix("/manifest.json").rstrip("/")
+    return path if is_remote(path) else str(Path(path).expanduser().resolve())
+
+
 def _shape(data: Data) -> tuple[int, int, int]:
     assert data.image_size is not None
     return data.channels or 3, data.image_size, data.image_size
 
 
-SHAPED: dict[str, Callable[[Data], Source]] = {"folder": _folder, "made": _made}
-"""Sources whose shape is what the section data says: image_size, channels, num_classes."""
+SHAPED: dict[str, Callable[[Data], Source]] = {"folder": _folder, "made": _made, "dataset": _dataset}
+"""Sources whose shape is what the section data says (image_size, channels, num_classes), or what the data set does."""
 
 
 def source_of(data: Data) -> Source:
     """The source that the section names, with at most `limit` of its images."""
     source = SOURCES[data.source] if data.source in SOURCES else SHAPED[data.source](data)
-    limit = data.limit
-    if limit is None:
+    limit, whole = data.limit, source.load
+    if limit is None or whole is None:
         return source
 
     def load(say: Say) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = source.load(say)
+        images, labels = whole(say)
         index = evenly(len(images), limit)
         return images[index], labels[index]
 

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
-from workflows.sources import source_of
+from workflows.sources import Source, source_of
 from workflows.stages.memory import bench_memory
 from workflows.stages.plan import pair_flops
 
@@ -80,7 +80,7 @@ def _job(config: RunConfig, folder: Path, k: int) -> Any:
     """A distillation as the recipe has it, from an untrained teacher in `folder`: costs do not depend on the weights."""
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
-    from workflows.runtime.worker import Job
+    from workflows.runtime.job import Job
     from workflows.stages.distill import ARGUMENTS, optimiser_options
 
     source = source_of(config.data)
@@ -168,12 +168,12 @@ def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
     import torch
 
     from mmdistill_core.engine import InMemoryBatches
-    from workflows.runtime.worker import build_state
+    from workflows.runtime.job import build_state
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         state = build_state(_job(_joint(config), Path(scratch), k=K))
-    images, labels = source_of(config.data).load(print)
+    images, labels = loaded(source_of(config.data))
     batches = InMemoryBatches(
         x=torch.from_numpy(images).float() * 2 - 1,
         label=torch.from_numpy(labels),
@@ -258,7 +258,7 @@ def _as_unet(model: Any, label: Any) -> Any:
 
 
 def ray_loop(config: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """On a Ray Train worker: training as it is, with images from Ray Data and reports to the driver, against the floor."""
+    """On a Ray Train worker: training as it is, with the images of a data set and reports to the driver, against the floor."""
     from mmdistill_core.engine import fit
     from workflows.runtime.worker import set_up
 
@@ -284,13 +284,20 @@ def ray_loop(config: dict[str, Any], rounds: int) -> dict[str, Any]:
     return {"set_up": ready, "times": times, "checkpoint": statistics.median(saves)}
 
 
+def loaded(source: Source) -> tuple[Any, Any]:
+    """Images [n, c, h, w] in [0, 1] and labels [n] of a source that is no data set yet."""
+    if source.load is None:
+        raise UserError("bench: takes the images of a recipe's own source, such as digits, and no data set")
+    return source.load(print)
+
+
 def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
     from workflows.runtime.cluster import Monitor, ray_session
-    from workflows.runtime.data import dataset, write_shards
+    from workflows.runtime.shards import write_shards
     from workflows.runtime.worker import train
 
     source = source_of(config.data)
-    images, labels = source.load(print)
+    images, labels = loaded(source)
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         folder = Path(scratch)
         job = _job(_joint(config), folder, k=K)
@@ -299,7 +306,6 @@ def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
         began = time.perf_counter()
         found = train(
             job,
-            dataset=dataset(folder / "data"),
             mailbox=Monitor().actor,
             workers=1,
             use_gpu=False,

@@ -9,16 +9,18 @@ from typing import Any
 from workflows.config import Distill, RunConfig
 from workflows.context import Context, Done, StageRun, open_stage
 from workflows.runtime.errors import UserError
-from workflows.runtime.worker import Job
+from workflows.runtime.job import Job
 from workflows.runtime.workspace import code_version
 from workflows.stages.teacher import (
     FITTED,
     TRAINING_CODE,
+    data_of,
     denoising_arguments,
     model_config,
     network_config,
     run_trainings,
     training_result,
+    window_of,
 )
 
 CODE = (
@@ -75,6 +77,7 @@ def _distill(
         shown = {"k": k, "distill": own.model_dump(exclude={"k", "overrides"})}
         depends = {
             "prepare": prepared.identity,
+            "window": window_of(context.config, prepared.result),
             "extractor": prepared.result["extractor"],
             "teacher": taught.identity,
             "start": start.identity if start else None,
@@ -93,14 +96,13 @@ def _distill(
                 context.config,
                 own,
                 k,
-                prepared=prepared.folder,
-                result=prepared.result,
-                teacher=taught.folder / "model",
+                prepared=prepared,
+                teacher=taught.at("model"),
                 identity=taught.identity,
                 name=f"distill-k{k}-{opened.folder.key}",
-                output=str(opened.path / "model"),
-                storage=str(context.workspace.training_storage),
-                student=start.folder / "model" if start else None,
+                output=opened.folder.at("model"),
+                storage=context.workspace.training_storage,
+                start=starts(taught, start),
             )
             runs.append((k, job, opened))
     if runs:
@@ -110,6 +112,7 @@ def _distill(
 def _train(context: Context, runs: list[tuple[int, Job, StageRun]], done: dict[int, Done]) -> None:
     def finish(i: int) -> None:
         k, _, run = runs[i]
+        run.folder.collect("model")
         done[k] = run.finish(training_result(run, _summary(run)))
 
     unfinished = {run.folder.name: run for k, _, run in runs if k not in done}
@@ -142,23 +145,23 @@ def job_of(
     own: Distill,
     k: int,
     *,
-    prepared: Path,
-    result: dict[str, Any],
-    teacher: Path,
+    prepared: Done,
+    teacher: str,
     identity: str,
     name: str,
     output: str,
     storage: str,
-    student: Path | None = None,
+    start: dict[str, str],
 ) -> Job:
-    """The training of the k-step student: `own` is the distill section as it holds for k, `result` what `prepare` returned,
-    `teacher` a model folder and `identity` its hash, `student` a model folder to start from in place of the teacher's.
+    """The training of the k-step student: `own` is the distill section as it holds for k, `teacher` a model folder and `identity`
+    its hash, `start` the roles that begin as another one (`starts`).
     """
+    result = prepared.result
     validate = None
     if own.validate_every:
         validate = {
-            "extractor": str(prepared / "extractor"),
-            "reference": str(prepared / "statistics" / config.data.trained),
+            "extractor": prepared.at("extractor"),
+            "reference": prepared.at(f"statistics/{config.data.trained}"),
             "samples": own.validate_samples,
             "every": own.validate_every,
         }
@@ -166,12 +169,13 @@ def job_of(
         name=name,
         output=output,
         storage=storage,
-        data=str(prepared / "data"),
+        data=data_of(prepared),
         rows=config.data.trained,
+        window=window_of(config, result),
         seed=config.seed + k,
         method=own.method,
         arguments={"k": k} | {field: getattr(own, field) for field in ARGUMENTS},
-        networks=starts(teacher, student),
+        networks={"teacher": teacher} | start,
         network=network_config(config, result),
         schedule=config.schedule.as_dict(),
         prediction=config.prediction,
@@ -202,13 +206,13 @@ def job_of(
     )
 
 
-def starts(teacher: Path, student: Path | None) -> dict[str, str]:
-    """role -> model folder. An exact teacher has no weights to start from: beside it lies a network that was fitted to the data."""
-    networks = {"teacher": str(teacher)}
-    fitted = teacher.with_name(FITTED)
-    if fitted.is_dir():
-        networks |= {"student": str(fitted), "auxiliary": str(fitted)}
-    return networks | ({"student": str(student)} if student else {})
+def starts(taught: Done, student: Done | None) -> dict[str, str]:
+    """role -> model folder of those that don't start as the teacher. An exact one has no weights to start from: beside it lies a
+    network that was fitted to the data.
+    """
+    fitted = taught.at(FITTED)
+    networks = {"student": fitted, "auxiliary": fitted} if (taught.folder / FITTED).is_dir() else {}
+    return networks | ({"student": student.at("model")} if student else {})
 
 
 def optimiser_options(own: Distill) -> dict[str, dict[str, Any]]:
@@ -220,7 +224,7 @@ def optimiser_options(own: Distill) -> dict[str, dict[str, Any]]:
 
 
 def preconditioner(config: RunConfig, own: Distill) -> dict[str, Any] | None:
-    """Instant's Lambda (worker.Job)."""
+    """Instant's Lambda (job.Job)."""
     if own.update != "instant":
         return None
     collected = {"batches": own.collect_batches, "arguments": denoising_arguments(config)}

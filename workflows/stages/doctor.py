@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -31,7 +30,7 @@ Line = tuple[bool | None, str, str]
 """(fine, subject, what was found or what to do); None: neither good nor bad."""
 
 
-def examine(workspace: Path, tracking_uri: str | None) -> bool:
+def examine(workspace: str, tracking_uri: str | None) -> bool:
     """Prints a line a check as it is made; True if none failed."""
     console = Console(highlight=False)
     marks = {True: "[green]OK[/]", False: "[red]to do[/]", None: "[dim]-[/]"}
@@ -84,12 +83,12 @@ def _devices() -> Iterator[Line]:
         yield None, "gpu", "none: this torch is a CPU build, which is enough for the digits"
 
 
-def _workspace(path: Path) -> Iterator[Line]:
+def _workspace(path: str) -> Iterator[Line]:
     from workflows.runtime.workspace import Workspace
 
     try:
         space = Workspace(path)
-        yield True, "workspace", f"{space.root}, {shutil.disk_usage(space.root).free / 2**30:.0f} GiB free"
+        yield True, "workspace", f"{space.uri}, {shutil.disk_usage(space.root).free / 2**30:.0f} GiB free"
     except UserError as error:
         yield False, "workspace", f"{error}; {error.hint}"
 
@@ -106,7 +105,7 @@ def _ray() -> Iterator[Line]:
         yield False, "ray", f"{error}; {error.hint}"
 
 
-def _tracking(workspace: Path, uri: str | None) -> Iterator[Line]:
+def _tracking(workspace: str, uri: str | None) -> Iterator[Line]:
     from workflows.runtime.tracking import Tracker
     from workflows.runtime.workspace import Workspace
 

@@ -20,7 +20,9 @@ from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.progress import short
+from workflows.runtime.storage import fetch
 from workflows.runtime.workspace import code_version, write_json
+from workflows.stages.teacher import data_of
 
 if TYPE_CHECKING:
     from mmdistill_core.metrics.statistics import Statistics
@@ -76,7 +78,7 @@ class Row:
 
 def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int, Done]) -> Done:
     shown = {"evaluate": context.config.evaluate.model_dump()}
-    folder = check_reference(context.config, prepared.folder, prepared.result)
+    folder = check_reference(context.config, str(prepared.folder / "statistics"), prepared.result)
     depends = {
         "prepare": prepared.identity,
         "reference": identity_of(folder / TENSORS, folder / ABOUT),
@@ -133,16 +135,17 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
 
     from mmdistill_core.samplers import data_labels
     from workflows.images import image_grid
-    from workflows.runtime.data import read_all
+    from workflows.runtime.shards import label_pool
 
     config, options, screen = run.context.config, run.context.config.evaluate, run.context.screen
-    models = {k: str(student.folder / "model") for k, student in students.items()}
-    rows = rows_of(config, str(taught.folder / "model"), models)
+    models = {k: student.at("model") for k, student in students.items()}
+    rows = rows_of(config, taught.at("model"), models)
     parts, grids = run.path / "rows", run.path / "grids"
     parts.mkdir(exist_ok=True)
     grids.mkdir(exist_ok=True)
-    labels = torch.from_numpy(read_all(prepared.folder / "data").rows(config.data.reference).labels)
-    extractor, reference = str(prepared.folder / "extractor"), load_reference(folder)
+    most = int(config.data.memory_gib * 2**30)
+    labels = torch.from_numpy(label_pool(data_of(prepared), config.data.reference, most=most))
+    extractor, reference = prepared.at("extractor"), load_reference(folder)
 
     # Longest first, so that the last tasks to end are short.
     wanted = [(row, seed) for row in sorted(rows, key=lambda r: -r.nfe) for seed in range(options.seeds)]
@@ -255,7 +258,7 @@ def chunk_of(reference: Reference) -> int:
 def _model(folder: str, device: str) -> Any:
     from mmdistill_core.artifact import load_model
 
-    model = load_model(folder)
+    model = load_model(fetch(folder))
     model.denoiser.to(device)
     return model
 
@@ -264,7 +267,7 @@ def _model(folder: str, device: str) -> Any:
 def _extractor(folder: str, device: str) -> Any:
     from mmdistill_core.artifact import load_extractor
 
-    return load_extractor(folder).to(device)
+    return load_extractor(fetch(folder)).to(device)
 
 
 def sample_chunk(

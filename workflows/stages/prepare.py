@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,19 @@ from workflows.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.reference import ABOUT, TENSORS, Reference, save_reference
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
+from workflows.runtime.manifest import MANIFEST, Manifest, Shard, read_manifest, write_manifest
+from workflows.runtime.shards import Arrays, read_shards, write_shards
+from workflows.runtime.storage import fetch, publish
 from workflows.runtime.workspace import code_version
-from workflows.sources import Source, source_of
-from workflows.sources.folder import listing
+from workflows.sources import Source, data_set, source_of
+from workflows.sources.folder import evenly, listing
 
 CODE = (
     "workflows/stages/prepare.py",
     "workflows/reference.py",
     "workflows/sources",
-    "workflows/runtime/data.py",
+    "workflows/runtime/manifest.py",
+    "workflows/runtime/shards.py",
     "mmdistill_core/rng.py",
     "mmdistill_core/diffusion",
     "mmdistill_core/networks/exact.py",
@@ -36,14 +40,18 @@ CODE = (
     "mmdistill_core/networks/pixels.py",
 )
 ROWS = 4096
+"""Images whose features are taken at once."""
+CLASSIFIED = 50_000
+"""Images, or a shard more, that a classifier or a mixture is fitted to."""
 FLOORS = 3
 
 
 def prepare(context: Context) -> Done:
     data, shown = context.config.data, {"data": context.config.data.model_dump()}
     depends = {
-        "data": data.model_dump(exclude={"extractor_weights"}),
+        "data": data.model_dump(exclude={"extractor_weights", "memory_gib", "window"}),
         "listing": listing(data.path) if data.source == "folder" else None,
+        "data set": digest(asdict(read_manifest(data_set(data)))) if data.source == "dataset" else None,
         "weights": hashlib.sha256(Path(data.extractor_weights).read_bytes()).hexdigest()
         if data.extractor_weights
         else None,
@@ -56,35 +64,25 @@ def prepare(context: Context) -> Done:
 
 def _body(run: StageRun) -> dict[str, Any]:
     from mmdistill_core.artifact import save_extractor
-    from workflows.runtime.data import read_all, write_shards
 
     config, source = run.context.config.data, source_of(run.context.config.data)
     with run.context.screen.bars():
-        images, labels = source.load(run.context.screen.line)
-        manifest = write_shards(
-            run.path / "data",
-            source=config.source,
-            images=images,
-            labels=labels,
-            num_classes=source.num_classes,
-            holdout=config.holdout,
-            rows=config.shard_rows,
-        )
-        arrays = read_all(run.path / "data")
-        extractor, accuracy = make_extractor(run, arrays, source)
-        held_out = int(arrays.holdout.sum())
+        root, manifest = _data(run, source)
+        extractor, accuracy = make_extractor(run, root, manifest, source)
+        held_out = manifest.held_out
         provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy, "held_out": held_out}
         save_extractor(run.path / "extractor", extractor, provenance=provenance)
         about = {
             "data": manifest.fingerprint,
             "resolution": list(manifest.shape),
-            "preprocessing": f"{source.preprocessing}, [0, 1] to [-1, 1]; {extractor.preprocessing}",
+            "preprocessing": f"{manifest.preprocessing}, [0, 1] to [-1, 1]; {extractor.preprocessing}",
             "extractor": extractor.kind,
             "weights": extractor.fingerprint(),
         }
         rows = {config.reference, config.trained}
-        statistics = {which: _statistics(run, which, arrays.rows(which).images, about) for which in sorted(rows)}
-    run.context.tracker.log_artifact(run.run_id, run.path / "data" / "manifest.json")
+        statistics = {which: _statistics(run, root, manifest, which, about) for which in sorted(rows)}
+    write_manifest(run.path, manifest)
+    run.context.tracker.log_artifact(run.run_id, run.path / MANIFEST)
     own = [] if extractor.kind == "inception" else ["extractor"]  # the weights of inception are the user's file
     for name in own:
         run.context.tracker.log_artifact(run.run_id, run.path / name, name)
@@ -95,8 +93,10 @@ def _body(run: StageRun) -> dict[str, Any]:
     )
     return {
         # Of what the images are, not of how their shards are called: prepared again, they leave the teacher as it is.
-        "identity": digest([manifest.fingerprint, manifest.num_classes, _seen(arrays, config.trained)], 16),
-        "artifacts": ["data/manifest.json", *own],
+        "identity": digest([manifest.fingerprint, manifest.num_classes, _seen(manifest, config.trained)], 16),
+        "artifacts": [MANIFEST, *own],
+        "data": None if source.load else root,
+        "bytes": manifest.in_memory(),
         "count": manifest.count,
         "shape": list(manifest.shape),
         "num_classes": manifest.num_classes,
@@ -109,16 +109,37 @@ def _body(run: StageRun) -> dict[str, Any]:
     }
 
 
-def _seen(arrays: Any, rows: str) -> str:
+def _data(run: StageRun, source: Source) -> tuple[str, Manifest]:
+    """The data set: the one that the recipe names, or one written now."""
+    config = run.context.config.data
+    if source.load is None:
+        root = data_set(config)
+        return root, read_manifest(root)
+    root = run.folder.at("data")
+    images, labels = source.load(run.context.screen.line)
+    return root, write_shards(
+        root,
+        source=config.source,
+        images=images,
+        labels=labels,
+        num_classes=source.num_classes,
+        holdout=config.holdout,
+        rows=config.shard_rows,
+        preprocessing=source.preprocessing,
+    )
+
+
+def _seen(manifest: Manifest, rows: str) -> str:
     """Which of the rows trainings see."""
-    return rows if rows == "all" else hashlib.sha256(arrays.holdout.tobytes()).hexdigest()
+    return rows if rows == "all" else manifest.held_fingerprint
 
 
-def make_extractor(run: StageRun, arrays: Any, source: Source) -> tuple[Any, float | None]:
+def make_extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> tuple[Any, float | None]:
     """The configuration's extractor, and a classifier's accuracy on the rows held out."""
     import torch
 
     from mmdistill_core.diffusion.schedules import Cosine
+    from mmdistill_core.engine.batches import centred
     from mmdistill_core.networks.inception import load_inception
     from mmdistill_core.networks.mixture import Mixture
     from mmdistill_core.networks.pixels import Pixels
@@ -131,11 +152,12 @@ def make_extractor(run: StageRun, arrays: Any, source: Source) -> tuple[Any, flo
     if config.extractor == "mixture" and source.exact is not None:
         exact = source.exact(schedule=Cosine()).requires_grad_(False)
         return Mixture.of(weights=exact.weights, means=exact.means, variances=exact.variances), None
+    arrays = some_rows(root, manifest)
+    images = centred(torch.from_numpy(arrays.images))
     if config.extractor == "mixture":
-        known = arrays.labels >= 0
+        known = torch.from_numpy(arrays.labels >= 0)
         try:
-            values = torch.from_numpy(arrays.images[known]), torch.from_numpy(arrays.labels[known])
-            return Mixture.fitted(*values, modes=source.num_classes), None
+            return Mixture.fitted(images[known], torch.from_numpy(arrays.labels)[known], modes=source.num_classes), None
         except ValueError as error:
             raise UserError(f"data.extractor: mixture needs some images of every label ({error})") from error
     bar = run.context.screen.bar("prepare", config.classifier_epochs, unit="epochs")
@@ -145,7 +167,7 @@ def make_extractor(run: StageRun, arrays: Any, source: Source) -> tuple[Any, flo
         bar.update(epoch, f"classifier: loss {loss:.3g}, held-out accuracy {accuracy:.1%}")
 
     return train_classifier(
-        arrays.images,
+        images,
         arrays.labels,
         arrays.holdout,
         num_classes=source.num_classes,
@@ -155,18 +177,29 @@ def make_extractor(run: StageRun, arrays: Any, source: Source) -> tuple[Any, flo
     )
 
 
-def _statistics(run: StageRun, which: str, images: np.ndarray, about: dict[str, Any]) -> dict[str, Any]:
+def some_rows(root: str, manifest: Manifest) -> Arrays:
+    """All rows, or some CLASSIFIED of them, of shards spread over all."""
+    each = max(1, manifest.count // len(manifest.shards))
+    chosen = evenly(len(manifest.shards), max(1, CLASSIFIED // each))
+    return read_shards(root, manifest, [manifest.shards[i] for i in chosen])
+
+
+def _statistics(run: StageRun, root: str, manifest: Manifest, which: str, about: dict[str, Any]) -> dict[str, Any]:
     """Builds and saves the statistics of these rows; gives their fingerprint and the hash of the files."""
-    most, folder = run.context.config.evaluate, run.path / "statistics" / which
-    if len(images) <= most.neighbours + 1 or len(images) < 4:
-        raise UserError(f"data.reference: {which} has {len(images)} images, too few to measure against")
-    bar = run.context.screen.bar(f"statistics of {which}", len(images), unit="images")
+    most, folder, count = run.context.config.evaluate, run.path / "statistics" / which, manifest.rows(which)
+    if count <= most.neighbours + 1 or count < 4:
+        raise UserError(f"data.reference: {which} has {count} images, too few to measure against")
+    bar = run.context.screen.bar(f"statistics of {which}", count, unit="images")
+    if run.context.workspace.remote:
+        publish(run.path / "extractor", run.folder.at("extractor"))
     reference = build_reference(
-        images,
-        extractor=str(run.path / "extractor"),
+        root,
+        manifest,
+        which,
+        extractor=run.folder.at("extractor"),
         near=most.neighbour_samples,
         seed=run.context.config.seed,
-        fingerprint=about | {"rows": which, "count": len(images)},
+        fingerprint=about | {"rows": which, "count": count},
         cpus=int(run.context.resources.get("CPU", 1)),
         task=run.context.placement.task,
         device=run.context.placement.device,
@@ -177,7 +210,9 @@ def _statistics(run: StageRun, which: str, images: np.ndarray, about: dict[str, 
 
 
 def build_reference(
-    images: np.ndarray,
+    root: str,
+    manifest: Manifest,
+    which: str,
     *,
     extractor: str,
     near: int,
@@ -188,8 +223,8 @@ def build_reference(
     task: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> Reference:
-    """Statistics of all images, by Ray tasks of ROWS images, `cpus` and a few at a time; features of `near` of them are kept.
-    `task` is what Ray gives each of them, `device` where it computes.
+    """Statistics of these rows of a data set, by a Ray task a shard, `cpus` and a few at a time; features of `near` of them are
+    kept. `task` is what Ray gives each of them, `device` where it computes.
     """
     import ray
     import torch
@@ -197,35 +232,55 @@ def build_reference(
     from mmdistill_core.metrics.statistics import merged
     from mmdistill_core.rng import generator
 
-    chosen = torch.randperm(len(images), generator=generator(seed, 6))[:near].sort().values
-    remote = ray.remote(**task or task_options(use_gpu=False))(statistics_of)
-    waiting, parts = list(range(0, len(images), ROWS)), {}
+    shards = [shard for shard in manifest.shards if shard.count(which)]
+    counts = [shard.count(which) for shard in shards]
+    chosen = torch.randperm(sum(counts), generator=generator(seed, 6))[:near].sort().values
+    own = [part.numpy() - first for part, first in _by_shard(chosen, counts)]
+    remote, about = ray.remote(**task or task_options(use_gpu=False))(statistics_of), ray.put(manifest)
+    waiting, parts = list(range(len(shards))), {}
     running: dict[Any, int] = {}
     while waiting or running:
         while waiting and len(running) < cpus + 2:
-            first = waiting.pop(0)
-            own = chosen[(chosen >= first) & (chosen < first + ROWS)] - first
-            running[remote.remote(extractor, images[first : first + ROWS], own.numpy(), device)] = first
+            i = waiting.pop(0)
+            running[remote.remote(extractor, root, about, shards[i], which, own[i], device)] = i
         for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
             parts[running.pop(done)] = ray.get(done)
-            tick(sum(p.count for p in parts.values()))
-    statistics = merged([parts[first] for first in sorted(parts)])
-    pixels = torch.from_numpy(images[chosen.numpy()]).flatten(1) if statistics.pixels else None
+            tick(sum(counts[i] for i in parts))
+    ordered = [parts[i] for i in range(len(shards))]
+    statistics = merged([part for part, _ in ordered])
+    pixels = torch.cat([images for _, images in ordered]).flatten(1) if statistics.pixels else None
     return Reference(statistics, fingerprint, floor(statistics.near, pixels))
 
 
-def statistics_of(extractor: str, images: np.ndarray, near: np.ndarray, device: str = "cpu") -> Any:
-    """`statistics` as a Ray task: on one thread, from the extractor's folder; without the predictions, which only samples need."""
+def _by_shard(chosen: Any, counts: list[int]) -> Iterator[tuple[Any, int]]:
+    """Of sorted indices over all shards, those within each, and the index of the shard's first row."""
+    first = 0
+    for count in counts:
+        yield chosen[(chosen >= first) & (chosen < first + count)], first
+        first += count
+
+
+def statistics_of(
+    extractor: str, root: str, manifest: Manifest, shard: Shard, which: str, near: np.ndarray, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """`statistics` of a shard as a Ray task: on one thread, from the extractor's folder; without the predictions, which only
+    samples need. And the images [len(near), c, h, w], where their pixels are compared.
+    """
     import torch
 
     from mmdistill_core.artifact import load_extractor
-    from mmdistill_core.metrics.statistics import statistics
+    from mmdistill_core.engine.batches import centred
+    from mmdistill_core.metrics.statistics import merged, statistics
 
     torch.set_num_threads(1)
     device = device_of_task(device)
-    values, kept = torch.from_numpy(images.copy()).to(device), torch.from_numpy(near.copy())
-    whole = statistics(load_extractor(extractor).to(device), values, near=kept)
-    return replace(whole, logits=None, predicted=None)
+    images, network = read_shards(root, manifest, [shard], which).images, load_extractor(fetch(extractor)).to(device)
+    values, kept, parts = torch.from_numpy(images.copy()), torch.from_numpy(near.copy()), []
+    for first in range(0, len(values), ROWS):
+        part = centred(values[first : first + ROWS].to(device))
+        parts.append(statistics(network, part, near=kept[(kept >= first) & (kept < first + ROWS)] - first))
+    whole = replace(merged(parts), logits=None, predicted=None)
+    return whole, centred(values[kept]) if whole.pixels else None
 
 
 def floor(features: Any, pixels: Any) -> dict[str, float]:
@@ -247,7 +302,7 @@ def floor(features: Any, pixels: Any) -> dict[str, float]:
 
 
 def train_classifier(
-    images: np.ndarray,
+    images: Any,
     labels: np.ndarray,
     holdout: np.ndarray,
     *,
@@ -256,7 +311,8 @@ def train_classifier(
     seed: int,
     tick: Callable[[int, float, float], None],
 ) -> tuple[Any, float]:
-    """A Classifier trained on the rows not held out (with shifts of a pixel), and its accuracy on those that are.
+    """A Classifier trained on the rows not held out (with shifts of a pixel), and its accuracy on those that are. images
+    [n, c, h, w] in [-1, 1].
 
     tick(epoch, loss, held-out accuracy) after every epoch.
     """
@@ -266,7 +322,7 @@ def train_classifier(
     from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
     from mmdistill_core.rng import generator
 
-    x, y = torch.from_numpy(images), torch.from_numpy(labels)
+    x, y = images, torch.from_numpy(labels)
     known, held = y >= 0, torch.from_numpy(holdout)
     train_x, train_y = x[known & ~held], y[known & ~held]
     rng, batch = generator(seed, 2), min(64, len(train_x))

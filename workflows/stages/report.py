@@ -171,7 +171,7 @@ def _costs(prepared: Done, taught: Done, students: dict[int, Done], measured: Do
     return costs
 
 
-def last_screen(summary: dict[str, Any], screen: Screen, workspace: Path, tracking_uri: str | None) -> None:
+def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, tracking_uri: str | None) -> None:
     """The table, where the report is, and what to try next."""
     from rich.table import Table
 

@@ -20,7 +20,7 @@ def draw(
     out: Path,
     columns: int | None,
     guidance: float | None,
-    workspace: Path,
+    workspace: str,
     tracking_uri: str | None,
 ) -> str:
     """Writes the samples to `out`; returns a line that says what was written."""
@@ -68,7 +68,7 @@ def _labels(text: str | None, n: int):  # type: ignore[no-untyped-def]
     return torch.tensor(classes)[torch.arange(n) % len(classes)]
 
 
-def _folder(model: str, scratch: Path, workspace: Path, tracking_uri: str | None) -> Path:
+def _folder(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
     if "://" not in model and not model.startswith(("models:/", "runs:/")):
         return Path(model)
     from workflows.runtime.tracking import Tracker

@@ -12,7 +12,6 @@ import re
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -22,6 +21,8 @@ from workflows.config import ConfigError, Distill, RunConfig, digest, one_line
 from workflows.context import Context, Done
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen, clock
+from workflows.runtime.storage import arrow_filesystem, is_remote
+from workflows.stages.teacher import data_of
 from workflows.values import merge, nested
 
 NUMBER = r"[0-9.eE+-]+"
@@ -82,7 +83,7 @@ def sweep(
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
 
-    from workflows.runtime.data import read_all
+    from workflows.runtime.shards import read_all
     from workflows.runtime.worker import root_cause
 
     config = context.config
@@ -90,14 +91,15 @@ def sweep(
     random = any(isinstance(v, tuple) for v in space.values())
     grid = list(itertools.product(*(v for v in space.values() if isinstance(v, list))))
     total = trials if random else len(grid)
-    arrays = ray.put(read_all(prepared.folder / "data"))
-    jobs = {"config": config.model_dump(), "prepared": str(prepared.folder), "result": prepared.result,
-            "teacher": str(taught.folder / "model"), "identity": taught.identity}  # fmt: skip
+    arrays = ray.put(read_all(data_of(prepared)))
+    jobs = {"config": config.model_dump(), "prepared": prepared, "taught": taught}
     mailbox = context.monitor.actor
 
     def trial(point: dict[str, Any]) -> None:
         run_trial(point, jobs, arrays, mailbox)
 
+    place = context.workspace.training_storage
+    filesystem, path = arrow_filesystem(place) if is_remote(place) else (None, place)
     name = f"sweep-{digest([space, config.model_dump(mode='json'), taught.identity, trials])}"
     scheduler = ASHAScheduler(time_attr="n_images", max_t=10**12, grace_period=1) if early_stop else None
     tuner = tune.Tuner(
@@ -110,7 +112,7 @@ def sweep(
             scheduler=scheduler,
             max_concurrent_trials=context.placement.at_once,
         ),
-        run_config=tune.RunConfig(name=name, storage_path=str(context.workspace.training_storage), verbose=0),
+        run_config=tune.RunConfig(name=name, storage_path=path, storage_filesystem=filesystem, verbose=0),
     )
     rows: list[dict[str, Any]] = []
     with context.screen.bars() as screen:
@@ -155,8 +157,8 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
     from ray import tune
 
     from mmdistill_core.engine import FitOptions, InMemoryBatches, fit
-    from workflows.runtime.worker import build_state, validator
-    from workflows.stages.distill import job_of
+    from workflows.runtime.job import build_state, validator
+    from workflows.stages.distill import job_of, starts
 
     torch.set_num_threads(1)
     config, k, seed = RunConfig.model_validate(jobs["config"]), int(point["k"]), int(point.get("seed", 0))
@@ -164,8 +166,9 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
     data = ray.get(arrays)
     trained = data.rows(config.data.trained)
     images, labels = torch.from_numpy(trained.images.copy()), torch.from_numpy(trained.labels.copy())
-    job = job_of(config, own, k, prepared=Path(jobs["prepared"]), result=jobs["result"], teacher=Path(jobs["teacher"]),
-                 identity=jobs["identity"], name="trial", output="", storage="")  # fmt: skip
+    taught = jobs["taught"]
+    job = job_of(config, own, k, prepared=jobs["prepared"], teacher=taught.at("model"), identity=taught.identity,
+                 name="trial", output="", storage="", start=starts(taught, None))  # fmt: skip
     job = replace(job, seed=config.seed + k + 1000 * seed)
     batches = InMemoryBatches(
         x=images, label=labels if job.network["num_classes"] else None, global_batch=job.batch, seed=job.seed
@@ -184,22 +187,23 @@ def run_trial(point: dict[str, Any], jobs: dict[str, Any], arrays: Any, mailbox:
     row = {"point": point, "seconds": seconds, "images": state.n_images, "forwards": state.forwards,
            "kept_at": state.best.n_images}  # fmt: skip
     labels = torch.from_numpy(data.rows(config.data.reference).labels.copy())
-    row |= measured(config, job, state.best_network(), labels, jobs["result"])
+    row |= measured(config, job, state.best_network(), labels, jobs["prepared"])
     mailbox.push.remote("sweep", row)
     tune.report({"score": row["frechet"], "n_images": float(state.n_images)})
 
 
-def measured(config: RunConfig, job: Any, network: Any, labels: Any, result: dict[str, Any]) -> dict[str, float]:
+def measured(config: RunConfig, job: Any, network: Any, labels: Any, prepared: Done) -> dict[str, float]:
     """The kept student by `evaluate`'s protocol: its counts, its seeds, its labels, its reference; means over seeds."""
     from mmdistill_core.artifact import load_extractor
     from mmdistill_core.samplers import data_labels
     from workflows.reference import check_reference, load_reference
-    from workflows.runtime.worker import model_of
+    from workflows.runtime.job import model_of
+    from workflows.runtime.storage import fetch
     from workflows.stages.evaluate import measure, sampled
 
-    options, prepared = config.evaluate, Path(job.data).parent
-    model, extractor = model_of(job, network), load_extractor(prepared / "extractor")
-    real = load_reference(check_reference(config, prepared, result)).statistics
+    options, model = config.evaluate, model_of(job, network)
+    extractor = load_extractor(fetch(prepared.at("extractor")))
+    real = load_reference(check_reference(config, prepared.at("statistics"), prepared.result)).statistics
     values = []
     for seed in range(options.seeds):
         label = data_labels(labels, options.samples, config.seed, 3, seed)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from workflows.config import RunConfig
 from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
 from workflows.runtime.cluster import require, run_together
-from workflows.runtime.data import dataset
-from workflows.runtime.worker import Job, train
+from workflows.runtime.job import Job
+from workflows.runtime.worker import train
 from workflows.runtime.workspace import code_version
 from workflows.sources import source_of
 
@@ -27,7 +26,10 @@ TRAINING_CODE = (
     "mmdistill_core/engine",
     "mmdistill_core/methods/base.py",
     "mmdistill_core/methods/parts.py",
+    "workflows/runtime/job.py",
     "workflows/runtime/worker.py",
+    "workflows/runtime/data.py",
+    "workflows/runtime/shards.py",
 )
 CODE = (*TRAINING_CODE, "mmdistill_core/methods/denoising.py", "workflows/stages/teacher.py")
 
@@ -41,6 +43,7 @@ def teacher(context: Context, prepared: Done) -> Done:
     shown = {"teacher": context.config.teacher.model_dump(), **model_config(context)}
     depends = {
         "prepare": prepared.identity,
+        "window": window_of(context.config, prepared.result),
         "seed": context.config.seed,
         "code": code_version(*CODE),
         **shown,
@@ -53,10 +56,11 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
     exact = c.teacher.kind == "exact"
     job = Job(
         name=f"teacher-{run.folder.key}",
-        output=str(run.path / (FITTED if exact else "model")),
-        storage=str(context.workspace.training_storage),
-        data=str(prepared.folder / "data"),
+        output=run.folder.at(FITTED if exact else "model"),
+        storage=context.workspace.training_storage,
+        data=data_of(prepared),
         rows=c.data.trained,
+        window=window_of(c, prepared.result),
         seed=c.seed,
         method="denoising",
         arguments=denoising_arguments(c),
@@ -84,6 +88,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
     )
     with context.screen.bars():
         run_trainings(context, [(job, run)], at_once=1, workers=context.placement.teacher_workers, done=lambda _: None)
+    run.folder.collect(FITTED if exact else "model")
     if exact:
         _save_exact(run, job)
     return training_result(run, f"{c.teacher.images:,} images" + (", the exact denoiser beside it" if exact else ""))
@@ -96,9 +101,19 @@ def _save_exact(run: StageRun, job: Job) -> None:
 
     exact = source_of(run.context.config.data).exact
     assert exact is not None
-    denoiser, provenance = exact(schedule=schedule_from_dict(job.schedule)), load_model(job.output).provenance
+    denoiser, provenance = exact(schedule=schedule_from_dict(job.schedule)), load_model(run.path / FITTED).provenance
     save_model(run.path / "model", DiffusionModel(denoiser, k=job.k, null_label=True, provenance=provenance))
-    run.context.tracker.log_artifact(run.run_id, Path(job.output), FITTED)
+    run.context.tracker.log_artifact(run.run_id, run.path / FITTED, FITTED)
+
+
+def data_of(prepared: Done) -> str:
+    """Where workers find the data set: of the stage's own, or the one that the recipe names."""
+    return str(prepared.result["data"] or prepared.at("data"))
+
+
+def window_of(config: RunConfig, prepared: dict[str, Any]) -> int | None:
+    """Shards that are shuffled together where the images are too many to be held by every worker, else None."""
+    return config.data.window if prepared["bytes"] > config.data.memory_gib * 2**30 else None
 
 
 def denoising_arguments(config: RunConfig) -> dict[str, Any]:
@@ -124,14 +139,12 @@ def run_trainings(
 ) -> None:
     """The jobs on Ray Train, at most `at_once` together; their progress goes to their runs and to bars. `done(i)` after job i."""
     require(context.resources, cpus=workers, gpus=workers if context.placement.use_gpu else 0)
-    shards = {job.data: dataset(Path(job.data)) for job, _ in trainings}
 
     def start(job: Job, run: StageRun) -> Callable[[], None]:
         def work() -> None:
             run.begin()
             train(
                 job,
-                dataset=shards[job.data],
                 mailbox=context.monitor.actor,
                 workers=workers,
                 use_gpu=context.placement.use_gpu,

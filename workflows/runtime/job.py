@@ -1,0 +1,233 @@
+"""A training in plain values (`Job`), and what it is made of: its networks, its Lambda, its measure, the model that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from workflows.runtime.storage import fetch, is_remote, publish
+
+SAMPLED_AT_ONCE = 250
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    name         of the Ray Train run: the same name goes on from its last checkpoint
+    output       folder or URI for the trained model
+    storage      folder or URI for checkpoints
+    method       name in METHODS, and `arguments` its fields but the schedule
+    networks     role -> model folder, for the roles that are given; none: one new network from `network`
+    options      trained role -> fields of OptimiserOptions
+    data         folder or URI of the data set; `rows`, which of it are trained on: "all", or the "rest" beside those held out
+    window       shards that are shuffled together, of data that are read while they are trained on; None: held in memory
+    validate     {"extractor", "reference", "samples", "every"}, or None
+    preconditioner  instant's Lambda: {"kind": adam, collected or identity; for collected "batches" and "arguments" of denoising}
+    sampler, sampler_options, null_label, guidance   of the model that is exported (artifact.DiffusionModel)
+    """
+
+    name: str
+    output: str
+    storage: str
+    data: str
+    seed: int
+    method: str
+    arguments: dict[str, Any]
+    networks: dict[str, str]
+    network: dict[str, Any]
+    schedule: dict[str, Any]
+    prediction: str
+    options: dict[str, Any]
+    images: int
+    batch: int
+    log_every: int
+    checkpoint_every: int
+    best_role: str
+    k: int
+    ema_half_life_images: int = 500_000
+    ema_ramp: float = 0.05
+    rows: str = "all"
+    window: int | None = None
+    validate: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
+    threads: int = 1
+    micro_batch: int | None = None
+    dropout: float = 0.0
+    preconditioner: dict[str, Any] | None = None
+    sampler: str = "ancestral"
+    sampler_options: dict[str, float] = field(default_factory=dict)
+    null_label: bool = False
+    guidance: tuple[float, float] | None = None  # a list, once it came through JSON
+
+
+def build_state(
+    job: Job,
+    batches: Any = None,
+    rank: int = 0,
+    averaged: Callable[[Any], Any] = lambda s: s,
+    collected: Any = None,
+) -> Any:
+    """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed. `batches`, and
+    `averaged`, the mean over workers, serve a preconditioner that is to be collected, unless `collected`, one of before, is given.
+    """
+    import torch
+
+    from mmdistill_core.artifact import build_denoiser, load_model
+    from mmdistill_core.diffusion.schedules import schedule_from_dict
+    from mmdistill_core.engine import OptimiserOptions, TrainState
+    from mmdistill_core.methods import METHODS
+    from mmdistill_core.networks.dit import DiTConfig
+
+    torch.manual_seed(job.seed)
+    schedule = schedule_from_dict(job.schedule)
+    method = METHODS[job.method](schedule=schedule, **job.arguments)  # type: ignore[call-arg]
+    names = {role.name for role in method.roles}
+    given: dict[str, torch.nn.Module] = {
+        role: load_model(fetch(path)).denoiser for role, path in job.networks.items() if role in names
+    }
+    for role in method.roles:
+        if role.name == "preconditioner":
+            given[role.name] = _preconditioner(job, given["teacher"], batches, rank, averaged, collected)
+        elif role.source == "given" and role.name not in given:
+            given[role.name] = build_denoiser(
+                network=DiTConfig(**job.network), prediction=job.prediction, schedule=job.schedule
+            )
+    state = TrainState.create(
+        method=method,
+        given=given,
+        options={role: OptimiserOptions(**values) for role, values in job.options.items()},
+        global_batch=job.batch,
+        total_images=job.images,
+        best_role=job.best_role,
+        ema_half_life_images=job.ema_half_life_images,
+        ema_ramp=job.ema_ramp,
+        micro_batch=job.micro_batch,
+    )
+    for trained in state.optimisers:
+        for module in state.networks[trained].modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = job.dropout
+    return state
+
+
+def _preconditioner(
+    job: Job, teacher: Any, batches: Any, rank: int, averaged: Callable[[Any], Any], before: Any
+) -> Any:
+    """Lambda, of the kind that the job names, checked against the teacher; `before` is one that was collected already."""
+    from mmdistill_core.artifact import load_second_moments
+    from mmdistill_core.diffusion.schedules import schedule_from_dict
+    from mmdistill_core.engine.second_moments import collected
+    from mmdistill_core.methods import METHODS
+    from mmdistill_core.networks.preconditioner import Preconditioner
+
+    kind = (job.preconditioner or {"kind": "identity"})["kind"]
+    if kind == "identity":
+        return Preconditioner.identity(teacher)
+    if before:
+        preconditioner = Preconditioner.identity(teacher)
+        preconditioner.load_state_dict(before)
+        return preconditioner
+    if kind == "adam":
+        moments = load_second_moments(fetch(job.networks["teacher"]))
+    else:
+        assert job.preconditioner is not None
+        arguments = job.preconditioner["arguments"]
+        denoising = METHODS["denoising"](schedule=schedule_from_dict(job.schedule), **arguments)  # type: ignore[call-arg]
+        moments = collected(
+            network=teacher.to(batches.device),
+            micro_batch=job.micro_batch,
+            method=denoising,
+            batches=batches,
+            steps=job.preconditioner["batches"],
+            global_batch=job.batch,
+            seed=job.seed,
+            rank=rank,
+            averaged_over_workers=averaged,
+        )
+    preconditioner = Preconditioner.adam(moments)
+    preconditioner.check(teacher)
+    return preconditioner
+
+
+def model_of(job: Job, network: Any, provenance: dict[str, Any] | None = None) -> Any:
+    """The DiffusionModel of a trained network, or of its average."""
+    from mmdistill_core.artifact import DiffusionModel
+
+    return DiffusionModel(
+        getattr(network, "module", network),
+        k=job.k,
+        sampler=job.sampler,
+        options=dict(job.sampler_options),
+        null_label=job.null_label,
+        guidance=(job.guidance[0], job.guidance[1]) if job.guidance else None,
+        provenance=provenance or {},
+    )
+
+
+def export(job: Job, state: Any) -> None:
+    """The best (or average) network as a model folder; beside a teacher's, the second moments of its gradients."""
+    from mmdistill_core.artifact import save_model, save_second_moments
+    from mmdistill_core.engine.second_moments import of_optimiser
+
+    figures = {
+        "images": state.n_images,
+        "forwards": state.forwards,
+        "skipped": state.skipped,
+        "seed": job.seed,
+    }
+    if state.best.weights:
+        figures |= {"best_images": state.best.n_images, "best_score": state.best.score}
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch) if is_remote(job.output) else Path(job.output)
+        save_model(folder, model_of(job, state.best_network(), (job.provenance or {}) | figures))
+        if job.method == "denoising":
+            save_second_moments(folder, of_optimiser(state.networks["teacher"], state.optimisers["teacher"]))
+        if is_remote(job.output):
+            publish(folder, job.output)
+
+
+def validator(
+    job: Job,
+    labels: Any,
+    device: Any = "cpu",
+    *,
+    rank: int = 0,
+    world: int = 1,
+    summed: Callable[[Any], Any] = lambda value: value,
+) -> Callable[[Any], dict[str, float]]:
+    """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}.
+
+    The workers share the samples, and all get the same score; `summed` adds a tensor over them.
+    """
+    from mmdistill_core.artifact import load_extractor
+    from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments, pooled
+    from mmdistill_core.samplers import data_labels
+    from workflows.reference import load_reference
+
+    assert job.validate is not None
+    n, classes = int(job.validate["samples"]), int(job.network["num_classes"])
+    extractor = load_extractor(fetch(job.validate["extractor"])).to(device)
+    reference = load_reference(fetch(job.validate["reference"])).statistics.features
+    # Whole batches of the sampler's stream, so that the samples are the same whatever the number of workers.
+    share = -(-n // SAMPLED_AT_ONCE // world) * SAMPLED_AT_ONCE
+    first, last = min(rank * share, n), min((rank + 1) * share, n)
+    drawn = data_labels(labels, n, job.seed, 1)[first:last] if classes else None
+
+    def of_samples(network: Any) -> Any:
+        if first == last:
+            return Moments(0, 0 * reference.mean, 0 * reference.scatter)
+        options = {"label": drawn, "seed": job.seed + 104_729, "first": first, "batch": SAMPLED_AT_ONCE}
+        return moments(extractor.extract(model_of(job, network).sample(last - first, **options)))
+
+    def validate(state: Any) -> dict[str, float]:
+        network = state.networks[job.best_role]
+        was_training = network.training
+        network.eval()
+        own = of_samples(network)
+        network.train(was_training)
+        return {"score": frechet_distance(pooled(own, summed), reference)}
+
+    return validate
