@@ -25,3 +25,12 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def moto_server():
+    """The address of an object store in memory; each test makes its own buckets."""
+    from stores import moto
+
+    with moto() as address:
+        yield address

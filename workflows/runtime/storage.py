@@ -109,8 +109,13 @@ class S3Settings:
         ca = env.get("AWS_CA_BUNDLE")
         if ca and not Path(ca).is_file():
             raise UserError(f"AWS_CA_BUNDLE: {ca} is not a file")
+        endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
+        if endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or "@" in endpoint):
+            raise UserError(
+                f"AWS_ENDPOINT_URL: {shown(endpoint)!r} should be http://HOST or https://HOST, without credentials in it"
+            )
         return S3Settings(
-            endpoint=env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL"),
+            endpoint=endpoint,
             region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
             ca=ca,
             addressing=addressing,
@@ -412,8 +417,9 @@ def _all(calls: list[Callable[[], None]]) -> None:
 # Errors
 
 
-def _again(call: Callable[[], T], uri: str | Path, *, tries: int = TRIES) -> T:
+def _again(call: Callable[[], T], uri: str | Path, *, tries: int | None = None) -> T:
     """Calls until it succeeds, with growing pauses after errors that may pass. Raises FileNotFoundError, or UserError."""
+    tries = tries or TRIES
     for attempt in range(tries):
         try:
             return call()

@@ -1,0 +1,258 @@
+"""Files by path or URI: whole or not at all, verified, tried again; errors in a line; no secret in them."""
+
+import itertools
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faults import Faults
+from stores import bucket, free_port, use
+
+from workflows.runtime import storage
+from workflows.runtime.errors import UserError
+from workflows.runtime.lease import Lease
+
+names = itertools.count()
+
+
+@pytest.fixture
+def place(request, moto_server, monkeypatch, tmp_path):
+    """A new bucket, or a folder."""
+    monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
+    use(monkeypatch, moto_server)
+    if getattr(request, "param", "bucket") == "folder":
+        return str(tmp_path / "folder")
+    return bucket(moto_server, f"bucket-{next(names)}")
+
+
+both = pytest.mark.parametrize("place", ["folder", "bucket"], indirect=True)
+
+
+@both
+def test_bytes_come_back(place, tmp_path):
+    for content in (b"", b"hello", os.urandom(100_000)):
+        storage.write(storage.join(place, "a", "b"), content)
+        assert storage.read(storage.join(place, "a", "b")) == content
+        (tmp_path / "file").write_bytes(content)
+        storage.upload(tmp_path / "file", storage.join(place, "a", "c"))
+        storage.download(storage.join(place, "a", "c"), tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == content
+    found = storage.listing(place)
+    assert {name: entry.size for name, entry in found.items()} == {"a/b": 100_000, "a/c": 100_000}
+    assert storage.exists(storage.join(place, "a", "b"))
+    assert not storage.exists(storage.join(place, "a"))
+    before = found["a/b"]
+    storage.write(storage.join(place, "a", "b"), b"other")
+    assert storage.listing(place)["a/b"] != before
+    storage.delete(storage.join(place, "a", "b"))
+    storage.delete(storage.join(place, "never there"))
+    assert set(storage.listing(place)) == {"a/c"}
+    storage.delete(storage.join(place, "a"))
+    assert storage.listing(place) == {}
+
+
+@both
+def test_what_is_missing_is_a_missing_file(place):
+    with pytest.raises(FileNotFoundError):
+        storage.read(storage.join(place, "nothing"))
+    assert storage.listing(storage.join(place, "nothing")) == {}
+    assert not storage.exists(storage.join(place, "nothing"))
+
+
+def test_a_large_object_goes_in_parts_and_its_tag_is_known(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PART", 5 * 2**20)
+    content = np.random.default_rng(0).bytes(23 * 2**20)
+    (tmp_path / "large").write_bytes(content)
+    storage.upload(tmp_path / "large", storage.join(place, "large"))
+    storage.write(storage.join(place, "written"), content)
+    tags = {name: entry.tag for name, entry in storage.listing(place).items()}
+    assert tags["large"] == tags["written"]
+    assert tags["large"].endswith("-5")
+    storage.download(storage.join(place, "large"), tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == content
+
+
+def test_other_bytes_than_were_written_are_found(place, monkeypatch):
+    """A store that lost something on the way: the write is tried again, and given up with an error."""
+    monkeypatch.setattr(storage, "TRIES", 2)
+    fs, _ = storage.filesystem(place)
+    whole = fs.pipe_file
+    monkeypatch.setattr(fs, "pipe_file", lambda path, data, **options: whole(path, b"x" + data[1:], **options))
+    with pytest.raises(UserError, match="the store holds other bytes than were written"):
+        storage.write(storage.join(place, "a"), b"hello")
+    monkeypatch.setattr(fs, "pipe_file", lambda path, data, **options: whole(path, data[1:], **options))
+    with pytest.raises(UserError, match="5 bytes were written, the store has 4"):
+        storage.write(storage.join(place, "a"), b"hello")
+
+
+def test_a_folder_goes_there_and_back(place, tmp_path):
+    for name in ("a", "deep/er/b", "result.json", ".c.1.partial"):
+        (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "from" / name).write_text(name)
+    order = []
+    keep = storage.upload
+    storage_upload = lambda path, uri: (order.append(path.name), keep(path, uri))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "upload", storage_upload)
+        storage.publish(tmp_path / "from", storage.join(place, "stage"), last="result.json")
+    assert order[-1] == "result.json"
+    assert set(storage.listing(storage.join(place, "stage"))) == {"a", "deep/er/b", "result.json"}
+    copy = storage.fetch(storage.join(place, "stage"))
+    assert (copy / "deep/er/b").read_text() == "deep/er/b"
+    assert storage.fetch(storage.join(place, "stage")) == copy, "one copy for what it holds"
+    storage.write(storage.join(place, "stage", "a"), b"new")
+    again = storage.fetch(storage.join(place, "stage"))
+    assert again != copy
+    assert (again / "a").read_bytes() == b"new"
+    assert storage.fetch(tmp_path) == tmp_path
+
+
+def test_names_do_not_lead_out_of_their_folder(tmp_path):
+    for name in ("../x", "a/../../x", "/etc/passwd"):
+        with pytest.raises(UserError, match="leads out of its folder"):
+            storage._within(tmp_path / "folder", name)
+    assert storage._within(tmp_path, "a/../b") == tmp_path / "b"
+
+
+def test_errors_say_what_to_do_in_a_line(place, monkeypatch, moto_server):
+    with pytest.raises(UserError, match="there is no such bucket") as caught:
+        storage.check("s3://never-made/prefix")
+    assert "--s3-endpoint-url" in caught.value.hint
+    with pytest.raises(UserError, match="there is no such bucket"):
+        storage.listing("s3://never-made/prefix")
+    with pytest.raises(UserError, match="names no bucket"):
+        storage.check("s3:///prefix")
+    with pytest.raises(UserError, match=r"nosuch://"):
+        storage.read("nosuch://a/b")
+    monkeypatch.setenv("MMDISTILL_S3_ADDRESSING", "sideways")
+    with pytest.raises(UserError, match="'sideways' is not one of auto, path, virtual"):
+        storage.check(place)
+    monkeypatch.delenv("MMDISTILL_S3_ADDRESSING")
+    monkeypatch.setenv("AWS_CA_BUNDLE", "/no/such/file")
+    with pytest.raises(UserError, match="AWS_CA_BUNDLE: /no/such/file is not a file"):
+        storage.check(place)
+    monkeypatch.delenv("AWS_CA_BUNDLE")
+    for endpoint in ("http://user:hunter2@127.0.0.1:9000", "127.0.0.1:9000"):
+        use(monkeypatch, endpoint)
+        with pytest.raises(UserError, match="should be http://HOST or https://HOST") as caught:
+            storage.check(place)
+        assert "hunter2" not in str(caught.value) + caught.value.hint
+    use(monkeypatch, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(UserError, match=r"nothing answers at http://127\.0\.0\.1"):
+        storage.check(place)
+    use(monkeypatch, moto_server)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", "/nonexistent")
+    with pytest.raises(UserError, match="no credentials found"):
+        storage.check(place)
+
+
+def test_an_unreliable_network_loses_nothing_and_doubles_nothing(place, moto_server, monkeypatch, tmp_path):
+    """A tenth of the requests refused, answers cut in the middle or lost, some late: every file is there once, as it was."""
+    content = {f"{i:02d}": np.random.default_rng(i).bytes(1 + 5000 * i) for i in range(40)}
+    with Faults(moto_server, refused=0.1, cut=0.05, lost=0.03, delayed=0.01, delay=3.0) as faults:
+        use(monkeypatch, faults.url, MMDISTILL_S3_TIMEOUT="2")
+        storage.check(place)
+        for name, data in content.items():
+            storage.write(storage.join(place, "all", name), data)
+        copy = storage.fetch(storage.join(place, "all"))
+        assert set(storage.listing(storage.join(place, "all"))) == set(content)
+    assert {p.name: p.read_bytes() for p in copy.iterdir()} == content
+    assert min(faults.counts[kind] for kind in ("refused", "cut", "lost", "delayed")) >= 1
+    use(monkeypatch, moto_server)
+    assert {name: storage.read(storage.join(place, "all", name)) for name in content} == content
+
+
+def test_nothing_secret_is_told_to_others(place, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "PLANTEDSECRET")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "PLANTEDTOKEN")
+    told = str(storage.told())
+    assert "PLANTED" not in told
+    assert "AWS_ENDPOINT_URL" in told
+    assert storage.shown("s3://key:PLANTED@host/x and https://a:PLANTED@b/c") == "s3://host/x and https://b/c"
+
+
+# Leases
+
+
+def test_one_holder_at_a_time(place):
+    uri = storage.join(place, ".lock")
+    with Lease(uri, "workspace").held() as lease:
+        with pytest.raises(UserError, match="is in use by another run") as caught, Lease(uri, "workspace").held():
+            pass
+        assert "runs out in" in caught.value.hint
+        assert not lease.lost
+    with Lease(uri, "workspace").held():
+        pass
+    assert storage.read_tagged(uri) is None
+
+
+def test_of_many_who_want_it_one_gets_it(place):
+    uri, got, refused, all_tried = storage.join(place, ".lock"), [], [], threading.Barrier(6)
+
+    def want():
+        try:
+            with Lease(uri, "workspace").held():
+                got.append(1)
+                all_tried.wait(20)
+        except UserError:
+            refused.append(1)
+            all_tried.wait(20)
+
+    threads = [threading.Thread(target=want) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 5)
+
+
+def test_a_dead_holders_lease_runs_out_and_is_taken_once(place):
+    uri = storage.join(place, ".lock")
+    dead = Lease(uri, "workspace", seconds=1)
+    dead._id = "dead"
+    assert dead._take()
+    with pytest.raises(UserError, match="in use"), Lease(uri, "workspace").held():
+        pass
+    threading.Event().wait(1.2)
+    with Lease(uri, "workspace").held() as lease, pytest.raises(UserError), Lease(uri, "workspace").held():
+        assert not lease.lost
+
+
+def test_a_holder_notices_that_it_was_taken_over(place):
+    uri = storage.join(place, ".lock")
+    with Lease(uri, "workspace", seconds=1).held() as lease:
+        other = replace(lease, holder="other", _id="other")
+        storage.write(uri, other._body())
+        for _ in range(50):
+            threading.Event().wait(0.1)
+            if lease.lost:
+                break
+        assert lease.lost
+    assert storage.read_tagged(uri) is not None, "the other's is left"
+
+
+def test_an_answer_that_was_lost_is_no_other_holder(place, moto_server, monkeypatch):
+    with Faults(moto_server, lost=0.3, seed=3) as faults:
+        use(monkeypatch, faults.url, MMDISTILL_S3_TIMEOUT="2")
+        for i in range(5):
+            with Lease(storage.join(place, f"{i}.lock"), "workspace").held():
+                pass
+    assert faults.counts["lost"] >= 3
+
+
+def test_a_folder_takes_no_lease():
+    with pytest.raises(UserError, match="only folders and s3://"), Lease("memory://a/b", "workspace").held():
+        pass
+
+
+def test_paths_of_uris():
+    assert storage.join("s3://a/b/", "c", "d") == "s3://a/b/c/d"
+    assert storage.is_remote("s3://a")
+    assert not storage.is_remote("file:///a")
+    assert not storage.is_remote(Path("a/b"))
