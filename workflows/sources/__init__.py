@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflows.ingest.spread import evenly
 from workflows.runtime.manifest import read_manifest
 from workflows.runtime.storage import is_remote
 from workflows.sources.drawn import RING, gmm, made, ring
-from workflows.sources.folder import evenly, load_folder
+from workflows.sources.folder import load_folder
 from workflows.sources.packaged import PHOTOGRAPHS, digits, photos
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _folder(data: Data) -> Source:
     shape, classes = _shape(data), data.num_classes or 0
     # The limit is the loader's, which then does not decode what is not wanted.
     load = partial(load_folder, path=data.path, shape=shape, num_classes=classes, limit=data.limit)
-    return Source(shape, classes, load, preprocessing="upright, central square, Lanczos")
+    return Source(shape, classes, load, preprocessing="upright, over white, central square, Lanczos")
 
 
 def _dataset(data: Data) -> Source:

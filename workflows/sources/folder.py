@@ -7,14 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from workflows.ingest.decode import SUFFIXES, BadImage, decode
+from workflows.ingest.spread import evenly
 from workflows.runtime.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 UNREADABLE = 0.01
 """The share of unreadable images above which a folder is refused."""
 
@@ -73,22 +74,6 @@ def image_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def evenly(n: int, limit: int | None) -> np.ndarray:
-    """At most `limit` of n indices, spread over all."""
-    import numpy as np
-
-    return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
-
-
-def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    """The box of a PIL image, antialiased: [c, size, size] in [0, 1]."""
-    import numpy as np
-    from PIL import Image
-
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3), np.float32) / 255
-    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
-
-
 def _classes(root: Path, files: Sequence[Path], num_classes: int) -> list[int]:
     """The number of each file's subfolder of root, or 0 for all where there are no classes."""
     if not num_classes:
@@ -115,25 +100,11 @@ def _decode(files: Sequence[Path], shape: tuple[int, int, int]) -> tuple[np.ndar
 
     def read(i: int) -> bool:
         try:
-            images[i] = _upright(files[i], shape)
-        except MemoryError:
-            raise
-        except Exception:  # Pillow's decoders raise nearly anything on a broken file
+            pixels = decode(files[i].read_bytes(), size=shape[1], channels=shape[0])
+        except (BadImage, OSError):
             return False
+        images[i] = np.asarray(pixels, np.float32) / 255
         return True
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return images, np.fromiter(pool.map(read, range(len(files))), bool, len(files))
-
-
-def _upright(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image turned by its EXIF, cut to its central square and scaled."""
-    from PIL import Image, ImageOps
-
-    with Image.open(file) as opened:
-        if opened.mode.startswith(("I", "F")):
-            raise ValueError(f"{file}: more than 8 bits a channel")
-        image = ImageOps.exif_transpose(opened).convert("RGB" if shape[0] == 3 else "L")
-    side = min(image.size)
-    left, top = ((n - side) // 2 for n in image.size)
-    return square(image, shape[1], (left, top, left + side, top + side))

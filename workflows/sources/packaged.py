@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workflows.ingest.decode import square
 from workflows.runtime.errors import UserError
-from workflows.sources.folder import square
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +54,8 @@ def photos(say: Any, *, size: int, each: int) -> tuple[np.ndarray, np.ndarray]:
         for j in range(each):
             side = min(width, height) * 4.0 ** -rng.random()
             left, top = rng.random(2) * (width - side, height - side)
-            images[i * each + j] = square(photograph, size, (left, top, left + side, top + side))
+            pixels = square(photograph, size, (left, top, left + side, top + side))
+            images[i * each + j] = np.asarray(pixels, np.float32) / 255
     return images, np.repeat(np.arange(len(PHOTOGRAPHS)), each)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from workflows.config import digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
+from workflows.ingest.spread import evenly
 from workflows.reference import ABOUT, TENSORS, Reference, save_reference
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
@@ -20,7 +21,7 @@ from workflows.runtime.shards import Arrays, read_shards, write_shards
 from workflows.runtime.storage import fetch, publish
 from workflows.runtime.workspace import code_version
 from workflows.sources import Source, data_set, source_of
-from workflows.sources.folder import evenly, listing
+from workflows.sources.folder import listing
 
 CODE = (
     "workflows/stages/prepare.py",
@@ -28,6 +29,8 @@ CODE = (
     "workflows/sources",
     "workflows/runtime/manifest.py",
     "workflows/runtime/shards.py",
+    "workflows/ingest/decode.py",
+    "workflows/ingest/spread.py",
     "mmdistill_core/rng.py",
     "mmdistill_core/diffusion",
     "mmdistill_core/networks/exact.py",

@@ -1,0 +1,150 @@
+"""An image file's bytes -> a square of pixels. What can't be an image of ours is refused with a reason, in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What Pillow may try, whatever the file is called: none that runs another program."""
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+MAX_BYTES = 256 * 2**20
+"""Of an image's file. Larger ones are not read."""
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, at which it warns; here it is an error."""
+MAX_SIDE = 65_500
+MAX_ASPECT = 20
+"""The longer side over the shorter one, above which a central square shows nearly nothing of the image."""
+
+# Pillow's warning of many pixels is an error here, and not told twice.
+warnings.filterwarnings("ignore", message="Image size .* exceeds limit of .* pixels")
+
+
+class BadImage(ValueError):
+    """Why these bytes are not taken as an image: one line."""
+
+
+def decode(
+    image: bytes,
+    *,
+    size: int,
+    channels: int,
+    crop: Literal["center", "random"] = "center",
+    flip: bool = False,
+    rng_key: str = "",
+    max_pixels: int = MAX_PIXELS,
+) -> np.ndarray:
+    """uint8 [channels, size, size]: the first frame, turned upright by its EXIF, over white where it is transparent, in RGB
+    (3 channels) or grey (1), cut to its largest square, scaled by `square`, and mirrored left to right if `flip`.
+
+    The square lies in the centre, or (`random`) where `rng_key` puts it: the same key gives the same place. Smaller images are
+    enlarged. Colour profiles are not applied. Raises BadImage for what is no image, cut off, of more than 8 bits a channel, of
+    more than max_pixels, or of absurd sides.
+    """
+    import numpy as np
+    from PIL import ImageOps
+
+    _allow(max_pixels)
+    opened = _open(image, max_pixels)
+    try:
+        upright = _flat(ImageOps.exif_transpose(opened), channels)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        raise BadImage(_reason(error)) from error
+    side = min(upright.size)
+    left, top = _corner(upright.size, crop, rng_key)
+    pixels = square(upright, size, (left, top, left + side, top + side))
+    return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+
+
+def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    """The box of a PIL image, antialiased (Lanczos): uint8 [c, size, size]."""
+    import numpy as np
+    from PIL import Image
+
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.LANCZOS, box=box, reducing_gap=3))
+    return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+def _open(image: bytes, max_pixels: int) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    if not image:
+        raise BadImage("an empty file")
+    if len(image) > MAX_BYTES:
+        raise BadImage(f"a file of {len(image):,} bytes, more than {MAX_BYTES:,}")
+    try:
+        opened = Image.open(io.BytesIO(image), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadImage(_no_image(image)) from error
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"more than {max_pixels:,} pixels") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken header
+        raise BadImage(_reason(error)) from error
+    width, height = opened.size
+    if width * height > max_pixels:
+        raise BadImage(f"{width}x{height}: more than {max_pixels:,} pixels")
+    if max(width, height) > MAX_SIDE:
+        raise BadImage(f"{width}x{height}: a side of more than {MAX_SIDE:,} pixels")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
+    bits = _png_bits(image) if opened.format == "PNG" else 8
+    if bits > 8 or opened.mode.startswith(("I", "F")):
+        raise BadImage("more than 8 bits a channel (16-bit, or floating point): its range is not known")
+    return opened
+
+
+def _flat(image: Any, channels: int) -> Any:
+    """In RGB or grey, without transparency."""
+    from PIL import Image
+
+    if image.has_transparency_data:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def _corner(size: tuple[int, int], crop: str, key: str) -> tuple[int, int]:
+    """(left, top) of a largest square."""
+    free = [n - min(size) for n in size]
+    if crop == "center":
+        return free[0] // 2, free[1] // 2
+    assert crop == "random", crop
+    share = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+    left, top = ((n + 1) * share >> 64 for n in free)
+    return left, top
+
+
+def _png_bits(image: bytes) -> int:
+    """Bits a channel, of the header: Pillow cuts colours of 16 bits to 8 and doesn't say so."""
+    return image[24] if image[12:16] == b"IHDR" else 8
+
+
+def _no_image(image: bytes) -> str:
+    start = image[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head", b"<body")):
+        return "not an image but HTML or XML"
+    return "not an image that can be read (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP)"
+
+
+def _reason(error: Exception) -> str:
+    """An error of Pillow as one line, without addresses."""
+    text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error) or type(error).__name__)
+    return f"broken: {' '.join(text.split())[:160]}"
+
+
+def _allow(max_pixels: int) -> None:
+    """Pillow's own check must not refuse what the user allows."""
+    from PIL import Image
+
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
