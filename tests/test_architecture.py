@@ -16,7 +16,13 @@ MAY = {
     "mmdistill_core.engine": {"diffusion", "networks", "methods", "samplers", "metrics", "rng"},
     "mmdistill_core.artifact": {"diffusion", "networks", "samplers", "rng"},
 }
-ONLY = {"ray": None, "mlflow": {"tracking.py", "pyfunc_model.py"}, "boto3": {"storage.py"}, "s3fs": {"storage.py"}}
+ONLY = {
+    "ray": None,
+    "mlflow": {"tracking.py", "pyfunc_model.py"},
+    "boto3": {"storage.py"},
+    "s3fs": {"storage.py"},
+    "fsspec": {"storage.py", "files.py"},
+}
 
 
 def imports(path):
@@ -63,6 +69,18 @@ def test_the_core_knows_neither_ray_nor_mlflow_nor_the_command_line():
                 "argparse",
                 "workflows",
             }, file
+
+
+def test_readers_of_sources_know_nothing_of_the_stages():
+    for file in (ROOT / "workflows/ingest").glob("*.py"):
+        for module, top in imports(file):
+            if module.startswith("workflows."):
+                assert module.startswith(("workflows.ingest", "workflows.runtime.errors")), (
+                    f"{file.name} imports {module}"
+                )
+            heavy = {"torch", "ray", "mlflow", "numpy", "PIL", "pyarrow", "fsspec", "diffusers", "transformers"}
+            guarded = module.split(".")[0] in heavy and top
+            assert not guarded, f"{file.name} imports {module} at once"
 
 
 @pytest.mark.parametrize("library", [name for name, files in ONLY.items() if files is not None])

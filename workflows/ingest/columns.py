@@ -1,0 +1,163 @@
+"""Which columns of a table hold images, labels and captions, and what a row of them is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workflows.ingest.decode import MAX_BYTES
+from workflows.ingest.files import clean
+from workflows.ingest.labels import CAPTIONS, LABELS, Ask
+from workflows.ingest.listing import Item, Listing
+from workflows.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGES = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes", "content")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns. classes: those of the label column, where the source names them."""
+
+    image: str
+    label: str | None
+    caption: str | None
+    classes: tuple[str, ...]
+    described: bool
+    """Whether the schema carries Hugging Face's features."""
+
+    def read(self) -> list[str]:
+        return [name for name in (self.image, self.label, self.caption) if name]
+
+
+def columns_of(where: str, schema: pa.Schema, ask: Ask, names: dict[str, tuple[str, ...]]) -> Columns:
+    """What the user named, else what the schema says of itself (Hugging Face's features), else what has a usual name.
+
+    names: of classes, by column, from files beside the table. Raises UserError, with the columns that there are.
+    """
+    features = features_of(schema)
+    for option, name in (("image", ask.image_column), ("label", ask.label_column), ("caption", ask.caption_column)):
+        if name is not None and name not in schema.names:
+            raise UserError(f"{where}: no column {name} for {option}s; there are {_shown(schema)}")
+    names = names | {
+        name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel" and "names" in f
+    }
+    label = None if ask.labels == "none" else ask.label_column or _label(schema, names)
+    texts = [name for name in CAPTIONS if name in schema.names and _is_text(schema.field(name).type)]
+    caption = None if ask.captions == "none" else ask.caption_column or next(iter(texts), None)
+    if caption is not None and not _is_text(schema.field(caption).type):
+        raise UserError(f"{where}: column {caption} is {schema.field(caption).type}, no text")
+    image = ask.image_column or _image(where, schema, features)
+    if not is_bytes(schema.field(image).type):
+        kind = str(schema.field(image).type)[:60]
+        raise UserError(f"{where}: column {image} is {kind}; the bytes of an image's file are expected")
+    if label is not None and not (_is_text(schema.field(label).type) or _is_whole(schema.field(label).type)):
+        raise UserError(f"{where}: column {label} is {schema.field(label).type}, no label: names or whole numbers are")
+    return Columns(image, label, caption, names.get(label, ()) if label else (), bool(features))
+
+
+def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """Hugging Face's description of the columns in a schema's metadata; {} without."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def is_bytes(kind: Any) -> bool:
+    """Bytes, or Hugging Face's {bytes, path}."""
+    import pyarrow.types as t
+
+    if t.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
+    return bool(t.is_binary(kind) or t.is_large_binary(kind))
+
+
+def items(batch: pa.RecordBatch, rows: Sequence[int], keys: Sequence[str], listing: Listing) -> Iterator[Item]:
+    """The rows of a batch, one by one."""
+    of = {name: i for i, name in enumerate(listing.classes)}
+    image, label, caption = (
+        None if name is None else batch.column(name)
+        for name in (listing.image_column, listing.label_column, listing.caption_column)
+    )
+    for row, key in zip(rows, keys, strict=True):
+        content = _content(image, row)
+        number = label_number(None if label is None else label[row].as_py(), of, listing)
+        error = next((value for value in (content, number) if isinstance(value, str)), None)
+        yield Item(
+            key=key,
+            image=content if isinstance(content, bytes) and error is None else None,
+            label=number if isinstance(number, int) else None,
+            caption=None if caption is None else caption[row].as_py(),
+            error=error,
+        )
+
+
+def label_number(value: Any, of: dict[str, int], listing: Listing) -> int | str | None:
+    """A label's number, or why it has none, in words; None where the source gives none (empty, -1)."""
+    if value is None or value == -1:
+        return None
+    if isinstance(value, str):
+        return of.get(value, f"label {clean(value)[:60]} is not in the class list")
+    if value < 0 or (listing.classes and value >= len(listing.classes)):
+        return f"label {value} is not among the {len(listing.classes)} classes"
+    return int(value)
+
+
+def _content(column: Any, row: int) -> bytes | str:
+    """A cell's bytes, or why there are none."""
+    import pyarrow.types as t
+
+    cell, path = column[row], None
+    if t.is_struct(column.type):
+        cell, path = cell.get("bytes") if cell.is_valid else cell, cell
+    if not cell.is_valid:
+        given = path["path"].as_py() if path is not None and path.is_valid and "path" in path else None
+        return f"the image is not in the table but at {clean(str(given))[:80]}" if given else "no image in this row"
+    if cell.as_buffer().size > MAX_BYTES:
+        return f"an image of {cell.as_buffer().size:,} bytes, more than {MAX_BYTES:,}"
+    content: bytes = cell.as_py()
+    return content
+
+
+def _image(where: str, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
+    fit = [field.name for field in schema if is_bytes(field.type)]
+    told = [name for name in fit if features.get(name, {}).get("_type") == "Image"]
+    usual = [name for name in IMAGES if name in fit]
+    for some in (told, usual[:1], fit):
+        if len(some) == 1:
+            return some[0]
+    if fit:
+        raise UserError(f"{where}: which column is the image? {', '.join(fit)}", hint="name it: --image-column")
+    raise UserError(f"{where}: no column of images' bytes; there are {_shown(schema)}")
+
+
+def _label(schema: pa.Schema, names: dict[str, tuple[str, ...]]) -> str | None:
+    """A column with class names, else one that is usually called so."""
+    named = [name for name in names if name in schema.names]
+    usual = [name for name in LABELS if name in schema.names]
+    usual = [name for name in usual if _is_text(schema.field(name).type) or _is_whole(schema.field(name).type)]
+    return next((name for name in usual if name in named), next(iter([*named, *usual]), None))
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as t
+
+    if t.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(t.is_string(kind) or t.is_large_string(kind))
+
+
+def _is_whole(kind: Any) -> bool:
+    import pyarrow.types as t
+
+    return bool(t.is_integer(kind))
+
+
+def _shown(schema: pa.Schema) -> str:
+    return ", ".join(f"{clean(field.name)} ({str(field.type)[:30]})" for field in schema)

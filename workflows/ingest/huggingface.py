@@ -1,0 +1,143 @@
+"""What a Hugging Face data set's folder says of itself, read without its library: features, metadata files, splits."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from workflows.ingest.files import File, Files, clean
+from workflows.ingest.labels import CAPTIONS, LABELS, Ask
+from workflows.ingest.tables import PATHS, Table, parse_table
+from workflows.runtime.errors import UserError
+
+INFO, CARD, STATE = "dataset_info.json", "README.md", "state.json"
+METADATA = ("metadata.csv", "metadata.jsonl")
+
+
+def is_huggingface(files: Files, found: Sequence[File], tables: bool) -> bool:
+    """Whether the folder is one: by metadata files (images), or by a card or an info that describes features (tables)."""
+    names = {file.name.rpartition("/")[2] for file in found}
+    if not tables:
+        return bool(names & set(METADATA))
+    return INFO in names or "dataset_dict.json" in names or bool(_card(files, found))
+
+
+def class_names(files: Files, found: Sequence[File]) -> dict[str, tuple[str, ...]]:
+    """Names of the classes by column, as dataset_info.json or the README's head tell."""
+    names: dict[str, tuple[str, ...]] = {}
+    for features in _features(files, found):
+        for column, feature in features.items():
+            if isinstance(feature, dict) and isinstance(feature.get("names"), list):
+                names.setdefault(column, tuple(str(name) for name in feature["names"]))
+    return names
+
+
+def one_split(files: Files, chosen: Sequence[File]) -> None:
+    """Raises UserError where tables are of more than one split: `train-00000-of-00002.parquet`, `test/data-0000.arrow`."""
+    splits: dict[str, str] = {}
+    for file in chosen:
+        folder, _, name = file.name.rpartition("/")
+        match = re.match(r"(train|test|validation|val|dev)(?:[-_.]|$)", name, re.IGNORECASE)
+        last = folder.rpartition("/")[2].lower()
+        split = match[1].lower() if match else last if last in ("train", "test", "validation", "val", "dev") else ""
+        splits.setdefault(split, file.name)
+    if len(splits) > 1:
+        name = next(iter(splits.values()))
+        pattern = re.sub(r"-\d+-of-\d+.*?(\.\w+)$", r"-*\1", name)
+        shown = ", ".join(f"{split or 'none'} ({clean(name)})" for split, name in sorted(splits.items()))
+        raise UserError(
+            f"{files.source} holds more than one split: {shown}",
+            hint=f"name one: {files.source.rstrip('/')}/{clean(pattern)}",
+        )
+
+
+def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> list[File]:
+    """Of the .arrow files those that the state.json beside them names: `datasets` leaves caches there as well."""
+    named: set[str] = set()
+    states = [file for file in found if file.name.rpartition("/")[2] == STATE]
+    for state in states:
+        folder = state.name.removesuffix(STATE)
+        listed = _json(files, state).get("_data_files") or []
+        named |= {folder + part["filename"] for part in listed if isinstance(part, dict) and "filename" in part}
+    kept = [file for file in chosen if file.name in named] if named else list(chosen)
+    lacking = sorted(named - {file.name for file in kept})
+    if lacking:
+        raise UserError(f"{files.source}: {clean(lacking[0])}, which its {STATE} names, is not there")
+    return kept
+
+
+def metadata(files: Files, found: Sequence[File], ask: Ask) -> tuple[Table | None, Table | None]:
+    """(labels, captions) of the metadata files of a folder of images; their paths are relative to where each lies."""
+    labels: dict[str, str | int] = {}
+    captions: dict[str, str | int] = {}
+    names = [file.name for file in found if file.name.rpartition("/")[2] in METADATA]
+    for name in names:
+        content = files.read(name)
+        folder = "".join(name.rpartition("/")[:2])
+        columns = _columns(name, content)
+        for into, column, usual in ((labels, ask.label_column, LABELS), (captions, ask.caption_column, CAPTIONS)):
+            wanted = column or next((c for c in usual if c in columns), None)
+            if wanted:
+                table = parse_table(name, content, column=wanted, defaults=usual)
+                into |= {folder + path: value for path, value in table.values.items()}
+    shown = clean(names[0])
+    return Table(shown, labels) if labels else None, Table(shown, captions) if captions else None
+
+
+def _columns(name: str, content: bytes) -> list[str]:
+    """Names of a metadata file's columns, but for the paths'."""
+    head = content.decode("utf-8-sig", "replace").lstrip().partition("\n")[0]
+    if name.endswith(".csv"):
+        return [cell.strip().strip('"') for cell in head.split(",")]
+    try:
+        row = json.loads(head)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{clean(name)}: its first line is no JSON object") from error
+    return [column for column in row if column not in PATHS] if isinstance(row, dict) else []
+
+
+def _features(files: Files, found: Sequence[File]) -> list[dict[str, Any]]:
+    infos = [file for file in found if file.name.rpartition("/")[2] == INFO]
+    out = [_json(files, file).get("features") for file in infos]
+    card = _card(files, found)
+    for config in card if isinstance(card, list) else [card]:
+        features = config.get("features") if isinstance(config, dict) else None
+        out.append({f["name"]: _named(f) for f in features or [] if isinstance(f, dict) and "name" in f})
+    return [features for features in out if isinstance(features, dict)]
+
+
+def _named(feature: dict[str, Any]) -> dict[str, Any]:
+    """A feature as the card has it, in the form of dataset_info.json."""
+    kind = feature.get("dtype")
+    names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
+    if isinstance(names, dict):
+        names = [names[key] for key in sorted(names, key=int)]
+    return {"names": names}
+
+
+def _card(files: Files, found: Sequence[File]) -> Any:
+    """`dataset_info` of the head of the README, or {}."""
+    if not any(file.name == CARD for file in found):
+        return {}
+    head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", files.read(CARD).decode("utf-8", "replace"), re.DOTALL)
+    try:
+        values = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:
+        return {}
+    return (
+        values.get("dataset_info") or ({"features": []} if "configs" in values else {})
+        if isinstance(values, dict)
+        else {}
+    )
+
+
+def _json(files: Files, file: File) -> dict[str, Any]:
+    try:
+        values = json.loads(files.read(file.name))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{clean(file.name)} in {files.source} can't be read") from error
+    return values if isinstance(values, dict) else {}

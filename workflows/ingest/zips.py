@@ -1,0 +1,179 @@
+"""Images in zip files. Nothing is unpacked to a disk."""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from workflows.ingest.decode import MAX_BYTES
+from workflows.ingest.files import File, Files, clean, inside, line
+from workflows.ingest.images import at, is_image, picked
+from workflows.ingest.labels import Ask, Described, describe
+from workflows.ingest.listing import Item, Listing, Unit
+from workflows.ingest.spread import evenly, grouped
+from workflows.ingest.tables import MAX_TABLE, Table, parse_table
+from workflows.runtime.errors import UserError
+
+MAX_RATIO = 200
+"""Declared bytes over those of the zip file, above which it is a bomb: images are compressed already."""
+BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+"""What zipfile raises on a broken archive, an encrypted member, and a compression that it doesn't know."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image of an archive. `key` is its name there, safe and unique; `error` tells why it is not to be read."""
+
+    key: str
+    info: zipfile.ZipInfo
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open zip file and its images, in the order in which they lie."""
+
+    file: zipfile.ZipFile
+    members: list[Member]
+
+
+_last: dict[tuple[str, str, str], Archive] = {}
+"""The one that this process read last: the directory of a million members takes seconds to read."""
+
+
+def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Unit, ...], int, Described]:
+    """(units, images of the whole source, labels and captions). Labels of a `dataset.json` (EDM's) count as the source's own."""
+    names: list[str] = []
+    spans: list[tuple[File, list[int], int]] = []
+    tables: list[Table] = []
+    for file in chosen:
+        prefix = f"{clean(file.name)}/" if len(chosen) > 1 else ""
+        try:
+            archive = _opened(files, file.name)
+            _check_total(archive, file)
+            tables += _dataset(archive, file.name, prefix)
+        except (*BROKEN, OSError) as error:
+            reason = files.lost(error) if isinstance(error, OSError) else f"it is no zip file, or broken: {line(error)}"
+            raise UserError(f"{clean(file.name)} in {files.source}: {reason}") from error
+        spans.append((file, [member.info.file_size for member in archive.members], len(names)))
+        names += [prefix + member.key for member in archive.members]
+    if not names:
+        raise UserError(f"{files.source} has no images")
+    values = {path: value for table in tables for path, value in table.values.items()}
+    own = Table("dataset.json", values, tables[0].classes) if tables else None
+    about = describe(files, names, ask, own_labels=own)
+    units = []
+    for file, sizes, offset in spans:
+        for first, last in grouped(sizes, ask.unit_bytes):
+            index = evenly(len(names), ask.limit, first=offset + first, last=offset + last).tolist()
+            if not index:
+                continue
+            unit = Unit(
+                kind="zip",
+                files=(file.name,),
+                first=first,
+                last=last,
+                offset=offset + first,
+                size=sum(sizes[i - offset] for i in index),
+                labels=picked(about.labels, index),
+                captions=picked(about.captions, index),
+            )
+            units.append(unit)
+    return tuple(units), len(names), about
+
+
+def read_zip(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
+    (name,) = unit.files
+    assert unit.last is not None
+    assert listing.available is not None
+    last = unit.offset + unit.last - unit.first
+    taken = evenly(listing.available, listing.limit, first=unit.offset, last=last) - unit.offset + unit.first
+    try:
+        archive, lost = _cached(files, name, listing.fingerprint), ""
+    except BROKEN as error:
+        archive, lost = None, f"broken since it was listed: {line(error)}"
+    except OSError as error:
+        archive, lost = None, files.lost(error)
+    for i, number in enumerate(taken.tolist()):
+        label, caption = at(unit.labels, i), at(unit.captions, i)
+        if archive is None or number >= len(archive.members):
+            yield Item(f"{clean(name)}#{number}", None, label, caption, lost or "changed since it was listed")
+            continue
+        member = archive.members[number]
+        content = member.error or _content(archive.file, member.info, files)
+        image, error_ = (None, content) if isinstance(content, str) else (content, None)
+        yield Item(f"{clean(name)}#{member.key}", image, label, caption, error_)
+
+
+def _content(file: zipfile.ZipFile, info: zipfile.ZipInfo, files: Files) -> bytes | str:
+    """The member, or why it can't be read. zipfile reads no more than the size that is declared, which was checked."""
+    try:
+        with file.open(info) as stream:
+            return stream.read(MAX_BYTES)
+    except BROKEN as error:
+        return f"broken in the zip: {line(error)}"
+    except OSError as error:
+        return files.lost(error)
+
+
+def _cached(files: Files, name: str, version: str) -> Archive:
+    key = (files.root, name, version)
+    if key not in _last:
+        archive = _opened(files, name)
+        _last.clear()  # no close: another iterator may be reading it
+        _last[key] = archive
+    return _last[key]
+
+
+def _opened(files: Files, name: str) -> Archive:
+    file = zipfile.ZipFile(files.open(name))
+    members: list[Member] = []
+    seen: set[str] = set()
+    for info in sorted(file.infolist(), key=lambda info: info.header_offset):
+        key = inside(info.filename)
+        if info.is_dir() or not is_image(key) or any(part.startswith((".", "__MACOSX")) for part in key.split("/")):
+            continue
+        error = _refused(info)
+        if key in seen:
+            key, error = f"{key}~{len(members)}", f"the zip has the name {key} twice"
+        seen.add(key)
+        members.append(Member(key, info, error))
+    return Archive(file, members)
+
+
+def _refused(info: zipfile.ZipInfo) -> str | None:
+    if info.flag_bits & 1:
+        return "encrypted"
+    if info.file_size > MAX_BYTES:
+        return f"it declares {info.file_size:,} bytes, more than {MAX_BYTES:,}"
+    return None
+
+
+def _check_total(archive: Archive, file: File) -> None:
+    declared = sum(info.file_size for info in archive.file.infolist())
+    if file.size and declared > MAX_RATIO * file.size and declared > MAX_BYTES:
+        raise UserError(f"{clean(file.name)} declares {declared:,} bytes within {file.size:,}: a zip bomb?")
+
+
+def _dataset(archive: Archive, name: str, prefix: str) -> list[Table]:
+    """The labels of EDM's dataset.json, if there is one, at the top."""
+    info = next((info for info in archive.file.infolist() if inside(info.filename) == "dataset.json"), None)
+    if info is None:
+        return []
+    if info.file_size > MAX_TABLE:
+        raise UserError(f"{clean(name)}: its dataset.json has more than {MAX_TABLE:,} bytes")
+    table = parse_table("dataset.json", archive.file.read(info), column=None, defaults=("labels",))
+    return [Table(table.name, {prefix + path: value for path, value in table.values.items()}, table.classes)]
