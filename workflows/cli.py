@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -144,6 +144,71 @@ def run(
             from workflows.stages.report import last_screen
 
             last_screen(summary, screen, workspace, tracking_uri)
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or s3://BUCKET/PREFIX of images, zips, Parquet, WebDataset tars, or Hugging Face's."
+        ),
+    ],
+    dest: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX of the data set.")],
+    size: Annotated[int, typer.Option(help="Pixels of a side.", min=1)],
+    channels: Annotated[int, typer.Option(help="3, or 1 for grey.")] = 3,
+    crop: Annotated[str, typer.Option(help="center, or random (the same at every run).")] = "center",
+    flip: Annotated[bool, typer.Option("--flip", help="Add the mirror image of each.")] = False,
+    labels: Annotated[
+        str | None, typer.Option(help="none, folders, or a JSON or CSV file; by default what the source brings.")
+    ] = None,
+    captions: Annotated[str | None, typer.Option(help="none, or a file; by default what the source brings.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Of a table or of samples' JSON.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Of a table.")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Of a table or of samples' JSON.")] = None,
+    encoding: Annotated[str, typer.Option(help="png is small, uint8 is fast to read.")] = "png",
+    split: Annotated[
+        str, typer.Option(help="Share that is held out: train,holdout=0.1; or train for none.")
+    ] = "train,holdout=0.1",
+    limit: Annotated[int | None, typer.Option(help="At most so many images.", min=1)] = None,
+    max_bad: Annotated[str, typer.Option(help="Images that can't be read, above which it stops.")] = "1%",
+    shard_mb: Annotated[float, typer.Option(help="MB of a shard's images before compression.", min=0.1)] = 64,
+    seed: Annotated[int, typer.Option(help="Of random crops.", min=0)] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Images from wherever they are to a data set for `--set data.source=dataset://DEST`. Goes on where it was if run again."""
+    with _errors(debug, continues=True):
+        from workflows.runtime.cluster import ray_session
+        from workflows.runtime.progress import Screen
+        from workflows.stages.ingest import Preparation, parse_share, parse_split, prepare_data_set, shown_manifest
+
+        preparation = Preparation(
+            source=source,
+            dest=dest,
+            size=size,
+            channels=channels,
+            crop=crop,  # type: ignore[arg-type]
+            flip=flip,
+            labels=labels,
+            captions=captions,
+            label_column=label_column,
+            image_column=image_column,
+            caption_column=caption_column,
+            encoding=encoding,
+            holdout=parse_split(split),
+            limit=limit,
+            max_bad=parse_share("--max-bad", max_bad),
+            shard_mb=shard_mb,
+            seed=seed,
+        )
+        screen = Screen()
+        with ExitStack() as stack:
+            with screen.status("starting Ray"):
+                stack.enter_context(ray_session())
+            manifest = prepare_data_set(preparation, screen)
+        if as_json:
+            print(json.dumps(shown_manifest(manifest), indent=2))
 
 
 @app.command()
@@ -320,17 +385,18 @@ def ui(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="engine, sampler, ray, memory, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="engine, sampler, ray, memory, data, or all.")] = "all",
     recipe: Recipe = "digits",
     repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    place: Annotated[str | None, typer.Option(help="data: s3://BUCKET/PREFIX, to be measured from too.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure on this machine: an update against its floor, samples/s against diffusers, Ray's share, memory."""
+    """Measure on this machine: an update against its floor, samples/s against diffusers, Ray's share, memory, reading images."""
     with _errors(debug):
         from workflows.stages.bench import run_bench
 
-        run_bench(what, recipe=recipe, repeats=repeats, out=out)
+        run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import queue
 import threading
@@ -42,11 +43,13 @@ def spread(
     at_once: int,
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """What `work(item)` yields for each item, as it comes; `at_once` items at a time, each a Ray task with these `options`.
-    The order of items is not kept.
+    """What `work(item)` yields for each item (plain JSON), as it comes; `at_once` items at a time, each a Ray task with these
+    `options`. The order of items is not kept.
     """
     import ray.data
 
+    if not items:
+        return
     _context()
     ray.data.DataContext.get_current().execution_options.preserve_order = False
     held = ray.put(list(items))
@@ -54,12 +57,12 @@ def spread(
     def do(batch: Any) -> Iterator[Any]:
         for i in batch["id"]:
             for row in work(ray.get(held)[int(i)]):
-                yield {"row": [row]}
+                yield {"row": [json.dumps(row)]}  # a table would mix the rows' fields
 
     rows = ray.data.range(len(items), override_num_blocks=max(1, len(items)))
-    done = rows.map_batches(do, batch_size=1, concurrency=at_once, **options)
+    done = rows.map_batches(do, batch_size=1, concurrency=min(at_once, len(items)), **options)
     for row in done.iter_rows():
-        yield row["row"]
+        yield json.loads(row["row"])
 
 
 Block = tuple[np.ndarray, np.ndarray]

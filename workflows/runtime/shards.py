@@ -53,7 +53,7 @@ def encode(rows: Rows, encoding: str) -> bytes:
     import pyarrow.parquet as pq
 
     columns = {
-        "image": pa.array(map(_png, rows.images), pa.binary()) if encoding == "png" else _tensors(rows.images),
+        "image": pa.array(map(png_of, rows.images), pa.binary()) if encoding == "png" else _tensors(rows.images),
         "label": pa.array(rows.labels.astype(np.int64)),
         "holdout": pa.array(rows.holdout.astype(bool)),
         "key": pa.array(list(rows.keys), pa.string()),
@@ -108,7 +108,7 @@ def _array(column: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty((0, *shape), dtype)
 
 
-def _png(image: np.ndarray) -> bytes:
+def png_of(image: np.ndarray) -> bytes:
     from PIL import Image
 
     sink = io.BytesIO()

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,24 @@ from rich.table import Table
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
 from workflows.sources import Source, source_of
+from workflows.stages.bench_data import bench_data
 from workflows.stages.memory import bench_memory
 from workflows.stages.plan import pair_flops
 
-PARTS = ("engine", "sampler", "ray", "memory")
+PARTS = ("engine", "sampler", "ray", "memory", "data")
 STEPS, K = 10, 8
 """Updates timed together in a round."""
 
 
-def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None) -> None:
-    """Prints the figures, and writes them to `out` as JSON."""
+def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None, place: str | None = None) -> None:
+    """Prints the figures, and writes them to `out` as JSON. `place`: s3://BUCKET/PREFIX, for data read from there."""
     if what not in (*PARTS, "all"):
         raise ConfigError(f"bench: {what!r} is not one of {', '.join(PARTS)}, all")
     config, console = load_config(recipe), Console(stderr=True, highlight=False)
     if config.data.source == "folder" and config.data.path is None:
         config = load_config(recipe, ["data.source=made"])  # costs do not depend on what the images show
-    measure = {"engine": bench_engine, "sampler": bench_sampler, "ray": bench_ray, "memory": bench_memory}
+    measure = {"engine": bench_engine, "sampler": bench_sampler, "ray": bench_ray, "memory": bench_memory,
+               "data": partial(bench_data, place=place)}  # fmt: skip
     figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
     for part in PARTS if what == "all" else (what,):
         with console.status(f"measuring: {part}"):
@@ -347,4 +350,11 @@ def _table(figures: dict[str, Any]) -> Table:
     for update, m in figures.get("memory", {}).get("updates", {}).items():
         held = f"{m['bytes'] / 2**20:,.0f} MiB, {m['copies']:.1f} copies of the weights; {m['networks']} networks"
         table.add_row(f"memory, {update}", held, "")
+    if d := figures.get("data"):
+        for name, row in d["readers"].items():
+            target = d["targets"].get(name)
+            rate = f"{row['images_per_second']:,.0f}, {d['over_fastest_peer'][name]:.2f} of the fastest peer"
+            table.add_row(f"images/s, {name}", rate, f"{target:.1f}" if target else "")
+        for kind, share in d["share_of_an_update_that_waits"].items():
+            table.add_row(f"an update waits for {kind}", f"{share:.2%}", f"{d['target_of_waiting']:.0%}")
     return table

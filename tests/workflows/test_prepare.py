@@ -1,0 +1,258 @@
+"""`mmdistill prepare`: images become a data set, once, whole or not at all, whatever happens on the way; and runs train on it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+from small import ROOT, SMALL, Runner
+from stores import bucket, use
+
+from workflows.config import ConfigError, load_config
+from workflows.ingest.decode import decode
+from workflows.runtime.errors import UserError
+from workflows.runtime.manifest import is_data_set, read_manifest
+from workflows.runtime.progress import Screen
+from workflows.runtime.shards import decode as decode_shard
+from workflows.runtime.shards import held_out, load_shard, read_all
+from workflows.runtime.storage import join, listing, write
+from workflows.stages import ingest
+from workflows.stages.ingest import Preparation, parse_share, parse_split, prepare_data_set
+
+pytestmark = pytest.mark.ray
+
+
+def pictures(folder, n=240, classes=3, width=12, height=10):
+    """n pictures of noise in a subfolder a class; gives their bytes by key."""
+    out = {}
+    for i in range(n):
+        pixels = np.random.default_rng(i).integers(0, 256, (height, width, 3), np.uint8)
+        sink = io.BytesIO()
+        Image.fromarray(pixels).save(sink, "PNG")
+        out[f"class{i % classes}/{i:04d}.png"] = sink.getvalue()
+    for name, content in out.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return out
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    return folder, pictures(folder)
+
+
+class Prepare:
+    def __init__(self, text=""):
+        self.text = text
+
+    def __call__(self, source, dest, **options):
+        shown = io.StringIO()
+        try:
+            chosen = {"size": 8, "shard_mb": 0.01} | options
+            return prepare_data_set(
+                Preparation(str(source), str(dest), **chosen), Screen(Console(file=shown, width=200, highlight=False))
+            )
+        finally:
+            self.text = shown.getvalue()
+
+
+@pytest.fixture
+def prepare(ray_cluster, monkeypatch):
+    monkeypatch.setattr(ingest, "UNIT", 4000)
+    monkeypatch.setattr(ingest, "SMALL", 20)
+    return Prepare()
+
+
+def all_rows(dest, *names):
+    manifest, out = read_manifest(dest), {name: [] for name in names}
+    for shard in manifest.shards:
+        got = decode_shard(load_shard(dest, shard), manifest, names)
+        for name in names:
+            out[name] += list(got[name])
+    return out
+
+
+@pytest.mark.parametrize("encoding", ["png", "uint8"])
+def test_every_image_is_there_once_as_decoding_gives_it(source, prepare, tmp_path, encoding):
+    folder, content = source
+    manifest = prepare(folder, tmp_path / "set", encoding=encoding)
+    rows = all_rows(tmp_path / "set", "key", "image", "label", "holdout")
+    assert sorted(rows["key"]) == sorted(content)
+    for key, image, label in zip(rows["key"], rows["image"], rows["label"], strict=True):
+        assert np.array_equal(image, decode(content[key], size=8, channels=3))
+        assert label == int(key[5])
+    assert np.array_equal(rows["holdout"], held_out(rows["key"], 0.1))
+    assert (manifest.count, manifest.held_out) == (240, sum(rows["holdout"]))
+    assert manifest.classes == ("class0", "class1", "class2")
+    assert manifest.labels == {"0": 80, "1": 80, "2": 80}
+    assert len(manifest.shards) > 5
+    assert manifest.skipped == {"count": 0, "listed": []}
+    assert {"python", "mmdistill", "pillow"} <= manifest.versions.keys()
+    left = {name.split("/")[0] for name in listing(tmp_path / "set")}
+    assert left == {"shards", "manifest.json"}
+
+
+def test_prepared_again_it_is_left_and_anything_else_refused(source, prepare, tmp_path):
+    first = prepare(source[0], tmp_path / "set")
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*")}
+    assert prepare(source[0], tmp_path / "set") == first
+    assert "is this data set already" in prepare.text
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*")} == times
+    with pytest.raises(UserError, match="holds another data set, of 240 images"):
+        prepare(source[0], tmp_path / "set", size=4)
+    assert prepare(source[0], tmp_path / "other", encoding="uint8").fingerprint == first.fingerprint
+
+
+def test_a_picture_and_its_mirror(source, prepare, tmp_path):
+    manifest = prepare(source[0], tmp_path / "set", flip=True, crop="random", holdout=0.4)
+    rows = all_rows(tmp_path / "set", "key", "image", "label", "holdout")
+    by_key = {key: (image, held) for key, image, held in zip(rows["key"], rows["image"], rows["holdout"], strict=True)}
+    assert manifest.count == len(by_key) == 480
+    for key in source[1]:
+        (image, held), (mirror, also) = by_key[key], by_key[f"{key} mirrored"]
+        assert np.array_equal(image[:, :, ::-1], mirror)
+        assert held == also, "a picture is not trained on while its mirror is held out"
+    assert 0 < manifest.held_out < 480
+
+
+def test_captions_and_a_share_of_the_source(source, prepare, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps({key: f"a picture, {key}" for key in source[1]}))
+    manifest = prepare(source[0], tmp_path / "set", captions=str(tmp_path / "captions.json"), limit=120, holdout=0.0)
+    rows = all_rows(tmp_path / "set", "key", "caption")
+    assert rows["caption"] == [f"a picture, {key}" for key in rows["key"]]
+    assert (manifest.count, manifest.held_out) == (120, 0)
+    assert "caption" in manifest.columns
+
+
+def test_what_can_not_be_read_is_counted_named_and_bounded(prepare, tmp_path):
+    pictures(tmp_path / "source")
+    for i in range(3):
+        (tmp_path / f"source/class1/broken{i}.png").write_bytes(b"not an image")
+    with pytest.raises(
+        UserError, match=r"3 of 243 images can't be read, more than 1.000%; such as class1/broken"
+    ) as caught:
+        prepare(tmp_path / "source", tmp_path / "set")
+    assert "--max-bad" in caught.value.hint
+    assert not is_data_set(tmp_path / "set")
+    manifest = prepare(tmp_path / "source", tmp_path / "set", max_bad=0.02)
+    assert "goes on:" in prepare.text, "what was done is kept: the bound is no part of it"
+    assert manifest.count == 240
+    assert manifest.skipped["count"] == 3
+    assert [entry["path"] for entry in manifest.skipped["listed"]] == [f"class1/broken{i}.png" for i in range(3)]
+    assert all("not an image" in entry["reason"] for entry in manifest.skipped["listed"])
+
+
+def test_too_few_images_are_refused(prepare, tmp_path):
+    pictures(tmp_path / "source", n=60)
+    with pytest.raises(UserError, match="60 images that can be read; at least 100 are needed"):
+        prepare(tmp_path / "source", tmp_path / "set")
+
+
+def test_a_part_whose_shard_is_gone_is_made_again(source, prepare, tmp_path, monkeypatch):
+    """The notes of parts say that they are whole; what they say is looked at."""
+    expected = prepare(source[0], tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source[0], tmp_path / "set")
+    made = sorted((tmp_path / "set/shards").iterdir())
+    made[0].unlink()
+    made[1].write_bytes(made[1].read_bytes()[:-1])
+    (tmp_path / "set/shards/litter-of-before.parquet").write_bytes(b"x")
+    again = prepare(source[0], tmp_path / "set")
+    assert again.fingerprint == expected.fingerprint
+    assert len(read_all(tmp_path / "set").labels) == 240
+    assert not (tmp_path / "set/shards/litter-of-before.parquet").exists()
+
+
+def test_killed_and_started_again_it_goes_on(tmp_path, prepare):
+    """SIGKILL in the middle: no manifest; again: the parts that were there are not made again, and the result is the same."""
+    source = tmp_path / "source"
+    pictures(source, n=1200, width=300, height=300)
+    words = [sys.executable, "-c", "import sys; from workflows.stages import ingest; ingest.UNIT = 200_000; "
+             "ingest.SMALL = 20; from workflows.cli import main; main(sys.argv[1:])",
+             "prepare", str(source), str(tmp_path / "set"), "--size", "32", "--shard-mb", "0.1"]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+    driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                              start_new_session=True)  # fmt: skip
+    notes = tmp_path / "set/.parts"
+    until = time.monotonic() + 180
+    while len(list(notes.rglob("*.json"))) < 3:
+        assert time.monotonic() < until
+        assert driver.poll() is None
+        time.sleep(0.05)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    assert not is_data_set(tmp_path / "set")
+    kept = {p.name: p.stat().st_mtime_ns for p in notes.rglob("*.json")}
+    assert kept
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "goes on:" in done.stdout + done.stderr
+    manifest = read_manifest(tmp_path / "set")
+    assert manifest.count == 1200
+    assert manifest.fingerprint == prepare(source, tmp_path / "whole", size=32).fingerprint
+
+
+def test_options_that_can_not_be():
+    assert (parse_share("--max-bad", "1%"), parse_share("--max-bad", "0.01")) == (0.01, 0.01)
+    assert (parse_split("train"), parse_split("train,holdout"), parse_split("train, holdout=5%")) == (0.0, 0.1, 0.05)
+    for text in ("two", "-1%", "100%", "nan"):
+        with pytest.raises(ConfigError, match="is no share"):
+            parse_share("--max-bad", text)
+    for text in ("test", "train=0.5", "holdout=2"):
+        with pytest.raises(ConfigError, match="--split"):
+            parse_split(text)
+    for field, value in (("channels", 2), ("crop", "left"), ("encoding", "jpeg")):
+        with pytest.raises(ConfigError, match=f"--{field}: {value!r} is not one of"):
+            Preparation("a", "b", 8, **{field: value})
+
+
+# Trained on
+
+
+def test_a_run_on_a_data_set_held_in_memory_and_streamed(source, prepare, tmp_path, ray_cluster):
+    """From the manifest alone: shape and classes are its own. Streamed, two workers each decode what they are to see."""
+    prepare(source[0], tmp_path / "set", channels=1)
+    data = [f"data.source=dataset://{tmp_path}/set", "data.extractor=pixels", "distill.k=[1]", "teacher.images=3840"]
+    runner = Runner(tmp_path / "workspace")
+    summary = runner(*data, until="evaluate")
+    assert summary["counts"] == "100 samples against 240 images"
+    prepared = next((runner.workspace / "stages").glob("prepare-*"))
+    assert not (prepared / "data").exists(), "the data set is used where it is"
+    held = json.loads(next((runner.workspace / "stages").glob("teacher-*/result.json")).read_text())
+    streamed = runner(*data, "data.memory_gib=0", "data.window=2", until="distill", workers=2)
+    stages = {s["name"]: s["reused"] for s in streamed["stages"]}
+    assert stages == {"prepare": True, "teacher": False, "distill-k1": False}
+    results = [json.loads(p.read_text()) for p in (runner.workspace / "stages").glob("teacher-*/result.json")]
+    assert len({r["identity"] for r in results}) == 2
+    assert {r["images"] for r in results} == {held["images"]} == {3840}
+
+
+def test_a_data_set_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"no data set: there is no manifest\.json"):
+        load_config("digits", [f"data.source=dataset://{tmp_path}/none"])
+    with pytest.raises(ConfigError, match="needs its path"):
+        load_config("digits", ["data.source=dataset"])
+    assert SMALL
+
+
+@pytest.mark.parametrize("kind", ["moto"])
+def test_from_a_bucket_to_a_bucket(source, prepare, tmp_path, moto_server, monkeypatch, kind):
+    monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
+    use(monkeypatch, moto_server)
+    place = bucket(moto_server, "prepare-there")
+    for key, content in source[1].items():
+        write(join(place, "raw", key), content)
+    manifest = prepare(join(place, "raw"), join(place, "set"))
+    assert manifest.fingerprint == prepare(source[0], tmp_path / "set").fingerprint
+    assert np.array_equal(np.sort(read_all(join(place, "set")).labels), np.sort(read_all(tmp_path / "set").labels))
