@@ -38,8 +38,13 @@ def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None, place: 
     config, console = load_config(recipe), Console(stderr=True, highlight=False)
     if config.data.source == "folder" and config.data.path is None:
         config = load_config(recipe, ["data.source=made"])  # costs do not depend on what the images show
-    measure = {"engine": bench_engine, "sampler": bench_sampler, "ray": bench_ray, "memory": bench_memory,
-               "data": partial(bench_data, place=place)}  # fmt: skip
+    measure: dict[str, Callable[..., dict[str, Any]]] = {
+        "engine": bench_engine,
+        "sampler": bench_sampler,
+        "ray": bench_ray,
+        "memory": bench_memory,
+        "data": partial(bench_data, place=place),
+    }
     figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
     for part in PARTS if what == "all" else (what,):
         with console.status(f"measuring: {part}"):
