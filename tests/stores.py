@@ -10,6 +10,8 @@ import time
 from contextlib import contextmanager
 from urllib.request import urlopen
 
+PLANTED = "PLANTEDSECRETKEY0123456789"
+"""What must be found nowhere."""
 KEYS = {"AWS_ACCESS_KEY_ID": "AKTEST", "AWS_SECRET_ACCESS_KEY": "SKTESTSECRET", "AWS_REGION": "us-east-1"}
 
 

@@ -79,6 +79,7 @@ def _errors(debug: bool, continues: bool = False) -> Iterator[None]:
     except (ConfigError, UserError, OSError) as error:
         if debug:
             raise
+        error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
         shown = explain_os_error(error, Path(DEFAULT_WORKSPACE)) if isinstance(error, OSError) else error
         if shown is None:
             raise

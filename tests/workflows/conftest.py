@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 from small import Runner
+from stores import KEYS, PLANTED
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
-    """One Ray for all tests of this process: starting it takes seconds."""
+def ray_cluster(moto_server):
+    """One Ray for all tests of this process: starting it takes seconds. Its workers know the store in memory, with the planted key:
+    they inherit the environment of now.
+    """
     from workflows.runtime.cluster import ray_session
 
-    with ray_session(cpus=2) as resources:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (KEYS | {"AWS_ENDPOINT_URL": moto_server, "AWS_SECRET_ACCESS_KEY": PLANTED}).items():
+                patch.setenv(name, value)
+            resources = stack.enter_context(ray_session(cpus=2))
         yield resources
 
 

@@ -1,0 +1,130 @@
+"""A workspace in an object store: the same run, from any machine, by one at a time, and nothing secret left anywhere."""
+
+import os
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+from small import Runner
+from stores import PLANTED, bucket, use
+
+from workflows.runtime import storage
+from workflows.runtime.errors import UserError
+from workflows.runtime.lease import Lease
+from workflows.runtime.workspace import Workspace
+
+pytestmark = pytest.mark.ray
+SHORT = ("teacher.images=3840", "distill.k=[1]", "distill.images=1920", "distill.validate_every=1920")
+
+
+@pytest.fixture
+def machine(moto_server, monkeypatch, tmp_path):
+    """`machine(name)` moves to another machine: one with a cache of its own."""
+
+    def move(name):
+        monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / name))
+
+    use(monkeypatch, moto_server, AWS_SECRET_ACCESS_KEY=PLANTED)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    move("one")
+    return move
+
+
+def runner_in(uri):
+    return Runner(uri)
+
+
+def test_a_run_in_a_bucket_goes_on_from_any_machine_and_leaves_no_secret(machine, moto_server, ray_cluster, tmp_path):
+    import ray
+
+    place = bucket(moto_server, "workspace") + "/team/digits"
+    first = runner_in(place)
+    summary = first(*SHORT, workers=2)
+    assert summary["report"] == f"{place}/reports/digits/report.html"
+    names = set(storage.listing(place))
+    assert {"reports/digits/report.html", "reports/digits/summary.json"} <= names
+    finished = {name.split("/")[1] for name in names if name.startswith("stages/") and name.endswith("/result.json")}
+    assert len(finished) == 6
+    assert any(name.endswith(".parquet") for name in names)
+    assert not any(name.endswith((".lock", ".partial")) for name in names)
+    # A training's checkpoints are there too.
+    assert any(name.startswith("ray/teacher-") and name.endswith("state.safetensors") for name in names)
+
+    machine("another")
+    second = runner_in(place)
+    again = second(*SHORT, workers=2)
+    assert all(stage["reused"] for stage in again["stages"]), second.text
+    assert again["students"] == summary["students"]
+    assert not list((tmp_path / "another").rglob("*.parquet")), "shards are read where they are"
+
+    # Redone from the other machine; the first one sees that, not its old copy.
+    second(*SHORT, workers=2, force=("distill-k1",))
+    redone = {name: e.tag for name, e in storage.listing(place).items() if name.endswith("result.json")}
+    machine("one")
+    third = runner_in(place)(*SHORT, workers=2)
+    assert all(stage["reused"] for stage in third["stages"])
+    assert redone == {name: e.tag for name, e in storage.listing(place).items() if name.endswith("result.json")}
+
+    # Nowhere is the key: not in the store, on a disk, in the tracking store, in Ray's logs, on the screen.
+    for name in storage.listing(place):
+        assert PLANTED.encode() not in storage.read(storage.join(place, name)), name
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
+    for path in [*tmp_path.rglob("*"), *logs.rglob("*")]:
+        if path.is_file():
+            assert PLANTED.encode() not in path.read_bytes(), path
+    with sqlite3.connect(tmp_path / "mlflow.db") as store:
+        assert PLANTED not in "\n".join(store.iterdump())
+    assert PLANTED not in first.text + second.text
+
+
+def test_one_run_at_a_time(machine, moto_server, ray_cluster):
+    place = bucket(moto_server, "in-use")
+    with Lease(f"{place}/.lock", "workspace").held(), pytest.raises(UserError, match="is in use by another run"):
+        runner_in(place)(*SHORT, until="prepare")
+    space = Workspace(place)
+    with space.lock():
+        machine("another")
+        with pytest.raises(UserError, match="is in use by another run"), Workspace(place).lock():
+            pass
+        space.check_held()
+        assert space._lease is not None
+        space._lease.lost = True
+        with pytest.raises(UserError, match="was taken over by another run"):
+            space.check_held()
+
+
+def test_a_stage_that_was_cut_off_is_not_done(machine, moto_server):
+    """Uploads end with result.json: a folder without it is no stage, here or on another machine."""
+    place = bucket(moto_server, "cut")
+    folder = Workspace(place).stage("teacher", "key")
+    (folder.path / "model").mkdir()
+    (folder.path / "model/weights").write_bytes(b"w" * 1000)
+    upload = storage.upload
+
+    def until_the_last(path, uri):
+        if uri.endswith("result.json"):
+            raise KeyboardInterrupt
+        upload(path, uri)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "upload", until_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            folder.finish({"identity": "x"})
+    assert Workspace(place).stage("teacher", "key").result is None, "the copy here is no better than the store"
+    machine("another")
+    other = Workspace(place).stage("teacher", "key")
+    assert other.result is None
+    assert (other.path / "model/weights").read_bytes() == b"w" * 1000, "what was there is used"
+    other.finish({"identity": "x"})
+    assert Workspace(place).stage("teacher", "key").result == {"identity": "x"}
+    Workspace(place).discard(other)
+    assert Workspace(place).stage("teacher", "key").result is None
+    assert storage.listing(f"{place}/stages") == {}
+
+
+def test_a_bucket_that_is_not_there_is_a_line(machine, tmp_path):
+    with pytest.raises(UserError, match="there is no such bucket"):
+        Workspace("s3://never-made/workspace")
+    os.environ["MMDISTILL_CACHE"] = str(tmp_path / "one")
+    shutil.rmtree(tmp_path / "one", ignore_errors=True)
