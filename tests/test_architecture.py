@@ -22,6 +22,7 @@ ONLY = {
     "boto3": {"storage.py"},
     "s3fs": {"storage.py"},
     "fsspec": {"storage.py", "files.py"},
+    "transformers": {"encoders.py"},
 }
 
 

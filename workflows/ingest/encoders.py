@@ -1,0 +1,202 @@
+"""Encoders that turn what was read into what is trained on: images into latents of a VAE, captions into embeddings.
+
+Both take their weights from a folder of this machine that the user names, in safetensors; nothing is fetched, and nothing is
+unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from workflows.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+HASHED = ("*.json", "*.safetensors", "*.txt", "*.model")
+"""The files of a model that its fingerprint is made of."""
+
+
+class Latents:
+    """The latents (z - shift) scale of a diffusers AutoencoderKL: z is the `mean` of the code, or a `sample` of it.
+
+    scale and shift are scaling_factor and shift_factor of the model's configuration. Raises UserError for a folder that holds no
+    such model, or one that is not in safetensors.
+    """
+
+    def __init__(self, folder: str, *, device: str = "cpu", how: Literal["mean", "sample"] = "mean") -> None:
+        _needs("diffusers", "diffusers")
+        root = _root(folder, "vae")
+        kind = _config(root).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise UserError(f"{folder}: a diffusers AutoencoderKL is expected, not {kind}")
+        _weights(root)
+        from diffusers import AutoencoderKL
+
+        self.vae = _loaded(root, AutoencoderKL).to(device)
+        self.device, self.how = device, how
+        config = self.vae.config
+        self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0)
+        self.channels, self.factor = int(config.latent_channels), 2 ** (len(config.block_out_channels) - 1)
+        self.fingerprint = _fingerprint([root], how)
+
+    def shape(self, size: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of square images. Raises UserError for a size that the model can't halve often enough."""
+        if size % self.factor:
+            raise UserError(f"image size {size}: the VAE needs a multiple of {self.factor}")
+        return self.channels, size // self.factor, size // self.factor
+
+    def __call__(self, images: np.ndarray, keys: Sequence[str]) -> np.ndarray:
+        """uint8 images [n, 3, h, w] -> float32 latents [n, c, h / factor, w / factor]. The noise of a `sample` is that of the
+        image's key: the same in whatever batch.
+        """
+        import torch
+
+        self.shape(images.shape[2])
+        self.shape(images.shape[3])
+        with torch.inference_mode():
+            x = torch.from_numpy(images).to(self.device, torch.float32) / 127.5 - 1
+            code = self.vae.encode(x).latent_dist
+            z = code.mean
+            if self.how == "sample":
+                z = z + code.std * torch.stack([_noise(key, z.shape[1:]) for key in keys]).to(self.device)
+            out: np.ndarray = ((z - self.shift) * self.scale).cpu().numpy()
+        return out
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """float32 latents [n, c, h, w] -> images [n, 3, h factor, w factor], in [-1, 1] where they were such images."""
+        import torch
+
+        with torch.inference_mode():
+            z = torch.from_numpy(latents).to(self.device) / self.scale + self.shift
+            out: np.ndarray = self.vae.decode(z).sample.cpu().numpy()
+        return out
+
+
+class TextEmbeddings:
+    """The last hidden states of a CLIP text model or a T5 encoder of transformers, each caption padded to `length` tokens.
+
+    length: by default the tokenizer's own longest (77 for CLIP). tokenizer: its folder, where it isn't the model's. Raises
+    UserError for a folder that holds no such model or tokenizer.
+    """
+
+    def __init__(
+        self, folder: str, *, tokenizer: str | None = None, length: int | None = None, device: str = "cpu"
+    ) -> None:
+        _needs("transformers", "text")
+        root = _root(folder, "text_encoder")
+        of = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+        kind = str(_config(root).get("model_type"))
+        if kind not in of:
+            raise UserError(f"{folder}: a text model of CLIP or T5 is expected, not {kind}")
+        _weights(root)
+        import transformers
+
+        words = _tokenizer_of(root, tokenizer)
+        self.tokenizer = _loaded(words, transformers.AutoTokenizer)
+        self.model = _loaded(root, getattr(transformers, of[kind])).to(device)
+        self.device = device
+        self.length = length or self._longest(folder)
+        self.width = int(getattr(self.model.config, "d_model", 0) or self.model.config.hidden_size)
+        self.fingerprint = _fingerprint([root, words], str(self.length))
+
+    def _longest(self, folder: str) -> int:
+        longest = int(self.tokenizer.model_max_length)
+        if longest > 10_000:  # transformers' word for: not told
+            raise UserError(f"{folder}: the tokenizer doesn't tell its longest text", hint="give a length, such as 128")
+        return longest
+
+    def __call__(self, captions: Sequence[str | None]) -> dict[str, np.ndarray]:
+        """embedding float32 [n, length, width]; mask bool [n, length], True for tokens of the caption; cut bool [n], True where
+        the caption had more tokens than that. No caption is the empty one.
+        """
+        import numpy as np
+        import torch
+
+        texts = [caption or "" for caption in captions]
+        long = [len(ids) > self.length for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        with torch.inference_mode():
+            states = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return {
+            "embedding": states.last_hidden_state.float().cpu().numpy(),
+            "mask": tokens["attention_mask"].cpu().numpy().astype(bool),
+            "cut": np.array(long, bool),
+        }
+
+
+def _noise(key: str, shape: Any) -> torch.Tensor:
+    import torch
+
+    seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _needs(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise UserError(f"{package} is not installed", hint=f"pip install 'mmdistill[{extra}]'")
+
+
+def _root(folder: str, part: str) -> Path:
+    """The model's folder: this one, or `part` of a whole pipeline's."""
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise UserError(f"{folder} is not a folder", hint="weights are not fetched: name a folder of this machine")
+    return root / part if (root / part / "config.json").is_file() else root
+
+
+def _config(root: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((root / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{root} holds no model: no config.json that can be read") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{root} holds no model: config.json is no object")
+    return config
+
+
+def _weights(root: Path) -> None:
+    if not any(root.glob("*.safetensors")):
+        others = [file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(root.glob(suffix))]
+        said = f"{others[0]} is a pickle, which may run programs" if others else "there are no weights"
+        raise UserError(f"{root}: {said}; *.safetensors is expected")
+
+
+def _tokenizer_of(root: Path, named: str | None) -> Path:
+    """Named, beside the weights, or where a pipeline has it: text_encoder_2 -> tokenizer_2."""
+    beside = root.parent / root.name.replace("text_encoder", "tokenizer")
+    places = [Path(named).expanduser()] if named else [root, beside]
+    for place in places:
+        if (place / "tokenizer_config.json").is_file():
+            return place
+    raise UserError(f"{places[0]} holds no tokenizer: no tokenizer_config.json")
+
+
+def _loaded(root: Path, kind: Any) -> Any:
+    """A model (frozen, for evaluation) or a tokenizer, from this folder alone."""
+    try:
+        weights = {} if kind.__name__ == "AutoTokenizer" else {"use_safetensors": True}
+        loaded = kind.from_pretrained(str(root), local_files_only=True, **weights)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise UserError(f"{root} can't be loaded: {' '.join(str(error).split())[:200]}") from error
+    return loaded.eval().requires_grad_(False) if weights else loaded
+
+
+def _fingerprint(folders: Sequence[Path], *options: str) -> str:
+    """Of the files' content, whatever the folders are called, and of the options."""
+    out = hashlib.sha256(" ".join(options).encode())
+    for folder in folders:
+        for path in sorted({path for pattern in HASHED for path in folder.glob(pattern)}):
+            out.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**22):
+                    out.update(block)
+    return out.hexdigest()[:16]
