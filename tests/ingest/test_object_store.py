@@ -6,7 +6,9 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,27 +22,36 @@ from workflows.runtime.errors import UserError
 OPTIONS = {"key": "testing", "secret": "hidden-secret"}
 
 
-@pytest.fixture(scope="module")
-def endpoint():
-    """moto's server on a free port, a process of its own."""
+@contextmanager
+def server(**environment):
+    """The address of moto's server on a free port, a process of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=os.environ | environment, **quiet)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(150):
             try:
                 urllib.request.urlopen(url, timeout=1).close()
                 break
+            except urllib.error.HTTPError:
+                break
             except OSError:
-                assert server.poll() is None, "moto_server ended"
+                assert process.poll() is None, "moto's server ended"
                 time.sleep(0.2)
         yield url
     finally:
-        server.terminate()
-        server.wait()
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    with server() as url:
+        yield url
 
 
 def unreachable():
@@ -146,3 +157,14 @@ def test_an_outage_is_raised_and_not_blamed_on_an_image(bucket):
     with pytest.raises(Exception, match="Could not connect") as caught:
         list(read_unit(listing, listing.units[0], unreachable()))
     assert not isinstance(caught.value, UserError)
+
+
+def test_a_store_that_refuses_the_credentials_is_a_line():
+    import s3fs
+
+    with server(INITIAL_NO_AUTH_ACTION_COUNT="0") as url:
+        stranger = s3fs.S3FileSystem(endpoint_url=url, skip_instance_cache=True, **OPTIONS)
+        with pytest.raises(UserError, match="s3://box/x may not be read: ") as caught:
+            list_source("s3://box/x", filesystem=stranger)
+    assert "hidden-secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)

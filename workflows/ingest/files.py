@@ -73,6 +73,13 @@ class Files:
         content: bytes = self.fs.cat_file(self._full(name))
         return content
 
+    def whole(self, name: str) -> bytes:
+        """A file that the source can't do without. Raises UserError where it can't be read."""
+        try:
+            return self.read(name)
+        except OSError as error:
+            raise UserError(f"{clean(name)} in {self.source}: {self.lost(error)}") from error
+
     def read_many(self, names: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | str]:
         """The content of each file, or why it has none, in one line. Some are asked for at once where the store can.
 

@@ -76,7 +76,7 @@ def metadata(files: Files, found: Sequence[File], ask: Ask) -> tuple[Table | Non
     captions: dict[str, str | int] = {}
     names = [file.name for file in found if file.name.rpartition("/")[2] in METADATA]
     for name in names:
-        content = files.read(name)
+        content = files.whole(name)
         folder = "".join(name.rpartition("/")[:2])
         columns = _columns(name, content)
         for into, column, usual in ((labels, ask.label_column, LABELS), (captions, ask.caption_column, CAPTIONS)):
@@ -123,7 +123,7 @@ def _card(files: Files, found: Sequence[File]) -> Any:
     """`dataset_info` of the head of the README, or {}."""
     if not any(file.name == CARD for file in found):
         return {}
-    head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", files.read(CARD).decode("utf-8", "replace"), re.DOTALL)
+    head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", files.whole(CARD).decode("utf-8", "replace"), re.DOTALL)
     try:
         values = yaml.safe_load(head[1]) if head else {}
     except yaml.YAMLError:
@@ -137,7 +137,7 @@ def _card(files: Files, found: Sequence[File]) -> Any:
 
 def _json(files: Files, file: File) -> dict[str, Any]:
     try:
-        values = json.loads(files.read(file.name))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{clean(file.name)} in {files.source} can't be read") from error
+        values = json.loads(files.whole(file.name))
+    except ValueError as error:
+        raise UserError(f"{clean(file.name)} in {files.source} is no JSON that can be read") from error
     return values if isinstance(values, dict) else {}

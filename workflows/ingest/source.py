@@ -134,7 +134,7 @@ def _dataset(files: Files, found: list[File]) -> Table | None:
     """EDM's dataset.json at the top of a folder."""
     if not any(file.name == "dataset.json" for file in found):
         return None
-    return parse_table("dataset.json", files.read("dataset.json"), column=None, defaults=("labels",))
+    return parse_table("dataset.json", files.whole("dataset.json"), column=None, defaults=("labels",))
 
 
 def _counted(listing: Listing, units: tuple[Unit, ...], available: int, about: Described) -> Listing:
