@@ -170,9 +170,9 @@ def _check_total(archive: Archive, file: File) -> None:
 
 def _dataset(archive: Archive, name: str, prefix: str) -> list[Table]:
     """The labels of EDM's dataset.json, if there is one, at the top."""
-    info = next((info for info in archive.file.infolist() if inside(info.filename) == "dataset.json"), None)
-    if info is None:
+    if "dataset.json" not in archive.file.NameToInfo:
         return []
+    info = archive.file.getinfo("dataset.json")
     if info.file_size > MAX_TABLE:
         raise UserError(f"{clean(name)}: its dataset.json has more than {MAX_TABLE:,} bytes")
     table = parse_table("dataset.json", archive.file.read(info), column=None, defaults=("labels",))
