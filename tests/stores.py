@@ -37,11 +37,13 @@ def answers(url: str, seconds: float = 60) -> None:
 
 
 @contextmanager
-def moto():
+def moto(**environment: str):
     """The address of a server of moto's, in a process of its own."""
     port = free_port()
     words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | KEYS)
+    server = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | KEYS | environment
+    )
     try:
         answers(f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"

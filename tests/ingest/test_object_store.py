@@ -2,56 +2,19 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pictures import errors, good, load, png, read
+from stores import moto, use
 from test_tars import samples, tarred
 
 from workflows.ingest import list_source, read_unit
+from workflows.runtime import storage
 from workflows.runtime.errors import UserError
 
 OPTIONS = {"key": "testing", "secret": "hidden-secret"}
-
-
-@contextmanager
-def server(**environment):
-    """The address of moto's server on a free port, a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=os.environ | environment, **quiet)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(150):
-            try:
-                urllib.request.urlopen(url, timeout=1).close()
-                break
-            except urllib.error.HTTPError:
-                break
-            except OSError:
-                assert process.poll() is None, "moto's server ended"
-                time.sleep(0.2)
-        yield url
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    with server() as url:
-        yield url
 
 
 def unreachable():
@@ -67,11 +30,11 @@ def unreachable():
 
 
 @pytest.fixture
-def bucket(endpoint, request):
+def bucket(moto_server, request):
     """(filesystem, name of a bucket of this test's own)."""
     import s3fs
 
-    filesystem = s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True, **OPTIONS)
+    filesystem = s3fs.S3FileSystem(endpoint_url=moto_server, skip_instance_cache=True, **OPTIONS)
     name = request.node.name.replace("_", "-")[:60].strip("-")
     filesystem.mkdir(name)
     return filesystem, name
@@ -105,14 +68,17 @@ def test_a_prefix_of_images(bucket, tmp_path):
         list_source(source, filesystem=filesystem, labels=f"s3://{name}/deep/labels.json")
 
 
-def test_tars_zips_and_tables(bucket, tmp_path):
+def test_tars_zips_and_tables(bucket, moto_server, tmp_path, monkeypatch):
+    """By the filesystem that everything else here reads stores with."""
     filesystem, name = bucket
+    use(monkeypatch, moto_server)
+    ours, _ = storage.filesystem(f"s3://{name}")
     tarred(tmp_path / "x.tar.gz", samples(0, 20), "w:gz")
     pq.write_table(pa.table({"image": [png(i) for i in range(20)]}), tmp_path / "x.parquet", row_group_size=7)
     shutil.make_archive(str(tmp_path / "x"), "zip", root_dir=_images(tmp_path / "plain"))
     for file in ("x.tar.gz", "x.parquet", "x.zip"):
         filesystem.put(str(tmp_path / file), f"{name}/{file}")
-        _, items = load(f"s3://{name}/{file}", filesystem, unit_bytes=2000)
+        _, items = load(f"s3://{name}/{file}", ours, unit_bytes=2000)
         assert sorted(item.image for item in good(items).values()) == sorted(png(i) for i in range(20)), file
     assert sorted(item.key for item in load(f"s3://{name}/*.zip", filesystem)[1])[0] == "x.zip#0.png"
 
@@ -124,7 +90,7 @@ def _images(folder):
     return folder
 
 
-def test_stores_that_can_not_be_used_are_a_line(bucket, endpoint, monkeypatch):
+def test_stores_that_can_not_be_used_are_a_line(bucket, moto_server, monkeypatch):
     import s3fs
 
     filesystem, name = bucket
@@ -144,7 +110,7 @@ def test_stores_that_can_not_be_used_are_a_line(bucket, endpoint, monkeypatch):
         monkeypatch.delenv(variable)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
-    nobody = s3fs.S3FileSystem(endpoint_url=endpoint, skip_instance_cache=True)
+    nobody = s3fs.S3FileSystem(endpoint_url=moto_server, skip_instance_cache=True)
     with pytest.raises(UserError, match="can't be listed: Unable to locate credentials"):
         list_source(f"s3://{name}/x", filesystem=nobody)
 
@@ -162,7 +128,7 @@ def test_an_outage_is_raised_and_not_blamed_on_an_image(bucket):
 def test_a_store_that_refuses_the_credentials_is_a_line():
     import s3fs
 
-    with server(INITIAL_NO_AUTH_ACTION_COUNT="0") as url:
+    with moto(INITIAL_NO_AUTH_ACTION_COUNT="0") as url:
         stranger = s3fs.S3FileSystem(endpoint_url=url, skip_instance_cache=True, **OPTIONS)
         with pytest.raises(UserError, match="s3://box/x may not be read: ") as caught:
             list_source("s3://box/x", filesystem=stranger)
