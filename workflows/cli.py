@@ -173,6 +173,13 @@ def prepare(
     ] = "train,holdout=0.1",
     limit: Annotated[int | None, typer.Option(help="At most so many images.", min=1)] = None,
     max_bad: Annotated[str, typer.Option(help="Images that can't be read, above which it stops.")] = "1%",
+    latents: Annotated[
+        str | None,
+        typer.Option(help="Folder of a VAE (diffusers): its latents of the images, in a column of their own."),
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Folder of a CLIP or T5 encoder (transformers): its embeddings of the captions.")
+    ] = None,
     shard_mb: Annotated[float, typer.Option(help="MB of a shard's images before compression.", min=0.1)] = 64,
     seed: Annotated[int, typer.Option(help="Of random crops.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
@@ -200,6 +207,8 @@ def prepare(
             holdout=parse_split(split),
             limit=limit,
             max_bad=parse_share("--max-bad", max_bad),
+            latents=latents,
+            text_encoder=text_encoder,
             shard_mb=shard_mb,
             seed=seed,
         )

@@ -133,6 +133,29 @@ def test_captions_and_a_share_of_the_source(source, prepare, tmp_path):
     assert "caption" in manifest.columns
 
 
+def test_latents_and_embeddings_beside_the_images(source, prepare, tmp_path):
+    from tiny_models import save_models
+
+    from workflows.ingest.encoders import Latents, TextEmbeddings
+
+    models = save_models(tmp_path / "models")
+    (tmp_path / "captions.json").write_text(json.dumps({key: f"a {key[:6]} cat" for key in source[1]}))
+    chosen = {"latents": str(models / "vae"), "text_encoder": str(models / "t5"), "limit": 120}
+    manifest = prepare(source[0], tmp_path / "set", captions=str(tmp_path / "captions.json"), **chosen)
+    rows = all_rows(tmp_path / "set", "key", "image", "caption", "latent", "text", "text_mask")
+    vae, text = Latents(chosen["latents"]), TextEmbeddings(chosen["text_encoder"])
+    latents = vae(np.stack(rows["image"]), rows["key"])
+    np.testing.assert_allclose(np.stack(rows["latent"]), latents, atol=2e-3)
+    embedded = text(rows["caption"])
+    np.testing.assert_allclose(np.stack(rows["text"]), embedded["embedding"], atol=2e-3)
+    assert np.array_equal(np.stack(rows["text_mask"]), embedded["mask"])
+    assert manifest.columns["latent"] == {"shape": [4, 4, 4], "dtype": "float16", "of": vae.fingerprint}
+    with pytest.raises(UserError, match="has no captions"):
+        prepare(source[0], tmp_path / "none", **chosen)
+    with pytest.raises(UserError, match="multiple of 2"):
+        prepare(source[0], tmp_path / "odd", size=9, latents=chosen["latents"])
+
+
 def test_what_can_not_be_read_is_counted_named_and_bounded(prepare, tmp_path):
     pictures(tmp_path / "source")
     for i in range(3):

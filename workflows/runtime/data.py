@@ -36,6 +36,15 @@ def _context() -> None:
     context.execution_options.preserve_order = True
 
 
+def _numbers(n: int) -> Any:
+    """0 to n - 1, a block each. They are there already: a task that reads would ask for a CPU, and wait for ever where a training's
+    workers have them all.
+    """
+    import ray.data
+
+    return ray.data.from_items([{"id": i} for i in range(n)], override_num_blocks=n)
+
+
 def spread(
     items: Sequence[Any],
     work: Callable[[Any], Iterator[dict[str, Any]]],
@@ -59,8 +68,7 @@ def spread(
             for row in work(ray.get(held)[int(i)]):
                 yield {"row": [json.dumps(row)]}  # a table would mix the rows' fields
 
-    rows = ray.data.range(len(items), override_num_blocks=max(1, len(items)))
-    done = rows.map_batches(do, batch_size=1, concurrency=min(at_once, len(items)), **options)
+    done = _numbers(len(items)).map_batches(do, batch_size=1, concurrency=min(at_once, len(items)), **options)
     for row in done.iter_rows():
         yield json.loads(row["row"])
 
@@ -205,9 +213,7 @@ class StreamedBatches:
                     yield {"image": part.reshape(len(part), -1), "label": labels[start : start + BLOCK]}
 
             # No CPU is asked for: on a small machine the training's workers have taken them all.
-            read = ray.data.range(PASS, override_num_blocks=PASS).map_batches(
-                blocks, batch_size=1, num_cpus=0, concurrency=AHEAD
-            )
+            read = _numbers(PASS).map_batches(blocks, batch_size=1, num_cpus=0, concurrency=AHEAD)
             batch: Any
             for batch in read.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD):
                 yield batch["image"].reshape(-1, *manifest.shape), batch["label"]

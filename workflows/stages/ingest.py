@@ -12,6 +12,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from workflows.config import ConfigError, digest
 from workflows.ingest import Listing, Unit, list_source, read_unit
 from workflows.runtime import storage
+from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import FEWEST, Manifest, is_data_set, read_manifest, write_manifest
 from workflows.runtime.progress import Screen, short
@@ -37,6 +39,8 @@ PARTS, SMALL = 16, 1000
 """A source that would fill few shards is cut into so many parts, of at least so many images, for the sake of those who wait."""
 GUESS = 100_000
 """Bytes of an image of a source that doesn't tell its count."""
+ENCODED = 16
+"""Images or captions that an encoder takes at once."""
 LISTED = 1000
 """Skipped images that the manifest names."""
 
@@ -62,6 +66,8 @@ class Preparation:
     max_bad: float = 0.01
     shard_mb: float = 64
     seed: int = 0
+    latents: str | None = None
+    text_encoder: str | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -72,6 +78,8 @@ class Preparation:
             raise ConfigError(f"--encoding: {self.encoding!r} is not one of png, uint8")
         if not 0 <= self.max_bad < 1:
             raise ConfigError(f"--max-bad: {self.max_bad:g} is not a share")
+        if self.latents and self.channels != 3:
+            raise ConfigError("--latents: a VAE takes images of 3 channels")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -83,14 +91,65 @@ class Preparation:
         return f"upright, over white, {square}, Lanczos" + (", and mirrored" if self.flip else "")
 
     @property
+    def encoded(self) -> bool:
+        return bool(self.latents or self.text_encoder)
+
+    @property
     def rows(self) -> int:
         """Of a shard."""
         return max(1, int(self.shard_mb * 2**20 / math.prod(self.shape)))
 
-    def key(self, listing: Listing) -> str:
-        """Of all that decides what is written."""
-        ways = {name: value for name, value in asdict(self).items() if name not in ("source", "dest", "max_bad")}
-        return digest([listing.fingerprint, ways, code_version(*CODE)])
+    def key(self, listing: Listing, columns: dict[str, Any]) -> str:
+        """Of all that decides what is written; `columns` of the encoders (Encoders.columns)."""
+        apart = ("source", "dest", "max_bad", "latents", "text_encoder")
+        ways = {name: value for name, value in asdict(self).items() if name not in apart}
+        return digest([listing.fingerprint, ways, columns, code_version(*CODE)])
+
+
+class Encoders:
+    """The models that a preparation runs beside, from folders of the user's: a VAE and a text encoder, or neither."""
+
+    def __init__(self, p: Preparation, device: str = "cpu") -> None:
+        from workflows.ingest.encoders import Latents, TextEmbeddings
+
+        self.p = p
+        self.latents = Latents(p.latents, device=device) if p.latents else None
+        self.text = TextEmbeddings(p.text_encoder, device=device) if p.text_encoder else None
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the columns that they make. Raises UserError for a size that the VAE does not take."""
+        out: dict[str, dict[str, Any]] = {}
+        if self.latents:
+            out["latent"] = {
+                "shape": self.latents.shape(self.p.size),
+                "dtype": "float16",
+                "of": self.latents.fingerprint,
+            }
+        if self.text:
+            one = self.text([""])
+            for name, part, dtype in (("text", "embedding", "float16"), ("text_mask", "mask", "bool")):
+                out[name] = {"shape": one[part].shape[1:], "dtype": dtype, "of": self.text.fingerprint}
+        return out
+
+    def __call__(
+        self, images: np.ndarray, keys: Sequence[str], captions: Sequence[str | None]
+    ) -> dict[str, np.ndarray]:
+        out: dict[str, list[np.ndarray]] = {}
+        for first in range(0, len(keys), ENCODED):
+            part = slice(first, first + ENCODED)
+            if self.latents:
+                out.setdefault("latent", []).append(self.latents(images[part], keys[part]).astype(np.float16))
+            if self.text:
+                text = self.text(captions[part])
+                out.setdefault("text", []).append(text["embedding"].astype(np.float16))
+                out.setdefault("text_mask", []).append(text["mask"])
+        return {name: np.concatenate(parts) for name, parts in out.items()}
+
+
+@lru_cache(maxsize=1)
+def _encoders(p: Preparation, device: str) -> Encoders:
+    """A task's process keeps them for the next."""
+    return Encoders(p, device)
 
 
 @dataclass
@@ -130,7 +189,11 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
             limit=p.limit,
             filesystem=storage.filesystem(p.source)[0],
         )
-    plan = p.key(listing)
+    with screen.status("loading the encoders"):
+        columns = Encoders(p).columns() if p.encoded else {}
+    if p.text_encoder and not listing.captioned:
+        raise UserError(f"--text-encoder: {storage.shown(p.source)} has no captions", hint="name them with --captions")
+    plan = p.key(listing, columns)
     if is_data_set(p.dest):
         there = read_manifest(p.dest)
         if there.options.get("plan") == plan:
@@ -143,7 +206,7 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
     for note in listing.notes:
         screen.line(f"[yellow]![/] {note}")
     tally = _write_parts(p, listing, plan, screen)
-    manifest = _manifest(p, listing, plan, tally)
+    manifest = _manifest(p, listing, plan, columns, tally)
     write_manifest(p.dest, manifest)
     _tidy(p.dest, manifest)
     said = f", {tally.bad:,} could not be read" if tally.bad else ""
@@ -164,11 +227,15 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
     tally = Tally(_done(folder, p.dest))
     if tally.parts:
         screen.line(f"  goes on: {len(tally.parts)} of {len(groups)} parts are there, {tally.images:,} images")
-    bare, cpus = replace(listing, units=()), int(ray.cluster_resources().get("CPU", 1))
+    bare, resources = replace(listing, units=()), ray.cluster_resources()
+    # Encoders run on GPUs where there are any.
+    use_gpu = p.encoded and resources.get("GPU", 0) >= 1
+    at_once, device = int(resources.get("GPU" if use_gpu else "CPU", 1)), "cuda" if use_gpu else "cpu"
+    task = {name: value for name, value in task_options(use_gpu=use_gpu).items() if name != "max_retries"}
     waiting = [(number, units) for number, units in enumerate(groups) if number not in tally.parts]
 
     def work(item: tuple[int, Sequence[Unit]]) -> Iterator[dict[str, Any]]:
-        yield write_part(p, bare, plan, *item)
+        yield write_part(p, bare, plan, *item, device=device)
 
     with screen.bars():
         bar = screen.bar("prepare", listing.count or len(groups), unit="images" if listing.count else "parts")
@@ -178,7 +245,7 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
             bar.update(tally.images + tally.bad if listing.count else len(tally.parts), skipped)
 
         show()
-        for part in spread(waiting, work, at_once=cpus, options={"num_cpus": 1}):
+        for part in spread(waiting, work, at_once=at_once, options=task):
             tally.parts[int(part["number"])] = part
             show()
             _check_bad(p, listing, tally, whole=False)
@@ -214,9 +281,12 @@ def _done(folder: str, dest: str) -> dict[int, dict[str, Any]]:
     return done
 
 
-def write_part(p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit]) -> dict[str, Any]:
+def write_part(
+    p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str = "cpu"
+) -> dict[str, Any]:
     """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
-    shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=bool(listing.captioned))
+    encoders = _encoders(p, device_of_task(device)) if p.encoded else None
+    shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=bool(listing.captioned), encoders=encoders)
     bad, listed = 0, list[dict[str, str]]()
     fs = storage.filesystem(p.source)[0]
     for unit in units:
@@ -237,8 +307,8 @@ def write_part(p: Preparation, listing: Listing, plan: str, number: int, units: 
 class Shards:
     """Images as they come, to shards of `rows`."""
 
-    def __init__(self, p: Preparation, name: str, *, captioned: bool) -> None:
-        self.p, self.name, self.captioned = p, name, captioned
+    def __init__(self, p: Preparation, name: str, *, captioned: bool, encoders: Encoders | None) -> None:
+        self.p, self.name, self.captioned, self.encoders = p, name, captioned, encoders
         self.made: list[dict[str, Any]] = []
         self.images = 0
         self._rows: list[tuple[str, np.ndarray, int, str | None]] = []
@@ -264,13 +334,15 @@ class Shards:
         if not self._rows:
             return
         keys, images, labels, captions = zip(*self._rows, strict=True)
+        pixels = np.stack(images)
         rows = Rows(
-            images=np.stack(images),
+            images=pixels,
             labels=np.array(labels),
             # An image and its mirror are held out together.
             holdout=held_out([key.removesuffix(" mirrored") for key in keys], self.p.holdout),
             keys=keys,
             captions=captions if self.captioned else None,
+            columns=self.encoders(pixels, keys, captions) if self.encoders else {},
         )
         self.made.append(save_shard(self.p.dest, f"{self.name}-{len(self.made):03d}.parquet", rows, self.p.encoding))
         self._rows = []
@@ -292,7 +364,7 @@ def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -
         )
 
 
-def _manifest(p: Preparation, listing: Listing, plan: str, tally: Tally) -> Manifest:
+def _manifest(p: Preparation, listing: Listing, plan: str, columns: dict[str, Any], tally: Tally) -> Manifest:
     made = [m for _, part in sorted(tally.parts.items()) for m in part["made"]]
     classes = len(listing.classes)
     if listing.labelled and not classes:  # the source's own numbers
@@ -305,7 +377,7 @@ def _manifest(p: Preparation, listing: Listing, plan: str, tally: Tally) -> Mani
         num_classes=classes if listing.labelled else 0,
         classes=listing.classes,
         preprocessing=p.preprocessing,
-        columns={"caption": {"from": listing.captioned}} if listing.captioned else {},
+        columns=columns | ({"caption": {"from": listing.captioned}} if listing.captioned else {}),
         skipped={"count": tally.bad, "listed": tally.listed()},
         options={"plan": plan, "of": listing.fingerprint, "kind": listing.kind, "labels": listing.labelled}
         | {name: value for name, value in asdict(p).items() if name not in ("source", "dest") and value is not None},
