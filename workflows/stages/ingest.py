@@ -121,14 +121,14 @@ class Encoders:
         out: dict[str, dict[str, Any]] = {}
         if self.latents:
             out["latent"] = {
-                "shape": self.latents.shape(self.p.size),
+                "shape": list(self.latents.shape(self.p.size)),
                 "dtype": "float16",
                 "of": self.latents.fingerprint,
             }
         if self.text:
             one = self.text([""])
             for name, part, dtype in (("text", "embedding", "float16"), ("text_mask", "mask", "bool")):
-                out[name] = {"shape": one[part].shape[1:], "dtype": dtype, "of": self.text.fingerprint}
+                out[name] = {"shape": list(one[part].shape[1:]), "dtype": dtype, "of": self.text.fingerprint}
         return out
 
     def __call__(
