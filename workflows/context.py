@@ -15,7 +15,7 @@ from workflows.config import RunConfig, digest
 from workflows.runtime.cluster import Monitor, task_options
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.storage import join
-from workflows.runtime.tracking import Tracker
+from workflows.runtime.tracking import Tracker, now
 from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
 
 METRICS, RUNS, CLOCK = "metrics.jsonl", "runs.json", "clock.json"
@@ -76,6 +76,15 @@ class Context:
     force: frozenset[str]
     monitor: Monitor
     listeners: dict[str, Callable[[dict[str, float]], None]] = field(default_factory=dict)
+    tracking_wait: float = 120.0
+    """Seconds that a stage which needs the tracking store's answer waits for it."""
+
+    def settle(self) -> None:
+        """For a stage that needs the tracking store's answer: all that was logged is delivered. Raises UserError if it does not
+        answer within `tracking_wait` seconds.
+        """
+        if not settle(self.tracker, self.screen, self.tracking_wait):
+            raise self.tracker.unreachable()
 
     def tick(self) -> None:
         """Takes in what the workers sent. Raises UserError when the workspace is no longer this run's."""
@@ -89,25 +98,31 @@ class Context:
 
 
 class StageRun:
-    """A stage in progress: its folder, its tracking run, its metrics (on disk first, then tracked, each step once)."""
+    """A stage in progress: its folder, its tracking run, its metrics (on disk first, then tracked, each step once).
+
+    Each row has the time of its measurement, which goes with it to the tracking store: sent again, it is there once.
+    """
 
     def __init__(self, context: Context, folder: StageFolder, config: dict[str, Any], began: bool) -> None:
         self.context, self.folder, self.path = context, folder, folder.path
         self._since = time.monotonic()
-        self._spent = _read(self.path / CLOCK, {"seconds": 0.0})["seconds"]
+        clocked = _read(self.path / CLOCK, {"seconds": 0.0})
+        self._spent, self._began = clocked["seconds"], clocked.get("began") or now()
         self.resumed = began
         self.run_id = self._run(config)
-        rows = read_metrics(self.path)
-        self._steps = {step for step, _ in rows}
-        tracked = context.tracker.steps(self.run_id, *sorted({next(iter(row)) for _, row in rows}))
-        self._pending = [row for row in rows if row[0] not in tracked]
-        self._flushed = time.monotonic()
+        rows = _timed_metrics(self.path)
+        self._steps = {step for step, _, _ in rows}
+        tracked = context.tracker.steps(self.run_id, *sorted({next(iter(row)) for _, row, _ in rows}))
+        self._send([row for row in rows if row[0] not in tracked])
+        self.flush()
 
     def _run(self, config: dict[str, Any]) -> str:
         """The stage's run in this tracking store: the one it had, or a new one."""
         tracker, runs = self.context.tracker, _read(self.path / RUNS, {})
         run_id = runs.get(tracker.uri)
-        if run_id is None or not tracker.resume_run(run_id):
+        if run_id is not None and tracker.resume_run(run_id):
+            run_id = tracker.resolve(run_id)
+        else:
             tags = {
                 "mmdistill.stage": self.folder.name,
                 "mmdistill.key": self.folder.key,
@@ -133,22 +148,28 @@ class StageRun:
         if step in self._steps:
             return
         self._steps.add(step)
+        moment = now()
         with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps({"step": step} | metrics) + "\n")
-        self._pending.append((step, metrics))
+            file.write(json.dumps({"step": step, "time": moment} | metrics) + "\n")
+        self._send([(step, metrics, moment)])
         if time.monotonic() - self._flushed > 3:
             self.flush()
 
     def log_at(self, step: int, metrics: dict[str, float]) -> None:
-        """For metrics whose step is not a time (a number of sampling steps): logged at once, whatever their order."""
-        self.context.tracker.log_metrics(self.run_id, [(step, metrics)])
+        """For metrics whose step is not a time (a number of sampling steps): logged whatever their order, as of the stage's
+        beginning, so that an interrupted stage that measures them anew leaves them there once.
+        """
+        self._send([(step, metrics, self._began)])
+
+    def _send(self, rows: list[TimedRow]) -> None:
+        if rows:
+            times = [moment for _, _, moment in rows]
+            self.context.tracker.log_metrics(self.run_id, [(step, row) for step, row, _ in rows], times=times)
 
     def flush(self) -> None:
-        rows, self._pending = self._pending, []
+        """Notes the time spent; what was logged is in the outbox."""
         self._flushed = time.monotonic()
-        write_json(self.path / CLOCK, {"seconds": self.seconds})
-        if rows:
-            self.context.tracker.log_metrics(self.run_id, rows)
+        write_json(self.path / CLOCK, {"seconds": self.seconds, "began": self._began})
 
     def finish(self, result: dict[str, Any]) -> Done:
         self.flush()
@@ -188,7 +209,11 @@ def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: 
         began = (folder.path / RUNS).exists()
         write_json(folder.path / "depends.json", depends)
         return StageRun(context, folder, config, began)
-    run_id = _read(folder.path / RUNS, {}).get(context.tracker.uri) or _republish(context, folder, config, result)
+    known = _read(folder.path / RUNS, {}).get(context.tracker.uri)
+    if known is not None and context.tracker.expects(known):
+        run_id = context.tracker.resolve(known)
+    else:
+        run_id = _republish(context, folder, config, result)
     context.screen.line(f"[green]✓[/] [bold]{name}[/]  reused  [dim]{result.get('summary', '')}[/]")
     return Done(name, folder.path, folder.uri, result, run_id, float(result["seconds"]), reused=True)
 
@@ -212,7 +237,6 @@ def run_stage(
 def _republish(context: Context, folder: StageFolder, config: dict[str, Any], result: dict[str, Any]) -> str:
     """A stage that was finished under another tracking store: its metrics and files are logged to this one."""
     run = StageRun(context, folder, config, began=True)
-    run.flush()
     for name in result.get("artifacts", []):
         context.tracker.log_artifact(run.run_id, folder.path / name, None)
     context.tracker.end_run(run.run_id)
@@ -238,8 +262,30 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
     return listen
 
 
+def settle(tracker: Tracker, screen: Screen, seconds: float) -> bool:
+    """Waits until all that was logged is delivered, for so many seconds at most, with progress if it takes long: whether it is."""
+    if seconds <= 0 or tracker.settle(min(1.0, seconds)):
+        return tracker.pending == 0
+    end, most = time.monotonic() + seconds - 1, tracker.pending
+    with screen.bars():
+        bar = screen.bar("tracking", most, unit="entries")
+        while (left := end - time.monotonic()) > 0 and not tracker.settle(min(0.5, left)):
+            state = "the store does not answer" if tracker.away else "delivering"
+            bar.update(most - tracker.pending, f"{state}, waiting {left:.0f} s more")
+    return tracker.pending == 0
+
+
+TimedRow = tuple[int, dict[str, float], int]
+"""A step, its metrics, and when they were measured, in ms since 1970."""
+
+
 def read_metrics(folder: Path) -> list[tuple[int, dict[str, float]]]:
     """(step, metrics) of a stage by step; a line that a kill cut short is left out."""
+    return [(step, row) for step, row, _ in _timed_metrics(folder)]
+
+
+def _timed_metrics(folder: Path) -> list[TimedRow]:
+    """As `read_metrics`; rows from before times were kept have their file's."""
     rows = []
     path = folder / METRICS
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -247,7 +293,8 @@ def read_metrics(folder: Path) -> list[tuple[int, dict[str, float]]]:
             row = json.loads(line)
         except ValueError:
             continue
-        rows.append((int(row.pop("step")), row))
+        moment = row.pop("time", None) or int(path.stat().st_mtime * 1000)
+        rows.append((int(row.pop("step")), row, moment))
     return sorted(rows, key=lambda row: row[0])
 
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from workflows.config import ConfigError, RunConfig, digest
-from workflows.context import Context, Done, Placement
+from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
 from workflows.runtime import storage
 from workflows.runtime.cluster import Monitor, ray_session, require
@@ -26,6 +28,8 @@ from workflows.runtime.workspace import Workspace, git_commit, write_json
 from workflows.sources.folder import checked
 
 STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
+WAIT, A_WHILE = 120.0, 10.0
+"""Seconds that the end of a run waits for a tracking store that is away; and that a run which failed waits for the delivery."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class RunOptions:
     gpu: bool | None = None
     force: tuple[str, ...] = ()
     until: str = "report"
+    tracking_wait: float | None = None
 
 
 def check_options(config: RunConfig, options: RunOptions) -> None:
@@ -77,7 +82,7 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
             done += finished
             if name == options.until:
                 break
-        summary = _summary(config, done, time.monotonic() - began)
+        summary = _summary(context, done, time.monotonic() - began)
         if options.until == STAGES[-1]:
             folder = context.workspace.report(config.recipe)
             shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
@@ -128,17 +133,21 @@ def open_context(
     config: RunConfig, options: RunOptions, screen: Screen, *, kind: str = "pipeline"
 ) -> Iterator[Context]:
     """The workspace locked, the tracking store open with a parent run of this `kind`, and Ray up, for the length of the block."""
-    workspace = Workspace(options.workspace)
+    workspace, wait = Workspace(options.workspace), wait_of(options)
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())
         screen.line(
             f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {storage.shown(workspace.uri)}[/]"
         )
-        uri = options.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
+        uri = tracking_uri_of(workspace, options.tracking_uri)
         with screen.status("opening the tracking store"):
-            tracker = Tracker(uri, artifacts=workspace.default_artifacts)
+            tracker = stack.enter_context(open_tracker(workspace, uri, screen))
+        if tracker.pending:
+            screen.line(f"  tracking: delivering {tracker.pending} entries that an earlier run had queued")
+            settle(tracker, screen, wait)
+        with screen.status("starting the tracking run"):
             parent = _parent_run(config, workspace, tracker, kind)
-        stack.enter_context(_ended(tracker, parent))
+        stack.enter_context(_ended(tracker, parent, screen, options.workspace, wait))
         with screen.status("starting Ray"):
             resources = stack.enter_context(ray_session())
             monitor = Monitor()
@@ -154,19 +163,67 @@ def open_context(
             force=frozenset(options.force),
             monitor=monitor,
             placement=placement,
+            tracking_wait=wait,
         )
 
 
 @contextmanager
-def _ended(tracker: Tracker, run_id: str) -> Iterator[None]:
-    """Marks the run by how the block ends; on the way up of an error a store that does not answer must not hide it."""
+def open_tracker(workspace: Workspace, uri: str, screen: Screen) -> Iterator[Tracker]:
+    """The tracking store with the workspace's outbox for it; the workspace has to be locked."""
+
+    def say(text: str) -> None:
+        screen.line(f"[yellow]![/] {escape(text)}")
+
+    tracker = Tracker(uri, artifacts=workspace.default_artifacts, outbox=workspace.outbox, say=say)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+
+
+@contextmanager
+def _ended(tracker: Tracker, run_id: str, screen: Screen, workspace: Path, wait: float) -> Iterator[None]:
+    """Marks the run by how the block ends, and waits until the store has all of it. A store that stays away fails nothing; on the
+    way up of an error it must not hide that one, nor hold it up for long.
+    """
     try:
         yield
     except BaseException as error:
         with suppress(UserError):
             tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        with suppress(UserError):
+            settle(tracker, screen, 0 if tracker.away else min(wait, A_WHILE))
+        say_what_is_queued(tracker, screen, workspace)
         raise
-    tracker.end_run(run_id)
+    try:
+        tracker.end_run(run_id)
+        settle(tracker, screen, wait)
+    finally:
+        say_what_is_queued(tracker, screen, workspace)
+
+
+def wait_of(options: RunOptions) -> float:
+    """Seconds to wait for the tracking store: the option, MMDISTILL_TRACKING_WAIT, or 120."""
+    if options.tracking_wait is not None:
+        return options.tracking_wait
+    text = os.environ.get("MMDISTILL_TRACKING_WAIT") or str(WAIT)
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds") from None
+
+
+def tracking_uri_of(workspace: Workspace, given: str | None) -> str:
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
+
+
+def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: Path) -> None:
+    if tracker.pending:
+        where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
+        screen.line(
+            f"[yellow]![/] tracking: {tracker.pending} entries for {escape(tracker.uri)} are queued in the workspace; "
+            f"its next run delivers them, or: mmdistill deliver{escape(where)} --tracking-uri {escape(tracker.uri)}"
+        )
 
 
 def _stages(context: Context) -> Iterator[tuple[str, list[Done]]]:
@@ -208,14 +265,16 @@ def place(config: RunConfig, options: RunOptions, resources: dict[str, float]) -
     )
 
 
-def _summary(config: RunConfig, done: list[Done], seconds: float) -> dict[str, Any]:
+def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, Any]:
     """summary.json: what ran, what was reused, and the figures as far as they go."""
+    config, resolve = context.config, context.tracker.resolve
     by_name = {d.name: d for d in done}
     summary: dict[str, Any] = {
         "recipe": config.recipe,
         "seconds": round(seconds, 1),
         "stages": [
-            {"name": d.name, "run_id": d.run_id, "seconds": round(d.seconds, 1), "reused": d.reused} for d in done
+            {"name": d.name, "run_id": resolve(d.run_id), "seconds": round(d.seconds, 1), "reused": d.reused}
+            for d in done
         ],
     }
     if "evaluate" in by_name:
@@ -253,7 +312,7 @@ def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker, kind:
     """The parent of the stages' runs: of this resolved configuration in this store, gone on with or new."""
     note = f"pipelines/{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind])}.json"
     if (known := workspace.read_note(note)) and tracker.resume_run(run_id := str(known["run_id"])):
-        return run_id
+        return tracker.resolve(run_id)
     run_id = tracker.start_run(
         f"{config.recipe} {kind}", tags={"mmdistill.recipe": config.recipe, "git_commit": git_commit()}
     )

@@ -1,7 +1,8 @@
-"""The only file that knows MLflow: runs, metrics, artifacts, the model registry.
+"""Tracking: runs, metrics, params, artifacts and the model registry, in MLflow.
 
-One parent run for the pipeline, a child for each stage. A metric is logged once per step: when training resumes from a
-checkpoint and replays steps that had been logged, they are not logged again.
+One parent run for the pipeline, a child for each stage. With an outbox, what is logged is written to the workspace's journal
+and delivered by a thread: a store that stops answering stops nothing. Without one, each call goes to the store, and raises
+UserError when it does not answer.
 """
 
 from __future__ import annotations
@@ -9,21 +10,31 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from workflows.runtime.delivery import QUEUED, Delivery, brief, meaning
 from workflows.runtime.errors import UserError
+from workflows.runtime.outbox import MOST, Away, Operation, Outbox, Refused
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 EXPERIMENT = "mmdistill"
+A_MOMENT = 5.0
+"""Seconds that a new run waits for the store's id, before it goes on with one of its own."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +45,59 @@ class Registered:
 
 
 class Tracker:
-    """A tracking store. Raises UserError when it does not answer, from every call."""
+    """A tracking store; `uri` is its address without user and password. Raises UserError when it does not answer, from the
+    constructor, from the registry's methods, and, without an outbox, from all others; with one, only when it refuses.
+    """
 
-    def __init__(self, uri: str, *, artifacts: Path | None = None, experiment: str = EXPERIMENT) -> None:
-        """`artifacts`: where a store without a server keeps files; a server decides for itself."""
+    def __init__(
+        self,
+        uri: str,
+        *,
+        artifacts: Path | None = None,
+        experiment: str = EXPERIMENT,
+        outbox: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`artifacts`: where a store without a server keeps files; a server decides for itself. `outbox`: the folder of a
+        workspace's outboxes, of which this store has one; only the holder of the workspace may name it. `say` shows a line.
+        """
         import logging
 
         import mlflow
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        self.uri, self._mlflow = uri, mlflow
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # the error is told, in a line
+        self.uri, self._mlflow, self._secrets = without_secrets(uri), mlflow, _secrets(uri)
+        self._address = _with_credentials_aside(uri)
+        self._outbox: Outbox | None = None
+        self._runs: dict[str, str] = {}
         with self._reachable():
             self._point()
-            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+            self.client = MlflowClient(tracking_uri=self._address, registry_uri=self._address)
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
                 location = artifacts.as_uri() if artifacts is not None and not uri.startswith("http") else None
                 self.experiment = self.client.create_experiment(experiment, artifact_location=location)
             else:
                 self.experiment = found.experiment_id
+        self._delivery = Delivery(
+            self.client, self.experiment, runs=self._runs, found=self._found, kept=self._kept, hide=self._hide
+        )
+        if outbox is not None:
+            self._folder = outbox_of(outbox, self.uri)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / "store").write_text(self.uri)
+            for line in _lines(self._folder / "runs.jsonl"):
+                self._runs |= line
+            self._outbox = Outbox(self._folder, self._delivery.deliver, name=f"tracking: {self.uri}", say=say)
 
     def _point(self) -> None:
         """MLflow at this store. It writes the address to the environment, where the next run of this process would find it."""
         before = os.environ.get("MLFLOW_TRACKING_URI")
-        self._mlflow.set_tracking_uri(self.uri)
-        self._mlflow.set_registry_uri(self.uri)
+        self._mlflow.set_tracking_uri(self._address)
+        self._mlflow.set_registry_uri(self._address)
         if before is None:
             os.environ.pop("MLFLOW_TRACKING_URI", None)
         else:
@@ -72,86 +109,168 @@ class Tracker:
 
         try:
             yield
-        except (MlflowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None and not self.uri.startswith("http"):
+        except (MlflowException, OSError, Away, Refused) as error:
+            if isinstance(error, OSError) and meaning(error) is None:
                 raise
-            reason = str(error).splitlines()[0]
-            if len(reason) > 160:
-                reason = reason[:157] + "..."
+            reason = str(error) if isinstance(error, (Away, Refused)) else self._hide(brief(error))
             raise UserError(
                 f"tracking: {self.uri} failed: {reason}",
                 hint="finished stages and the last checkpoints are kept in the workspace: when the store is back, "
                 "run the same command again (or give another --tracking-uri); it goes on where it was",
-            ) from error
+            ) from (None if self._secrets else error)
+
+    def _hide(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    # The outbox
+
+    def _put(self, operation: Operation) -> int:
+        """Its number in the outbox; 0 if it was delivered at once."""
+        with self._reachable():
+            if self._outbox is not None:
+                return self._outbox.put(operation)
+            self._delivery.deliver([operation])
+            return 0
+
+    def _found(self, own: str, run_id: str) -> None:
+        """The store has the run: noted for later processes before anything else is delivered to it."""
+        self._runs[own] = run_id
+        if self._outbox is not None:
+            with (self._folder / "runs.jsonl").open("a") as file:
+                file.write("\n" + json.dumps({own: run_id}) + "\n")  # half a line before it, of a kill, stays by itself
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _kept(self, operation: Operation) -> Path:
+        return self._outbox.kept(operation) if self._outbox is not None else Path(operation["path"])
+
+    def resolve(self, run_id: str) -> str:
+        """The store's id of a run that began while it was away, if it has one by now; ids of the store's stay."""
+        return self._runs.get(run_id, run_id)
+
+    def expects(self, run_id: str) -> bool:
+        """False for an id of our own that is neither the store's by now nor queued: its outbox was removed."""
+        queued = self._outbox is not None and self._outbox.holds(kind="run", run=run_id)
+        return queued or not self.resolve(run_id).startswith(
+            QUEUED
+        )  # in this order: it may be delivered at this moment
+
+    @property
+    def pending(self) -> int:
+        """How many operations are not delivered yet."""
+        return self._outbox.pending if self._outbox is not None else 0
+
+    @property
+    def away(self) -> bool:
+        return self._outbox is not None and self._outbox.away is not None
+
+    def settle(self, seconds: float) -> bool:
+        """Waits until all that was logged is delivered, for so many seconds at most: whether it is. Raises UserError for what
+        was refused.
+        """
+        with self._reachable():
+            return self._outbox is None or self._outbox.wait(seconds=seconds)
+
+    def unreachable(self) -> UserError:
+        """The error of a stage that can't do without the store's answer."""
+        try:
+            with self._reachable():
+                raise Away((self._outbox and self._outbox.away) or f"{self.pending} entries are not delivered yet")
+        except UserError as error:
+            return error
+
+    def close(self) -> None:
+        """What is not delivered stays on disk, for the next Tracker of this store with the same outbox."""
+        if self._outbox is not None:
+            self._outbox.close()
+
+    # Runs
 
     def start_run(self, name: str, *, parent: str | None = None, tags: dict[str, str] | None = None) -> str:
-        """The id of a new run."""
-        with self._reachable():
-            tags = {"mlflow.runName": name, "mlflow.source.name": "mmdistill"} | (tags or {})
-            if parent:
-                tags["mlflow.parentRunId"] = parent
-            return self.client.create_run(self.experiment, tags=tags).info.run_id
+        """The id of a new run: the store's, or while it does not answer one of our own (`resolve`)."""
+        own = QUEUED + uuid.uuid4().hex
+        tags = {"mlflow.runName": name, "mlflow.source.name": "mmdistill"} | (tags or {})
+        number = self._put({"kind": "run", "run": own, "parent": parent, "tags": tags, "time": now()})
+        if self._outbox is not None:
+            with self._reachable():
+                self._outbox.wait(number, seconds=A_MOMENT, patient=False)
+        return self.resolve(own)
 
     def resume_run(self, run_id: str) -> bool:
         """Marks the run as running again; False if this store does not know it (or it was deleted)."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            run = self.client.get_run(run_id)
-            if run.info.lifecycle_stage != "active":
-                return False
-            self.client.update_run(run_id, status="RUNNING")
-            return True
-        except MlflowException:
-            with self._reachable():  # tells "not there" from "does not answer"
-                self.client.get_experiment(self.experiment)
+        if not self.expects(run_id):
             return False
+        run_id = self.resolve(run_id)
+        if not run_id.startswith(QUEUED) and not self.away and not self._active(run_id):
+            return False
+        self._put({"kind": "resume", "run": run_id})
+        return True
+
+    def _active(self, run_id: str) -> bool:
+        """Whether the store has the run. One that stops answering is taken to have it, if there is an outbox to go on with."""
+        try:
+            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
+        except Exception as error:
+            told = meaning(error)
+            if told == "refused":
+                return False
+            if told == "away" and self._outbox is not None:
+                return True
+            with self._reachable():
+                raise
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
         """Nested dictionaries become dotted names. Parameters that are already there are left."""
-        from mlflow.entities import Param
+        flat = {key: str(value)[:6000] for key, value in _flatten(params).items()}
+        self._put({"kind": "params", "run": run_id, "params": flat})
 
-        flat = _flatten(params)
-        with self._reachable():
-            known = self.client.get_run(run_id).data.params
-            new = [Param(key, str(value)[:6000]) for key, value in flat.items() if key not in known]
-            for start in range(0, len(new), 100):
-                self.client.log_batch(run_id, params=new[start : start + 100])
-
-    def log_metrics(self, run_id: str, rows: list[tuple[int, dict[str, float]]]) -> None:
-        """rows of (step, metrics), in batches of at most 1,000 values."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        values = [Metric(_metric_name(key), value, now, step) for step, row in rows for key, value in row.items()]
-        with self._reachable():
-            for start in range(0, len(values), 1000):
-                self.client.log_batch(run_id, metrics=values[start : start + 1000])
+    def log_metrics(
+        self, run_id: str, rows: list[tuple[int, dict[str, float]]], *, times: list[int] | None = None
+    ) -> None:
+        """rows of (step, metrics); `times`: when each was measured, in ms since 1970. The same rows with the same times may be
+        logged again: they are there once.
+        """
+        times = times or [now()] * len(rows)
+        values = [
+            [_metric_name(key), float(value), moment, step]
+            for (step, row), moment in zip(rows, times, strict=True)
+            for key, value in row.items()
+        ]
+        for start in range(0, len(values), MOST):
+            self._put({"kind": "metrics", "run": run_id, "values": values[start : start + MOST]})
 
     def steps(self, run_id: str, *metrics: str) -> set[int]:
-        """The steps at which one of `metrics` was logged."""
-        with self._reachable():
+        """The steps at which one of `metrics` was logged, as far as the store can tell: none while it is away."""
+        run_id = self.resolve(run_id)
+        if not metrics or run_id.startswith(QUEUED) or self.away:
+            return set()
+        try:
             return {m.step for name in metrics for m in self.client.get_metric_history(run_id, _metric_name(name))}
+        except Exception as error:
+            if self._outbox is not None and meaning(error) == "away":
+                return set()
+            with self._reachable():
+                raise
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        with self._reachable():
-            if path.is_dir():
-                self.client.log_artifacts(run_id, str(path), folder)
-            else:
-                self.client.log_artifact(run_id, str(path), folder)
+        """A file or folder as it is now: it may change or go afterwards."""
+        kept = {"path": str(path)} if self._outbox is None else self._outbox.keep(path)
+        self._put({"kind": "artifact", "run": run_id, "folder": folder} | kept)
 
     def log_text(self, run_id: str, text: str, file: str) -> None:
-        with self._reachable():
-            self.client.log_text(run_id, text, file)
+        with TemporaryDirectory() as scratch:
+            path = Path(scratch) / Path(file).name
+            path.write_text(text)
+            folder = str(Path(file).parent)
+            self.log_artifact(run_id, path, None if folder == "." else folder)
 
     def set_tags(self, run_id: str, tags: dict[str, str]) -> None:
-        with self._reachable():
-            for key, value in tags.items():
-                self.client.set_tag(run_id, key, value)
+        self._put({"kind": "tags", "run": run_id, "tags": tags})
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
-        with self._reachable():
-            self.client.set_terminated(run_id, status)
+        self._put({"kind": "end", "run": run_id, "status": status, "time": now()})
 
     # The registry
 
@@ -265,6 +384,57 @@ def _silent() -> Iterator[None]:
             yield
         finally:
             logging.getLogger("mlflow").setLevel(level)
+
+
+def now() -> int:
+    """In ms since 1970, as MLflow has it."""
+    return int(time.time() * 1000)
+
+
+def outbox_of(folder: Path, uri: str) -> Path:
+    """Where what is queued for a store lies, below a workspace's folder of outboxes."""
+    return folder / sha256(without_secrets(uri).encode()).hexdigest()[:12]
+
+
+def without_secrets(uri: str) -> str:
+    """The address without user and password, as it may be shown and stored."""
+    scheme, mark, rest = uri.partition("://")
+    place, slash, path = rest.partition("/")
+    return scheme + mark + place.rpartition("@")[2] + slash + path
+
+
+def _secrets(uri: str) -> list[str]:
+    """Texts that must not be shown: the longest first."""
+    user = uri.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    password = user.partition(":")[2]
+    return [text for text in dict.fromkeys((user + "@", password, unquote(password))) if text.strip("@")]
+
+
+def _with_credentials_aside(uri: str) -> str:
+    """The address for MLflow. A server's user and password go by MLflow's own variables, so that they are in no address of its."""
+    for name, value in _lent.items():  # another store's, of this process, are not for this one
+        if os.environ.get(name) == value:
+            del os.environ[name]
+    _lent.clear()
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") or "@" not in parts.netloc:
+        return uri
+    _lent["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
+    _lent["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    os.environ.update(_lent)
+    return without_secrets(uri)
+
+
+_lent: dict[str, str] = {}
+
+
+def _lines(path: Path) -> Iterator[dict[str, str]]:
+    """Whole lines of JSON; one that a kill cut short is left out."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
 
 
 def _metric_name(name: str) -> str:

@@ -5,6 +5,7 @@
     reports/<recipe>/       report.html, summary.json
     ray/                    checkpoints of trainings
     mlflow.db, mlartifacts/ the default tracking store
+    outbox/<store>/         what is logged, until a tracking store has it
 
 Of one in an object store a working copy is kept on this machine. A stage is there once its result.json is, which is written last.
 """
@@ -184,6 +185,10 @@ class Workspace:
     @property
     def default_artifacts(self) -> Path:
         return self.root / "mlartifacts"
+
+    @property
+    def outbox(self) -> Path:
+        return self.root / "outbox"
 
     def check_held(self) -> None:
         """Raises UserError when another run took the workspace over, as it may when this one did not reach the store for long."""

@@ -112,8 +112,7 @@ def _tracking(workspace: str, uri: str | None) -> Iterator[Line]:
     try:
         space = Workspace(workspace)
         uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or space.default_tracking_uri
-        Tracker(uri, artifacts=space.default_artifacts)
-        yield True, "tracking", f"{uri} answers"
+        yield True, "tracking", f"{Tracker(uri, artifacts=space.default_artifacts).uri} answers"
     except UserError as error:
         yield False, "tracking", f"{error}"
 

@@ -32,6 +32,7 @@ def register(context: Context, prepared: Done, taught: Done, students: dict[int,
 
 def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> dict[str, Any]:
     context, recipe = run.context, run.context.config.recipe
+    context.settle()  # the registry has to answer, and to know the runs that the models come from
     teacher_name, student_name = f"mmdistill-{recipe}-teacher", f"mmdistill-{recipe}-student"
     rows = {(row["who"], row["sampler"], row["k"]): row for row in measured.result["rows"]}
     common = {
@@ -83,7 +84,8 @@ def _version(run: StageRun, name: str, source: Done, tags: dict[str, str]) -> Re
     """The version of this very model: found if an interrupted run had registered it, else new."""
     tracker, own = run.context.tracker, {"identity": source.identity}
     found = tracker.find_version(name, own | {"config_hash": tags["config_hash"]})
-    return found or tracker.register(run_id=source.run_id, name=name, folder=source.folder / "model", tags=tags | own)
+    run_id = tracker.resolve(source.run_id)
+    return found or tracker.register(run_id=run_id, name=name, folder=source.folder / "model", tags=tags | own)
 
 
 def _alias(k: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from workflows.config import digest
 from workflows.context import Context, Done, StageRun, identity_of, read_metrics, run_stage
 from workflows.runtime.progress import Screen, clock, short
+from workflows.runtime.tracking import without_secrets
 from workflows.runtime.workspace import code_version
 
 CODE = ("workflows/stages/report.py", "workflows/stages/report.html", "workflows/stages/figures.py")
@@ -196,7 +197,7 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
             clock(s["seconds"]),
         )
     where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
-    store = f" --tracking-uri {tracking_uri}" if tracking_uri else ""
+    store = f" --tracking-uri {without_secrets(tracking_uri)}" if tracking_uri else ""
     champion = max(summary["students"], key=lambda s: s["k"])
     screen.line()
     screen.console.print(table)
