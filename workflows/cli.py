@@ -395,7 +395,7 @@ def ui(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="engine, sampler, ray, memory, data, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="engine, sampler, ray, tracking, memory, data, or all.")] = "all",
     recipe: Recipe = "digits",
     repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,

@@ -6,15 +6,14 @@ import functools
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from servers import TrackingServer
 from small import ROOT, SMALL, Runner
 
 from workflows.context import METRICS, read_metrics
@@ -148,12 +147,12 @@ class Command:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
 
-    def disturb(self, images, how):
+    def disturb(self, images, how, timeout=120):
         """`how(process)` once that many images are logged: (exit code, what it said)."""
         process = self.start()
         wait_for(self.workspace, images)
         how(process)
-        _, shown = process.communicate(timeout=120)
+        _, shown = process.communicate(timeout=timeout)
         return process.returncode, shown
 
     def finish(self):
@@ -212,50 +211,46 @@ def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
     assert_same(command.workspace, undisturbed)
 
 
-class TrackingServer:
-    """`mlflow server` on the loopback; it can be killed and started again."""
-
-    def __init__(self, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        words = f"server --host 127.0.0.1 --port {self.port} --workers 1 --backend-store-uri sqlite:///{self.folder}/server.db"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", *words.split(), "--artifacts-destination", str(self.folder / "artifacts")],
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
-        end = time.monotonic() + 90
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert time.monotonic() < end, "the tracking server does not answer"
-                assert self.process.poll() is None, "the tracking server ended"
-                time.sleep(0.3)
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
 @pytest.mark.slow
-def test_a_tracking_server_that_dies_in_the_middle(tmp_path, undisturbed):
+def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undisturbed):
+    """The training goes on without it, and it has every step once when the run ends."""
     server = TrackingServer(tmp_path)
     command = Command(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
     try:
-        code, shown = command.disturb(60_000, lambda _: server.kill())
-        assert code == 1
-        assert f"tracking: {server.uri} failed" in shown
-        assert "run the same command again" in shown
-        assert "Traceback" not in shown
-        wait_until_ray_train_is_gone()
+        process = command.start()
+        wait_for(command.workspace, 60_000)
+        server.kill()
+        wait_for(command.workspace, 120_000)
         server.start()
-        assert "goes on from" in command.finish()
+        _, shown = process.communicate(timeout=400)
+        assert process.returncode == 0, shown
+        assert shown.count(f"tracking: {server.uri} does not answer") == 1
+        assert shown.count("answers again, and everything that was queued was delivered") == 1
+        assert "goes on from" not in shown
+        assert_same(command.workspace, undisturbed, server.uri)
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_delivers(tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", "2")
+    server = TrackingServer(tmp_path)
+    command = Command(tmp_path / "workspace", "--tracking-uri", server.uri)
+    server.start()
+    try:
+        code, shown = command.disturb(60_000, lambda _: server.kill(), timeout=400)
+        assert code == 0, shown
+        assert "are queued in the workspace; its next run delivers them, or: mmdistill deliver" in shown
+        refused = command.start()
+        _, shown = refused.communicate(timeout=120)
+        assert refused.returncode == 1
+        assert f"tracking: {server.uri} failed: Connection refused" in shown
+        server.start()
+        shown = command.finish()
+        assert "entries that an earlier run had queued" in shown
+        assert shown.count("reused") == 2
         assert_same(command.workspace, undisturbed, server.uri)
     finally:
         server.kill()

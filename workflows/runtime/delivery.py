@@ -130,8 +130,10 @@ class Delivery:
 
 def brief(error: BaseException) -> str:
     """The first line of what an error came from, cut where it is long."""
-    cause = _chain(error)[-1]
-    reason = (str(getattr(cause, "strerror", None) or cause).splitlines() or [type(cause).__name__])[0]
+    chain = _chain(error)
+    inner = [part for cause in reversed(chain) for part in (cause, *cause.args) if getattr(part, "strerror", None)]
+    text = inner[0].strerror if inner else str(chain[-1])
+    reason = (text.splitlines() or [type(chain[-1]).__name__])[0]
     return reason if len(reason) <= 160 else reason[:157] + "..."
 
 

@@ -153,6 +153,8 @@ class Outbox:
 
     def close(self) -> None:
         """Stops the thread, or leaves it to its last call; what was not delivered stays in the journal."""
+        if self._closed:
+            return
         with self._changed:
             self._closed = True
             self._changed.notify_all()

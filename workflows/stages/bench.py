@@ -23,10 +23,11 @@ from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
 from workflows.sources import Source, source_of
 from workflows.stages.bench_data import bench_data
+from workflows.stages.bench_tracking import bench_tracking
 from workflows.stages.memory import bench_memory
 from workflows.stages.plan import pair_flops
 
-PARTS = ("engine", "sampler", "ray", "memory", "data")
+PARTS = ("engine", "sampler", "ray", "tracking", "memory", "data")
 STEPS, K = 10, 8
 """Updates timed together in a round."""
 
@@ -42,6 +43,7 @@ def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None, place: 
         "engine": bench_engine,
         "sampler": bench_sampler,
         "ray": bench_ray,
+        "tracking": bench_tracking,
         "memory": bench_memory,
         "data": partial(bench_data, place=place),
     }
@@ -352,6 +354,9 @@ def _table(figures: dict[str, Any]) -> Table:
         table.add_row("  lost to data", f"{r['share_of_data']:.2%}", "")
         table.add_row("  lost to checkpoints", f"{r['share_of_checkpoints']:.2%}", "")
         table.add_row("  seconds to start a training", f"{r['seconds_to_start']:.1f}", "")
+    for way, share in figures.get("tracking", {}).get("share_of_logging", {}).items():
+        goal = f"{figures['tracking']['target']:.1%}" if way.endswith("outbox") else ""
+        table.add_row(f"a row logged every update, {way}", f"{share:.2%}", goal)
     for update, m in figures.get("memory", {}).get("updates", {}).items():
         held = f"{m['bytes'] / 2**20:,.0f} MiB, {m['copies']:.1f} copies of the weights; {m['networks']} networks"
         table.add_row(f"memory, {update}", held, "")
