@@ -11,10 +11,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 
 def free_port():
@@ -59,19 +61,15 @@ class TrackingServer:
 
 
 class PostgreSQL:
-    """A database of its own, as the user postgres where the tests run as root."""
+    """A database of its own, as the user postgres where the tests run as root, who must get to its folder: none of pytest's."""
 
-    def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
+    def __init__(self):
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix="postgresql-")), free_port()
         self.binaries = "/usr/lib/postgresql/15/bin"
         self.uri = f"postgresql+psycopg2://postgres@127.0.0.1:{self.port}/postgres"
-        folder.mkdir()
         if os.getuid() == 0:
-            shutil.chown(folder, "postgres", "postgres")
-            for parent in folder.parents:
-                if not parent.stat().st_mode & 0o001:
-                    parent.chmod(parent.stat().st_mode | 0o011)
-        self._run("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "postgres", "--no-sync")
+            shutil.chown(self.folder, "postgres", "postgres")
+        self._run("initdb", "-D", f"{self.folder}/data", "-A", "trust", "-U", "postgres", "--no-sync")
         self.start()
 
     def _run(self, name, *words):
@@ -91,6 +89,10 @@ class PostgreSQL:
         """As if the machine had lost its power; nothing if it is stopped."""
         with contextlib.suppress(subprocess.CalledProcessError):
             self._control("-m", "immediate", "stop")
+
+    def close(self):
+        self.stop()
+        shutil.rmtree(self.folder)
 
 
 class Proxy:

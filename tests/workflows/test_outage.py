@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.services]
 
 @pytest.mark.parametrize("what", ["server", "database"])
 def test_a_minute_without(tmp_path, undisturbed, what):  # noqa: F811
-    database = PostgreSQL(tmp_path / "postgresql")
+    database = PostgreSQL()
     server = TrackingServer(tmp_path, database.uri)
     command = Command(tmp_path / "workspace", "--tracking-uri", server.uri)
     try:
@@ -29,4 +29,4 @@ def test_a_minute_without(tmp_path, undisturbed, what):  # noqa: F811
         assert_same(command.workspace, undisturbed, server.uri)
     finally:
         server.kill()
-        database.stop()
+        database.close()
