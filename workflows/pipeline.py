@@ -182,7 +182,7 @@ def open_tracker(workspace: Workspace, uri: str, screen: Screen) -> Iterator[Tra
 
 
 @contextmanager
-def _ended(tracker: Tracker, run_id: str, screen: Screen, workspace: Path, wait: float) -> Iterator[None]:
+def _ended(tracker: Tracker, run_id: str, screen: Screen, workspace: str | Path, wait: float) -> Iterator[None]:
     """Marks the run by how the block ends, and waits until the store has all of it. A store that stays away fails nothing; on the
     way up of an error it must not hide that one, nor hold it up for long.
     """
@@ -217,7 +217,7 @@ def tracking_uri_of(workspace: Workspace, given: str | None) -> str:
     return given or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
 
 
-def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: Path) -> None:
+def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) -> None:
     if tracker.pending:
         where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
         screen.line(

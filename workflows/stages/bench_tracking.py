@@ -26,10 +26,10 @@ def bench_tracking(config: RunConfig, repeats: int, uris: dict[str, str] | None 
     from mmdistill_core.engine import InMemoryBatches
     from workflows.runtime.tracking import Tracker
     from workflows.runtime.worker import build_state
-    from workflows.stages.bench import STEPS, K, _job, _joint, engine_of, interleaved
+    from workflows.stages.bench import STEPS, K, _job, _joint, engine_of, interleaved, loaded
 
     torch.set_num_threads(1)
-    images, labels = source_of(config.data).load(print)
+    images, labels = loaded(source_of(config.data))
     batches = InMemoryBatches(
         x=torch.from_numpy(images).float() * 2 - 1,
         label=torch.from_numpy(labels),

@@ -14,7 +14,7 @@ from workflows.runtime.tracking import outbox_of
 from workflows.runtime.workspace import Workspace
 
 
-def deliver(workspace: Path, tracking_uri: str | None, screen: Screen, *, wait: float | None = None) -> bool:
+def deliver(workspace: str | Path, tracking_uri: str | None, screen: Screen, *, wait: float | None = None) -> bool:
     """Delivers what is queued for the store, and names other stores for which something is; True if nothing is left for this one.
 
     Raises UserError if the store does not answer at all or refuses, or if a run has the workspace.
