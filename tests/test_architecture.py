@@ -18,7 +18,7 @@ MAY = {
 }
 ONLY = {
     "ray": None,
-    "mlflow": {"tracking.py", "delivery.py", "pyfunc_model.py"},
+    "mlflow": {"tracking.py", "delivery.py", "registry.py", "leftovers.py", "pyfunc_model.py"},
     "boto3": {"storage.py"},
     "s3fs": {"storage.py"},
     "fsspec": {"storage.py", "files.py"},

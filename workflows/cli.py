@@ -36,6 +36,8 @@ Smoke = Annotated[
     bool, typer.Option("--smoke", help="Made so small that all of it runs in seconds: three training steps a stage.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")]
+Who = Annotated[str | None, typer.Option(envvar="MMDISTILL_USER", help="Who does it; by default the user's name.")]
 DEFAULT_WORKSPACE = ".mmdistill"
 
 
@@ -365,6 +367,64 @@ def sample(
                 tracking_uri=tracking_uri,
             )
         )
+
+
+@app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")],
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Where a model came from: data, teacher, students, evaluations, exports, and who moved its aliases."""
+    with _errors(debug):
+        from rich.console import Console
+
+        from workflows.stages import lineage as stage
+
+        found = stage.lineage(stage.open_registry(workspace, tracking_uri), model)
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            Console(highlight=False, width=None if sys.stdout.isatty() else 500).print(stage.tree(found))
+
+
+@app.command()
+def promote(
+    model: Model,
+    alias: Annotated[str, typer.Option(help="Such as k8-champion.")],
+    why: Annotated[str, typer.Option(help="Is kept with the move.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Past the gate; is kept with the move.")] = False,
+    who: Who = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Move an alias to a version that passes its recipe's gate; the move is recorded in the registry."""
+    with _errors(debug):
+        from workflows.stages.lineage import open_registry
+        from workflows.stages.promote import run_promote
+
+        registry = open_registry(workspace, tracking_uri)
+        print(run_promote(registry, model, alias=alias, why=why, who=who, force=force))
+
+
+@app.command()
+def export(
+    model: Model,
+    destination: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    who: Who = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Write a registered model's folder, with its hashes; the export is recorded in the registry."""
+    with _errors(debug):
+        from workflows.stages.export import run_export
+        from workflows.stages.lineage import open_registry
+
+        print(run_export(open_registry(workspace, tracking_uri), model, destination, who=who))
 
 
 @app.command()

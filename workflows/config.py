@@ -281,6 +281,32 @@ class Evaluate(Section):
         return self
 
 
+class Gate(Section):
+    """What a student must show before an alias is moved to it. Kept with every registered version, as it was then.
+
+    teacher_ratio  1: a student no nearer to the data than its teacher in as many steps has nothing to offer over the teacher's
+                   own sampler. This fits every k as it is, since the teacher's distance falls with k: on the digits students of 1,
+                   2, 4, 8 steps stand at .03, .10, .12, .13 of it.
+    frechet        none: a distance means something in one set of features and one count of samples only. For a recipe's own goal.
+    recall         .3 is there to stop a student that has lost most of the data. In the ablations (docs/ablation) trainings that had
+                   failed end below it (digits of 1 and 2 steps at a distance above .99: 0 to .29); of the others one does, and
+                   the recipes' own settings stand above (.46 to .88 on the digits, .66 and more on the mixture).
+    spreads        1: samplings with other seeds differ by about as much, so that what lies within it is no worse. A measurement of
+                   one seed has no spread; any distance above the champion's is then worse.
+    overrides      per k, the fields that differ, as in distill.
+    """
+
+    teacher_ratio: float | None = Field(1.0, gt=0, description="largest distance, over the teacher's at the same steps")
+    frechet: float | None = Field(None, gt=0, description="largest distance")
+    recall: float = Field(0.3, ge=0, le=1, description="least recall")
+    spreads: float = Field(1.0, ge=0, description="how far above the champion's distance, in spreads of the two")
+    overrides: dict[int, dict[str, Any]] = {}
+
+    def for_k(self, k: int) -> Gate:
+        """This section as it holds for the k-step student alone."""
+        return Gate.model_validate(merge(self.model_dump(exclude={"overrides"}), self.overrides.get(k, {})))
+
+
 class RunConfig(Section):
     recipe: str
     seed: int = 0
@@ -291,6 +317,7 @@ class RunConfig(Section):
     teacher: Teacher = Teacher()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()
+    gate: Gate = Gate()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -299,6 +326,11 @@ class RunConfig(Section):
                 self.distill.for_k(k)
             except ValidationError as error:
                 raise ValueError(f"distill.overrides.{k}.{one_line(error, Distill)}") from None
+        for k in self.gate.overrides:
+            try:
+                self.gate.for_k(k)
+            except ValidationError as error:
+                raise ValueError(f"gate.overrides.{k}.{one_line(error, Gate)}") from None
         exact = self.teacher.kind == "exact"
         if exact and source_of(self.data).exact is None:
             raise ValueError(f"teacher.kind: exact is not known for {self.data.source}; it is for gmm")
@@ -354,11 +386,12 @@ class RunConfig(Section):
 
 def _for_all_k(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The recipe less its settings for one k that the command line has given for all of them."""
-    section, said = recipe.get("distill"), given.get("distill")
-    if not isinstance(section, dict) or not isinstance(said, dict) or not isinstance(section.get("overrides"), dict):
-        return recipe
-    of_k = {k: without(own, said) if isinstance(own, dict) else own for k, own in section["overrides"].items()}
-    return recipe | {"distill": section | {"overrides": of_k}}
+    for name in ("distill", "gate"):
+        section, said = recipe.get(name), given.get(name)
+        if isinstance(section, dict) and isinstance(said, dict) and isinstance(section.get("overrides"), dict):
+            of_k = {k: without(own, said) if isinstance(own, dict) else own for k, own in section["overrides"].items()}
+            recipe = recipe | {name: section | {"overrides": of_k}}
+    return recipe
 
 
 @cache

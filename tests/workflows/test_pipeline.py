@@ -11,6 +11,7 @@ from rich.console import Console
 
 from workflows.cli import main
 from workflows.runtime.progress import Screen
+from workflows.runtime.registry import Registry
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace
 from workflows.stages.report import last_screen
@@ -113,9 +114,10 @@ def test_metrics_are_there_once_per_step(finished, tracker):
 
 def test_registered_models_have_their_lineage(finished, tracker):
     _, summary = finished
+    registry = Registry(tracker)
     for student in summary["students"]:
         name, version = student["model_uri"].removeprefix("models:/").split("/")
-        tags = tracker.version_tags(name, version)
+        tags = registry.version_tags(name, version)
         assert tags["k"] == str(student["k"])
         assert tags["method"] == "moment_matching"
         assert float(tags["frechet"]) == pytest.approx(student["frechet"], rel=1e-5)
@@ -123,29 +125,13 @@ def test_registered_models_have_their_lineage(finished, tracker):
         assert len(tags["data_fingerprint"]) == 16
         assert len(tags["config_hash"]) == 12
         assert tags["git_commit"]
-        assert tracker.alias(name, f"k{student['k']}-champion") == version
-    assert tracker.version_tags("mmdistill-digits-teacher", "1")["k"] == "4"
-
-
-def test_a_champion_is_replaced_only_by_a_better_one(finished, tracker):
-    from types import SimpleNamespace
-
-    from workflows.runtime.tracking import Registered
-    from workflows.stages.register import _champion
-
-    name = "champions"
-    tracker.client.create_registered_model(name)
-    context = SimpleNamespace(tracker=tracker, screen=SimpleNamespace(line=lambda _: None))
-    said = []
-    for frechet, samples in (("0.5", "10"), ("0.6", "10"), ("0.4", "10"), ("0.1", "20")):
-        tags = {"frechet": frechet, "samples": samples, "data_fingerprint": "f"}
-        version = tracker.client.create_model_version(name, "nowhere", tags=tags, await_creation_for=0).version
-        said.append(_champion(context, name, 8, Registered(name, str(version), "")))
-    assert tracker.alias(name, "k8-champion") == "3"
-    assert said[0] == "moved to version 1"
-    assert said[1].startswith("stays with version 1")
-    assert said[2] == "moved to version 3"
-    assert "other data or counts" in said[3]
+        assert tags["evaluation_run"] == next(s["run_id"] for s in summary["stages"] if s["name"] == "evaluate")
+        assert float(tags["teacher_frechet"]) == pytest.approx(student["teacher_frechet_same_k"], rel=1e-5)
+        assert (tags["data_source"], tags["data_count"], tags["seeds"]) == ("digits", "1797", "2")
+        assert registry.alias(name, f"k{student['k']}-champion") == version
+        (move,) = [m for m in registry.moves(name) if m.version == version]
+        assert (move.before, move.by, move.done) == (None, "gate", True)
+    assert registry.version_tags("mmdistill-digits-teacher", "1")["k"] == "4"
 
 
 def test_the_registered_model_draws_samples(finished, tracker):
@@ -240,7 +226,7 @@ def test_the_report_renders_without_network(finished, browser, tmp_path):
     for extra in ([f"--screenshot={shot}", "--window-size=1200,4000"], ["--dump-dom"]):
         done = subprocess.run([*command, *extra, path.as_uri()], capture_output=True, text=True, timeout=120)
     assert "few-step students by moment matching" in done.stdout
-    assert done.stdout.count("<svg") == 3
+    assert done.stdout.count("<svg") == 4
     assert done.stdout.count("data:image/png") == 2 * 2 + 1
     picture = np.asarray(Image.open(shot).convert("L"), dtype=float)
     assert picture.shape[1] == 1200

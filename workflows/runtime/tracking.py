@@ -1,4 +1,4 @@
-"""Tracking: runs, metrics, params, artifacts and the model registry, in MLflow.
+"""Tracking: runs, metrics, params and artifacts, in MLflow; the model registry is registry.py's.
 
 One parent run for the pipeline, a child for each stage. With an outbox, what is logged is written to the workspace's journal
 and delivered by a thread: a store that stops answering stops nothing. Without one, each call goes to the store, and raises
@@ -7,13 +7,11 @@ UserError when it does not answer.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,13 +33,6 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 EXPERIMENT = "mmdistill"
 A_MOMENT = 5.0
 """Seconds that a new run waits for the store's id, before it goes on with one of its own."""
-
-
-@dataclass(frozen=True)
-class Registered:
-    name: str
-    version: str
-    uri: str
 
 
 class Tracker:
@@ -271,119 +262,6 @@ class Tracker:
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         self._put({"kind": "end", "run": run_id, "status": status, "time": now()})
-
-    # The registry
-
-    def register(self, *, run_id: str, name: str, folder: Path, tags: dict[str, str]) -> Registered:
-        """Logs the model folder as a loadable pyfunc model (models from code: nothing is pickled) and registers a version."""
-        import numpy as np
-        import safetensors
-        import torch
-        from mlflow.models import ModelSignature
-        from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
-
-        network = json.loads((folder / "model.json").read_text())["network"]
-        shape = (-1, network["channels"], network["image_size"], network["image_size"])
-        signature = ModelSignature(
-            inputs=Schema([ColSpec(DataType.long, "label")]),
-            outputs=Schema([TensorSpec(np.dtype("float32"), shape)]),
-            params=ParamSchema([ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, -1.0)]),
-        )
-        root = Path(__file__).resolve().parents[2]
-        with self._reachable(), _silent():
-            self._point()
-            with self._mlflow.start_run(run_id=run_id, log_system_metrics=False):
-                info = self._mlflow.pyfunc.log_model(
-                    name=name.rsplit("-", 1)[-1],
-                    python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                    artifacts={"model": str(folder)},
-                    code_paths=[str(root / "mmdistill_core")],
-                    signature=signature,
-                    pip_requirements=[
-                        f"torch=={torch.__version__.split('+')[0]}",
-                        f"safetensors=={safetensors.__version__}",
-                        f"numpy=={np.__version__}",
-                        f"mlflow=={self._mlflow.__version__}",
-                    ],
-                    registered_model_name=None,
-                )
-            try:
-                self.client.create_registered_model(name)
-            except self._mlflow.exceptions.MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            version = self.client.create_model_version(
-                name, info.model_uri, run_id, tags=tags, model_id=info.model_id, await_creation_for=60
-            )
-        return Registered(name, str(version.version), f"models:/{name}/{version.version}")
-
-    def find_version(self, name: str, tags: dict[str, str]) -> Registered | None:
-        """The newest version that has all of these tags: registering twice leaves one version."""
-        with self._reachable():
-            found = [
-                v
-                for v in self.client.search_model_versions(f"name = '{name}'")
-                if all(v.tags.get(key) == value for key, value in tags.items())
-            ]
-        if not found:
-            return None
-        newest = max(found, key=lambda v: int(v.version))
-        return Registered(name, str(newest.version), f"models:/{name}/{newest.version}")
-
-    def version_tags(self, name: str, version: str) -> dict[str, str]:
-        with self._reachable():
-            return dict(self.client.get_model_version(name, version).tags)
-
-    def alias(self, name: str, alias: str) -> str | None:
-        """The version an alias points at."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return str(self.client.get_model_version_by_alias(name, alias).version)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND"):
-                return None
-            with self._reachable():
-                raise
-
-    def set_alias(self, name: str, alias: str, version: str) -> None:
-        with self._reachable():
-            self.client.set_registered_model_alias(name, alias, version)
-
-    def download(self, model_uri: str, into: Path) -> Path:
-        """The model folder (weights.safetensors, model.json) of a registry URI, below `into`."""
-        with self._reachable():
-            self.client.get_experiment(self.experiment)  # tells "not there" from "does not answer"
-        try:
-            with _silent():
-                local = self._mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(into))
-        except (self._mlflow.exceptions.MlflowException, OSError) as error:
-            names = sorted(m.name for m in self.client.search_registered_models())
-            raise UserError(
-                f"{model_uri}: {str(error).splitlines()[0]}",
-                hint=f"models in {self.uri}: {', '.join(names) or 'none'}",
-            ) from error
-        folders = [p.parent for p in Path(local).rglob("model.json")]
-        if not folders:
-            raise UserError(f"{model_uri}: is in the registry, but is not a model of mmdistill's")
-        return folders[0]
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """MLflow's progress bars and warnings off."""
-    import logging
-    import warnings
-
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda *_, **__: None  # MLflow sets filters of its own, so "ignore" is not enough
-        level = logging.getLogger("mlflow").level
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.getLogger("mlflow").setLevel(level)
 
 
 def now() -> int:

@@ -1,15 +1,24 @@
-"""register: the teacher and the students become versions in the model registry, with their lineage; aliases mark the best."""
+"""register: the teacher and the students become versions in the model registry, with their lineage; aliases mark the best.
+
+All that `mmdistill lineage` and `promote` ask for is put there as tags, so that they need no workspace.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from workflows.config import digest
+from workflows.config import Gate, digest
 from workflows.context import Context, Done, StageRun, run_stage
-from workflows.runtime.tracking import Registered
+from workflows.runtime.registry import Registry, Version
 from workflows.runtime.workspace import code_version, git_commit
+from workflows.stages.promote import gate_tag, promote, user
 
-CODE = ("workflows/stages/register.py", "workflows/runtime/tracking.py", "workflows/runtime/pyfunc_model.py")
+CODE = (
+    "workflows/stages/register.py",
+    "workflows/stages/promote.py",
+    "workflows/runtime/registry.py",
+    "workflows/runtime/pyfunc_model.py",
+)
 
 
 def register(context: Context, prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> Done:
@@ -17,6 +26,7 @@ def register(context: Context, prepared: Done, taught: Done, students: dict[int,
         "teacher": taught.identity,
         "students": {k: s.identity for k, s in students.items()},
         "evaluate": measured.identity,
+        "gate": context.config.gate.model_dump(),
         "tracking": context.tracker.uri,
         "code": code_version(*CODE),
     }
@@ -31,44 +41,42 @@ def register(context: Context, prepared: Done, taught: Done, students: dict[int,
 
 
 def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> dict[str, Any]:
-    context, recipe = run.context, run.context.config.recipe
+    context, config, recipe = run.context, run.context.config, run.context.config.recipe
     context.settle()  # the registry has to answer, and to know the runs that the models come from
+    registry = Registry(context.tracker)
     teacher_name, student_name = f"mmdistill-{recipe}-teacher", f"mmdistill-{recipe}-student"
     rows = {(row["who"], row["sampler"], row["k"]): row for row in measured.result["rows"]}
-    common = {
-        "recipe": recipe,
-        "data_fingerprint": prepared.result["fingerprint"],
-        "config_hash": digest(context.config.model_dump(mode="json")),
-        "git_commit": git_commit(),
-        "samples": str(measured.result["samples"]),
-        "reference": digest(measured.result["reference"]["fingerprint"]),
-    }
+    common = _common(run, prepared, measured)
     with context.screen.bars() as screen:
         bar = screen.bar("register", 1 + len(students), unit="models")
         most = max(k for who, sampler, k in rows if who == "teacher" and sampler == "ancestral")
-        teacher_row = rows["teacher", "ancestral", most]
-        tags = common | {
-            "k": str(most),
-            "method": "denoising",
-            "frechet": f"{teacher_row['frechet']['mean']:.6g}",
-        }
-        teacher = _version(run, teacher_name, taught, tags)
+        row = rows["teacher", "ancestral", most]
+        none = Gate(teacher_ratio=None, recall=0)  # the recipe's gate is for students
+        tags = common | {"role": "teacher", "k": str(most), "method": "denoising"} | _figures(row)
+        teacher = _version(registry, teacher_name, taught, tags, none)
         bar.update(1)
-        versions = {}
+        versions: dict[int, Version] = {}
         for i, (k, student) in enumerate(students.items()):
-            row = rows["student", "ancestral", k]
             tags = common | {
+                "role": "student",
                 "k": str(k),
-                "method": context.config.distill.for_k(k).method,
-                "frechet": f"{row['frechet']['mean']:.6g}",
-                "frechet_spread": f"{row['frechet']['spread']:.6g}",
-                "recall": f"{row['recall']['mean']:.6g}",
+                "method": config.distill.for_k(k).method,
                 "teacher_name": teacher.name,
                 "teacher_version": teacher.version,
+                "teacher_frechet": f"{rows['teacher', 'ancestral', k]['frechet']['mean']:.6g}",
             }
-            versions[k] = _version(run, student_name, student, tags)
+            tags |= _figures(rows["student", "ancestral", k])
+            versions[k] = _version(registry, student_name, student, tags, config.gate.for_k(k))
             bar.update(2 + i)
-    moved = {k: _champion(context, student_name, k, version) for k, version in versions.items()}
+        for k, version in versions.items():
+            if config.distill.for_k(k).warm_start and 2 * k in versions:
+                registry.set_tags(version, {"start_name": student_name, "start_version": versions[2 * k].version})
+    moved = {}
+    for k, version in versions.items():
+        outcome = promote(registry, version, _alias(k), who=user(), why=f"run {run.run_id}", better=True)
+        moved[k] = outcome.text.removeprefix(f"{_alias(k)}: ")
+        if not outcome.moved and "is that already" not in outcome.text:
+            context.screen.line(f"[yellow]![/] {outcome.text}")
     first = f"{teacher.name} v{teacher.version}"
     return {
         "identity": digest([teacher.uri, {k: v.uri for k, v in versions.items()}], 16),
@@ -80,33 +88,47 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
     }
 
 
-def _version(run: StageRun, name: str, source: Done, tags: dict[str, str]) -> Registered:
-    """The version of this very model: found if an interrupted run had registered it, else new."""
-    tracker, own = run.context.tracker, {"identity": source.identity}
-    found = tracker.find_version(name, own | {"config_hash": tags["config_hash"]})
-    run_id = tracker.resolve(source.run_id)
-    return found or tracker.register(run_id=run_id, name=name, folder=source.folder / "model", tags=tags | own)
+def _common(run: StageRun, prepared: Done, measured: Done) -> dict[str, str]:
+    """What all versions of this run have in common: the data, and how they were measured."""
+    config, result = run.context.config, measured.result
+    return {
+        "recipe": config.recipe,
+        "data_fingerprint": prepared.result["fingerprint"],
+        "data_source": config.data.source,
+        "data_count": str(prepared.result["count"]),
+        "data_shape": "x".join(map(str, prepared.result["shape"])),
+        # A gate that is changed alone makes no new version: it is written to the one that is there.
+        "config_hash": digest(config.model_dump(mode="json", exclude={"gate"})),
+        "git_commit": git_commit(),
+        "evaluation": measured.identity,
+        "evaluation_run": run.context.tracker.resolve(measured.run_id),
+        "features": result["features"],
+        "samples": str(result["samples"]),
+        "seeds": str(result["seeds"]),
+        "reference": digest(result["reference"]["fingerprint"]),
+        "reference_count": str(result["reference_count"]),
+    }
+
+
+def _figures(row: dict[str, Any]) -> dict[str, str]:
+    values = {"frechet": row["frechet"]["mean"], "frechet_spread": row["frechet"]["spread"]}
+    values |= {name: row[name]["mean"] for name in ("precision", "recall") if name in row}
+    return {name: f"{value:.6g}" for name, value in values.items()}
+
+
+def _version(registry: Registry, name: str, source: Done, tags: dict[str, str], gate: Gate) -> Version:
+    """The version of this very model and measurement: found if an interrupted run had registered it, else new."""
+    own = {"identity": source.identity}
+    asked = own | {tag: tags[tag] for tag in ("config_hash", "evaluation")}
+    found = registry.find_version(name, asked)
+    tags = tags | own | {"gate": gate_tag(gate)}
+    if found is None:
+        return registry.register(
+            run_id=registry.tracker.resolve(source.run_id), name=name, folder=source.folder / "model", tags=tags
+        )
+    registry.set_tags(found, {"gate": tags["gate"]})
+    return Version(found.name, found.version, found.tags | {"gate": tags["gate"]}, found.run_id)
 
 
 def _alias(k: int) -> str:
     return f"k{k}-champion"
-
-
-def _champion(context: Context, name: str, k: int, new: Registered) -> str:
-    """Moves the alias only if the new version's distance is lower, with as many samples, data and reference the same."""
-    tracker = context.tracker
-    holder = tracker.alias(name, _alias(k))
-    if holder == new.version:
-        return "is the champion"
-    if holder is not None:
-        old, own = tracker.version_tags(name, holder), tracker.version_tags(name, new.version)
-        comparable = all(old.get(tag) == own.get(tag) for tag in ("data_fingerprint", "samples", "reference"))
-        if comparable and not float(own["frechet"]) < float(old["frechet"]):
-            return f"stays with version {holder}: {old['frechet']} against {own['frechet']}"
-        if not comparable:
-            context.screen.line(
-                f"[yellow]![/] {_alias(k)}: version {holder} was measured on other data, counts or features; not compared"
-            )
-            return f"stays with version {holder}: measured on other data or counts"
-    tracker.set_alias(name, _alias(k), new.version)
-    return f"moved to version {new.version}"

@@ -12,7 +12,13 @@ from workflows.runtime.progress import Screen, clock, short
 from workflows.runtime.tracking import without_secrets
 from workflows.runtime.workspace import code_version
 
-CODE = ("workflows/stages/report.py", "workflows/stages/report.html", "workflows/stages/figures.py")
+CODE = (
+    "workflows/stages/report.py",
+    "workflows/stages/report.html",
+    "workflows/stages/figures.py",
+    "workflows/stages/lineage.py",
+    "workflows/stages/drawing.py",
+)
 TITLES = {
     "frechet": "Frechet, features",
     "frechet_pixels": "Frechet, pixels",
@@ -52,7 +58,10 @@ def _body(
 ) -> dict[str, Any]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+    from workflows.runtime.registry import Registry
     from workflows.stages import figures
+    from workflows.stages.drawing import draw
+    from workflows.stages.lineage import lineage_of
 
     table = measured.result
     histories = {k: read_metrics(s.folder) for k, s in students.items()}
@@ -63,6 +72,8 @@ def _body(
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
+    registry, made = Registry(run.context.tracker), registered.result
+    lineage = lineage_of(registry, [registry.one(uri) for uri in (made["teacher"], *made["students"].values())])
     environment.filters |= {"short": short, "clock": clock}
     html = environment.get_template("report.html").render(
         recipe=run.context.config.recipe,
@@ -86,7 +97,9 @@ def _body(
         ),
         grids=grids,
         costs=_costs(prepared, taught, students, measured),
-        lineage=registered.result,
+        lineage=lineage,
+        lineage_drawing=draw(lineage),
+        moved=made["moved"],
         prepared=prepared.result,
         config_yaml=run.context.config.yaml(),
         parent_run=run.context.parent_run,

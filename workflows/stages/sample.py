@@ -71,9 +71,12 @@ def _labels(text: str | None, n: int):  # type: ignore[no-untyped-def]
 def _folder(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
     if "://" not in model and not model.startswith(("models:/", "runs:/")):
         return Path(model)
+    from workflows.runtime.registry import Registry
     from workflows.runtime.tracking import Tracker
     from workflows.runtime.workspace import Workspace
 
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
     space = Workspace(workspace)
-    return Tracker(uri or space.default_tracking_uri, artifacts=space.default_artifacts).download(model, scratch)
+    return Registry(Tracker(uri or space.default_tracking_uri, artifacts=space.default_artifacts)).download(
+        model, scratch
+    )

@@ -1,0 +1,43 @@
+"""export: a registered model's folder (weights.safetensors, model.json) as files of its own, with their hashes, and recorded."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+from workflows.runtime.errors import UserError
+from workflows.runtime.registry import Export, Registry, now
+from workflows.stages.promote import user
+
+SUMS = "SHA256SUMS"
+FORMAT = "mmdistill"
+
+
+def run_export(registry: Registry, model: str, destination: Path, *, who: str | None = None) -> str:
+    """Writes the model's files and SHA256SUMS (for `sha256sum -c`) to a new or empty folder; gives a line that says so."""
+    version = registry.one(model)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination} is there already", hint="name a folder that is new or empty")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = registry.download(version.uri, Path(scratch))
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        destination.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            shutil.copyfile(file, destination / file.name)
+    sums = "".join(f"{_sha256(destination / file.name)}  {file.name}\n" for file in files)
+    (destination / SUMS).write_text(sums)
+    digest = hashlib.sha256(sums.encode()).hexdigest()
+    where = f"{platform.node()}:{destination.resolve()}"
+    registry.record_export(version, Export(FORMAT, where, digest, now(), user(who)))
+    return f"{version.title}: {len(files)} files and {SUMS} in {destination}, sha256 {digest[:16]}; recorded in the registry"
+
+
+def _sha256(path: Path) -> str:
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
