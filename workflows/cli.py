@@ -428,6 +428,34 @@ def export(
 
 
 @app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it without asking.")] = False,
+    keep_days: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep what changed in the last N days, and count only configurations that ran in them; by default all count.",
+            min=0,
+        ),
+    ] = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Remove what a workspace no longer needs: shows it, and asks."""
+    with _errors(debug):
+        from workflows.runtime.progress import Screen
+        from workflows.stages.gc import run_gc
+
+        def agree(question: str) -> bool:
+            if yes or not sys.stdin.isatty():
+                return yes
+            return typer.confirm(question)
+
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        run_gc(workspace, uri, Screen(), agree=agree, keep_days=keep_days)
+
+
+@app.command()
 def doctor(workspace: Workspace_ = DEFAULT_WORKSPACE, tracking_uri: Tracking = None) -> None:
     """Check this machine: packages, devices, Ray, the tracking store, the object store."""
     from workflows.stages.doctor import examine

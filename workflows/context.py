@@ -71,6 +71,7 @@ class Context:
     screen: Screen
     tracker: Tracker
     parent_run: str
+    pipeline: str
     resources: dict[str, float]
     placement: Placement
     force: frozenset[str]
@@ -202,6 +203,7 @@ def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: 
     `depends` makes the key; `config` is what is shown as the run's parameters.
     """
     folder = context.workspace.stage(name, digest(depends))
+    context.workspace.refer(context.pipeline, folder)
     if name in context.force or name.rsplit("-", 1)[0] in context.force:
         context.workspace.discard(folder)
     result = folder.result

@@ -146,7 +146,8 @@ def open_context(
             screen.line(f"  tracking: delivering {tracker.pending} entries that an earlier run had queued")
             settle(tracker, screen, wait)
         with screen.status("starting the tracking run"):
-            parent = _parent_run(config, workspace, tracker, kind)
+            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind])}"
+            parent = _parent_run(config, workspace, tracker, kind, pipeline)
         stack.enter_context(_ended(tracker, parent, screen, options.workspace, wait))
         with screen.status("starting Ray"):
             resources = stack.enter_context(ray_session())
@@ -159,6 +160,7 @@ def open_context(
             screen=screen,
             tracker=tracker,
             parent_run=parent,
+            pipeline=pipeline,
             resources=resources,
             force=frozenset(options.force),
             monitor=monitor,
@@ -308,15 +310,15 @@ def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, An
     return summary
 
 
-def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker, kind: str) -> str:
+def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker, kind: str, pipeline: str) -> str:
     """The parent of the stages' runs: of this resolved configuration in this store, gone on with or new."""
-    note = f"pipelines/{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind])}.json"
-    if (known := workspace.read_note(note)) and tracker.resume_run(run_id := str(known["run_id"])):
+    record = workspace.read_note(f"pipelines/{pipeline}.json") or {}
+    if "run_id" in record and tracker.resume_run(run_id := str(record["run_id"])):
         return tracker.resolve(run_id)
     run_id = tracker.start_run(
         f"{config.recipe} {kind}", tags={"mmdistill.recipe": config.recipe, "git_commit": git_commit()}
     )
-    workspace.write_note(note, {"run_id": run_id})
+    workspace.write_note(f"pipelines/{pipeline}.json", (record or {"stages": {}}) | {"run_id": run_id})
     tracker.log_params(run_id, config.model_dump(mode="json"))
     tracker.log_text(run_id, config.yaml(), "config.yaml")
     return run_id

@@ -7,6 +7,7 @@ UserError when it does not answer.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid

@@ -2,6 +2,7 @@
 
 .mmdistill/
     stages/<stage>-<key>/   result.json (last: the stage is done), config.yaml, metrics.jsonl, runs.json, its outputs
+    pipelines/<name>.json   a configuration that was run: its tracking run, and the stages that it refers to
     reports/<recipe>/       report.html, summary.json
     ray/                    checkpoints of trainings
     mlflow.db, mlartifacts/ the default tracking store
@@ -40,6 +41,17 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(partial, path)
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file() or file.is_symlink())
+
+
+def changed(path: Path) -> float:
+    """When the file, or the newest file or folder below a folder, was written (seconds since 1970)."""
+    return max(p.lstat().st_mtime for p in (path, *(path.rglob("*") if path.is_dir() else ())))
+
+
 @dataclass(frozen=True)
 class StageFolder:
     """A stage's outputs, and whether they are whole. `path` is here; `uri` is where others find them: the same, or in the store."""
@@ -74,6 +86,13 @@ class StageFolder:
             storage.pull(self.at(name), self.path / name)
             self.there.add(name)
 
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file of the stage; empty where there is none."""
+        with contextlib.suppress(OSError, ValueError):
+            value = json.loads((self.path / name).read_text())
+            return value if isinstance(value, dict) else {}
+        return {}
+
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.path / RESULT, result)
         if storage.is_remote(self.uri):
@@ -106,7 +125,8 @@ def _heavy(name: str) -> bool:
 class Workspace:
     """`root` is a folder or s3://BUCKET/PREFIX. Raises UserError if it can't be made or written, or the disk is full."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, minimum_free: int | None = None) -> None:
+        """`minimum_free`: bytes that must be free on its disk; by default what a run may need."""
         self.remote = storage.is_remote(root)
         if self.remote:
             self.uri = str(root).rstrip("/")
@@ -128,7 +148,7 @@ class Workspace:
                 hint="give another folder with --workspace or MMDISTILL_HOME",
             ) from error
         free = shutil.disk_usage(self.root).free
-        if free < MINIMUM_FREE:
+        if free < (MINIMUM_FREE if minimum_free is None else minimum_free):
             raise UserError(
                 f"workspace: only {free // 1024**2} MB are free on the disk of {self.root}, "
                 f"{MINIMUM_FREE // 1024**2} MB are needed",
@@ -142,6 +162,16 @@ class Workspace:
         folder.refresh()
         return folder
 
+    def remove(self, path: Path) -> None:
+        """Removes a file or folder of the workspace, and only of it; a folder is renamed first, so that none is there in part."""
+        if self.root not in path.parents:
+            raise UserError(f"{path} is not in the workspace {self.root}; it is left")
+        if path.is_dir() and not path.is_symlink():
+            partial = path if path.name.endswith(".partial") else path.with_name(f".{path.name}.partial")
+            shutil.rmtree(path.rename(partial))
+        else:
+            path.unlink(missing_ok=True)
+
     def discard(self, folder: StageFolder) -> None:
         """Forgets a stage, its checkpoints included."""
         shutil.rmtree(folder.path, ignore_errors=True)
@@ -152,6 +182,27 @@ class Workspace:
             else:
                 shutil.rmtree(uri, ignore_errors=True)
         folder.path.mkdir(parents=True)
+
+    def stages(self) -> list[StageFolder]:
+        """All stage folders on this machine, finished or not."""
+        parts = [
+            (path, *path.name.rpartition("-")) for path in sorted((self.root / "stages").glob("[!.]*")) if path.is_dir()
+        ]
+        return [StageFolder(name, key, path, str(path)) for path, name, _, key in parts]
+
+    def pipelines(self) -> dict[str, dict[str, Any]]:
+        """The records of the configurations that were run, by name, each with "used", when (seconds since 1970)."""
+        found = {}
+        for path in sorted((self.root / "pipelines").glob("*.json")):
+            with contextlib.suppress(OSError, ValueError):
+                found[path.stem] = json.loads(path.read_text()) | {"used": path.stat().st_mtime}
+        return found
+
+    def refer(self, pipeline: str, folder: StageFolder) -> None:
+        """Records that the pipeline has this stage, in the place of one of the same name with another key."""
+        note = f"pipelines/{pipeline}.json"
+        record = self.read_note(note) or {}
+        self.write_note(note, record | {"stages": record.get("stages", {}) | {folder.name: folder.key}})
 
     @property
     def training_storage(self) -> str:

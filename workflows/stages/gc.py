@@ -1,0 +1,246 @@
+"""gc: what a workspace no longer needs, shown with its size and why, and removed once that is agreed to.
+
+Not touched: what a registered version or a pipeline's configuration refers to, a training that can be resumed, and anything at all
+while a run holds the workspace's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workflows.runtime.errors import UserError
+from workflows.runtime.progress import Screen
+from workflows.runtime.registry import Registry, public
+from workflows.runtime.storage import is_remote
+from workflows.runtime.workspace import RESULT, StageFolder, Workspace, changed, size_of
+
+YOUNG = 3600
+"""Seconds. Workers of a driver that was killed live on for a moment without its lock: what they may be writing is left."""
+DAY = 86_400
+
+
+@dataclass(frozen=True)
+class Item:
+    """`forget`: what there is to do beside removing the path."""
+
+    what: str
+    why: str
+    bytes: int
+    path: Path | None
+    forget: Callable[[], None] | None = None
+
+
+@dataclass
+class Plan:
+    """In the order in which it is to be removed; `kept`: what was left and might be missed here, with the reason."""
+
+    items: list[Item] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def add(self, space: Workspace, path: Path, why: str) -> None:
+        self.items.append(Item(str(path.relative_to(space.root)), why, size_of(path), path))
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+
+def run_gc(
+    workspace: str | Path,
+    tracking_uri: str | None,
+    screen: Screen,
+    *,
+    agree: Callable[[str], bool],
+    keep_days: float | None = None,
+) -> Plan:
+    """Shows the plan and, if `agree` says yes to its question, removes what it names. Raises UserError while a run is on."""
+    if is_remote(workspace):
+        raise UserError(f"{workspace}: gc looks after workspaces in a folder; this one lies in an object store")
+    if not (Path(workspace) / "stages").is_dir():
+        raise UserError(f"{workspace}: not a workspace", hint="name one with --workspace or MMDISTILL_HOME")
+    space = Workspace(workspace, minimum_free=0)  # a full disk is what one comes here for
+    with space.lock():
+        with screen.status("looking"):
+            plan = make_plan(space, tracking_uri, keep_days)
+        show(plan, screen)
+        if plan.items and agree(f"Remove these {len(plan.items)}, {_size(plan.bytes)}?"):
+            for item in plan.items:
+                if item.path and item.path.exists():
+                    space.remove(item.path)
+                if item.forget:
+                    item.forget()
+            screen.line(f"removed {len(plan.items)}, {_size(plan.bytes)}")
+        else:
+            screen.line("nothing was removed" if plan.items else "nothing to remove")
+    return plan
+
+
+def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | None) -> Plan:
+    plan, stages = Plan(), space.stages()
+    trainings = {p.name: p for p in sorted((space.root / "ray").iterdir()) if p.is_dir() and p.name[0] != "."}
+    halfway = [s for s in stages if s.result is None and _checkpoints(trainings.get(s.path.name))]
+    plan.kept += [
+        f"{s.path.name}: a training that can be resumed, {_size(size_of(trainings[s.path.name]))}" for s in halfway
+    ]
+    wanted = _referenced(space, stages, halfway, tracking_uri, keep_days, plan)
+    _trainings(space, stages, trainings, plan)
+    for stage in (s for s in stages if s not in wanted):
+        end = "unfinished; " if stage.result is None else ""
+        plan.add(space, stage.path, f"{end}no pipeline and no registered version refers to it")
+    doomed = {item.path for item in plan.items}
+    for path in sorted(space.root.rglob(".*.partial")):
+        busy = space.root / "ray" in path.parents and changed(path) > time.time() - YOUNG
+        if not doomed & {path, *path.parents} and not busy:
+            plan.add(space, path, "left half written by a run that was killed")
+    if keep_days is not None:
+        oldest = time.time() - keep_days * DAY
+        plan.items = [item for item in plan.items if item.path and changed(item.path) <= oldest]
+    _tracking(space, keep_days or 0, plan)
+    return plan
+
+
+def _trainings(space: Workspace, stages: list[StageFolder], trainings: dict[str, Path], plan: Plan) -> None:
+    """Checkpoints that nothing will be resumed from."""
+    by_name = {stage.path.name: stage for stage in stages}
+    for name, path in trainings.items():
+        stage = by_name.get(name)
+        if name.startswith("sweep-"):
+            if _swept(path):
+                plan.add(space, path, "Ray Tune's records of a sweep that ended; its figures are in the tracking store")
+            else:
+                plan.kept.append(f"{name}: a sweep that did not end, {_size(size_of(path))}")
+        elif stage is None:
+            plan.add(space, path, "checkpoints of a stage that is not there")
+        elif stage.result is not None:
+            plan.add(space, path, "checkpoints of a training that ended; its model is kept")
+        else:
+            for litter in _lost(path):
+                plan.add(space, litter, "a checkpoint that its training lost track of, and will not resume from")
+
+
+def _lost(training: Path) -> list[Path]:
+    """Checkpoints that Ray Train's own list of them lacks; none where that list can't be read."""
+    try:
+        known = json.loads((training / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
+        names = {entry["checkpoint_dir_name"] for entry in known}
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    found = [p for p in _checkpoints(training) if p.name not in names]
+    return [p for p in found if changed(p) < time.time() - YOUNG] if names else []
+
+
+def _checkpoints(training: Path | None) -> list[Path]:
+    return [p for p in sorted(training.glob("checkpoint_*")) if p.is_dir()] if training else []
+
+
+def _swept(folder: Path) -> bool:
+    """Whether all trials of a Ray Tune folder came to their end."""
+    with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
+        state = json.loads(max(folder.glob("experiment_state-*.json"), default=folder).read_text())
+        return all(json.loads(trial[0])["status"] in ("TERMINATED", "ERROR") for trial in state["trial_data"])
+    return False
+
+
+def _referenced(
+    space: Workspace,
+    stages: list[StageFolder],
+    halfway: list[StageFolder],
+    tracking_uri: str | None,
+    keep_days: float | None,
+    plan: Plan,
+) -> list[StageFolder]:
+    """The stages that a pipeline names, trainings that are halfway, those that made what is registered, and those that these were
+    made from.
+    """
+    since = 0.0 if keep_days is None else time.time() - keep_days * DAY
+    records = {name: record for name, record in space.pipelines().items() if record["used"] >= since}
+    if old := [name for name, record in records.items() if "stages" not in record]:
+        plan.kept.append(
+            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before it was written down which stages are theirs; "
+            "run them again, or leave them out by --keep-days"
+        )
+        return stages
+    current = {f"{name}-{key}" for record in records.values() for name, key in record["stages"].items()}
+    kept = [stage for stage in stages if stage.path.name in current or stage in halfway]
+    stores = {uri for stage in stages for uri in stage.read("runs.json")}
+    needed = set()
+    for uri in sorted({*stores, *([tracking_uri] if tracking_uri else [])}):
+        try:
+            needed |= _registered(space, uri)
+        except UserError:
+            plan.kept.append(f"stages tracked in {public(uri)}, which does not answer: they may be registered there")
+            kept += [stage for stage in stages if uri in stage.read("runs.json") and stage not in kept]
+    while True:  # what a kept stage was made from is kept: one folder for each identity
+        needed |= {identity for stage in kept for identity in _made_from(stage)}
+        have = {str((stage.result or {}).get("identity")) for stage in kept}
+        made = [s for s in stages if s.result and s.result.get("identity") in needed - have]
+        settings = "\n".join(json.dumps(stage.read("depends.json")) for stage in kept)
+        named = [s for s in stages if s not in kept and s.path.name in settings]
+        if not made and not named:
+            return kept
+        # A folder may be named too: a data set to read, statistics to measure against.
+        kept += named or [max(made, key=lambda s: (s.path / RESULT).stat().st_mtime)]
+
+
+def _registered(space: Workspace, uri: str) -> set[str]:
+    """The identities of the stages that made what is registered in a store."""
+    from workflows.runtime.tracking import Tracker
+
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise UserError(f"{uri}: is not there")
+    tracker = Tracker(uri, artifacts=space.default_artifacts)
+    return {v.tags[tag] for v in Registry(tracker).versions() for tag in ("identity", "evaluation") if tag in v.tags}
+
+
+def _made_from(stage: StageFolder) -> set[str]:
+    depends = stage.read("depends.json")
+    values = [depends.get(name) for name in ("prepare", "teacher", "start", "evaluate", "register")]
+    students = depends.get("students")
+    return {str(v) for v in [*values, *(students.values() if isinstance(students, dict) else [])] if isinstance(v, str)}
+
+
+def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:
+    """What the workspace's own store holds of deleted runs and model versions. Another store is its keeper's."""
+    from workflows.runtime.leftovers import forget, leftovers
+    from workflows.runtime.tracking import Tracker
+
+    if not (space.root / "mlflow.db").exists():
+        return
+    registry = Registry(Tracker(space.default_tracking_uri, artifacts=space.default_artifacts))
+    why = {"run": "a run that was deleted", "model": "a model without a registered version"}
+    for found in leftovers(registry, older_than_days=keep_days):
+        path = found.folder if found.folder and space.root in found.folder.parents and found.folder.exists() else None
+
+        def forgets(it: Any = found) -> None:
+            forget(registry, it)
+
+        size = size_of(path) if path else 0
+        plan.items.append(Item(f"{found.kind} {found.id}", why[found.kind], size, path, forgets))
+
+
+def show(plan: Plan, screen: Screen) -> None:
+    from rich.table import Table
+
+    if plan.items:
+        table = Table(header_style="bold")
+        for name in ("to be removed", "size", "why"):
+            table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+        for item in plan.items:
+            table.add_row(item.what, _size(item.bytes), item.why)
+        screen.console.print(table)
+    for text in plan.kept:
+        screen.line(f"[dim]kept[/]  {text}")
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"
