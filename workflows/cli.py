@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from workflows.cli_options import (
+    DEFAULT_WORKSPACE,
+    Debug,
+    Recipe,
+    Set,
+    Smoke,
+    Tracking,
+    TrackingWait,
+    Workspace_,
+    errors,
+)
+from workflows.cli_registry import app as registry
 
 app = typer.Typer(
     add_completion=False,
@@ -19,26 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Few-step diffusion students by moment matching: train a teacher, distill it, measure, register, report.",
 )
-
-Workspace_ = Annotated[
-    str,
-    typer.Option(
-        "--workspace", envvar="MMDISTILL_HOME", help="Folder or s3://BUCKET/PREFIX for models, checkpoints and reports."
-    ),
-]
-Tracking = Annotated[
-    str | None,
-    typer.Option("--tracking-uri", help="MLflow server or store; by default SQLite in the workspace."),
-]
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="section.field=value; may be repeated.")]
-Smoke = Annotated[
-    bool, typer.Option("--smoke", help="Made so small that all of it runs in seconds: three training steps a stage.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Model = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")]
-Who = Annotated[str | None, typer.Option(envvar="MMDISTILL_USER", help="Who does it; by default the user's name.")]
-DEFAULT_WORKSPACE = ".mmdistill"
 
 
 @app.callback()
@@ -63,38 +56,6 @@ def _options(
     os.environ.update({name: value for name, value in given.items() if value})
 
 
-@contextmanager
-def _errors(debug: bool, continues: bool = False) -> Iterator[None]:
-    """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C."""
-    from workflows.config import ConfigError
-    from workflows.runtime.errors import UserError
-    from workflows.runtime.workspace import explain_os_error
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        _say(
-            "interrupted: finished stages and the last checkpoints are kept"
-            + ("; run the same command again to go on from there" if continues else "")
-        )
-        raise typer.Exit(130) from None
-    except (ConfigError, UserError, OSError) as error:
-        if debug:
-            raise
-        error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
-        shown = explain_os_error(error, Path(DEFAULT_WORKSPACE)) if isinstance(error, OSError) else error
-        if shown is None:
-            raise
-        _say(f"error: {shown}")
-        if hint := getattr(shown, "hint", ""):
-            _say(f"       {hint}")
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 @app.command()
 def run(
     recipe: Recipe = "digits",
@@ -102,6 +63,7 @@ def run(
     smoke: Smoke = False,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
+    tracking_wait: TrackingWait = None,
     workers: Annotated[int | None, typer.Option(help="Workers of each training; by default as many as fit.")] = None,
     at_once: Annotated[
         int | None, typer.Option(help="Students trained at once; by default as many as fit.", min=1)
@@ -118,7 +80,7 @@ def run(
 
     Finished stages are reused; an interrupted run goes on where it was.
     """
-    with _errors(debug, continues=True):
+    with errors(debug, continues=True):
         from workflows.config import load_config
         from workflows.pipeline import RunOptions, check_options, run_pipeline
         from workflows.runtime.progress import Screen
@@ -127,6 +89,7 @@ def run(
         options = RunOptions(
             workspace=workspace,
             tracking_uri=tracking_uri,
+            tracking_wait=tracking_wait,
             workers=workers,
             at_once=at_once,
             gpu=gpu,
@@ -188,7 +151,7 @@ def prepare(
     debug: Debug = False,
 ) -> None:
     """Images from wherever they are to a data set for `--set data.source=dataset://DEST`. Goes on where it was if run again."""
-    with _errors(debug, continues=True):
+    with errors(debug, continues=True):
         from workflows.runtime.cluster import ray_session
         from workflows.runtime.progress import Screen
         from workflows.stages.ingest import Preparation, parse_share, parse_split, prepare_data_set, shown_manifest
@@ -245,7 +208,7 @@ def sweep(
     debug: Debug = False,
 ) -> None:
     """Distil one teacher many ways (Ray Tune), each measured like the students of a run."""
-    with _errors(debug, continues=True):
+    with errors(debug, continues=True):
         from workflows.config import load_config
         from workflows.pipeline import RunOptions, run_sweep
         from workflows.runtime.progress import Screen
@@ -272,7 +235,7 @@ def ablate(
     debug: Debug = False,
 ) -> None:
     """One choice at a time against the same base: which of the paper's findings hold here, with mean and spread."""
-    with _errors(debug, continues=True):
+    with errors(debug, continues=True):
         from workflows.pipeline import RunOptions
         from workflows.runtime.progress import Screen
         from workflows.stages.ablation import run_ablation
@@ -284,7 +247,7 @@ def ablate(
 @app.command()
 def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False, debug: Debug = False) -> None:
     """Print a recipe's resolved configuration as YAML."""
-    with _errors(debug):
+    with errors(debug):
         from workflows.config import load_config
 
         print(load_config(recipe, set_, smoke=smoke).yaml(), end="")
@@ -306,7 +269,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """What a recipe would cost: memory, batches that fit, network evaluations, hours. Nothing is run."""
-    with _errors(debug):
+    with errors(debug):
         from workflows.stages.plan import run_plan
 
         run_plan(
@@ -350,7 +313,7 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw samples from a teacher or a student."""
-    with _errors(debug):
+    with errors(debug):
         from workflows.stages.sample import draw
 
         print(
@@ -370,92 +333,6 @@ def sample(
 
 
 @app.command()
-def lineage(
-    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")],
-    workspace: Workspace_ = DEFAULT_WORKSPACE,
-    tracking_uri: Tracking = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-    debug: Debug = False,
-) -> None:
-    """Where a model came from: data, teacher, students, evaluations, exports, and who moved its aliases."""
-    with _errors(debug):
-        from rich.console import Console
-
-        from workflows.stages import lineage as stage
-
-        found = stage.lineage(stage.open_registry(workspace, tracking_uri), model)
-        if as_json:
-            print(json.dumps(found, indent=2))
-        else:
-            Console(highlight=False, width=None if sys.stdout.isatty() else 500).print(stage.tree(found))
-
-
-@app.command()
-def promote(
-    model: Model,
-    alias: Annotated[str, typer.Option(help="Such as k8-champion.")],
-    why: Annotated[str, typer.Option(help="Is kept with the move.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Past the gate; is kept with the move.")] = False,
-    who: Who = None,
-    workspace: Workspace_ = DEFAULT_WORKSPACE,
-    tracking_uri: Tracking = None,
-    debug: Debug = False,
-) -> None:
-    """Move an alias to a version that passes its recipe's gate; the move is recorded in the registry."""
-    with _errors(debug):
-        from workflows.stages.lineage import open_registry
-        from workflows.stages.promote import run_promote
-
-        registry = open_registry(workspace, tracking_uri)
-        print(run_promote(registry, model, alias=alias, why=why, who=who, force=force))
-
-
-@app.command()
-def export(
-    model: Model,
-    destination: Annotated[Path, typer.Argument(help="A new or empty folder.")],
-    who: Who = None,
-    workspace: Workspace_ = DEFAULT_WORKSPACE,
-    tracking_uri: Tracking = None,
-    debug: Debug = False,
-) -> None:
-    """Write a registered model's folder, with its hashes; the export is recorded in the registry."""
-    with _errors(debug):
-        from workflows.stages.export import run_export
-        from workflows.stages.lineage import open_registry
-
-        print(run_export(open_registry(workspace, tracking_uri), model, destination, who=who))
-
-
-@app.command()
-def gc(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it without asking.")] = False,
-    keep_days: Annotated[
-        float | None,
-        typer.Option(
-            help="Keep what changed in the last N days, and count only configurations that ran in them; by default all count.",
-            min=0,
-        ),
-    ] = None,
-    workspace: Workspace_ = DEFAULT_WORKSPACE,
-    tracking_uri: Tracking = None,
-    debug: Debug = False,
-) -> None:
-    """Remove what a workspace no longer needs: shows it, and asks."""
-    with _errors(debug):
-        from workflows.runtime.progress import Screen
-        from workflows.stages.gc import run_gc
-
-        def agree(question: str) -> bool:
-            if yes or not sys.stdin.isatty():
-                return yes
-            return typer.confirm(question)
-
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        run_gc(workspace, uri, Screen(), agree=agree, keep_days=keep_days)
-
-
-@app.command()
 def doctor(workspace: Workspace_ = DEFAULT_WORKSPACE, tracking_uri: Tracking = None) -> None:
     """Check this machine: packages, devices, Ray, the tracking store, the object store."""
     from workflows.stages.doctor import examine
@@ -470,7 +347,7 @@ def ui(
     debug: Debug = False,
 ) -> None:
     """Open MLflow's web page for the workspace's own tracking store, on this machine only."""
-    with _errors(debug):
+    with errors(debug):
         from workflows.runtime.workspace import Workspace
 
         space = Workspace(workspace)
@@ -491,10 +368,13 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Measure on this machine: an update against its floor, samples/s against diffusers, Ray's share, memory, reading images."""
-    with _errors(debug):
+    with errors(debug):
         from workflows.stages.bench import run_bench
 
         run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place)
+
+
+app.registered_commands += registry.registered_commands
 
 
 def main(arguments: list[str] | None = None) -> None:
