@@ -1,0 +1,2 @@
+-- Beside the database mlflow, which the image makes: the accounts.
+CREATE DATABASE mlflow_auth OWNER mlflow;
