@@ -12,6 +12,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MPLBACKEND", "Agg")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from services import in_stack, server, stack  # noqa: F401  the fixtures of the marker `services`
+
 
 @pytest.fixture(autouse=True)
 def _own_tracking_store(monkeypatch):
