@@ -19,6 +19,8 @@ from workflows.runtime.tracking import Tracker, now
 from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
 
 METRICS, RUNS, CLOCK = "metrics.jsonl", "runs.json", "clock.json"
+EVERY_ROW = {"n_images", "step"}
+"""One of these is in every row of a training, and of prepare's classifier."""
 
 
 @dataclass
@@ -113,9 +115,13 @@ class StageRun:
         self.run_id = self._run(config)
         rows = _timed_metrics(self.path)
         self._steps = {step for step, _, _ in rows}
-        tracked = context.tracker.steps(self.run_id, *sorted({next(iter(row)) for _, row, _ in rows}))
-        self._send([row for row in rows if row[0] not in tracked])
+        # Begun on another machine, its rows are in the tracking store and not here.
+        names = {next(iter(row)) for _, row, _ in rows} | (EVERY_ROW if began else set())
+        self._tracked = context.tracker.steps(self.run_id, *sorted(names))
+        self._send(rows)
         self.flush()
+        if not began:
+            folder.keep(CLOCK)
 
     def _run(self, config: dict[str, Any]) -> str:
         """The stage's run in this tracking store: the one it had, or a new one."""
@@ -145,7 +151,7 @@ class StageRun:
         return float(self._spent + time.monotonic() - self._since)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A step that was logged before is left out: a resumed training replays some."""
+        """A step that was logged before, here or on another machine, is not again: a resumed training replays some."""
         if step in self._steps:
             return
         self._steps.add(step)
@@ -160,10 +166,10 @@ class StageRun:
         """For metrics whose step is not a time (a number of sampling steps): logged whatever their order, as of the stage's
         beginning, so that an interrupted stage that measures them anew leaves them there once.
         """
-        self._send([(step, metrics, self._began)])
+        self.context.tracker.log_metrics(self.run_id, [(step, metrics)], times=[self._began])
 
     def _send(self, rows: list[TimedRow]) -> None:
-        if rows:
+        if rows := [row for row in rows if row[0] not in self._tracked]:
             times = [moment for _, _, moment in rows]
             self.context.tracker.log_metrics(self.run_id, [(step, row) for step, row, _ in rows], times=times)
 

@@ -4,14 +4,17 @@ import os
 import shutil
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small import Runner
 from stores import PLANTED, bucket, use
 
+from workflows.context import RUNS, StageRun, read_metrics
 from workflows.runtime import storage
 from workflows.runtime.errors import UserError
 from workflows.runtime.lease import Lease
+from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace
 
 pytestmark = pytest.mark.ray
@@ -128,3 +131,29 @@ def test_a_bucket_that_is_not_there_is_a_line(machine, tmp_path):
         Workspace("s3://never-made/workspace")
     os.environ["MMDISTILL_CACHE"] = str(tmp_path / "one")
     shutil.rmtree(tmp_path / "one", ignore_errors=True)
+
+
+def test_what_one_machine_tracked_another_does_not_track_again(machine, moto_server, tmp_path):
+    """The other has no rows of it, and is sent them all again by the checkpoint: they are in its file, and tracked once."""
+    place = bucket(moto_server, "tracked")
+    tracker = Tracker(os.environ["MLFLOW_TRACKING_URI"], artifacts=tmp_path / "artifacts")
+    context = SimpleNamespace(tracker=tracker, parent_run=None)
+
+    def stage():
+        folder = Workspace(place).stage("teacher", "key")
+        return StageRun(context, folder, {"a": 1}, began=(folder.path / RUNS).exists())
+
+    one = stage()
+    for n in (10, 20):
+        one.log(n, {"loss": 1.0 / n, "n_images": float(n)})
+    one.log_at(4, {"teacher/frechet": 2.0})
+    machine("another")
+    other = stage()
+    assert other.run_id == one.run_id
+    assert read_metrics(other.path) == []
+    for n in (10, 20, 30):
+        other.log(n, {"loss": 1.0 / n, "n_images": float(n)})
+    other.log_at(4, {"teacher/frechet": 2.0})
+    assert [step for step, _ in read_metrics(other.path)] == [10, 20, 30]
+    for metric, steps in (("loss", [10, 20, 30]), ("n_images", [10, 20, 30]), ("teacher/frechet", [4])):
+        assert sorted(m.step for m in tracker.client.get_metric_history(one.run_id, metric)) == steps
