@@ -56,7 +56,7 @@ BAD = [
     (("sample", "/nowhere"), 1, "not a model folder"),
     (("sample", "/nowhere", "--out", "x.gif"), 2, ".png"),
     (("sample", "/nowhere", "--labels", "3,x"), 2, "whole numbers"),
-    (("bench", "everything"), 2, "engine, sampler, ray, memory"),
+    (("bench", "everything"), 2, "engine, sampler, ray, tracking, memory, data"),
 ]
 
 

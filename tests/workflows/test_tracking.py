@@ -14,6 +14,7 @@ from small import ROOT, Runner
 from workflows.runtime import outbox, tracking
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
+from workflows.runtime.registry import Registry
 from workflows.runtime.tracking import Tracker, outbox_of, without_secrets
 from workflows.stages.deliver import deliver
 
@@ -247,6 +248,7 @@ def test_at_the_start_a_server_that_does_not_answer_is_a_line(tmp_path, opened, 
 CHILD = """
 import sys
 from pathlib import Path
+from workflows.runtime.registry import Registry
 from workflows.runtime.tracking import Tracker
 uri, folder = sys.argv[1], Path(sys.argv[2])
 tracker = Tracker(uri, outbox=folder / "outbox", artifacts=folder / "artifacts")
@@ -348,7 +350,7 @@ def test_a_password_in_the_address_is_used_and_is_nowhere(tmp_path, opened, prox
     log_steps(tracker, run, range(3))
     assert not tracker.settle(0.3)
     told += [str(tracker.unreachable()), tracker.unreachable().hint, *said]
-    for attempt in (lambda: opened(planted(proxy.uri)), lambda: tracker.find_version("m", {})):
+    for attempt in (lambda: opened(planted(proxy.uri)), lambda: Registry(tracker).find_version("m", {})):
         with pytest.raises(UserError) as caught:
             attempt()
         told += [str(caught.value), caught.value.hint]
