@@ -56,10 +56,10 @@ def forget_clients() -> None:
     """The next use of a store reads the environment again."""
     import s3fs
 
-    from workflows.runtime import storage
+    from workflows.runtime import s3
 
-    storage._filesystem.cache_clear()
-    storage._client.cache_clear()
+    s3._filesystem.cache_clear()
+    s3.client.cache_clear()
     s3fs.S3FileSystem.clear_instance_cache()
 
 

@@ -19,9 +19,9 @@ MAY = {
 ONLY = {
     "ray": None,
     "mlflow": {"tracking.py", "delivery.py", "registry.py", "leftovers.py", "pyfunc_model.py"},
-    "boto3": {"storage.py"},
-    "s3fs": {"storage.py"},
-    "fsspec": {"storage.py", "files.py"},
+    "boto3": {"s3.py"},
+    "s3fs": {"s3.py"},
+    "fsspec": {"s3.py", "files.py"},
     "transformers": {"encoders.py"},
 }
 

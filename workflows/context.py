@@ -14,8 +14,8 @@ from typing import Any
 from workflows.config import RunConfig, digest
 from workflows.runtime.cluster import Monitor, task_options
 from workflows.runtime.progress import Bar, Screen, clock, short
-from workflows.runtime.storage import join
 from workflows.runtime.tracking import Tracker, now
+from workflows.runtime.uri import join
 from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
 
 METRICS, RUNS, CLOCK = "metrics.jsonl", "runs.json", "clock.json"

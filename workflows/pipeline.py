@@ -19,11 +19,11 @@ from rich.markup import escape
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
-from workflows.runtime import storage
 from workflows.runtime.cluster import Monitor, ray_session, require
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
 from workflows.runtime.tracking import Tracker
+from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import Workspace, git_commit, write_json
 from workflows.sources.folder import checked
 
@@ -86,7 +86,7 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
         if options.until == STAGES[-1]:
             folder = context.workspace.report(config.recipe)
             shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
-            summary["report"] = storage.join(context.workspace.uri, "reports", config.recipe, "report.html")
+            summary["report"] = join(context.workspace.uri, "reports", config.recipe, "report.html")
             write_json(folder / "summary.json", summary)
             context.workspace.share_report(config.recipe)
             for name in ("report.html", "summary.json"):
@@ -136,9 +136,7 @@ def open_context(
     workspace, wait = Workspace(options.workspace), wait_of(options)
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())
-        screen.line(
-            f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {storage.shown(workspace.uri)}[/]"
-        )
+        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {shown(workspace.uri)}[/]")
         uri = tracking_uri_of(workspace, options.tracking_uri)
         with screen.status("opening the tracking store"):
             tracker = stack.enter_context(open_tracker(workspace, uri, screen))

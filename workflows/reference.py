@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from workflows.config import RunConfig
 from workflows.runtime.errors import UserError
-from workflows.runtime.storage import fetch, is_remote, join
+from workflows.runtime.storage import fetch
+from workflows.runtime.uri import is_remote, join
 from workflows.runtime.workspace import write_json
 from workflows.sources import source_of
 

@@ -11,7 +11,7 @@ from stores import moto, use
 from test_tars import samples, tarred
 
 from workflows.ingest import list_source, read_unit
-from workflows.runtime import storage
+from workflows.runtime import s3
 from workflows.runtime.errors import UserError
 
 OPTIONS = {"key": "testing", "secret": "hidden-secret"}
@@ -72,7 +72,7 @@ def test_tars_zips_and_tables(bucket, moto_server, tmp_path, monkeypatch):
     """By the filesystem that everything else here reads stores with."""
     filesystem, name = bucket
     use(monkeypatch, moto_server)
-    ours, _ = storage.filesystem(f"s3://{name}")
+    ours, _ = s3.filesystem(f"s3://{name}")
     tarred(tmp_path / "x.tar.gz", samples(0, 20), "w:gz")
     pq.write_table(pa.table({"image": [png(i) for i in range(20)]}), tmp_path / "x.parquet", row_group_size=7)
     shutil.make_archive(str(tmp_path / "x"), "zip", root_dir=_images(tmp_path / "plain"))

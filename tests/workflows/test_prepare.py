@@ -22,7 +22,8 @@ from workflows.runtime.manifest import is_data_set, read_manifest
 from workflows.runtime.progress import Screen
 from workflows.runtime.shards import decode as decode_shard
 from workflows.runtime.shards import held_out, load_shard, read_all
-from workflows.runtime.storage import join, listing, write
+from workflows.runtime.storage import listing, write
+from workflows.runtime.uri import join
 from workflows.stages import ingest
 from workflows.stages.ingest import Preparation, parse_share, parse_split, prepare_data_set
 

@@ -15,6 +15,7 @@ from workflows.runtime import storage
 from workflows.runtime.errors import UserError
 from workflows.runtime.lease import Lease
 from workflows.runtime.tracking import Tracker
+from workflows.runtime.uri import join
 from workflows.runtime.workspace import Workspace
 
 pytestmark = pytest.mark.ray
@@ -71,7 +72,7 @@ def test_a_run_in_a_bucket_goes_on_from_any_machine_and_leaves_no_secret(machine
 
     # Nowhere is the key: not in the store, on a disk, in the tracking store, in Ray's logs, on the screen.
     for name in storage.listing(place):
-        assert PLANTED.encode() not in storage.read(storage.join(place, name)), name
+        assert PLANTED.encode() not in storage.read(join(place, name)), name
     logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     for path in [*tmp_path.rglob("*"), *logs.rglob("*")]:
         if path.is_file():

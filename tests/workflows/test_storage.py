@@ -11,9 +11,10 @@ import pytest
 from faults import Faults
 from stores import bucket, free_port, use
 
-from workflows.runtime import storage
+from workflows.runtime import s3, storage
 from workflows.runtime.errors import UserError
 from workflows.runtime.lease import Lease
+from workflows.runtime.uri import is_remote, join, shown
 
 names = itertools.count()
 
@@ -34,58 +35,58 @@ both = pytest.mark.parametrize("place", ["folder", "bucket"], indirect=True)
 @both
 def test_bytes_come_back(place, tmp_path):
     for content in (b"", b"hello", os.urandom(100_000)):
-        storage.write(storage.join(place, "a", "b"), content)
-        assert storage.read(storage.join(place, "a", "b")) == content
+        storage.write(join(place, "a", "b"), content)
+        assert storage.read(join(place, "a", "b")) == content
         (tmp_path / "file").write_bytes(content)
-        storage.upload(tmp_path / "file", storage.join(place, "a", "c"))
-        storage.download(storage.join(place, "a", "c"), tmp_path / "back")
+        storage.upload(tmp_path / "file", join(place, "a", "c"))
+        storage.download(join(place, "a", "c"), tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == content
     found = storage.listing(place)
     assert {name: entry.size for name, entry in found.items()} == {"a/b": 100_000, "a/c": 100_000}
-    assert storage.exists(storage.join(place, "a", "b"))
-    assert not storage.exists(storage.join(place, "a"))
+    assert storage.exists(join(place, "a", "b"))
+    assert not storage.exists(join(place, "a"))
     before = found["a/b"]
-    storage.write(storage.join(place, "a", "b"), b"other")
+    storage.write(join(place, "a", "b"), b"other")
     assert storage.listing(place)["a/b"] != before
-    storage.delete(storage.join(place, "a", "b"))
-    storage.delete(storage.join(place, "never there"))
+    storage.delete(join(place, "a", "b"))
+    storage.delete(join(place, "never there"))
     assert set(storage.listing(place)) == {"a/c"}
-    storage.delete(storage.join(place, "a"))
+    storage.delete(join(place, "a"))
     assert storage.listing(place) == {}
 
 
 @both
 def test_what_is_missing_is_a_missing_file(place):
     with pytest.raises(FileNotFoundError):
-        storage.read(storage.join(place, "nothing"))
-    assert storage.listing(storage.join(place, "nothing")) == {}
-    assert not storage.exists(storage.join(place, "nothing"))
+        storage.read(join(place, "nothing"))
+    assert storage.listing(join(place, "nothing")) == {}
+    assert not storage.exists(join(place, "nothing"))
 
 
 def test_a_large_object_goes_in_parts_and_its_tag_is_known(place, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "PART", 5 * 2**20)
     content = np.random.default_rng(0).bytes(23 * 2**20)
     (tmp_path / "large").write_bytes(content)
-    storage.upload(tmp_path / "large", storage.join(place, "large"))
-    storage.write(storage.join(place, "written"), content)
+    storage.upload(tmp_path / "large", join(place, "large"))
+    storage.write(join(place, "written"), content)
     tags = {name: entry.tag for name, entry in storage.listing(place).items()}
     assert tags["large"] == tags["written"]
     assert tags["large"].endswith("-5")
-    storage.download(storage.join(place, "large"), tmp_path / "back")
+    storage.download(join(place, "large"), tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == content
 
 
 def test_other_bytes_than_were_written_are_found(place, monkeypatch):
     """A store that lost something on the way: the write is tried again, and given up with an error."""
-    monkeypatch.setattr(storage, "TRIES", 2)
-    fs, _ = storage.filesystem(place)
+    monkeypatch.setattr(s3, "TRIES", 2)
+    fs, _ = s3.filesystem(place)
     whole = fs.pipe_file
     monkeypatch.setattr(fs, "pipe_file", lambda path, data, **options: whole(path, b"x" + data[1:], **options))
     with pytest.raises(UserError, match="the store holds other bytes than were written"):
-        storage.write(storage.join(place, "a"), b"hello")
+        storage.write(join(place, "a"), b"hello")
     monkeypatch.setattr(fs, "pipe_file", lambda path, data, **options: whole(path, data[1:], **options))
     with pytest.raises(UserError, match="5 bytes were written, the store has 4"):
-        storage.write(storage.join(place, "a"), b"hello")
+        storage.write(join(place, "a"), b"hello")
 
 
 def test_a_folder_goes_there_and_back(place, tmp_path):
@@ -97,14 +98,14 @@ def test_a_folder_goes_there_and_back(place, tmp_path):
     storage_upload = lambda path, uri: (order.append(path.name), keep(path, uri))  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "upload", storage_upload)
-        storage.publish(tmp_path / "from", storage.join(place, "stage"), last="result.json")
+        storage.publish(tmp_path / "from", join(place, "stage"), last="result.json")
     assert order[-1] == "result.json"
-    assert set(storage.listing(storage.join(place, "stage"))) == {"a", "deep/er/b", "result.json"}
-    copy = storage.fetch(storage.join(place, "stage"))
+    assert set(storage.listing(join(place, "stage"))) == {"a", "deep/er/b", "result.json"}
+    copy = storage.fetch(join(place, "stage"))
     assert (copy / "deep/er/b").read_text() == "deep/er/b"
-    assert storage.fetch(storage.join(place, "stage")) == copy, "one copy for what it holds"
-    storage.write(storage.join(place, "stage", "a"), b"new")
-    again = storage.fetch(storage.join(place, "stage"))
+    assert storage.fetch(join(place, "stage")) == copy, "one copy for what it holds"
+    storage.write(join(place, "stage", "a"), b"new")
+    again = storage.fetch(join(place, "stage"))
     assert again != copy
     assert (again / "a").read_bytes() == b"new"
     assert storage.fetch(tmp_path) == tmp_path
@@ -159,29 +160,29 @@ def test_an_unreliable_network_loses_nothing_and_doubles_nothing(place, moto_ser
         use(monkeypatch, faults.url, MMDISTILL_S3_TIMEOUT="2")
         storage.check(place)
         for name, data in content.items():
-            storage.write(storage.join(place, "all", name), data)
-        copy = storage.fetch(storage.join(place, "all"))
-        assert set(storage.listing(storage.join(place, "all"))) == set(content)
+            storage.write(join(place, "all", name), data)
+        copy = storage.fetch(join(place, "all"))
+        assert set(storage.listing(join(place, "all"))) == set(content)
     assert {p.name: p.read_bytes() for p in copy.iterdir()} == content
     assert min(faults.counts[kind] for kind in ("refused", "cut", "lost", "delayed")) >= 1
     use(monkeypatch, moto_server)
-    assert {name: storage.read(storage.join(place, "all", name)) for name in content} == content
+    assert {name: storage.read(join(place, "all", name)) for name in content} == content
 
 
 def test_nothing_secret_is_told_to_others(place, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "PLANTEDSECRET")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "PLANTEDTOKEN")
-    told = str(storage.told())
+    told = str(s3.told())
     assert "PLANTED" not in told
     assert "AWS_ENDPOINT_URL" in told
-    assert storage.shown("s3://key:PLANTED@host/x and https://a:PLANTED@b/c") == "s3://host/x and https://b/c"
+    assert shown("s3://key:PLANTED@host/x and https://a:PLANTED@b/c") == "s3://host/x and https://b/c"
 
 
 # Leases
 
 
 def test_one_holder_at_a_time(place):
-    uri = storage.join(place, ".lock")
+    uri = join(place, ".lock")
     with Lease(uri, "workspace").held() as lease:
         with pytest.raises(UserError, match="is in use by another run") as caught, Lease(uri, "workspace").held():
             pass
@@ -193,7 +194,7 @@ def test_one_holder_at_a_time(place):
 
 
 def test_of_many_who_want_it_one_gets_it(place):
-    uri, got, refused, all_tried = storage.join(place, ".lock"), [], [], threading.Barrier(6)
+    uri, got, refused, all_tried = join(place, ".lock"), [], [], threading.Barrier(6)
 
     def want():
         try:
@@ -213,7 +214,7 @@ def test_of_many_who_want_it_one_gets_it(place):
 
 
 def test_a_dead_holders_lease_runs_out_and_is_taken_once(place):
-    uri = storage.join(place, ".lock")
+    uri = join(place, ".lock")
     dead = Lease(uri, "workspace", seconds=1)
     dead._id = "dead"
     assert dead._take()
@@ -225,7 +226,7 @@ def test_a_dead_holders_lease_runs_out_and_is_taken_once(place):
 
 
 def test_a_holder_notices_that_it_was_taken_over(place):
-    uri = storage.join(place, ".lock")
+    uri = join(place, ".lock")
     with Lease(uri, "workspace", seconds=1).held() as lease:
         other = replace(lease, holder="other", _id="other")
         storage.write(uri, other._body())
@@ -241,7 +242,7 @@ def test_an_answer_that_was_lost_is_no_other_holder(place, moto_server, monkeypa
     with Faults(moto_server, lost=0.3, seed=3) as faults:
         use(monkeypatch, faults.url, MMDISTILL_S3_TIMEOUT="2")
         for i in range(5):
-            with Lease(storage.join(place, f"{i}.lock"), "workspace").held():
+            with Lease(join(place, f"{i}.lock"), "workspace").held():
                 pass
     assert faults.counts["lost"] >= 3
 
@@ -252,7 +253,7 @@ def test_a_folder_takes_no_lease():
 
 
 def test_paths_of_uris():
-    assert storage.join("s3://a/b/", "c", "d") == "s3://a/b/c/d"
-    assert storage.is_remote("s3://a")
-    assert not storage.is_remote("file:///a")
-    assert not storage.is_remote(Path("a/b"))
+    assert join("s3://a/b/", "c", "d") == "s3://a/b/c/d"
+    assert is_remote("s3://a")
+    assert not is_remote("file:///a")
+    assert not is_remote(Path("a/b"))

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from workflows.runtime.errors import UserError
-from workflows.runtime.storage import told
+from workflows.runtime.s3 import told
 
 QUIET = {
     # Ray Train takes in one report per interval; its default of 2 s would make short trainings wait for their checkpoints.

@@ -8,7 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from workflows.runtime.storage import fetch, is_remote, publish
+from workflows.runtime.storage import fetch, publish
+from workflows.runtime.uri import is_remote
 
 SAMPLED_AT_ONCE = 250
 

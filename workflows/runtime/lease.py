@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from workflows.runtime.errors import UserError
-from workflows.runtime.storage import delete, put_if, read_tagged, shown
+from workflows.runtime.storage import delete, put_if, read_tagged
+from workflows.runtime.uri import shown
 
 SECONDS = 60.0
 """How long a lease lasts that is not renewed. The clocks of those who compete should differ by much less."""

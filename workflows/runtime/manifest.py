@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from workflows.runtime.errors import UserError
-from workflows.runtime.storage import exists, join, read, shown, write
+from workflows.runtime.storage import exists, read, write
+from workflows.runtime.uri import join, shown
 
 MANIFEST = "manifest.json"
 FORMAT = 2

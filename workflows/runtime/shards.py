@@ -26,7 +26,8 @@ from workflows.runtime.manifest import (
     read_manifest,
     write_manifest,
 )
-from workflows.runtime.storage import delete, join, read, shown, write
+from workflows.runtime.storage import delete, read, write
+from workflows.runtime.uri import join, shown
 
 AT_ONCE = 4
 POOL = 100_000

@@ -15,7 +15,8 @@ from typing import Any
 
 from workflows.runtime.errors import UserError
 from workflows.runtime.job import Job, build_state, export, validator
-from workflows.runtime.storage import arrow_filesystem, is_remote
+from workflows.runtime.s3 import arrow_filesystem
+from workflows.runtime.uri import is_remote
 
 KEEP = 2
 

@@ -29,6 +29,7 @@ from typing import Any
 from workflows.runtime import storage
 from workflows.runtime.errors import UserError
 from workflows.runtime.lease import Lease
+from workflows.runtime.uri import is_remote, join
 
 RESULT = "result.json"
 MINIMUM_FREE = 200 * 1024**2
@@ -73,16 +74,16 @@ class StageFolder:
 
     def at(self, name: str) -> str:
         """Where others find this file or folder of the stage."""
-        return storage.join(self.uri, name)
+        return join(self.uri, name)
 
     def keep(self, name: str) -> None:
         """A file that a run on another machine would want, before the stage is done."""
-        if storage.is_remote(self.uri):
+        if is_remote(self.uri):
             storage.upload(self.path / name, self.at(name))
 
     def collect(self, name: str) -> None:
         """What a worker wrote to `at(name)`, here."""
-        if storage.is_remote(self.uri):
+        if is_remote(self.uri):
             storage.pull(self.at(name), self.path / name)
             self.there.add(name)
 
@@ -95,13 +96,13 @@ class StageFolder:
 
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.path / RESULT, result)
-        if storage.is_remote(self.uri):
+        if is_remote(self.uri):
             collected = tuple(f"{name}/" for name in self.there)
             storage.publish(self.path, self.uri, skip=lambda name: name.startswith(collected), last=RESULT)
 
     def refresh(self) -> None:
         """The working copy as the store has it."""
-        if not storage.is_remote(self.uri):
+        if not is_remote(self.uri):
             return
         try:
             stored = storage.read(self.at(RESULT))
@@ -127,7 +128,7 @@ class Workspace:
 
     def __init__(self, root: str | Path, *, minimum_free: int | None = None) -> None:
         """`minimum_free`: bytes that must be free on its disk; by default what a run may need."""
-        self.remote = storage.is_remote(root)
+        self.remote = is_remote(root)
         if self.remote:
             self.uri = str(root).rstrip("/")
             storage.check(self.uri)
@@ -158,7 +159,7 @@ class Workspace:
     def stage(self, name: str, key: str) -> StageFolder:
         path = self.root / "stages" / f"{name}-{key}"
         path.mkdir(parents=True, exist_ok=True)
-        folder = StageFolder(name, key, path, storage.join(self.uri, "stages", path.name))
+        folder = StageFolder(name, key, path, join(self.uri, "stages", path.name))
         folder.refresh()
         return folder
 
@@ -175,9 +176,9 @@ class Workspace:
     def discard(self, folder: StageFolder) -> None:
         """Forgets a stage, its checkpoints included."""
         shutil.rmtree(folder.path, ignore_errors=True)
-        checkpoints = storage.join(self.training_storage, f"{folder.name}-{folder.key}")
+        checkpoints = join(self.training_storage, f"{folder.name}-{folder.key}")
         for uri in (folder.uri, checkpoints):
-            if storage.is_remote(uri):
+            if is_remote(uri):
                 storage.delete(uri)
             else:
                 shutil.rmtree(uri, ignore_errors=True)
@@ -206,17 +207,17 @@ class Workspace:
 
     @property
     def training_storage(self) -> str:
-        return storage.join(self.uri, "ray")
+        return join(self.uri, "ray")
 
     def read_note(self, name: str) -> dict[str, Any] | None:
         """A small JSON file of the workspace, or None if it is not there."""
         try:
-            return dict(json.loads(storage.read(storage.join(self.uri, name))))
+            return dict(json.loads(storage.read(join(self.uri, name))))
         except (FileNotFoundError, ValueError):
             return None
 
     def write_note(self, name: str, value: dict[str, Any]) -> None:
-        storage.write(storage.join(self.uri, name), (json.dumps(value, indent=2) + "\n").encode())
+        storage.write(join(self.uri, name), (json.dumps(value, indent=2) + "\n").encode())
 
     def report(self, recipe: str) -> Path:
         path = self.root / "reports" / recipe
@@ -226,8 +227,8 @@ class Workspace:
     def share_report(self, recipe: str) -> str:
         """Puts the report where the workspace is; says where."""
         if self.remote:
-            storage.publish(self.report(recipe), storage.join(self.uri, "reports", recipe))
-        return storage.join(self.uri, "reports", recipe, "report.html")
+            storage.publish(self.report(recipe), join(self.uri, "reports", recipe))
+        return join(self.uri, "reports", recipe, "report.html")
 
     @property
     def default_tracking_uri(self) -> str:
@@ -255,7 +256,7 @@ class Workspace:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._flock())
             if self.remote:
-                self._lease = Lease(storage.join(self.uri, ".lock"), "workspace")
+                self._lease = Lease(join(self.uri, ".lock"), "workspace")
                 stack.enter_context(self._lease.held())
             yield
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from workflows.ingest.spread import evenly
 from workflows.runtime.manifest import read_manifest
-from workflows.runtime.storage import is_remote
+from workflows.runtime.uri import is_remote
 from workflows.sources.drawn import RING, gmm, made, ring
 from workflows.sources.folder import load_folder
 from workflows.sources.packaged import PHOTOGRAPHS, digits, photos

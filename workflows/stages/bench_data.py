@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from workflows.config import RunConfig
-from workflows.runtime.storage import delete, join, upload
+from workflows.runtime.storage import delete, upload
+from workflows.runtime.uri import join
 
 IMAGES, SIZE, BATCH = 40_000, 32, 256
 SHARD_ROWS, WINDOW = 1_000, 4

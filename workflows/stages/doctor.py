@@ -118,7 +118,7 @@ def _tracking(workspace: str, uri: str | None) -> Iterator[Line]:
 
 
 def _object_store() -> Iterator[Line]:
-    from workflows.runtime.storage import object_store_status
+    from workflows.runtime.s3 import object_store_status
 
     ok, found = object_store_status()
     yield ok, "object store", found

@@ -17,7 +17,7 @@ from typing import Any
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
 from workflows.runtime.registry import Registry, public
-from workflows.runtime.storage import is_remote
+from workflows.runtime.uri import is_remote
 from workflows.runtime.workspace import RESULT, StageFolder, Workspace, changed, size_of
 
 YOUNG = 3600

@@ -19,12 +19,13 @@ import numpy as np
 
 from workflows.config import ConfigError, digest
 from workflows.ingest import Listing, Unit, list_source, read_unit
-from workflows.runtime import storage
+from workflows.runtime import s3, storage
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import FEWEST, Manifest, is_data_set, read_manifest, write_manifest
 from workflows.runtime.progress import Screen, short
 from workflows.runtime.shards import Rows, held_out, manifest_of, save_shard
+from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import code_version, git_commit
 
 CODE = (
@@ -177,7 +178,7 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
     """
     p = preparation
     storage.check(p.dest)
-    with screen.status(f"listing {storage.shown(p.source)}"):
+    with screen.status(f"listing {shown(p.source)}"):
         listing = list_source(
             p.source,
             labels=p.labels,
@@ -187,20 +188,20 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
             caption_column=p.caption_column,
             unit_bytes=UNIT,
             limit=p.limit,
-            filesystem=storage.filesystem(p.source)[0],
+            filesystem=s3.filesystem(p.source)[0],
         )
     with screen.status("loading the encoders"):
         columns = Encoders(p).columns() if p.encoded else {}
     if p.text_encoder and not listing.captioned:
-        raise UserError(f"--text-encoder: {storage.shown(p.source)} has no captions", hint="name them with --captions")
+        raise UserError(f"--text-encoder: {shown(p.source)} has no captions", hint="name them with --captions")
     plan = p.key(listing, columns)
     if is_data_set(p.dest):
         there = read_manifest(p.dest)
         if there.options.get("plan") == plan:
-            screen.line(f"[green]✓[/] {storage.shown(p.dest)} is this data set already: {there.count:,} images")
+            screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
             return there
         raise UserError(
-            f"{storage.shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
+            f"{shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
             hint="name another folder, or remove that one",
         )
     for note in listing.notes:
@@ -211,7 +212,7 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
     _tidy(p.dest, manifest)
     said = f", {tally.bad:,} could not be read" if tally.bad else ""
     screen.line(
-        f"[green]✓[/] [bold]{storage.shown(p.dest)}[/]  {manifest.count:,} images "
+        f"[green]✓[/] [bold]{shown(p.dest)}[/]  {manifest.count:,} images "
         f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{said}  [dim]{manifest.fingerprint}[/]"
     )
     return manifest
@@ -223,7 +224,7 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
     from workflows.runtime.data import spread
 
     groups = grouped(listing, p.rows)
-    folder = storage.join(p.dest, ".parts", plan)
+    folder = join(p.dest, ".parts", plan)
     tally = Tally(_done(folder, p.dest))
     if tally.parts:
         screen.line(f"  goes on: {len(tally.parts)} of {len(groups)} parts are there, {tally.images:,} images")
@@ -271,10 +272,10 @@ def grouped(listing: Listing, rows: int) -> list[tuple[Unit, ...]]:
 
 def _done(folder: str, dest: str) -> dict[int, dict[str, Any]]:
     """The parts that are whole, with all their shards, by number."""
-    sizes = {name: entry.size for name, entry in storage.listing(storage.join(dest, "shards")).items()}
+    sizes = {name: entry.size for name, entry in storage.listing(join(dest, "shards")).items()}
     done = {}
     for name in storage.listing(folder):
-        part = json.loads(storage.read(storage.join(folder, name)))
+        part = json.loads(storage.read(join(folder, name)))
         shards = [made["shard"] for made in part["made"]]
         if all(sizes.get(s["file"].removeprefix("shards/")) == s["size"] for s in shards):
             done[int(part["number"])] = part
@@ -288,7 +289,7 @@ def write_part(
     encoders = _encoders(p, device_of_task(device)) if p.encoded else None
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=bool(listing.captioned), encoders=encoders)
     bad, listed = 0, list[dict[str, str]]()
-    fs = storage.filesystem(p.source)[0]
+    fs = s3.filesystem(p.source)[0]
     for unit in units:
         for item in read_unit(listing, unit, fs):
             reason = item.error or ("has no label" if listing.labelled and item.label is None else "")
@@ -300,7 +301,7 @@ def write_part(
                 listed += [{"path": item.key, "reason": reason}] if len(listed) < LISTED else []
     shards.flush()
     part = {"number": number, "made": shards.made, "images": shards.images, "bad": bad, "listed": listed}
-    storage.write(storage.join(p.dest, ".parts", plan, f"{number:05d}.json"), json.dumps(part).encode())
+    storage.write(join(p.dest, ".parts", plan, f"{number:05d}.json"), json.dumps(part).encode())
     return part
 
 
@@ -354,14 +355,12 @@ def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -
     if of and tally.bad > p.max_bad * of:
         first = next(iter(tally.listed()), {"path": "?", "reason": "?"})
         raise UserError(
-            f"{storage.shown(p.source)}: {tally.bad:,} of {of:,} images can't be read, more than {p.max_bad:.3%}; "
+            f"{shown(p.source)}: {tally.bad:,} of {of:,} images can't be read, more than {p.max_bad:.3%}; "
             f"such as {first['path']}: {first['reason']}",
             hint="mend them, or allow more with --max-bad; the parts that are done are kept",
         )
     if whole and tally.images < FEWEST:
-        raise UserError(
-            f"{storage.shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed"
-        )
+        raise UserError(f"{shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed")
 
 
 def _manifest(p: Preparation, listing: Listing, plan: str, columns: dict[str, Any], tally: Tally) -> Manifest:
@@ -371,7 +370,7 @@ def _manifest(p: Preparation, listing: Listing, plan: str, columns: dict[str, An
         classes = 1 + max(int(label) for m in made for label in m["labels"])
     return manifest_of(
         made,
-        source=storage.shown(p.source),
+        source=shown(p.source),
         shape=p.shape,
         encoding=p.encoding,
         num_classes=classes if listing.labelled else 0,
@@ -395,10 +394,10 @@ def versions() -> dict[str, str]:
 def _tidy(dest: str, manifest: Manifest) -> None:
     """Removes the notes of parts, and shards of attempts that came to nothing."""
     wanted = {shard.file for shard in manifest.shards}
-    for name in storage.listing(storage.join(dest, "shards")):
+    for name in storage.listing(join(dest, "shards")):
         if f"shards/{name}" not in wanted:
-            storage.delete(storage.join(dest, "shards", name))
-    storage.delete(storage.join(dest, ".parts"))
+            storage.delete(join(dest, "shards", name))
+    storage.delete(join(dest, ".parts"))
 
 
 def parse_share(option: str, text: str) -> float:

@@ -24,8 +24,8 @@ def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
     """The registry of a tracking store. With an address no workspace is needed, and none is made; raises UserError where there is
     neither.
     """
-    from workflows.runtime.storage import is_remote
     from workflows.runtime.tracking import Tracker
+    from workflows.runtime.uri import is_remote
     from workflows.runtime.workspace import Workspace
 
     if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):

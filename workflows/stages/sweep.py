@@ -21,7 +21,8 @@ from workflows.config import ConfigError, Distill, RunConfig, digest, one_line
 from workflows.context import Context, Done
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen, clock
-from workflows.runtime.storage import arrow_filesystem, is_remote
+from workflows.runtime.s3 import arrow_filesystem
+from workflows.runtime.uri import is_remote
 from workflows.stages.teacher import data_of
 from workflows.values import merge, nested
 
