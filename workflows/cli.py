@@ -145,6 +145,11 @@ def prepare(
     text_encoder: Annotated[
         str | None, typer.Option(help="Folder of a CLIP or T5 encoder (transformers): its embeddings of the captions.")
     ] = None,
+    extractor: Annotated[
+        str | None,
+        typer.Option(help="Add reference statistics for all runs on it: classifier, mixture, inception or pixels."),
+    ] = None,
+    extractor_weights: Annotated[str | None, typer.Option(help="File of inception's weights.")] = None,
     shard_mb: Annotated[float, typer.Option(help="MB of a shard's images before compression.", min=0.1)] = 64,
     seed: Annotated[int, typer.Option(help="Of random crops.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
@@ -154,7 +159,8 @@ def prepare(
     with errors(debug, continues=True):
         from workflows.runtime.cluster import ray_session
         from workflows.runtime.progress import Screen
-        from workflows.stages.ingest import Preparation, parse_share, parse_split, prepare_data_set, shown_manifest
+        from workflows.stages.ingest import prepare_data_set, shown_manifest
+        from workflows.stages.preparation import Preparation, parse_share, parse_split
 
         preparation = Preparation(
             source=source,
@@ -174,6 +180,8 @@ def prepare(
             max_bad=parse_share("--max-bad", max_bad),
             latents=latents,
             text_encoder=text_encoder,
+            extractor=extractor,
+            extractor_weights=extractor_weights,
             shard_mb=shard_mb,
             seed=seed,
         )

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from workflows.config import RunConfig
+from workflows.context import identity_of
+from workflows.extractors import INCEPTION
+from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
+from workflows.runtime.manifest import Manifest, Shard
+from workflows.runtime.shards import REPAIR, read_shards
 from workflows.runtime.storage import fetch
-from workflows.runtime.uri import is_remote, join
+from workflows.runtime.uri import is_remote, join, shown
 from workflows.runtime.workspace import write_json
 from workflows.sources import source_of
 
@@ -26,6 +34,11 @@ TENSORS, ABOUT = "statistics.safetensors", "statistics.json"
 FORMAT = 1
 AGREE = ("extractor", "weights", "resolution", "preprocessing")
 """What samples and a reference must have in common to be compared at all. Their data and counts may differ, and are shown."""
+
+
+ROWS = 4096
+"""Images whose features are taken at once."""
+FLOORS = 3
 
 
 @dataclass(frozen=True)
@@ -124,7 +137,7 @@ def check_inputs(config: RunConfig) -> None:
         except NotInception as error:
             raise UserError(
                 f"data.extractor_weights: {error}",
-                hint="pt_inception-2015-12-05-6726825d.pth, as pytorch-fid and torch-fidelity have it; see docs/evaluation.md",
+                hint=INCEPTION,
             ) from error
     if config.evaluate.reference:
         found = read_about(reference_folder(config, ""))["fingerprint"]["extractor"]
@@ -133,3 +146,123 @@ def check_inputs(config: RunConfig) -> None:
                 f"evaluate.reference: its features are of extractor {found!r}, this run's of {config.data.extractor!r}",
                 hint=f"set data.extractor={found}, or leave out evaluate.reference",
             )
+
+
+# Built
+
+
+def about_of(manifest: Manifest, extractor: Any) -> dict[str, Any]:
+    """The fingerprint of statistics of these images in these features, but for the rows and their count."""
+    return {
+        "data": manifest.fingerprint,
+        "resolution": list(manifest.shape),
+        "preprocessing": f"{manifest.preprocessing}, [0, 1] to [-1, 1]; {extractor.preprocessing}",
+        "extractor": extractor.kind,
+        "weights": extractor.fingerprint(),
+    }
+
+
+def kept_reference(root: str, manifest: Manifest, which: str, *, near: int, fingerprint: dict[str, Any]) -> Path | None:
+    """The folder of the data set's own statistics of these rows, if they are what would be built.
+
+    Raises UserError where they are not those that the manifest names.
+    """
+    kept = manifest.statistics.get("rows", {}).get(which)
+    if kept is None or kept["near"] != min(near, kept["count"]):
+        return None
+    folder = fetch(join(root, "statistics", which))
+    if identity_of(folder / TENSORS, folder / ABOUT) != kept["identity"]:
+        raise UserError(f"{shown(root)}/statistics/{which}: the statistics differ from the manifest", hint=REPAIR)
+    return folder if read_about(folder)["fingerprint"] == fingerprint else None
+
+
+def build_reference(
+    root: str,
+    manifest: Manifest,
+    which: str,
+    *,
+    extractor: str,
+    near: int,
+    seed: int,
+    fingerprint: dict[str, Any],
+    cpus: int,
+    tick: Callable[[int], None],
+    task: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Reference:
+    """Statistics of these rows of a data set, by a Ray task a shard, `cpus` and a few at a time; features of `near` of them are
+    kept. `task` is what Ray gives each of them, `device` where it computes.
+    """
+    import ray
+    import torch
+
+    from mmdistill_core.metrics.statistics import merged
+    from mmdistill_core.rng import generator
+
+    shards = [shard for shard in manifest.shards if shard.count(which)]
+    counts = [shard.count(which) for shard in shards]
+    chosen = torch.randperm(sum(counts), generator=generator(seed, 6))[:near].sort().values
+    own = [part.numpy() - first for part, first in _by_shard(chosen, counts)]
+    remote, about = ray.remote(**task or task_options(use_gpu=False))(statistics_of), ray.put(manifest)
+    waiting, parts = list(range(len(shards))), {}
+    running: dict[Any, int] = {}
+    while waiting or running:
+        while waiting and len(running) < cpus + 2:
+            i = waiting.pop(0)
+            running[remote.remote(extractor, root, about, shards[i], which, own[i], device)] = i
+        for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
+            parts[running.pop(done)] = ray.get(done)
+            tick(sum(counts[i] for i in parts))
+    ordered = [parts[i] for i in range(len(shards))]
+    statistics = merged([part for part, _ in ordered])
+    pixels = torch.cat([images for _, images in ordered]).flatten(1) if statistics.pixels else None
+    return Reference(statistics, fingerprint, floor(statistics.near, pixels))
+
+
+def _by_shard(chosen: Any, counts: list[int]) -> Iterator[tuple[Any, int]]:
+    """Of sorted indices over all shards, those within each, and the index of the shard's first row."""
+    first = 0
+    for count in counts:
+        yield chosen[(chosen >= first) & (chosen < first + count)], first
+        first += count
+
+
+def statistics_of(
+    extractor: str, root: str, manifest: Manifest, shard: Shard, which: str, near: np.ndarray, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """`statistics` of a shard as a Ray task: on one thread, from the extractor's folder; without the predictions, which only
+    samples need. And the images [len(near), c, h, w], where their pixels are compared.
+    """
+    import torch
+
+    from mmdistill_core.artifact import load_extractor
+    from mmdistill_core.engine.batches import centred
+    from mmdistill_core.metrics.statistics import merged, statistics
+
+    torch.set_num_threads(1)
+    device = device_of_task(device)
+    images, network = read_shards(root, manifest, [shard], which).images, load_extractor(fetch(extractor)).to(device)
+    values, kept, parts = torch.from_numpy(images.copy()), torch.from_numpy(near.copy()), []
+    for first in range(0, len(values), ROWS):
+        part = centred(values[first : first + ROWS].to(device))
+        parts.append(statistics(network, part, near=kept[(kept >= first) & (kept < first + ROWS)] - first))
+    whole = replace(merged(parts), logits=None, predicted=None)
+    return whole, centred(values[kept]) if whole.pixels else None
+
+
+def floor(features: Any, pixels: Any) -> dict[str, float]:
+    """The distance of one half to the other, mean over FLOORS splits."""
+    import torch
+
+    from mmdistill_core.metrics.frechet import frechet_distance, moments
+    from mmdistill_core.rng import generator
+
+    out: dict[str, list[float]] = {}
+    for seed in range(FLOORS):
+        order = torch.randperm(len(features), generator=generator(seed, 4))
+        half = len(order) // 2
+        for name, values in (("frechet", features), ("frechet_pixels", pixels)):
+            if values is not None:
+                a, b = values[order[:half]], values[order[half : 2 * half]]
+                out.setdefault(name, []).append(frechet_distance(moments(a), moments(b)))
+    return {name: float(np.mean(values)) for name, values in out.items()}

@@ -25,7 +25,8 @@ from workflows.runtime.shards import held_out, load_shard, read_all
 from workflows.runtime.storage import listing, write
 from workflows.runtime.uri import join
 from workflows.stages import ingest
-from workflows.stages.ingest import Preparation, parse_share, parse_split, prepare_data_set
+from workflows.stages.ingest import prepare_data_set
+from workflows.stages.preparation import Preparation, parse_share, parse_split
 
 pytestmark = pytest.mark.ray
 
@@ -260,6 +261,46 @@ def test_a_run_on_a_data_set_held_in_memory_and_streamed(source, prepare, tmp_pa
     results = [json.loads(p.read_text()) for p in (runner.workspace / "stages").glob("teacher-*/result.json")]
     assert len({r["identity"] for r in results}) == 2
     assert {r["images"] for r in results} == {held["images"]} == {3840}
+
+
+def test_statistics_of_a_data_set_are_those_that_a_run_would_build(source, prepare, tmp_path, ray_cluster):
+    """Asked for later, the shards are left; runs take them as they are, and refuse others than the manifest names."""
+    bare = prepare(source[0], tmp_path / "bare", channels=1)
+    assert bare.statistics == {}
+    prepare(source[0], tmp_path / "set", channels=1)
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "set/shards").iterdir()}
+    manifest = prepare(source[0], tmp_path / "set", channels=1, extractor="pixels")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "set/shards").iterdir()} == times
+    assert manifest == read_manifest(tmp_path / "set")
+    assert {name: about["count"] for name, about in manifest.statistics["rows"].items()} == {
+        "all": 240, "holdout": manifest.held_out, "rest": 240 - manifest.held_out,
+    }  # fmt: skip
+    identities = []
+    for name in ("bare", "set"):
+        runner = Runner(tmp_path / f"runs-{name}")
+        runner(f"data.source=dataset://{tmp_path}/{name}", "data.extractor=pixels", until="prepare")
+        result = json.loads(next((runner.workspace / "stages").glob("prepare-*/result.json")).read_text())
+        identities.append(result["statistics"]["all"]["identity"])
+    assert identities == [manifest.statistics["rows"]["all"]["identity"]] * 2
+    path = tmp_path / "set/statistics/all/statistics.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="statistics differ from the manifest"):
+        Runner(tmp_path / "again")(f"data.source=dataset://{tmp_path}/set", "data.extractor=pixels", until="prepare")
+
+
+def test_runs_on_a_data_set_measure_in_its_own_features(source, prepare, tmp_path, ray_cluster):
+    manifest = prepare(source[0], tmp_path / "set", channels=1, extractor="classifier", seed=3)
+    assert 0 <= manifest.statistics["accuracy"] <= 1
+    runner = Runner(tmp_path / "runs")
+    runner(f"data.source=dataset://{tmp_path}/set", "seed=5", until="prepare")
+    result = json.loads(next((runner.workspace / "stages").glob("prepare-*/result.json")).read_text())
+    assert result["extractor"] == manifest.statistics["weights"]
+    assert result["statistics"]["all"]["identity"] == manifest.statistics["rows"]["all"]["identity"]
+    assert "classifier" in result["summary"]
+    with pytest.raises(UserError, match="needs labels"):
+        prepare(source[0], tmp_path / "none", labels="none", extractor="mixture")
+    with pytest.raises(ConfigError, match="belong together"):
+        Preparation("a", "b", 8, extractor="inception")
 
 
 def test_a_data_set_that_is_not_there(tmp_path):

@@ -15,9 +15,11 @@ from mmdistill_core.metrics.frechet import moments
 from mmdistill_core.networks.inception import Inception
 from mmdistill_core.networks.pixels import Pixels
 from workflows.config import load_config
+from workflows.extractors import Wanted, make_extractor
 from workflows.reference import (
     ABOUT,
     Reference,
+    build_reference,
     check_inputs,
     check_reference,
     load_reference,
@@ -25,7 +27,6 @@ from workflows.reference import (
 )
 from workflows.runtime.errors import UserError
 from workflows.runtime.shards import Arrays, Rows, manifest_of, save_shard
-from workflows.stages import prepare
 from workflows.stages.evaluate import CHUNK, _against, chunk_of, measure, sampled
 
 ABOUT_PIXELS = {
@@ -52,7 +53,7 @@ def data_set(root, values, rows=40):
 
 def built(folder, extractor, n=30, near=20, **about):
     save_extractor(folder / "extractor", extractor, provenance={})
-    reference = prepare.build_reference(
+    reference = build_reference(
         *data_set(folder / "data", images(n), rows=7),
         "all",
         extractor=str(folder / "extractor"),
@@ -186,8 +187,8 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
     save_file(Inception().state_dict(), tmp_path / "w.safetensors")
     config = load_config("digits", ["data.extractor=inception", f"data.extractor_weights={tmp_path}/w.safetensors"])
     check_inputs(config)
-    run = SimpleNamespace(context=SimpleNamespace(config=config))
-    extractor, accuracy = prepare.make_extractor(run, "", None, None)
+    wanted = Wanted("inception", config.data.extractor_weights, 1, 0)
+    extractor, accuracy = make_extractor(wanted, "", None, tick=None)
     assert accuracy is None
     built(tmp_path, extractor, n=12, near=10)
     reference = load_reference(tmp_path / "statistics" / "all")
@@ -259,7 +260,7 @@ def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_
     from workflows.runtime.job import build_state, validator
 
     save_extractor(tmp_path / "extractor", Pixels(), provenance={})
-    real = prepare.build_reference(
+    real = build_reference(
         *data_set(tmp_path / "data", images(90, size=8)), "all",
         extractor=str(tmp_path / "extractor"), near=20, seed=0, fingerprint=ABOUT_PIXELS, cpus=2,
         tick=lambda _: None,

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 HASHED = ("*.json", "*.safetensors", "*.txt", "*.model")
 """The files of a model that its fingerprint is made of."""
 
+ENCODED = 16
+"""Images or captions that an encoder takes at once."""
+
 
 class Latents:
     """The latents (z - shift) scale of a diffusers AutoencoderKL: z is the `mean` of the code, or a `sample` of it.
@@ -138,6 +141,46 @@ def _noise(key: str, shape: Any) -> torch.Tensor:
 
     seed = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Encoders:
+    """A VAE and a text encoder, or one of them, from folders of the user's; `size` of the images."""
+
+    def __init__(self, latents: str | None, text: str | None, *, size: int, device: str = "cpu") -> None:
+        self.size = size
+        self.latents = Latents(latents, device=device) if latents else None
+        self.text = TextEmbeddings(text, device=device) if text else None
+
+    def columns(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of the columns that they make. Raises UserError for a size that the VAE does not take."""
+        out: dict[str, dict[str, Any]] = {}
+        if self.latents:
+            out["latent"] = {
+                "shape": list(self.latents.shape(self.size)),
+                "dtype": "float16",
+                "of": self.latents.fingerprint,
+            }
+        if self.text:
+            one = self.text([""])
+            for name, part, dtype in (("text", "embedding", "float16"), ("text_mask", "mask", "bool")):
+                out[name] = {"shape": list(one[part].shape[1:]), "dtype": dtype, "of": self.text.fingerprint}
+        return out
+
+    def __call__(
+        self, images: np.ndarray, keys: Sequence[str], captions: Sequence[str | None]
+    ) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        out: dict[str, list[np.ndarray]] = {}
+        for first in range(0, len(keys), ENCODED):
+            part = slice(first, first + ENCODED)
+            if self.latents:
+                out.setdefault("latent", []).append(self.latents(images[part], keys[part]).astype(np.float16))
+            if self.text:
+                text = self.text(captions[part])
+                out.setdefault("text", []).append(text["embedding"].astype(np.float16))
+                out.setdefault("text_mask", []).append(text["mask"])
+        return {name: np.concatenate(parts) for name, parts in out.items()}
 
 
 def _needs(package: str, extra: str) -> None:

@@ -49,6 +49,8 @@ class Manifest:
     fingerprint      of the images and labels, whatever their order and however they are cut into shards; `held_fingerprint` of
                      those held out
     columns          further columns by name: latent, text, caption; shape, dtype, and what made them
+    statistics       extractor, weights (their hash), accuracy on rows held out, and of each set of rows count, near (features
+                     that are kept) and identity (hash of the files); empty: none were asked for
     skipped          {"count", "listed": [{"path", "reason"}]}: images that could not be read
     """
 
@@ -65,6 +67,7 @@ class Manifest:
     classes: tuple[str, ...] = ()
     preprocessing: str = "whole images"
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, Any] = field(default_factory=lambda: {"count": 0, "listed": []})
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -13,12 +13,12 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from workflows.config import ConfigError, digest
 from workflows.ingest import Listing, Unit, list_source, read_unit
+from workflows.ingest.encoders import Encoders
 from workflows.runtime import s3, storage
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
@@ -26,131 +26,24 @@ from workflows.runtime.manifest import FEWEST, Manifest, is_data_set, read_manif
 from workflows.runtime.progress import Screen, short
 from workflows.runtime.shards import Rows, held_out, manifest_of, save_shard
 from workflows.runtime.uri import join, shown
-from workflows.runtime.workspace import code_version, git_commit
+from workflows.runtime.workspace import git_commit
+from workflows.stages.preparation import Preparation
+from workflows.stages.statistics import statistics_for
 
-CODE = (
-    "workflows/stages/ingest.py",
-    "workflows/ingest",
-    "workflows/runtime/shards.py",
-    "workflows/runtime/manifest.py",
-)
 UNIT = 2**20
 """Bytes of the source that are never divided further."""
 PARTS, SMALL = 16, 1000
 """A source that would fill few shards is cut into so many parts, of at least so many images, for the sake of those who wait."""
 GUESS = 100_000
 """Bytes of an image of a source that doesn't tell its count."""
-ENCODED = 16
-"""Images or captions that an encoder takes at once."""
 LISTED = 1000
 """Skipped images that the manifest names."""
 
 
-@dataclass(frozen=True)
-class Preparation:
-    """What to make of a source. Raises ConfigError for values that can't be."""
-
-    source: str
-    dest: str
-    size: int
-    channels: int = 3
-    crop: Literal["center", "random"] = "center"
-    flip: bool = False
-    labels: str | None = None
-    captions: str | None = None
-    label_column: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    encoding: str = "png"
-    holdout: float = 0.1
-    limit: int | None = None
-    max_bad: float = 0.01
-    shard_mb: float = 64
-    seed: int = 0
-    latents: str | None = None
-    text_encoder: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise ConfigError(f"--channels: {self.channels} is not one of 1, 3")
-        if self.crop not in ("center", "random"):
-            raise ConfigError(f"--crop: {self.crop!r} is not one of center, random")
-        if self.encoding not in ("png", "uint8"):
-            raise ConfigError(f"--encoding: {self.encoding!r} is not one of png, uint8")
-        if not 0 <= self.max_bad < 1:
-            raise ConfigError(f"--max-bad: {self.max_bad:g} is not a share")
-        if self.latents and self.channels != 3:
-            raise ConfigError("--latents: a VAE takes images of 3 channels")
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.size, self.size
-
-    @property
-    def preprocessing(self) -> str:
-        square = {"center": "central square", "random": "square at random"}[self.crop]
-        return f"upright, over white, {square}, Lanczos" + (", and mirrored" if self.flip else "")
-
-    @property
-    def encoded(self) -> bool:
-        return bool(self.latents or self.text_encoder)
-
-    @property
-    def rows(self) -> int:
-        """Of a shard."""
-        return max(1, int(self.shard_mb * 2**20 / math.prod(self.shape)))
-
-    def key(self, listing: Listing, columns: dict[str, Any]) -> str:
-        """Of all that decides what is written; `columns` of the encoders (Encoders.columns)."""
-        apart = ("source", "dest", "max_bad", "latents", "text_encoder")
-        ways = {name: value for name, value in asdict(self).items() if name not in apart}
-        return digest([listing.fingerprint, ways, columns, code_version(*CODE)])
-
-
-class Encoders:
-    """The models that a preparation runs beside, from folders of the user's: a VAE and a text encoder, or neither."""
-
-    def __init__(self, p: Preparation, device: str = "cpu") -> None:
-        from workflows.ingest.encoders import Latents, TextEmbeddings
-
-        self.p = p
-        self.latents = Latents(p.latents, device=device) if p.latents else None
-        self.text = TextEmbeddings(p.text_encoder, device=device) if p.text_encoder else None
-
-    def columns(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of the columns that they make. Raises UserError for a size that the VAE does not take."""
-        out: dict[str, dict[str, Any]] = {}
-        if self.latents:
-            out["latent"] = {
-                "shape": list(self.latents.shape(self.p.size)),
-                "dtype": "float16",
-                "of": self.latents.fingerprint,
-            }
-        if self.text:
-            one = self.text([""])
-            for name, part, dtype in (("text", "embedding", "float16"), ("text_mask", "mask", "bool")):
-                out[name] = {"shape": list(one[part].shape[1:]), "dtype": dtype, "of": self.text.fingerprint}
-        return out
-
-    def __call__(
-        self, images: np.ndarray, keys: Sequence[str], captions: Sequence[str | None]
-    ) -> dict[str, np.ndarray]:
-        out: dict[str, list[np.ndarray]] = {}
-        for first in range(0, len(keys), ENCODED):
-            part = slice(first, first + ENCODED)
-            if self.latents:
-                out.setdefault("latent", []).append(self.latents(images[part], keys[part]).astype(np.float16))
-            if self.text:
-                text = self.text(captions[part])
-                out.setdefault("text", []).append(text["embedding"].astype(np.float16))
-                out.setdefault("text_mask", []).append(text["mask"])
-        return {name: np.concatenate(parts) for name, parts in out.items()}
-
-
 @lru_cache(maxsize=1)
-def _encoders(p: Preparation, device: str) -> Encoders:
+def _encoders(latents: str | None, text: str | None, size: int, device: str) -> Encoders:
     """A task's process keeps them for the next."""
-    return Encoders(p, device)
+    return Encoders(latents, text, size=size, device=device)
 
 
 @dataclass
@@ -191,23 +84,18 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
             filesystem=s3.filesystem(p.source)[0],
         )
     with screen.status("loading the encoders"):
-        columns = Encoders(p).columns() if p.encoded else {}
+        columns = Encoders(p.latents, p.text_encoder, size=p.size).columns() if p.encoded else {}
     if p.text_encoder and not listing.captioned:
         raise UserError(f"--text-encoder: {shown(p.source)} has no captions", hint="name them with --captions")
     plan = p.key(listing, columns)
     if is_data_set(p.dest):
-        there = read_manifest(p.dest)
-        if there.options.get("plan") == plan:
-            screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
-            return there
-        raise UserError(
-            f"{shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
-            hint="name another folder, or remove that one",
-        )
+        return _there(p, plan, screen)
     for note in listing.notes:
         screen.line(f"[yellow]![/] {note}")
     tally = _write_parts(p, listing, plan, screen)
     manifest = _manifest(p, listing, plan, columns, tally)
+    if p.extractor:
+        manifest = replace(manifest, statistics=statistics_for(p, manifest, screen))
     write_manifest(p.dest, manifest)
     _tidy(p.dest, manifest)
     said = f", {tally.bad:,} could not be read" if tally.bad else ""
@@ -216,6 +104,23 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
         f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{said}  [dim]{manifest.fingerprint}[/]"
     )
     return manifest
+
+
+def _there(p: Preparation, plan: str, screen: Screen) -> Manifest:
+    """The data set that is there already, with the statistics that are asked for."""
+    there = read_manifest(p.dest)
+    if there.options.get("plan") != plan:
+        raise UserError(
+            f"{shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
+            hint="name another folder, or remove that one",
+        )
+    screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
+    if p.extractor is None or there.statistics.get("options") == p.features:
+        return there
+    there = replace(there, statistics=statistics_for(p, there, screen))
+    write_manifest(p.dest, there)
+    screen.line(f"[green]✓[/] its reference statistics are in features of {p.extractor}")
+    return there
 
 
 def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) -> Tally:
@@ -286,7 +191,7 @@ def write_part(
     p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str = "cpu"
 ) -> dict[str, Any]:
     """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
-    encoders = _encoders(p, device_of_task(device)) if p.encoded else None
+    encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=bool(listing.captioned), encoders=encoders)
     bad, listed = 0, list[dict[str, str]]()
     fs = s3.filesystem(p.source)[0]
@@ -379,7 +284,11 @@ def _manifest(p: Preparation, listing: Listing, plan: str, columns: dict[str, An
         columns=columns | ({"caption": {"from": listing.captioned}} if listing.captioned else {}),
         skipped={"count": tally.bad, "listed": tally.listed()},
         options={"plan": plan, "of": listing.fingerprint, "kind": listing.kind, "labels": listing.labelled}
-        | {name: value for name, value in asdict(p).items() if name not in ("source", "dest") and value is not None},
+        | {
+            name: value
+            for name, value in asdict(p).items()
+            if name not in ("source", "dest", "extractor", "extractor_weights") and value is not None
+        },
         versions=versions(),
     )
 
@@ -398,25 +307,6 @@ def _tidy(dest: str, manifest: Manifest) -> None:
         if f"shards/{name}" not in wanted:
             storage.delete(join(dest, "shards", name))
     storage.delete(join(dest, ".parts"))
-
-
-def parse_share(option: str, text: str) -> float:
-    """ "1%" or "0.01" as 0.01. Raises ConfigError."""
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = math.nan
-    if not 0 <= share < 1:
-        raise ConfigError(f"{option}: {text!r} is no share, such as 1% or 0.01")
-    return share
-
-
-def parse_split(text: str) -> float:
-    """ "train,holdout=0.1": the share that is held out. Raises ConfigError."""
-    parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
-    if not set(parts) <= {"train", "holdout"} or parts.get("train", "") != "":
-        raise ConfigError(f"--split: {text!r} should read train, or train,holdout=0.1")
-    return parse_share("--split", parts["holdout"] or "0.1") if "holdout" in parts else 0.0
 
 
 def shown_manifest(manifest: Manifest) -> dict[str, Any]:
