@@ -87,6 +87,7 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
             folder = context.workspace.report(config.recipe)
             shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
             summary["report"] = join(context.workspace.uri, "reports", config.recipe, "report.html")
+            summary["report_here"] = str(folder / "report.html")
             write_json(folder / "summary.json", summary)
             context.workspace.share_report(config.recipe)
             for name in ("report.html", "summary.json"):

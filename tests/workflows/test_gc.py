@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from small import ROOT
+from stores import bucket, use
 
 from workflows.cli import main
 from workflows.config import load_config
@@ -21,6 +22,7 @@ from workflows.pipeline import RunOptions, run_pipeline
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
 from workflows.runtime.registry import Registry
+from workflows.runtime.storage import listing, publish
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace
 from workflows.stages.gc import _swept, make_plan, run_gc
@@ -333,9 +335,35 @@ def test_the_command_asks_and_yes_answers(workspace):
     assert not any((workspace / "ray").iterdir())
 
 
-def test_a_workspace_in_an_object_store_is_refused():
-    with pytest.raises(UserError, match="in an object store"):
-        collect("s3://bucket/workspace")
+def test_a_workspace_in_an_object_store(left, workspace, moto_server, monkeypatch, tmp_path):
+    """The same plan as of the same files in a folder, and what it names is gone from the store."""
+    monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
+    use(monkeypatch, moto_server)
+    place = bucket(moto_server, "gc") + "/runs"
+    other = shutil.copytree(next((workspace / "stages").glob("report-*")), workspace / "stages" / f"report-{'0' * 12}")
+    publish(workspace, place, skip=lambda name: name.startswith("mlflow") or name == ".lock")
+    expected, _ = collect(workspace, agree=False)
+    plan, _ = collect(place, agree=False)
+    assert {(i.what, i.bytes, i.why) for i in plan.items} == {(i.what, i.bytes, i.why) for i in expected.items}
+    assert f"stages/{Path(other).name}" in names(plan)
+    before = set(listing(place))
+    plan, _ = collect(place)
+    gone = before - set(listing(place))
+    assert gone == {name for name in before if any(name.startswith(f"{what}/") for what in names(plan))}
+    assert not any(name.startswith("ray/") for name in listing(place))
+    assert names(collect(place)[0]) == set()
+    assert names(collect(place, keep_days=0)[0]) == set()
+    with pytest.raises(UserError, match="not a workspace"):
+        collect(bucket(moto_server, "gc") + "/nothing")
+
+
+def test_young_objects_stay(left, moto_server, monkeypatch, tmp_path):
+    monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
+    use(monkeypatch, moto_server)
+    place = bucket(moto_server, "gc-young") + "/runs"
+    publish(left, place, skip=lambda name: name.startswith("mlflow") or name == ".lock")
+    assert names(collect(place, agree=False)[0])
+    assert names(collect(place, agree=False, keep_days=1)[0]) == set()
 
 
 def test_a_folder_that_is_no_workspace_is_left_alone(tmp_path):

@@ -14,7 +14,8 @@ from rich.console import Console
 from small import ROOT
 
 from workflows.cli import main
-from workflows.runtime.registry import Export, now, public
+from workflows.runtime.registry import Export, now
+from workflows.runtime.uri import shown
 from workflows.stages import lineage as stage
 from workflows.stages.drawing import draw
 from workflows.stages.promote import promote
@@ -175,8 +176,8 @@ def test_a_workspace_without_anything(tmp_path, capsys):
 
 
 def test_an_address_is_shown_without_its_password():
-    assert public("postgresql://ada:secret@host:5432/db") == "postgresql://host:5432/db"
-    assert public("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
+    assert shown("postgresql://ada:secret@host:5432/db") == "postgresql://host:5432/db"
+    assert shown("sqlite:////home/a@b/mlflow.db") == "sqlite:////home/a@b/mlflow.db"
 
 
 def test_an_export_is_whole_hashed_and_recorded(shelf, tmp_path, capsys):

@@ -12,10 +12,11 @@ from servers import Proxy, TrackingServer
 from small import ROOT, Runner
 
 from workflows.runtime import outbox, tracking
+from workflows.runtime import uri as uris
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
 from workflows.runtime.registry import Registry
-from workflows.runtime.tracking import Tracker, outbox_of, without_secrets
+from workflows.runtime.tracking import Tracker, outbox_of
 from workflows.stages.deliver import deliver
 
 PASSWORD = "s3cret/Word"
@@ -333,7 +334,7 @@ def planted(uri):
     ],
 )
 def test_an_address_without_its_secrets(uri, shown):
-    assert without_secrets(uri) == shown
+    assert uris.shown(uri) == shown
 
 
 def test_a_password_in_the_address_is_used_and_is_nowhere(tmp_path, opened, proxy, said, monkeypatch, capfd):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from workflows.ingest.spread import evenly
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,11 @@ def listing_from_dict(values: dict[str, Any]) -> Listing:
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def taken(listing: Listing, unit: Unit) -> np.ndarray:
+    """Which members or rows of its file a unit reads, of a source that tells how many items it has."""
+    assert unit.last is not None
+    assert listing.available is not None
+    last = unit.offset + unit.last - unit.first
+    return evenly(listing.available, listing.limit, first=unit.offset, last=last) - unit.offset + unit.first

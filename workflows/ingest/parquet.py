@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from workflows.ingest.columns import Columns, columns_of, items
 from workflows.ingest.files import File, Files, clean, line
 from workflows.ingest.labels import MOST_CLASSES, Ask, label_table, numbered
-from workflows.ingest.listing import Item, Listing, Unit
+from workflows.ingest.listing import Item, Listing, Unit, taken
 from workflows.ingest.spread import evenly, grouped
 from workflows.runtime.errors import UserError
 
@@ -120,23 +120,19 @@ def check_same(name: str, schema: Any, first_name: str, first: Any, columns: Col
 
 def read_parquet(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     (name,) = unit.files
-    assert unit.last is not None
-    assert listing.available is not None
-    last = unit.offset + unit.last - unit.first
-    index = evenly(listing.available, listing.limit, first=unit.offset, last=last) - unit.offset + unit.first
-    taken = index.tolist()
+    chosen = taken(listing, unit).tolist()
     footer = _footer(files, name)
     if not unit.last or footer.error:
         error = footer.error or "changed since it was listed"
-        yield from (Item(f"{clean(name)}#{i}", None, error=error) for i in taken or [0])
+        yield from (Item(f"{clean(name)}#{i}", None, error=error) for i in chosen or [0])
         return
     start = 0
     for group, rows in enumerate(footer.rows):
-        wanted = [i for i in taken if start <= i < start + rows]
+        wanted = [i for i in chosen if start <= i < start + rows]
         if wanted:
             yield from _row_group(listing, files, name, group, start, wanted)
         start += rows
-    yield from (Item(f"{clean(name)}#{i}", None, error="changed since it was listed") for i in taken if i >= start)
+    yield from (Item(f"{clean(name)}#{i}", None, error="changed since it was listed") for i in chosen if i >= start)
 
 
 def _row_group(

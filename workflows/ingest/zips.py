@@ -13,7 +13,7 @@ from workflows.ingest.decode import MAX_BYTES
 from workflows.ingest.files import File, Files, clean, inside, line
 from workflows.ingest.images import at, is_image, picked
 from workflows.ingest.labels import Ask, Described, describe
-from workflows.ingest.listing import Item, Listing, Unit
+from workflows.ingest.listing import Item, Listing, Unit, taken
 from workflows.ingest.spread import evenly, grouped
 from workflows.ingest.tables import MAX_TABLE, Table, parse_table
 from workflows.runtime.errors import UserError
@@ -97,17 +97,14 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
 
 def read_zip(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     (name,) = unit.files
-    assert unit.last is not None
-    assert listing.available is not None
-    last = unit.offset + unit.last - unit.first
-    taken = evenly(listing.available, listing.limit, first=unit.offset, last=last) - unit.offset + unit.first
+    members = taken(listing, unit)
     try:
         archive, lost = _cached(files, name, listing.fingerprint), ""
     except BROKEN as error:
         archive, lost = None, f"broken since it was listed: {line(error)}"
     except OSError as error:
         archive, lost = None, files.lost(error)
-    for i, number in enumerate(taken.tolist()):
+    for i, number in enumerate(members.tolist()):
         label, caption = at(unit.labels, i), at(unit.captions, i)
         if archive is None or number >= len(archive.members):
             yield Item(f"{clean(name)}#{number}", None, label, caption, lost or "changed since it was listed")

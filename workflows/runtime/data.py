@@ -152,7 +152,7 @@ class StreamedBatches:
         self._next = -1
         self._blocks: Iterator[Block] = iter(())
         self._rest: list[Block] = []
-        self.waited = 0.0
+        self.waited = 0.0  # seconds that its caller did, in all
 
     def __call__(self, n_images: int) -> Any:
         import time
@@ -162,12 +162,11 @@ class StreamedBatches:
         from mmdistill_core.engine.batches import centred
         from mmdistill_core.methods.base import Batch
 
+        since = time.perf_counter()
         if n_images != self._next:
             self._seek(n_images // self.world)
-        since = time.perf_counter()
         while sum(len(labels) for _, labels in self._rest) < self.local:
             self._rest.append(next(self._blocks))
-        self.waited += time.perf_counter() - since
         images, labels = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*self._rest, strict=True))
         x, label = torch.from_numpy(images[: self.local].copy()), torch.from_numpy(labels[: self.local].copy())
         self._rest = [(images[self.local :], labels[self.local :])]
@@ -175,7 +174,9 @@ class StreamedBatches:
         if str(self.device).startswith("cuda"):
             x, label = x.pin_memory(), label.pin_memory()
         x, label = x.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
-        return Batch(centred(x), label if self.labelled else None)
+        batch = Batch(centred(x), label if self.labelled else None)
+        self.waited += time.perf_counter() - since
+        return batch
 
     def _seek(self, position: int) -> None:
         self.close()
@@ -202,6 +203,8 @@ class StreamedBatches:
         _context()
         root, manifest, which = self.root, self.manifest, self.plan.which
         while True:
+            if not ray.is_initialized():  # it would start one of its own
+                raise RuntimeError("Ray was shut down while images were read")
             held = ray.put((manifest, [self.plan[m + i] for i in range(PASS)]))
 
             def blocks(batch: Any, held: Any = held) -> Iterator[Any]:

@@ -90,7 +90,7 @@ class Registry:
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker, self.client = tracker, tracker.client
-        self.uri = public(tracker.uri)
+        self.uri = tracker.uri
 
     # Versions
 
@@ -111,8 +111,8 @@ class Registry:
             params=ParamSchema([ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, -1.0)]),
         )
         root = Path(__file__).resolve().parents[2]
-        with self.tracker._reachable(), _silent():
-            self.tracker._point()
+        with self.tracker.reachable(), _silent():
+            self.tracker.make_current()
             with mlflow.start_run(run_id=run_id, log_system_metrics=False):
                 info = mlflow.pyfunc.log_model(
                     name=name.rsplit("-", 1)[-1],
@@ -140,13 +140,13 @@ class Registry:
 
     def names(self) -> list[str]:
         """All registered models."""
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             return sorted(m.name for m in _pages(lambda token: self.client.search_registered_models(page_token=token)))
 
     def versions(self, name: str | None = None, **tags: str) -> list[Version]:
         """The versions of a model, or of all, that have all of these tags; the oldest first."""
         where = f"name = '{name}'" if name else None
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             found = _pages(lambda token: self.client.search_model_versions(where, page_token=token))
             versions = [_version(v) for v in found if all(v.tags.get(key) == value for key, value in tags.items())]
         return sorted(versions, key=lambda v: (v.name, int(v.version)))
@@ -159,11 +159,11 @@ class Registry:
         return next(reversed(self.versions(name, **tags)), None)
 
     def version_tags(self, name: str, version: str) -> dict[str, str]:
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             return dict(self.client.get_model_version(name, version).tags)
 
     def set_tags(self, version: Version, tags: dict[str, str]) -> None:
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             for key, value in tags.items():
                 self.client.set_model_version_tag(version.name, version.version, key, value)
 
@@ -208,11 +208,11 @@ class Registry:
         """The model folder (weights.safetensors, model.json) of a registry URI, below `into`."""
         import mlflow
 
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             self.client.get_experiment(self.tracker.experiment)  # tells "not there" from "does not answer"
         try:
             with _silent():
-                self.tracker._point()
+                self.tracker.make_current()
                 local = mlflow.artifacts.download_artifacts(artifact_uri=model_uri, dst_path=str(into))
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise UserError(
@@ -260,7 +260,7 @@ class Registry:
         """Without a record: for `move`. MLflow fails one of two who create an alias at once, as its row is there: tried again."""
         from mlflow.exceptions import MlflowException
 
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             for wait in (0.1, 0.3, 1.0, 0.0):
                 try:
                     return self.client.set_registered_model_alias(name, alias, version)
@@ -274,7 +274,7 @@ class Registry:
         return [move for _, move in sorted(self._records(name).items(), key=lambda item: item[0].rsplit(".", 1)[-1])]
 
     def _record(self, name: str, key: str, move: Move) -> None:
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             self.client.set_registered_model_tag(name, key, json.dumps(asdict(move)))
 
     def _records(self, name: str, alias: str | None = None) -> dict[str, Move]:
@@ -291,7 +291,7 @@ class Registry:
         """What the call gives, or None where the store answers that there is no such thing."""
         from mlflow.exceptions import MlflowException
 
-        with self.tracker._reachable():
+        with self.tracker.reachable():
             try:
                 return call()
             except MlflowException as error:
@@ -303,11 +303,6 @@ class Registry:
 def exports(version: Version) -> list[Export]:
     """The oldest first."""
     return [export for _, export in sorted(_read(version.tags, EXPORT, Export).items())]
-
-
-def public(uri: str) -> str:
-    """A store's address as it may be shown: without a user and a password."""
-    return re.sub(r"//[^/@]*@", "//", uri)
 
 
 def now() -> str:

@@ -23,10 +23,11 @@ AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as its store lists it; `tag` changes with its content."""
+    """A file as its store lists it; `tag` changes with its content; `changed` in seconds since 1970, 0 if that is not known."""
 
     size: int
     tag: str
+    changed: float = 0.0
 
 
 def cache_folder() -> Path:
@@ -188,8 +189,9 @@ def listing(uri: str | Path) -> dict[str, Entry]:
     entries = {}
     for name, info in found.items():
         if info["type"] == "file" and name.rstrip("/") != path:
-            tag = info.get("ETag") or info.get("mtime") or info.get("created") or ""
-            entries[name[len(path) :].lstrip("/")] = Entry(int(info["size"] or 0), str(tag).strip('"'))
+            tag, when = info.get("ETag") or info.get("mtime") or info.get("created") or "", info.get("LastModified")
+            changed = float(info.get("mtime") or 0) if when is None else when.timestamp()
+            entries[name[len(path) :].lstrip("/")] = Entry(int(info["size"] or 0), str(tag).strip('"'), changed)
     return entries
 
 
@@ -218,6 +220,25 @@ def pull(uri: str, folder: Path, *, skip: Callable[[str], bool] = lambda name: F
     """All files below `uri`, into a local folder."""
     names = [name for name in listing(uri) if not skip(name)]
     _all([lambda name=name: download(join(uri, name), _within(folder, name)) for name in names])  # type: ignore[misc]
+
+
+def skeleton(uri: str, folder: Path, *, whole: Callable[[str], bool]) -> None:
+    """All files below `uri` in a local folder by name, size and date; with their content those alone that `whole` says."""
+    entries = listing(uri)
+    _all([lambda name=name: download(join(uri, name), _within(folder, name)) for name in entries if whole(name)])  # type: ignore[misc]
+    newest: dict[Path, float] = {}
+    for name, entry in entries.items():
+        path = _within(folder, name)
+        if not whole(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(entry.size)  # takes no room
+        for part in (path, *path.parents):
+            newest[part] = max(newest.get(part, 0), entry.changed)
+            if part == folder:
+                break
+    for part, when in newest.items():
+        os.utime(part, (when, when))
 
 
 def fetch(uri: str | Path) -> Path:

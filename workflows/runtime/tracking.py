@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 from workflows.runtime.delivery import QUEUED, Delivery, brief, meaning
 from workflows.runtime.errors import UserError
 from workflows.runtime.outbox import MOST, Away, Operation, Outbox, Refused
+from workflows.runtime.uri import shown
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -61,12 +62,12 @@ class Tracker:
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # the error is told, in a line
-        self.uri, self._mlflow, self._secrets = without_secrets(uri), mlflow, _secrets(uri)
+        self.uri, self._mlflow, self._secrets = shown(uri), mlflow, _secrets(uri)
         self._address = _with_credentials_aside(uri)
         self._outbox: Outbox | None = None
         self._runs: dict[str, str] = {}
-        with self._reachable():
-            self._point()
+        with self.reachable():
+            self.make_current()
             self.client = MlflowClient(tracking_uri=self._address, registry_uri=self._address)
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
@@ -85,7 +86,7 @@ class Tracker:
                 self._runs |= line
             self._outbox = Outbox(self._folder, self._delivery.deliver, name=f"tracking: {self.uri}", say=say)
 
-    def _point(self) -> None:
+    def make_current(self) -> None:
         """MLflow at this store. It writes the address to the environment, where the next run of this process would find it."""
         before = os.environ.get("MLFLOW_TRACKING_URI")
         self._mlflow.set_tracking_uri(self._address)
@@ -96,7 +97,7 @@ class Tracker:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
     @contextmanager
-    def _reachable(self) -> Iterator[None]:
+    def reachable(self) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -120,7 +121,7 @@ class Tracker:
 
     def _put(self, operation: Operation) -> int:
         """Its number in the outbox; 0 if it was delivered at once."""
-        with self._reachable():
+        with self.reachable():
             if self._outbox is not None:
                 return self._outbox.put(operation)
             self._delivery.deliver([operation])
@@ -162,13 +163,13 @@ class Tracker:
         """Waits until all that was logged is delivered, for so many seconds at most: whether it is. Raises UserError for what
         was refused.
         """
-        with self._reachable():
+        with self.reachable():
             return self._outbox is None or self._outbox.wait(seconds=seconds)
 
     def unreachable(self) -> UserError:
         """The error of a stage that can't do without the store's answer."""
         try:
-            with self._reachable():
+            with self.reachable():
                 raise Away((self._outbox and self._outbox.away) or f"{self.pending} entries are not delivered yet")
         except UserError as error:
             return error
@@ -186,7 +187,7 @@ class Tracker:
         tags = {"mlflow.runName": name, "mlflow.source.name": "mmdistill"} | (tags or {})
         number = self._put({"kind": "run", "run": own, "parent": parent, "tags": tags, "time": now()})
         if self._outbox is not None:
-            with self._reachable():
+            with self.reachable():
                 self._outbox.wait(number, seconds=A_MOMENT, patient=False)
         return self.resolve(own)
 
@@ -210,7 +211,7 @@ class Tracker:
                 return False
             if told == "away" and self._outbox is not None:
                 return True
-            with self._reachable():
+            with self.reachable():
                 raise
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
@@ -243,7 +244,7 @@ class Tracker:
         except Exception as error:
             if self._outbox is not None and meaning(error) == "away":
                 return set()
-            with self._reachable():
+            with self.reachable():
                 raise
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
@@ -272,14 +273,7 @@ def now() -> int:
 
 def outbox_of(folder: Path, uri: str) -> Path:
     """Where what is queued for a store lies, below a workspace's folder of outboxes."""
-    return folder / sha256(without_secrets(uri).encode()).hexdigest()[:12]
-
-
-def without_secrets(uri: str) -> str:
-    """The address without user and password, as it may be shown and stored."""
-    scheme, mark, rest = uri.partition("://")
-    place, slash, path = rest.partition("/")
-    return scheme + mark + place.rpartition("@")[2] + slash + path
+    return folder / sha256(shown(uri).encode()).hexdigest()[:12]
 
 
 def _secrets(uri: str) -> list[str]:
@@ -301,7 +295,7 @@ def _with_credentials_aside(uri: str) -> str:
     _lent["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username or "")
     _lent["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
     os.environ.update(_lent)
-    return without_secrets(uri)
+    return shown(uri)
 
 
 _lent: dict[str, str] = {}

@@ -15,5 +15,5 @@ def join(uri: str | Path, *parts: str) -> str:
 
 
 def shown(uri: str | Path) -> str:
-    """The URI without credentials that it may hold, for screens and logs."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", str(uri))
+    """The URI, or a text with URIs, without users and passwords: as it may be shown and stored."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", str(uri))

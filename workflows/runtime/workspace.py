@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -123,6 +124,12 @@ def _heavy(name: str) -> bool:
     return name.startswith("data/shards/")
 
 
+def _record(name: str) -> bool:
+    """What says what a workspace has, and what may be resumed."""
+    parts = name.split("/")
+    return name.endswith(".json") and (parts[0] == "pipelines" or (len(parts) == 3 and parts[0] in ("stages", "ray")))
+
+
 class Workspace:
     """`root` is a folder or s3://BUCKET/PREFIX. Raises UserError if it can't be made or written, or the disk is full."""
 
@@ -164,9 +171,16 @@ class Workspace:
         return folder
 
     def remove(self, path: Path) -> None:
-        """Removes a file or folder of the workspace, and only of it; a folder is renamed first, so that none is there in part."""
+        """Removes a file or folder of the workspace, and only of it; a folder is renamed first, so that none is there in part. In a
+        store the result goes first, without which a stage is not there.
+        """
         if self.root not in path.parents:
             raise UserError(f"{path} is not in the workspace {self.root}; it is left")
+        if self.remote:
+            for name in (f"{path.relative_to(self.root)}/{RESULT}", str(path.relative_to(self.root))):
+                storage.delete(join(self.uri, name))
+        if not path.exists():
+            return
         if path.is_dir() and not path.is_symlink():
             partial = path if path.name.endswith(".partial") else path.with_name(f".{path.name}.partial")
             shutil.rmtree(path.rename(partial))
@@ -183,6 +197,18 @@ class Workspace:
             else:
                 shutil.rmtree(uri, ignore_errors=True)
         folder.path.mkdir(parents=True)
+
+    @contextlib.contextmanager
+    def tree(self) -> Iterator[Workspace]:
+        """The workspace for those who look through it: itself, or what the store has, its records whole and all else without
+        content.
+        """
+        if not self.remote:
+            yield self
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            storage.skeleton(self.uri, Path(scratch), whole=_record)
+            yield Workspace(scratch, minimum_free=0)
 
     def stages(self) -> list[StageFolder]:
         """All stage folders on this machine, finished or not."""

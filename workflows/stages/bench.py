@@ -177,19 +177,12 @@ def optimisers_of(state: Any) -> Callable[[], None]:
 def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
     import torch
 
-    from mmdistill_core.engine import InMemoryBatches
     from workflows.runtime.job import build_state
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         state = build_state(_job(_joint(config), Path(scratch), k=K))
-    images, labels = loaded(source_of(config.data))
-    batches = InMemoryBatches(
-        x=torch.from_numpy(images).float() * 2 - 1,
-        label=torch.from_numpy(labels),
-        global_batch=config.distill.for_k(K).batch,
-        seed=0,
-    )
+    batches = batches_of(config)
     systems = {
         "floor": floor_of(state, batches),
         "engine": engine_of(state, batches),
@@ -299,6 +292,21 @@ def loaded(source: Source) -> tuple[Any, Any]:
     if source.load is None:
         raise UserError("bench: takes the images of a recipe's own source, such as digits, and no data set")
     return source.load(print)
+
+
+def batches_of(config: RunConfig) -> Any:
+    """The batches that a student of K steps is trained on."""
+    import torch
+
+    from mmdistill_core.engine import InMemoryBatches
+
+    images, labels = loaded(source_of(config.data))
+    return InMemoryBatches(
+        x=torch.from_numpy(images).float() * 2 - 1,
+        label=torch.from_numpy(labels),
+        global_batch=config.distill.for_k(K).batch,
+        seed=0,
+    )
 
 
 def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:

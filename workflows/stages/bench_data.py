@@ -11,7 +11,7 @@ import statistics
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,11 @@ def bench_data(config: RunConfig, repeats: int, *, place: str | None = None) -> 
                 "tars, webdataset, 0 workers": lambda: _tars(tars, 0),
                 "tars, webdataset, 2 workers": lambda: _tars(tars, 2),
             }
+        if find_spec("streaming"):
+            readers |= {
+                "MDS, mosaicml-streaming, 0 workers": lambda: _mds(folder / "mds", 0),
+                "MDS, mosaicml-streaming, 2 workers": lambda: _mds(folder / "mds", 2),
+            }
         if place:
             for kind in ("png", "uint8"):
                 stack.callback(delete, join(place, kind))
@@ -77,7 +82,7 @@ def bench_data(config: RunConfig, repeats: int, *, place: str | None = None) -> 
         }
         for name in readers
     }
-    encoded = [name for name in found if name.startswith(("files", "tars"))]
+    encoded = [name for name in found if name.startswith(("files", "tars", "MDS"))]
     fastest = max(encoded, key=lambda name: found[name]["images_per_second"])
     over = {name: found[name]["images_per_second"] / found[fastest]["images_per_second"] for name in found}
     return {
@@ -119,6 +124,12 @@ def _make(folder: Path) -> None:
                     member = tarfile.TarInfo(f"{key}.{suffix}")
                     member.size = len(data)
                     tar.addfile(member, io.BytesIO(data))
+    if find_spec("streaming"):
+        from streaming import MDSWriter
+
+        with MDSWriter(out=str(folder / "mds"), columns={"png": "bytes", "label": "int"}) as writer:
+            for i, path in enumerate(sorted((folder / "files").iterdir())):
+                writer.write({"png": path.read_bytes(), "label": i})
     for kind, parts in made.items():
         write_manifest(
             folder / kind,
@@ -198,12 +209,34 @@ def _tars(tars: list[str], workers: int) -> Iterator[Any]:
         yield centred(torch.as_tensor(x)), torch.as_tensor(label)
 
 
-def _streamed(root: str, batch: int) -> Any:
+def _mds(root: Path, workers: int) -> Iterator[Any]:
+    import torch
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    from mmdistill_core.engine.batches import centred
+
+    class Images(StreamingDataset):
+        def __getitem__(self, at: int) -> tuple[Any, int]:
+            row = super().__getitem__(at)
+            return torch.from_numpy(np.ascontiguousarray(_pixels(row["png"]))), row["label"]
+
+    clean_stale_shared_memory()  # of the round before
+    data = Images(local=str(root), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
+    loader: Any = torch.utils.data.DataLoader(
+        data, BATCH, num_workers=workers, drop_last=True, persistent_workers=workers > 0
+    )
+    while True:
+        for x, label in loader:
+            yield centred(x), label
+
+
+def _streamed(root: str, batch: int, *, labelled: bool = True) -> Any:
     from workflows.runtime.data import StreamedBatches
     from workflows.runtime.manifest import read_manifest
 
     return StreamedBatches(root=root, manifest=read_manifest(root), which="all", global_batch=batch, seed=0, rank=0,
-                           world=1, window=WINDOW)  # fmt: skip
+                           world=1, window=WINDOW, labelled=labelled)  # fmt: skip
 
 
 def _shards(root: str) -> Iterator[Any]:
@@ -255,15 +288,13 @@ def _waits(config: RunConfig, root: str) -> float:
         total_images=10**9,
         best_role="teacher_ema",
     )
-    batches = _streamed(root, batch)
-    for _ in range(5):
-        train_step(state=state, batches=batches, seed=0, rank=0)
-    began, batches.waited = time.perf_counter(), 0.0
-    for _ in range(UPDATES):
-        train_step(state=state, batches=batches, seed=0, rank=0)
-    share = batches.waited / (time.perf_counter() - began)
-    batches.close()
-    return float(share)
+    with closing(_streamed(root, batch, labelled=False)) as batches:
+        for _ in range(5):
+            train_step(state=state, batches=batches, seed=0, rank=0)
+        began, batches.waited = time.perf_counter(), 0.0
+        for _ in range(UPDATES):
+            train_step(state=state, batches=batches, seed=0, rank=0)
+        return float(batches.waited / (time.perf_counter() - began))
 
 
 def _schedule(config: RunConfig) -> Any:

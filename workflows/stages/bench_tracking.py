@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from workflows.config import RunConfig
-from workflows.sources import source_of
 
 VALUES, ROWS = 30, 10
 """Values in a row, as a distillation logs them, and rows logged in a round."""
@@ -23,19 +22,12 @@ def bench_tracking(config: RunConfig, repeats: int, uris: dict[str, str] | None 
     """
     import torch
 
-    from mmdistill_core.engine import InMemoryBatches
+    from workflows.runtime.job import build_state
     from workflows.runtime.tracking import Tracker
-    from workflows.runtime.worker import build_state
-    from workflows.stages.bench import STEPS, K, _job, _joint, engine_of, interleaved, loaded
+    from workflows.stages.bench import STEPS, K, _job, _joint, batches_of, engine_of, interleaved
 
     torch.set_num_threads(1)
-    images, labels = loaded(source_of(config.data))
-    batches = InMemoryBatches(
-        x=torch.from_numpy(images).float() * 2 - 1,
-        label=torch.from_numpy(labels),
-        global_batch=config.distill.for_k(K).batch,
-        seed=0,
-    )
+    batches = batches_of(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         updates = engine_of(build_state(_job(_joint(config), folder, k=K)), batches)

@@ -16,8 +16,9 @@ from typing import Any
 
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
-from workflows.runtime.registry import Registry, public
-from workflows.runtime.uri import is_remote
+from workflows.runtime.registry import Registry
+from workflows.runtime.storage import listing
+from workflows.runtime.uri import is_remote, join, shown
 from workflows.runtime.workspace import RESULT, StageFolder, Workspace, changed, size_of
 
 YOUNG = 3600
@@ -27,7 +28,7 @@ DAY = 86_400
 
 @dataclass(frozen=True)
 class Item:
-    """`forget`: what there is to do beside removing the path."""
+    """`path` from the workspace's root. `forget`: what there is to do beside removing it."""
 
     what: str
     why: str
@@ -44,7 +45,8 @@ class Plan:
     kept: list[str] = field(default_factory=list)
 
     def add(self, space: Workspace, path: Path, why: str) -> None:
-        self.items.append(Item(str(path.relative_to(space.root)), why, size_of(path), path))
+        name = path.relative_to(space.root)
+        self.items.append(Item(str(name), why, size_of(path), name))
 
     @property
     def bytes(self) -> int:
@@ -60,19 +62,19 @@ def run_gc(
     keep_days: float | None = None,
 ) -> Plan:
     """Shows the plan and, if `agree` says yes to its question, removes what it names. Raises UserError while a run is on."""
-    if is_remote(workspace):
-        raise UserError(f"{workspace}: gc looks after workspaces in a folder; this one lies in an object store")
-    if not (Path(workspace) / "stages").is_dir():
+    if not (listing(join(workspace, "pipelines")) if is_remote(workspace) else (Path(workspace) / "stages").is_dir()):
         raise UserError(f"{workspace}: not a workspace", hint="name one with --workspace or MMDISTILL_HOME")
     space = Workspace(workspace, minimum_free=0)  # a full disk is what one comes here for
     with space.lock():
-        with screen.status("looking"):
-            plan = make_plan(space, tracking_uri, keep_days)
+        with screen.status("looking"), space.tree() as tree:
+            plan = make_plan(tree, tracking_uri, keep_days)
+            _tracking(space, keep_days or 0, plan)
         show(plan, screen)
         if plan.items and agree(f"Remove these {len(plan.items)}, {_size(plan.bytes)}?"):
             for item in plan.items:
-                if item.path and item.path.exists():
-                    space.remove(item.path)
+                space.check_held()
+                if item.path:
+                    space.remove(space.root / item.path)
                 if item.forget:
                     item.forget()
             screen.line(f"removed {len(plan.items)}, {_size(plan.bytes)}")
@@ -82,6 +84,7 @@ def run_gc(
 
 
 def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | None) -> Plan:
+    """What may go of the stages, trainings and files of a workspace in a folder."""
     plan, stages = Plan(), space.stages()
     trainings = {p.name: p for p in sorted((space.root / "ray").iterdir()) if p.is_dir() and p.name[0] != "."}
     halfway = [s for s in stages if s.result is None and _checkpoints(trainings.get(s.path.name))]
@@ -93,15 +96,14 @@ def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | Non
     for stage in (s for s in stages if s not in wanted):
         end = "unfinished; " if stage.result is None else ""
         plan.add(space, stage.path, f"{end}no pipeline and no registered version refers to it")
-    doomed = {item.path for item in plan.items}
+    doomed = {space.root / item.path for item in plan.items if item.path}
     for path in sorted(space.root.rglob(".*.partial")):
         busy = space.root / "ray" in path.parents and changed(path) > time.time() - YOUNG
         if not doomed & {path, *path.parents} and not busy:
             plan.add(space, path, "left half written by a run that was killed")
     if keep_days is not None:
         oldest = time.time() - keep_days * DAY
-        plan.items = [item for item in plan.items if item.path and changed(item.path) <= oldest]
-    _tracking(space, keep_days or 0, plan)
+        plan.items = [item for item in plan.items if item.path and changed(space.root / item.path) <= oldest]
     return plan
 
 
@@ -174,7 +176,7 @@ def _referenced(
         try:
             needed |= _registered(space, uri)
         except UserError:
-            plan.kept.append(f"stages tracked in {public(uri)}, which does not answer: they may be registered there")
+            plan.kept.append(f"stages tracked in {shown(uri)}, which does not answer: they may be registered there")
             kept += [stage for stage in stages if uri in stage.read("runs.json") and stage not in kept]
     while True:  # what a kept stage was made from is kept: one folder for each identity
         needed |= {identity for stage in kept for identity in _made_from(stage)}
@@ -215,12 +217,12 @@ def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:
     registry = Registry(Tracker(space.default_tracking_uri, artifacts=space.default_artifacts))
     why = {"run": "a run that was deleted", "model": "a model without a registered version"}
     for found in leftovers(registry, older_than_days=keep_days):
-        path = found.folder if found.folder and space.root in found.folder.parents and found.folder.exists() else None
+        here = found.folder if found.folder and space.root in found.folder.parents and found.folder.exists() else None
 
         def forgets(it: Any = found) -> None:
             forget(registry, it)
 
-        size = size_of(path) if path else 0
+        size, path = (size_of(here), here.relative_to(space.root)) if here else (0, None)
         plan.items.append(Item(f"{found.kind} {found.id}", why[found.kind], size, path, forgets))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from workflows.config import digest
 from workflows.context import Context, Done, StageRun, identity_of, read_metrics, run_stage
 from workflows.runtime.progress import Screen, clock, short
-from workflows.runtime.tracking import without_secrets
+from workflows.runtime.uri import shown
 from workflows.runtime.workspace import code_version
 
 CODE = (
@@ -210,7 +210,7 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
             clock(s["seconds"]),
         )
     where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
-    store = f" --tracking-uri {without_secrets(tracking_uri)}" if tracking_uri else ""
+    store = f" --tracking-uri {shown(tracking_uri)}" if tracking_uri else ""
     champion = max(summary["students"], key=lambda s: s["k"])
     screen.line()
     screen.console.print(table)
@@ -224,6 +224,8 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
     for text in summary["warnings"]:
         screen.line(f"[yellow]![/] {text}.")
     screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{summary['report']}[/]")
+    if summary["report_here"] != summary["report"]:
+        screen.line(f"  a copy is {summary['report_here']}")
     screen.line("Next:")
     screen.line(f"  mmdistill sample {champion['model_uri']} --n 64{where}{store}")
     if not store:
