@@ -15,7 +15,7 @@ from workflows.config import RunConfig, digest
 from workflows.runtime.cluster import Monitor, task_options
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.tracking import Tracker, now
-from workflows.runtime.uri import join
+from workflows.runtime.uri import is_remote, join
 from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
 
 METRICS, RUNS, CLOCK = "metrics.jsonl", "runs.json", "clock.json"
@@ -218,7 +218,7 @@ def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: 
         write_json(folder.path / "depends.json", depends)
         return StageRun(context, folder, config, began)
     known = _read(folder.path / RUNS, {}).get(context.tracker.uri)
-    if known is not None and context.tracker.expects(known):
+    if known is not None and context.tracker.expects(known) and not _lost(context, folder, known):
         run_id = context.tracker.resolve(known)
     else:
         run_id = _republish(context, folder, config, result)
@@ -242,8 +242,19 @@ def run_stage(
         return opened.finish(body(opened))
 
 
+def _lost(context: Context, folder: StageFolder, run_id: str) -> bool:
+    """Whether the tracking store lacks rows of a finished stage: they waited for it on a machine that is gone. Of a workspace in a
+    folder none can: the outbox lies there too.
+    """
+    if not is_remote(folder.uri) or context.tracker.away:
+        return False
+    rows = _timed_metrics(folder.path)
+    tracked = context.tracker.steps(run_id, *sorted({next(iter(row)) for _, row, _ in rows}))
+    return not context.tracker.away and any(step not in tracked for step, _, _ in rows)
+
+
 def _republish(context: Context, folder: StageFolder, config: dict[str, Any], result: dict[str, Any]) -> str:
-    """A stage that was finished under another tracking store: its metrics and files are logged to this one."""
+    """A stage that this tracking store does not know, or not whole: what it lacks of the metrics is logged to it, and the files."""
     run = StageRun(context, folder, config, began=True)
     for name in result.get("artifacts", []):
         context.tracker.log_artifact(run.run_id, folder.path / name, None)

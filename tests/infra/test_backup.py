@@ -8,6 +8,9 @@ import subprocess
 
 import pytest
 from services import Server, command, free_ports
+from stores import forget_clients, use
+
+from workflows.runtime import s3
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]  # a fixture starts a whole stack
 WORDS = (
@@ -150,6 +153,35 @@ def test_the_s3_store_through_the_proxy(fresh, tmp_path):
     assert fs.cat("mmdistill/data/shard") == data
     with pytest.raises(SSLError):
         boto3.client("s3", verify=True, **words).list_buckets()
+
+
+def test_storage_trusts_the_ca_that_is_named_and_no_other(fresh, tmp_path, monkeypatch):
+    from workflows.runtime import storage
+    from workflows.runtime.errors import UserError
+
+    env = fresh.environment()
+    use(
+        monkeypatch, **{"endpoint" if name == "AWS_ENDPOINT_URL" else name: env[name] for name in env if "AWS_" in name}
+    )
+    place = "s3://mmdistill/trusted"
+    storage.check(place)
+    storage.write(f"{place}/a", b"hello")
+    (tmp_path / "large").write_bytes(data := os.urandom(s3.PART * 2 + 1))
+    storage.upload(tmp_path / "large", f"{place}/large")
+    storage.download(f"{place}/large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    assert storage.put_if(f"{place}/held", b"1", None)
+    assert storage.put_if(f"{place}/held", b"2", None) is None
+    monkeypatch.delenv("AWS_CA_BUNDLE")
+    forget_clients()
+    for use_it in (
+        lambda: storage.check(place),
+        lambda: storage.read(f"{place}/a"),
+        lambda: storage.read_tagged(f"{place}/held"),
+    ):
+        with pytest.raises(UserError, match="certificate is not trusted") as caught:
+            use_it()
+        assert "--s3-ca" in caught.value.hint
 
 
 def test_replacing_keeps_what_was_there(backup, written, fresh, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,9 +56,17 @@ def test_a_run_in_a_bucket_goes_on_from_any_machine_and_leaves_no_secret(machine
     # A training's checkpoints are there too.
     assert any(name.startswith("ray/teacher-") and name.endswith("state.safetensors") for name in names)
 
+    # Some of it waited for the tracking store on the first machine, which is gone.
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        before = store.execute("select key, step, value, timestamp from metrics order by 1, 2, 4").fetchall()
+        lost = store.execute("delete from metrics where step > 1000").rowcount
+        store.commit()
+    assert lost > 3
     machine("another")
     second = runner_in(place)
     again = second(*SHORT, workers=2)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        assert store.execute("select key, step, value, timestamp from metrics order by 1, 2, 4").fetchall() == before
     assert all(stage["reused"] for stage in again["stages"]), second.text
     assert again["students"] == summary["students"]
     assert not list((tmp_path / "another").rglob("*.parquet")), "shards are read where they are"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -21,6 +22,20 @@ BLOCK = 8 * 2**20
 """Bytes read ahead of a file that is streamed from a store (fsspec's own for S3 is 50 MiB)."""
 AT_ONCE, FILES_AT_ONCE = 4 * 2**20, 32
 """What is asked of a store at once when a file is an image."""
+DENIED = "it may not be read: permission denied"
+OUTAGES = frozenset(
+    (
+        errno.EIO,
+        errno.ESTALE,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ETIMEDOUT,
+        errno.ENOTCONN,
+        errno.EHOSTDOWN,
+    )
+)
+"""Errors that say nothing of the file that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +135,10 @@ class Files:
         if isinstance(error, FileNotFoundError):
             return "it is no longer there"
         if isinstance(error, PermissionError):
-            return "it may not be read: permission denied"
+            return DENIED
         if type(error) is OSError and error.errno is None:  # a decoder's
             return f"broken: {line(error)}"
-        if self.local and isinstance(error, OSError):
+        if self.local and isinstance(error, OSError) and error.errno not in OUTAGES:
             return f"it can't be read: {error.strerror or line(error)}"
         raise error
 

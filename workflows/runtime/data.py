@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import Manifest, Shard
 from workflows.runtime.shards import read_shards
 
@@ -61,16 +62,20 @@ def spread(
         return
     _context()
     ray.data.DataContext.get_current().execution_options.preserve_order = False
-    held = ray.put(list(items))
+    held = [ray.put(item) for item in items]
 
     def do(batch: Any) -> Iterator[Any]:
         for i in batch["id"]:
-            for row in work(ray.get(held)[int(i)]):
+            for row in work(ray.get(held[int(i)])):
                 yield {"row": [json.dumps(row)]}  # a table would mix the rows' fields
 
     done = _numbers(len(items)).map_batches(do, batch_size=1, concurrency=min(at_once, len(items)), **options)
-    for row in done.iter_rows():
-        yield json.loads(row["row"])
+    try:
+        for row in done.iter_rows():
+            yield json.loads(row["row"])
+    except UserError as error:  # Ray adds words of its own
+        cause = getattr(error, "cause", error)
+        raise UserError(str(cause).split("\n")[0], hint=cause.hint) from error
 
 
 Block = tuple[np.ndarray, np.ndarray]

@@ -198,6 +198,7 @@ def code_of(error: BaseException) -> str:
 def _passing(error: BaseException) -> bool:
     """Whether another try may do: refused for now, cut off, silent, or damaged on the way."""
     from aiohttp import ClientError as Dropped
+    from botocore.exceptions import ConnectionError as NoAnswer
     from botocore.exceptions import HTTPClientError, IncompleteReadError
     from botocore.parsers import ResponseParserError
     from fsspec.exceptions import FSTimeoutError
@@ -206,7 +207,7 @@ def _passing(error: BaseException) -> bool:
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         passing = ("SlowDown", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
         return status in (429, 500, 502, 503, 504) or code_of(error) in passing
-    kinds = (Dropped, HTTPClientError, IncompleteReadError, ResponseParserError, FSTimeoutError, Changed)
+    kinds = (Dropped, NoAnswer, HTTPClientError, IncompleteReadError, ResponseParserError, FSTimeoutError, Changed)
     return any(isinstance(e, (*kinds, ConnectionError, TimeoutError)) for e in _chain(error))
 
 

@@ -17,3 +17,10 @@ def join(uri: str | Path, *parts: str) -> str:
 def shown(uri: str | Path) -> str:
     """The URI, or a text with URIs, without users and passwords: as it may be shown and stored."""
     return re.sub(r"(?<=://)[^/\s]*@", "", str(uri))
+
+
+def resolved(uri: str | Path) -> str:
+    """A local path as an absolute one, so that tasks elsewhere on this machine mean the same; a URI as it is."""
+    return (
+        str(uri).rstrip("/") if is_remote(uri) else str(Path(str(uri).removeprefix("file://")).expanduser().resolve())
+    )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workflows.ingest.spread import evenly
 from workflows.runtime.manifest import read_manifest
-from workflows.runtime.uri import is_remote
+from workflows.runtime.uri import resolved
 from workflows.sources.drawn import RING, gmm, made, ring
 from workflows.sources.folder import load_folder
 from workflows.sources.packaged import PHOTOGRAPHS, digits, photos
@@ -67,8 +66,7 @@ def _dataset(data: Data) -> Source:
 
 def data_set(data: Data) -> str:
     """Folder or URI of the data set that the section names."""
-    path = str(data.path).removesuffix("/manifest.json").rstrip("/")
-    return path if is_remote(path) else str(Path(path).expanduser().resolve())
+    return resolved(str(data.path).removesuffix("/manifest.json"))
 
 
 def _shape(data: Data) -> tuple[int, int, int]:

@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +44,16 @@ def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None, place: 
         "ray": bench_ray,
         "tracking": bench_tracking,
         "memory": bench_memory,
-        "data": partial(bench_data, place=place),
     }
     figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
     for part in PARTS if what == "all" else (what,):
-        with console.status(f"measuring: {part}"):
-            figures[part] = measure[part](config, repeats)
+        with console.status(f"measuring: {part}") as status:
+            if part == "data":
+                figures[part] = bench_data(
+                    config, repeats, place=place, say=lambda text: status.update(f"measuring: {text}")
+                )
+            else:
+                figures[part] = measure[part](config, repeats)
     console.print(_table(figures))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

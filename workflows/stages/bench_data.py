@@ -32,12 +32,15 @@ Batches = Callable[[], Iterator[Any]]
 """Starts a reader anew; batches without end."""
 
 
-def bench_data(config: RunConfig, repeats: int, *, place: str | None = None) -> dict[str, Any]:
-    """`place`: s3://BUCKET/PREFIX, to measure from there too."""
+def bench_data(
+    config: RunConfig, repeats: int, *, place: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> dict[str, Any]:
+    """`place`: s3://BUCKET/PREFIX, to measure from there too. `say` is told what goes on."""
     from workflows.runtime.cluster import ray_session
 
     with TemporaryDirectory() as scratch, ExitStack() as stack:
         folder = Path(scratch)
+        say(f"{IMAGES:,} images are made")
         _make(folder)
         stack.enter_context(ray_session())
         readers = {
@@ -67,11 +70,13 @@ def bench_data(config: RunConfig, repeats: int, *, place: str | None = None) -> 
                 readers[f"shards, {kind}, from S3"] = lambda kind=kind: _shards(join(place, kind))  # type: ignore[misc]
         rates: dict[str, list[float]] = {name: [] for name in readers}
         starts: dict[str, list[float]] = {name: [] for name in readers}
-        for _ in range(repeats):
+        for number in range(repeats):
             for name, reader in readers.items():
+                say(f"round {number + 1} of {repeats}: {name}")
                 start, rate = _epoch(reader)
                 starts[name].append(start)
                 rates[name].append(rate)
+        say("what an update waits")
         waits = {kind: _waits(config, str(folder / kind)) for kind in ("png", "uint8")}
     found = {
         name: {
