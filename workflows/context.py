@@ -16,9 +16,9 @@ from workflows.runtime.cluster import Monitor, task_options
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.tracking import Tracker, now
 from workflows.runtime.uri import is_remote, join
-from workflows.runtime.workspace import StageFolder, Workspace, git_commit, write_json
+from workflows.runtime.workspace import RUNS, StageFolder, Workspace, git_commit, write_json
 
-METRICS, RUNS, CLOCK = "metrics.jsonl", "runs.json", "clock.json"
+METRICS, CLOCK = "metrics.jsonl", "clock.json"
 EVERY_ROW = {"n_images", "step"}
 """One of these is in every row of a training, and of prepare's classifier."""
 
@@ -180,6 +180,7 @@ class StageRun:
 
     def finish(self, result: dict[str, Any]) -> Done:
         self.flush()
+        self.context.workspace.check_held()
         seconds = self.seconds
         self.folder.finish(result | {"seconds": seconds})
         self.context.tracker.end_run(self.run_id)
@@ -216,6 +217,7 @@ def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: 
     if result is None:
         began = (folder.path / RUNS).exists()
         write_json(folder.path / "depends.json", depends)
+        folder.keep("depends.json")
         return StageRun(context, folder, config, began)
     known = _read(folder.path / RUNS, {}).get(context.tracker.uri)
     if known is not None and context.tracker.expects(known) and not _lost(context, folder, known):

@@ -11,13 +11,13 @@ import pytest
 from small import Runner
 from stores import PLANTED, bucket, use
 
-from workflows.context import RUNS, StageRun, read_metrics
+from workflows.context import StageRun, read_metrics
 from workflows.runtime import storage
 from workflows.runtime.errors import UserError
 from workflows.runtime.lease import Lease
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.uri import join
-from workflows.runtime.workspace import Workspace
+from workflows.runtime.workspace import RUNS, Workspace
 
 pytestmark = pytest.mark.ray
 SHORT = ("teacher.images=3840", "distill.k=[1]", "distill.images=1920", "distill.validate_every=1920")
@@ -102,7 +102,7 @@ def test_one_run_at_a_time(machine, moto_server, ray_cluster):
             pass
         space.check_held()
         assert space._lease is not None
-        space._lease.lost = True
+        space._lease.taken = True
         with pytest.raises(UserError, match="was taken over by another run"):
             space.check_held()
 
@@ -134,6 +134,48 @@ def test_a_stage_that_was_cut_off_is_not_done(machine, moto_server):
     Workspace(place).discard(other)
     assert Workspace(place).stage("teacher", "key").result is None
     assert storage.listing(f"{place}/stages") == {}
+
+
+def test_what_another_machine_began_anew_is_not_what_lies_here(machine, moto_server):
+    place = bucket(moto_server, "anew")
+    folder = Workspace(place).stage("teacher", "key")
+    for name, text in ((RUNS, "mine"), ("metrics.jsonl", "mine")):
+        (folder.path / name).write_text(text)
+    folder.keep(RUNS)
+    assert (Workspace(place).stage("teacher", "key").path / "metrics.jsonl").exists(), "begun here, it goes on here"
+    machine("another")
+    other = Workspace(place).stage("teacher", "key")
+    Workspace(place).discard(other)
+    (other.path / RUNS).write_text("another's")
+    other.keep(RUNS)
+    machine("one")
+    folder = Workspace(place).stage("teacher", "key")
+    assert {p.name: p.read_text() for p in folder.path.iterdir()} == {RUNS: "another's"}
+    machine("another")
+    Workspace(place).discard(other)
+    machine("one")
+    assert not list(Workspace(place).stage("teacher", "key").path.iterdir())
+
+
+def test_a_stage_that_is_being_discarded_is_not_done(machine, moto_server, tmp_path, monkeypatch):
+    """Killed in the middle of it, here or in a store: without its result, whatever else is left."""
+    for place in (str(tmp_path / "workspace"), bucket(moto_server, "discarded")):
+        space = Workspace(place)
+        folder = space.stage("teacher", "key")
+        (folder.path / "metrics.jsonl").write_text("{}")
+        folder.finish({"identity": "x"})
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                space.discard(folder)
+        assert Workspace(place).stage("teacher", "key").result is None
+        space.discard(space.stage("teacher", "key"))
+        assert not list(space.stage("teacher", "key").path.iterdir())
+    left = tmp_path / "workspace/stages/.teacher-key.partial"
+    left.mkdir()
+    (left / "a").write_text("of a removal that was killed")
+    Workspace(tmp_path / "workspace").remove(tmp_path / "workspace/stages/teacher-key")
+    assert not left.exists()
 
 
 def test_a_bucket_that_is_not_there_is_a_line(machine, tmp_path):

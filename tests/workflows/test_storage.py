@@ -3,6 +3,7 @@
 import itertools
 import os
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,13 +230,44 @@ def test_a_holder_notices_that_it_was_taken_over(place):
     uri = join(place, ".lock")
     with Lease(uri, "workspace", seconds=1).held() as lease:
         other = replace(lease, holder="other", _id="other")
-        storage.write(uri, other._body())
+        storage.write(uri, other._body(time.time() + 9))
         for _ in range(50):
             threading.Event().wait(0.1)
             if lease.lost:
                 break
         assert lease.lost
     assert storage.read_tagged(uri) is not None, "the other's is left"
+
+
+def test_a_hold_that_was_not_renewed_in_time_is_lost(place, monkeypatch):
+    """A put that takes long, or a machine that slept: others may have it by now."""
+    with Lease(join(place, ".lock"), "workspace", seconds=1).held() as lease:
+        monkeypatch.setattr("workflows.runtime.lease.put_if", lambda *_: threading.Event().wait(3) and None)
+        assert not lease.lost
+        threading.Event().wait(1.1)
+        assert lease.lost
+
+
+def test_what_the_store_keeps_was_not_deleted(place, monkeypatch):
+    """Refused object by object, as without the right to delete: s3fs says nothing."""
+    storage.write(join(place, "a", "b"), b"x")
+    fs, _ = s3.filesystem(place)
+    monkeypatch.setattr(s3, "TRIES", 2)
+    monkeypatch.setattr(fs, "rm", lambda *_, **__: [])
+    with pytest.raises(UserError, match="could not be deleted"):
+        storage.delete(join(place, "a"))
+
+
+def test_a_skeleton_has_names_sizes_and_dates(place, tmp_path):
+    storage.write(join(place, "a", "large"), b"x" * 5000)
+    storage.write(join(place, "a", "note.json"), b"{}")
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    os.utime(tmp_path / "real", (1, 1))
+    storage.skeleton(place, tmp_path / "link" / "deep", whole=lambda name: name.endswith(".json"))
+    large, note = tmp_path / "real/deep/a/large", tmp_path / "real/deep/a/note.json"
+    assert (large.stat().st_size, large.read_bytes()[:3], note.read_bytes()) == (5000, b"\0\0\0", b"{}")
+    assert (tmp_path / "real").stat().st_mtime == 1, "nothing above is touched"
 
 
 def test_an_answer_that_was_lost_is_no_other_holder(place, moto_server, monkeypatch):

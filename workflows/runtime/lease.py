@@ -23,13 +23,13 @@ SECONDS = 60.0
 
 @dataclass
 class Lease:
-    """An object that says who holds it until when. `lost` once another took it over, which a holder must look at."""
+    """An object that says who holds it until when. `lost` once another took it over, or may have, which a holder must look at."""
 
     uri: str
     what: str
     seconds: float = SECONDS
     holder: str = field(default_factory=lambda: f"{socket.gethostname()}, process {os.getpid()}")
-    lost: bool = False
+    taken: bool = False
     _id: str = ""
     _tag: str = ""
     _until: float = 0.0
@@ -39,7 +39,6 @@ class Lease:
         """Raises UserError while another holds it."""
         self._id = uuid.uuid4().hex
         self._tag = self._take()
-        self._until = time.monotonic() + self.seconds
         stop = threading.Event()
         renewing = threading.Thread(target=self._renew, args=(stop,), daemon=True)
         renewing.start()
@@ -48,18 +47,26 @@ class Lease:
         finally:
             stop.set()
             renewing.join()
-            if not self.lost:
+            if not self.taken:
                 self._release()
 
-    def _body(self) -> bytes:
-        return json.dumps({"id": self._id, "holder": self.holder, "until": time.time() + self.seconds}).encode()
+    @property
+    def lost(self) -> bool:
+        """By the clock that others judge by: a put may have taken long, and a machine that slept has not renewed anything."""
+        return self.taken or time.time() > self._until
+
+    def _body(self, until: float) -> bytes:
+        return json.dumps({"id": self._id, "holder": self.holder, "until": until}).encode()
 
     def _put(self, before: str | None) -> str | None:
         """The new tag, or None if another was faster. An answer that was lost on its way is no other."""
-        if tag := put_if(self.uri, self._body(), before):
-            return tag
-        found = read_tagged(self.uri)
-        return found[1] if found and _about(found[0])["id"] == self._id else None
+        until = time.time() + self.seconds
+        tag = put_if(self.uri, self._body(until), before)
+        if tag is None and (found := read_tagged(self.uri)) and (about := _about(found[0]))["id"] == self._id:
+            tag, until = found[1], about["until"]
+        if tag is not None:
+            self._until = until
+        return tag
 
     def _take(self) -> str:
         for _ in range(5):
@@ -83,13 +90,12 @@ class Lease:
         while not stop.wait(self.seconds / 4):
             try:
                 tag = self._put(self._tag)
-            except (UserError, OSError):  # away for now
-                self.lost = time.monotonic() > self._until
-            else:
-                self.lost, self._tag = tag is None, tag or ""
-                self._until = time.monotonic() + self.seconds
-            if self.lost:
+            except (UserError, OSError):
+                continue  # away for now
+            if tag is None:
+                self.taken = True
                 return
+            self._tag = tag
 
     def _release(self) -> None:
         try:

@@ -203,8 +203,14 @@ def exists(uri: str | Path) -> bool:
 def delete(uri: str | Path) -> None:
     """A file, or all below a folder; nothing if it is not there."""
     fs, path = filesystem(uri)
-    with_missing = lambda: fs.rm(path, recursive=True) if fs.exists(path) else None  # noqa: E731
-    again(with_missing, uri)
+
+    def remove() -> None:
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+            if is_remote(uri) and fs.exists(path):  # s3fs is silent where single objects are refused
+                raise Changed("it could not be deleted: is s3:DeleteObject allowed?")
+
+    again(remove, uri)
 
 
 def publish(folder: Path, uri: str, *, skip: Callable[[str], bool] = lambda name: False, last: str = "") -> None:
@@ -224,7 +230,7 @@ def pull(uri: str, folder: Path, *, skip: Callable[[str], bool] = lambda name: F
 
 def skeleton(uri: str, folder: Path, *, whole: Callable[[str], bool]) -> None:
     """All files below `uri` in a local folder by name, size and date; with their content those alone that `whole` says."""
-    entries = listing(uri)
+    entries, folder = listing(uri), folder.resolve()
     _all([lambda name=name: download(join(uri, name), _within(folder, name)) for name in entries if whole(name)])  # type: ignore[misc]
     newest: dict[Path, float] = {}
     for name, entry in entries.items():

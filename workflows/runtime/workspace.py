@@ -33,6 +33,8 @@ from workflows.runtime.lease import Lease
 from workflows.runtime.uri import is_remote, join
 
 RESULT = "result.json"
+RUNS = "runs.json"
+"""The ids of a stage's tracking runs, by store."""
 MINIMUM_FREE = 200 * 1024**2
 
 
@@ -82,6 +84,13 @@ class StageFolder:
         if is_remote(self.uri):
             storage.upload(self.path / name, self.at(name))
 
+    def _begun_here(self) -> bool:
+        """Whether the store says of this unfinished stage what was begun here."""
+        try:
+            return (self.path / RUNS).read_bytes() == storage.read(self.at(RUNS))
+        except FileNotFoundError:
+            return False
+
     def collect(self, name: str) -> None:
         """What a worker wrote to `at(name)`, here."""
         if is_remote(self.uri):
@@ -109,7 +118,9 @@ class StageFolder:
             stored = storage.read(self.at(RESULT))
         except FileNotFoundError:
             (self.path / RESULT).unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
+            if not self._begun_here():  # or another machine began it anew since
+                shutil.rmtree(self.path)
+                self.path.mkdir()
                 storage.pull(self.uri, self.path, skip=_heavy)
             return
         if not (self.path / RESULT).is_file() or (self.path / RESULT).read_bytes() != stored:
@@ -182,20 +193,19 @@ class Workspace:
         if not path.exists():
             return
         if path.is_dir() and not path.is_symlink():
-            partial = path if path.name.endswith(".partial") else path.with_name(f".{path.name}.partial")
-            shutil.rmtree(path.rename(partial))
+            if not path.name.endswith(".partial"):
+                partial = path.with_name(f".{path.name}.partial")
+                if partial.exists():  # of a removal that was killed
+                    shutil.rmtree(partial)
+                path = path.rename(partial)
+            shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
     def discard(self, folder: StageFolder) -> None:
         """Forgets a stage, its checkpoints included."""
-        shutil.rmtree(folder.path, ignore_errors=True)
-        checkpoints = join(self.training_storage, f"{folder.name}-{folder.key}")
-        for uri in (folder.uri, checkpoints):
-            if is_remote(uri):
-                storage.delete(uri)
-            else:
-                shutil.rmtree(uri, ignore_errors=True)
+        self.remove(folder.path)
+        self.remove(self.root / "ray" / folder.path.name)
         folder.path.mkdir(parents=True)
 
     @contextlib.contextmanager

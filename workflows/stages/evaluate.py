@@ -183,6 +183,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
                 else:
                     row, seed = measuring.pop(task)
                     write_json(parts / f"{row.name}-{seed}.json", ray.get(task))
+            run.context.tick()
             rate = (done - at_start) / max(time.monotonic() - began, 1e-9)
             bar.update(done, f"{short(rate)} evaluations/s")
 
