@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from workflows.config import RunConfig
 from workflows.context import identity_of
-from workflows.extractors import INCEPTION
+from workflows.extractors import check_extractor
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import Manifest, Shard
@@ -122,23 +121,7 @@ def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) 
 
 def check_inputs(config: RunConfig) -> None:
     """What measuring needs, before anything starts: the files that the configuration names. Raises UserError."""
-    if config.data.extractor == "pixels":
-        from mmdistill_core.metrics.statistics import PIXELS
-
-        if (dims := math.prod(source_of(config.data).shape)) > PIXELS:
-            raise UserError(
-                f"data.extractor: pixels is for at most {PIXELS:,} dimensions, {config.data.source} has {dims:,}"
-            )
-    if config.data.extractor == "inception":
-        from mmdistill_core.networks.inception import NotInception, load_inception
-
-        try:
-            load_inception(str(config.data.extractor_weights))
-        except NotInception as error:
-            raise UserError(
-                f"data.extractor_weights: {error}",
-                hint=INCEPTION,
-            ) from error
+    check_extractor(config.data.extractor, config.data.extractor_weights, source_of(config.data).shape)
     if config.evaluate.reference:
         found = read_about(reference_folder(config, ""))["fingerprint"]["extractor"]
         if found != config.data.extractor:
@@ -171,7 +154,8 @@ def kept_reference(root: str, manifest: Manifest, which: str, *, near: int, fing
     if kept is None or kept["near"] != min(near, kept["count"]):
         return None
     folder = fetch(join(root, "statistics", which))
-    if identity_of(folder / TENSORS, folder / ABOUT) != kept["identity"]:
+    files = (folder / TENSORS, folder / ABOUT)
+    if not all(file.is_file() for file in files) or identity_of(*files) != kept["identity"]:
         raise UserError(f"{shown(root)}/statistics/{which}: the statistics differ from the manifest", hint=REPAIR)
     return folder if read_about(folder)["fingerprint"] == fingerprint else None
 

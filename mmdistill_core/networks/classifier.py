@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,7 @@ class Classifier(Extractor):
         return hidden / self.scale, self.out(F.gelu(hidden))
 
     @torch.inference_mode()
-    def fit_scale(self, images: Tensor) -> None:
+    def fit_scale(self, batches: Iterable[Tensor]) -> None:
+        """`batches` of images, all of the data."""
         self.scale.fill_(1)
-        self.scale.copy_(self.extract(images).std(0).clamp_min(1e-3))
+        self.scale.copy_(torch.cat([self.extract(images) for images in batches]).std(0).clamp_min(1e-3))

@@ -47,7 +47,7 @@ def ring(modes=4):
 def test_round_trip(tmp_path, kind, inception):
     torch.manual_seed(0)
     classifier = Classifier(ClassifierConfig(8, 1, 10)).eval()
-    classifier.fit_scale(torch.randn(40, 1, 8, 8))
+    classifier.fit_scale([torch.randn(40, 1, 8, 8)])
     before = {"classifier": classifier, "inception": inception, "mixture": ring()[0], "pixels": Pixels()}[kind]
     assert before.kind == kind
     images = torch.rand(3, 2, 1, 1) if kind == "mixture" else torch.rand(3, 1, 8, 8) * 2 - 1

@@ -3,25 +3,30 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from small import ROOT, SMALL, Runner
 from stores import bucket, use
 
+from workflows import extractors
 from workflows.config import ConfigError, load_config
 from workflows.ingest.decode import decode
+from workflows.ingest.spread import evenly
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import is_data_set, read_manifest
 from workflows.runtime.progress import Screen
 from workflows.runtime.shards import decode as decode_shard
-from workflows.runtime.shards import held_out, load_shard, read_all
+from workflows.runtime.shards import held_out, load_shard, read_all, write_shards
 from workflows.runtime.storage import listing, write
 from workflows.runtime.uri import join
 from workflows.stages import ingest
@@ -283,9 +288,12 @@ def test_statistics_of_a_data_set_are_those_that_a_run_would_build(source, prepa
         identities.append(result["statistics"]["all"]["identity"])
     assert identities == [manifest.statistics["rows"]["all"]["identity"]] * 2
     path = tmp_path / "set/statistics/all/statistics.safetensors"
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match="statistics differ from the manifest"):
-        Runner(tmp_path / "again")(f"data.source=dataset://{tmp_path}/set", "data.extractor=pixels", until="prepare")
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-1] + b"x"), path.unlink):
+        damage()
+        with pytest.raises(UserError, match="statistics differ from the manifest"):
+            Runner(tmp_path / "again")(
+                f"data.source=dataset://{tmp_path}/set", "data.extractor=pixels", until="prepare"
+            )
 
 
 def test_runs_on_a_data_set_measure_in_its_own_features(source, prepare, tmp_path, ray_cluster):
@@ -309,6 +317,90 @@ def test_a_data_set_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError, match="needs its path"):
         load_config("digits", ["data.source=dataset"])
     assert SMALL
+
+
+def test_a_folder_of_classes_is_mixed_over_the_shards(source, prepare, tmp_path):
+    """Names are in the order of classes; who reads a few shards at a time sees all of them."""
+    manifest = prepare(source[0], tmp_path / "set")
+    for shard in manifest.shards:
+        labels = decode_shard(load_shard(tmp_path / "set", shard), manifest, ["label"])["label"]
+        assert len(set(labels.tolist())) > 1, shard.file
+
+
+def test_a_classifier_is_fitted_to_rows_of_all_shards(tmp_path, monkeypatch):
+    images, labels = np.random.default_rng(0).random((200, 1, 4, 4), np.float32), np.arange(200) // 20
+    manifest = write_shards(tmp_path, source="x", images=images, labels=labels, num_classes=10, holdout=0.1, rows=20)
+    monkeypatch.setattr(extractors, "CLASSIFIED", 50)
+    some = extractors.some_rows(str(tmp_path), manifest)
+    assert (len(some.labels), set(some.labels.tolist())) == (50, set(range(10)))
+    assert np.array_equal(some.images, read_all(tmp_path).images[evenly(200, 50)])
+    monkeypatch.setattr(extractors, "MEMORY", 30 * manifest.image_bytes)
+    assert len(extractors.some_rows(str(tmp_path), manifest).labels) == 30
+
+
+def test_a_classifier_sees_bytes_as_it_sees_floats_and_knows_when_it_can_not_be_tested():
+    values = np.random.default_rng(0).integers(0, 256, (120, 1, 8, 8), np.uint8)
+    labels, held = np.arange(120) % 3, np.arange(120) < 30
+    fit = partial(extractors.train_classifier, num_classes=3, epochs=1, seed=0, tick=lambda *_: None)
+    bytes_, floats = torch.from_numpy(values), torch.from_numpy(values).float() / 127.5 - 1
+    assert fit(bytes_, labels, held)[0].fingerprint() == fit(floats, labels, held)[0].fingerprint()
+    assert fit(bytes_, labels, held & False)[1] is None
+    with pytest.raises(UserError, match="all are held out"):
+        fit(bytes_, labels, held | True)
+
+
+def test_paths_of_here_mean_the_same_elsewhere(source, prepare, tmp_path, monkeypatch):
+    """Tasks of a cluster run in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").symlink_to(source[0])
+    manifest = prepare("pictures", "set")
+    assert all((tmp_path / "set" / shard.file).exists() for shard in manifest.shards)
+    assert prepare("~/pictures", f"file://{tmp_path}/set") == manifest
+    for dest in (source[0] / "set", source[0], source[0].parent):
+        with pytest.raises(UserError, match="lies in"):
+            prepare(source[0], dest)
+
+
+def test_what_is_gone_is_made_again(source, prepare, tmp_path):
+    first = prepare(source[0], tmp_path / "set", channels=1, extractor="pixels")
+    (tmp_path / "set" / first.shards[0].file).unlink()
+    again = prepare(source[0], tmp_path / "set", channels=1, extractor="pixels")
+    assert "shards are missing: it is made again" in prepare.text
+    assert (again.fingerprint, len(read_all(tmp_path / "set").labels)) == (first.fingerprint, 240)
+    (tmp_path / "set/statistics/all/statistics.json").unlink()
+    assert prepare(source[0], tmp_path / "set", channels=1, extractor="pixels") == again
+    assert (tmp_path / "set/statistics/all/statistics.json").exists()
+
+
+def test_notes_that_are_half_or_lacked_rights_do_not_count(tmp_path):
+    note = {"number": 1, "made": [], "images": 0, "bad": 1, "listed": [], "denied": 0}
+    for name, content in (("00001.json", note), ("00002.json", note | {"number": 2, "denied": 1})):
+        write(tmp_path / "notes" / name, json.dumps(content).encode())
+    (tmp_path / "notes/.00003.json.17.partial").write_text("{")
+    assert list(ingest._done(str(tmp_path / "notes"), str(tmp_path))) == [1]
+
+
+def test_an_extractor_that_is_not_the_manifests_is_refused(source, prepare, tmp_path, ray_cluster):
+    prepare(source[0], tmp_path / "set", channels=1, extractor="classifier")
+    prepare(source[0], tmp_path / "other", channels=1, extractor="classifier", seed=1)
+    shutil.rmtree(tmp_path / "set/extractor")
+    data = f"data.source=dataset://{tmp_path}/set"
+    with pytest.raises(UserError, match="extractor: "):
+        Runner(tmp_path / "runs")(data, until="prepare")
+    shutil.copytree(tmp_path / "other/extractor", tmp_path / "set/extractor")
+    with pytest.raises(UserError, match="another one than the manifest names"):
+        Runner(tmp_path / "runs")(data, until="prepare")
+
+
+def test_few_rows_held_out_have_no_statistics_of_their_own(source, prepare, tmp_path):
+    bare = prepare(source[0], tmp_path / "bare", channels=1, holdout=0.0, extractor="classifier")
+    assert (bare.statistics["accuracy"], set(bare.statistics["rows"])) == (None, {"all"})
+    json.loads((tmp_path / "bare/manifest.json").read_text(), parse_constant=pytest.fail)
+    with pytest.raises(UserError, match="--extractor: classifier needs labels"):
+        prepare(source[0], tmp_path / "unlabelled", labels="none", extractor="classifier")
+    with pytest.raises(UserError, match="--extractor: pixels is for at most 4,096"):
+        prepare(source[0], tmp_path / "large", size=64, extractor="pixels")
 
 
 @pytest.mark.parametrize("kind", ["moto"])

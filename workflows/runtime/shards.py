@@ -69,12 +69,19 @@ def encode(rows: Rows, encoding: str) -> bytes:
     return sink.getvalue()
 
 
-def decode(data: bytes, manifest: Manifest, columns: Sequence[str] = ("image", "label", "holdout")) -> dict[str, Any]:
-    """Columns of a shard: arrays, and lists of strings. Tensors have the shape and type that the manifest says."""
+def decode(
+    data: bytes,
+    manifest: Manifest,
+    columns: Sequence[str] = ("image", "label", "holdout"),
+    rows: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Columns of a shard, of these `rows`: arrays, and lists of strings. Tensors have the manifest's shape and type."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.read_table(pa.BufferReader(data), columns=list(columns), use_threads=True)
+    if rows is not None:
+        table = table.take(pa.array(rows))
     out: dict[str, Any] = {}
     for name in columns:
         values = table.column(name)
@@ -183,7 +190,7 @@ def load_shard(root: str | Path, shard: Shard) -> bytes:
     raise UserError(f"{shown(join(root, shard.file))}: the shard differs from its manifest", hint=REPAIR)
 
 
-REPAIR = "prepare the data set again; or restore the shard from a copy"
+REPAIR = "remove its manifest.json and prepare the data set again; or restore the file from a copy"
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,18 @@ def read_shards(root: str | Path, manifest: Manifest, shards: Sequence[Shard], w
     return Arrays(
         *(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "holdout"))
     )
+
+
+def read_rows(root: str | Path, manifest: Manifest, rows: np.ndarray) -> Arrays:
+    """These rows (sorted numbers over all shards), one shard in memory at a time."""
+    first, parts = 0, []
+    for shard in manifest.shards:
+        own = rows[(rows >= first) & (rows < first + shard.rows)] - first
+        first += shard.rows
+        if len(own):
+            got = decode(load_shard(root, shard), manifest, rows=own)
+            parts.append((got["image"], got["label"], got["holdout"]))
+    return Arrays(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def read_all(root: str | Path, which: str = "all") -> Arrays:

@@ -7,9 +7,11 @@ DEST/manifest.json                      last
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import platform
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -17,18 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from workflows.extractors import check_extractor
 from workflows.ingest import Listing, Unit, list_source, read_unit
 from workflows.ingest.encoders import Encoders
+from workflows.ingest.files import DENIED
 from workflows.runtime import s3, storage
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
-from workflows.runtime.manifest import FEWEST, Manifest, is_data_set, read_manifest, write_manifest
+from workflows.runtime.manifest import FEWEST, MANIFEST, Manifest, is_data_set, read_manifest, write_manifest
 from workflows.runtime.progress import Screen, short
+from workflows.runtime.s3 import again, explained
 from workflows.runtime.shards import Rows, held_out, manifest_of, save_shard
-from workflows.runtime.uri import join, shown
+from workflows.runtime.uri import join, resolved, shown
 from workflows.runtime.workspace import git_commit
 from workflows.stages.preparation import Preparation
-from workflows.stages.statistics import statistics_for
+from workflows.stages.statistics import statistics_are_whole, statistics_for
 
 UNIT = 2**20
 """Bytes of the source that are never divided further."""
@@ -36,6 +41,8 @@ PARTS, SMALL = 16, 1000
 """A source that would fill few shards is cut into so many parts, of at least so many images, for the sake of those who wait."""
 GUESS = 100_000
 """Bytes of an image of a source that doesn't tell its count."""
+OWN = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM))
+"""Errors of writing, which the command line explains."""
 LISTED = 1000
 """Skipped images that the manifest names."""
 
@@ -69,7 +76,10 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
 
     Raises UserError where the source can't be read, too much of it is broken, or DEST holds something else.
     """
-    p = preparation
+    p = replace(preparation, source=resolved(preparation.source), dest=resolved(preparation.dest))
+    for outer, inner in ((p.source, p.dest), (p.dest, p.source)):
+        if f"{inner}/".startswith(f"{outer}/"):
+            raise UserError(f"{shown(inner)}: lies in {shown(outer)}", hint="name a folder beside the source")
     storage.check(p.dest)
     with screen.status(f"listing {shown(p.source)}"):
         listing = list_source(
@@ -87,15 +97,24 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
         columns = Encoders(p.latents, p.text_encoder, size=p.size).columns() if p.encoded else {}
     if p.text_encoder and not listing.captioned:
         raise UserError(f"--text-encoder: {shown(p.source)} has no captions", hint="name them with --captions")
-    plan = p.key(listing, columns)
-    if is_data_set(p.dest):
-        return _there(p, plan, screen)
+    if p.extractor in ("classifier", "mixture") and not listing.labelled:
+        raise UserError(
+            f"--extractor: {p.extractor} needs labels, and {shown(p.source)} has none",
+            hint="pixels or inception need none",
+        )
+    if p.extractor:
+        check_extractor(p.extractor, p.extractor_weights, p.shape, "--extractor")
+    plan, same = p.key(listing, columns), p.same(listing, columns)
+    if is_data_set(p.dest) and (there := _there(p, same, screen)):
+        return there
     for note in listing.notes:
         screen.line(f"[yellow]![/] {note}")
     tally = _write_parts(p, listing, plan, screen)
-    manifest = _manifest(p, listing, plan, columns, tally)
+    manifest = _manifest(p, listing, same, columns, tally)
     if p.extractor:
         manifest = replace(manifest, statistics=statistics_for(p, manifest, screen))
+    if is_data_set(p.dest) or not _whole(p.dest, manifest):
+        raise UserError(f"{shown(p.dest)}: another preparation wrote there meanwhile", hint="name another folder")
     write_manifest(p.dest, manifest)
     _tidy(p.dest, manifest)
     said = f", {tally.bad:,} could not be read" if tally.bad else ""
@@ -106,21 +125,33 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
     return manifest
 
 
-def _there(p: Preparation, plan: str, screen: Screen) -> Manifest:
-    """The data set that is there already, with the statistics that are asked for."""
+def _there(p: Preparation, same: str, screen: Screen) -> Manifest | None:
+    """The data set that is there already, with the statistics that are asked for; None if some of it is gone."""
     there = read_manifest(p.dest)
-    if there.options.get("plan") != plan:
+    if there.options.get("same") != same:
         raise UserError(
             f"{shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
             hint="name another folder, or remove that one",
         )
+    if not _whole(p.dest, there):
+        screen.line(f"[yellow]![/] {shown(p.dest)}: shards are missing: it is made again")
+        storage.delete(join(p.dest, MANIFEST))
+        return None
     screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
-    if p.extractor is None or there.statistics.get("options") == p.features:
+    if p.extractor is None or (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
         return there
+    write_manifest(p.dest, replace(there, statistics={}))  # who reads it meanwhile takes none for others
     there = replace(there, statistics=statistics_for(p, there, screen))
     write_manifest(p.dest, there)
     screen.line(f"[green]✓[/] its reference statistics are in features of {p.extractor}")
     return there
+
+
+def _whole(dest: str, manifest: Manifest) -> bool:
+    """Whether all its shards are there, by name and size."""
+    there = storage.listing(join(dest, "shards"))
+    sizes = {f"shards/{name}": entry.size for name, entry in there.items()}
+    return all(sizes.get(shard.file) == shard.size for shard in manifest.shards)
 
 
 def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) -> Tally:
@@ -141,7 +172,7 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
     waiting = [(number, units) for number, units in enumerate(groups) if number not in tally.parts]
 
     def work(item: tuple[int, Sequence[Unit]]) -> Iterator[dict[str, Any]]:
-        yield write_part(p, bare, plan, *item, device=device)
+        yield write_surely(p, bare, plan, *item, device)
 
     with screen.bars():
         bar = screen.bar("prepare", listing.count or len(groups), unit="images" if listing.count else "parts")
@@ -172,19 +203,36 @@ def grouped(listing: Listing, rows: int) -> list[tuple[Unit, ...]]:
             filled = 0
         groups[-1].append(unit)
         filled += n
-    return [tuple(group) for group in groups]
+    if listing.units[0].kind != "images":
+        return [tuple(group) for group in groups]
+    # Files in the order of their names are in the order of their classes: each part gets some of all.
+    return [tuple(listing.units[i :: len(groups)]) for i in range(len(groups))]
 
 
 def _done(folder: str, dest: str) -> dict[int, dict[str, Any]]:
-    """The parts that are whole, with all their shards, by number."""
+    """The parts that are whole, with all their shards, by number; not those that lacked rights, which they may have by now."""
     sizes = {name: entry.size for name, entry in storage.listing(join(dest, "shards")).items()}
     done = {}
     for name in storage.listing(folder):
+        if not re.fullmatch(r"[0-9]+\.json", name):
+            continue  # half a note
         part = json.loads(storage.read(join(folder, name)))
         shards = [made["shard"] for made in part["made"]]
-        if all(sizes.get(s["file"].removeprefix("shards/")) == s["size"] for s in shards):
+        if not part["denied"] and all(sizes.get(s["file"].removeprefix("shards/")) == s["size"] for s in shards):
             done[int(part["number"])] = part
     return done
+
+
+def write_surely(
+    p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str
+) -> dict[str, Any]:
+    """`write_part`, begun again while a store does not answer. Raises UserError where the source can't be read now."""
+    try:
+        return again(lambda: write_part(p, listing, plan, number, units, device), p.source)
+    except OSError as error:
+        if error.errno in OWN:
+            raise
+        raise explained(error, p.source) from error
 
 
 def write_part(
@@ -193,7 +241,7 @@ def write_part(
     """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
     encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=bool(listing.captioned), encoders=encoders)
-    bad, listed = 0, list[dict[str, str]]()
+    bad, denied, listed = 0, 0, list[dict[str, str]]()
     fs = s3.filesystem(p.source)[0]
     for unit in units:
         for item in read_unit(listing, unit, fs):
@@ -203,9 +251,17 @@ def write_part(
                 reason = shards.add(item.key, item.image, item.label or 0, item.caption)
             if reason:
                 bad += 1
+                denied += reason == DENIED
                 listed += [{"path": item.key, "reason": reason}] if len(listed) < LISTED else []
     shards.flush()
-    part = {"number": number, "made": shards.made, "images": shards.images, "bad": bad, "listed": listed}
+    part = {
+        "number": number,
+        "made": shards.made,
+        "images": shards.images,
+        "bad": bad,
+        "listed": listed,
+        "denied": denied,
+    }
     storage.write(join(p.dest, ".parts", plan, f"{number:05d}.json"), json.dumps(part).encode())
     return part
 
@@ -268,7 +324,7 @@ def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -
         raise UserError(f"{shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed")
 
 
-def _manifest(p: Preparation, listing: Listing, plan: str, columns: dict[str, Any], tally: Tally) -> Manifest:
+def _manifest(p: Preparation, listing: Listing, same: str, columns: dict[str, Any], tally: Tally) -> Manifest:
     made = [m for _, part in sorted(tally.parts.items()) for m in part["made"]]
     classes = len(listing.classes)
     if listing.labelled and not classes:  # the source's own numbers
@@ -283,7 +339,7 @@ def _manifest(p: Preparation, listing: Listing, plan: str, columns: dict[str, An
         preprocessing=p.preprocessing,
         columns=columns | ({"caption": {"from": listing.captioned}} if listing.captioned else {}),
         skipped={"count": tally.bad, "listed": tally.listed()},
-        options={"plan": plan, "of": listing.fingerprint, "kind": listing.kind, "labels": listing.labelled}
+        options={"same": same, "of": listing.fingerprint, "kind": listing.kind, "labels": listing.labelled}
         | {
             name: value
             for name, value in asdict(p).items()

@@ -59,6 +59,8 @@ class Preparation:
             raise ConfigError(f"--extractor: {self.extractor!r} is not one of {', '.join(EXTRACTORS)}")
         if (self.extractor == "inception") != (self.extractor_weights is not None):
             raise ConfigError("--extractor inception and --extractor-weights, the file of its weights, belong together")
+        if self.extractor_weights and not Path(self.extractor_weights).expanduser().is_file():
+            raise ConfigError(f"--extractor-weights: {self.extractor_weights} is not a file")
         if not 0 <= self.max_bad < 1:
             raise ConfigError(f"--max-bad: {self.max_bad:g} is not a share")
         if self.latents and self.channels != 3:
@@ -81,7 +83,7 @@ class Preparation:
     def features(self) -> dict[str, Any]:
         """What decides which features statistics are of."""
         weights = self.extractor_weights
-        content = hashlib.sha256(Path(weights).read_bytes()).hexdigest() if weights else None
+        content = hashlib.sha256(Path(weights).expanduser().read_bytes()).hexdigest() if weights else None
         return {"extractor": self.extractor, "weights": content, "seed": self.seed}
 
     @property
@@ -91,9 +93,13 @@ class Preparation:
 
     def key(self, listing: Listing, columns: dict[str, Any]) -> str:
         """Of all that decides what is written; `columns` of the encoders (Encoders.columns)."""
+        return digest([self.same(listing, columns), code_version(*CODE)])
+
+    def same(self, listing: Listing, columns: dict[str, Any]) -> str:
+        """As `key`, but for the code: a data set that is there stays what it is."""
         apart = ("source", "dest", "max_bad", "latents", "text_encoder", "extractor", "extractor_weights")
         ways = {name: value for name, value in asdict(self).items() if name not in apart}
-        return digest([listing.fingerprint, ways, columns, code_version(*CODE)])
+        return digest([listing.fingerprint, ways, columns])
 
 
 def parse_share(option: str, text: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from workflows.config import digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
-from workflows.extractors import Wanted, make_extractor
+from workflows.extractors import Wanted, make_extractor, said_of
 from workflows.reference import (
     ABOUT,
     TENSORS,
@@ -22,9 +22,9 @@ from workflows.reference import (
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from workflows.runtime.progress import Bar
-from workflows.runtime.shards import write_shards
+from workflows.runtime.shards import REPAIR, write_shards
 from workflows.runtime.storage import fetch, publish
-from workflows.runtime.uri import join
+from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import code_version
 from workflows.sources import Source, data_set, source_of
 from workflows.sources.folder import listing
@@ -138,10 +138,16 @@ def _extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> 
     config = run.context.config.data
     wanted = Wanted(config.extractor, config.extractor_weights, config.classifier_epochs, run.context.config.seed)
     kept = manifest.statistics
-    if kept.get("extractor") == wanted.kind and wanted.weights is None:
-        from mmdistill_core.artifact import load_extractor
+    if kept.get("extractor") == wanted.kind and wanted.weights is None:  # inception is the user's file
+        from mmdistill_core.artifact import NotAModel, load_extractor
 
-        return load_extractor(fetch(join(root, "extractor"))), kept["accuracy"]
+        try:
+            extractor = load_extractor(fetch(join(root, "extractor")))
+        except (NotAModel, OSError) as error:
+            raise UserError(f"{shown(root)}/extractor: {error}", hint=REPAIR) from error
+        if extractor.fingerprint() != kept["weights"]:
+            raise UserError(f"{shown(root)}/extractor: another one than the manifest names", hint=REPAIR)
+        return extractor, kept["accuracy"]
     exact = None
     if wanted.kind == "mixture" and source.exact is not None:
         from mmdistill_core.diffusion.schedules import Cosine
@@ -149,10 +155,11 @@ def _extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> 
         exact = source.exact(schedule=Cosine()).requires_grad_(False)
     bars: list[Bar] = []
 
-    def tick(epoch: int, loss: float, accuracy: float) -> None:
+    def tick(epoch: int, loss: float, accuracy: float | None) -> None:
         bars[:] = bars or [run.context.screen.bar("prepare", wanted.epochs, unit="epochs")]
-        run.log(epoch, {"step": epoch, "classifier/loss": loss, "classifier/accuracy": accuracy})
-        bars[0].update(epoch, f"classifier: loss {loss:.3g}, held-out accuracy {accuracy:.1%}")
+        known = {} if accuracy is None else {"classifier/accuracy": accuracy}
+        run.log(epoch, {"step": epoch, "classifier/loss": loss} | known)
+        bars[0].update(epoch, f"classifier: {said_of(loss, accuracy)}")
 
     return make_extractor(wanted, root, manifest, exact=exact, tick=tick)
 

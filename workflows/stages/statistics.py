@@ -12,14 +12,22 @@ from typing import Any
 
 from workflows.config import Data, Evaluate
 from workflows.context import identity_of
-from workflows.extractors import Wanted, make_extractor
+from workflows.extractors import Wanted, make_extractor, said_of
 from workflows.reference import ABOUT, TENSORS, about_of, build_reference, save_reference
+from workflows.runtime import storage
 from workflows.runtime.cluster import task_options
 from workflows.runtime.manifest import Manifest
 from workflows.runtime.progress import Bar, Screen
 from workflows.runtime.storage import publish
 from workflows.runtime.uri import join
 from workflows.stages.preparation import Preparation
+
+FEWEST_ROWS = 4
+"""Rows below which there are no statistics of a part."""
+
+
+def _enough(manifest: Manifest, which: str) -> bool:
+    return which == "all" or (manifest.held_out > 0 and manifest.rows(which) >= FEWEST_ROWS)
 
 
 def statistics_for(p: Preparation, manifest: Manifest, screen: Screen) -> dict[str, Any]:
@@ -32,14 +40,14 @@ def statistics_for(p: Preparation, manifest: Manifest, screen: Screen) -> dict[s
     from mmdistill_core.artifact import save_extractor
 
     wanted = Wanted(str(p.extractor), p.extractor_weights, Data().classifier_epochs, p.seed)
-    resources, which = ray.cluster_resources(), ["all"] + ["holdout", "rest"] * (manifest.held_out > 0)
+    resources, which = ray.cluster_resources(), [w for w in ("all", "holdout", "rest") if _enough(manifest, w)]
     use_gpu = resources.get("GPU", 0) >= 1
     with TemporaryDirectory() as scratch, screen.bars():
-        bars = dict[str, Bar]()
+        bars = list[Bar]()
 
-        def tick(epoch: int, loss: float, accuracy: float) -> None:
-            bar = bars.setdefault("classifier", screen.bar("classifier", wanted.epochs, unit="epochs"))
-            bar.update(epoch, f"loss {loss:.3g}, held-out accuracy {accuracy:.1%}")
+        def tick(epoch: int, loss: float, accuracy: float | None) -> None:
+            bars[:] = bars or [screen.bar("classifier", wanted.epochs, unit="epochs")]
+            bars[0].update(epoch, said_of(loss, accuracy))
 
         extractor, accuracy = make_extractor(wanted, p.dest, manifest, tick=tick)
         about, folder = about_of(manifest, extractor), Path(scratch)
@@ -77,3 +85,9 @@ def statistics_for(p: Preparation, manifest: Manifest, screen: Screen) -> dict[s
         "rows": rows,
         "options": p.features,
     }
+
+
+def statistics_are_whole(root: str, manifest: Manifest) -> bool:
+    """Whether the files are there that the manifest names."""
+    there = storage.listing(join(root, "statistics"))
+    return all(f"{name}/{file}" in there for name in manifest.statistics.get("rows", {}) for file in (TENSORS, ABOUT))

@@ -92,6 +92,11 @@ def sweep(
     random = any(isinstance(v, tuple) for v in space.values())
     grid = list(itertools.product(*(v for v in space.values() if isinstance(v, list))))
     total = trials if random else len(grid)
+    if (size := prepared.result["bytes"] / 2**30) > config.data.memory_gib:
+        raise UserError(
+            f"sweep: holds the images in memory, {size:.1f} GiB, more than data.memory_gib={config.data.memory_gib:g}",
+            hint="prepare fewer of them (--limit), or raise data.memory_gib",
+        )
     arrays = ray.put(read_all(data_of(prepared)))
     jobs = {"config": config.model_dump(), "prepared": prepared, "taught": taught}
     mailbox = context.monitor.actor
