@@ -339,7 +339,7 @@ def test_a_workspace_in_an_object_store(left, workspace, moto_server, monkeypatc
     """The same plan as of the same files in a folder, and what it names is gone from the store."""
     monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
     use(monkeypatch, moto_server)
-    place = bucket(moto_server, "gc") + "/runs"
+    place = bucket(moto_server, "gc-runs") + "/runs"
     other = shutil.copytree(next((workspace / "stages").glob("report-*")), workspace / "stages" / f"report-{'0' * 12}")
     publish(workspace, place, skip=lambda name: name.startswith("mlflow") or name == ".lock")
     expected, _ = collect(workspace, agree=False)
@@ -354,7 +354,7 @@ def test_a_workspace_in_an_object_store(left, workspace, moto_server, monkeypatc
     assert names(collect(place)[0]) == set()
     assert names(collect(place, keep_days=0)[0]) == set()
     with pytest.raises(UserError, match="not a workspace"):
-        collect(bucket(moto_server, "gc") + "/nothing")
+        collect(place.replace("/runs", "/nothing"))
 
 
 def test_young_objects_stay(left, moto_server, monkeypatch, tmp_path):

@@ -199,10 +199,12 @@ def _passing(error: BaseException) -> bool:
     """Whether another try may do: refused for now, cut off, silent, or damaged on the way."""
     from aiohttp import ClientError as Dropped
     from botocore.exceptions import ConnectionError as NoAnswer
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
     from botocore.parsers import ResponseParserError
     from fsspec.exceptions import FSTimeoutError
 
+    if any(isinstance(e, SSLError) for e in _chain(error)):
+        return False
     if response := _response(error):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         passing = ("SlowDown", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
