@@ -234,6 +234,24 @@ def test_members_that_are_too_large(tmp_path, monkeypatch):
     assert re.search("big.png has 300,000 bytes; what follows in a compressed tar is not read", str(errors(items)))
 
 
+@pytest.mark.parametrize(("size", "images"), [(10_000, 1000), (10, 20)])
+def test_a_sample_is_bounded_however_many_siblings_it_has(tmp_path, monkeypatch, size, images):
+    """Frames of a video gather in one sample: what is past its bytes or its number is not kept."""
+    monkeypatch.setattr("workflows.ingest.tars.MAX_BYTES", 200_000)
+    monkeypatch.setattr("workflows.ingest.tars.MOST_IMAGES", images)
+    frames = [(f"video.{i:04}.jpg", bytes([i % 256]) * size) for i in range(400)]
+    tarred(tmp_path / "x.tar", [*samples(0, 1, cls=None), *frames, *samples(1, 2, cls=None)])
+    listing = list_source(str(tmp_path))
+    tracemalloc.start()
+    items = read(listing)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2_000_000  # the frames are 4 MB
+    said = f"the files video.* are more than {images:,} images, or than 200,000 bytes together"
+    assert errors(items) == {"x.tar#video.0000.jpg": said}
+    assert len(good(items)) == 2
+
+
 def test_a_bomb_in_the_headers(tmp_path):
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, 10**9

@@ -23,6 +23,8 @@ from workflows.runtime.errors import UserError
 
 MAX_SIBLING = 2**20
 """Bytes of a .cls, .txt or .json, and of a tar's own long headers."""
+MOST_IMAGES = 1000
+"""Of one sample: frames of a video, such as clip.0001.jpg, have one name up to the first dot."""
 TEXTS = ("cls", "txt", "json", "text", "caption", "label", "class", "prompt")
 HEADERS = (
     tarfile.XHDTYPE,
@@ -61,12 +63,13 @@ class Header(tarfile.TarInfo):
 @dataclass
 class Sample:
     """Neighbours in a tar whose names are the same up to the first dot. images, texts: by what follows it, in small letters.
-    error: why one of them can't be read.
+    size: bytes of all that is held. error: why one of them can't be read.
     """
 
     key: str
     images: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     texts: dict[str, bytes] = field(default_factory=dict)
+    size: int = 0
     error: str = ""
 
 
@@ -120,10 +123,15 @@ def _add(sample: Sample, archive: tarfile.TarFile, member: tarfile.TarInfo, name
         sample.error = f"{name} is a link, or no plain file"
     elif member.size > most:
         sample.error = f"{name} has {member.size:,} bytes, more than {most:,}"
+    elif sample.size + member.size > MAX_BYTES or len(sample.images) >= MOST_IMAGES:
+        sample.error = (
+            f"the files {sample.key}.* are more than {MOST_IMAGES:,} images, or than {MAX_BYTES:,} bytes together"
+        )
     else:
         stream = archive.extractfile(member)
         assert stream is not None
         content = stream.read()
+        sample.size += len(content)
         if is_image:
             sample.images[extension] = name, content
         else:
