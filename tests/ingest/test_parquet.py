@@ -133,17 +133,20 @@ def test_large_row_groups_are_not_held_whole(tmp_path):
     assert sum(reads) < size / 4
 
 
-def test_a_file_that_is_no_parquet_is_one_broken_item(tmp_path):
-    written(tmp_path / "a.parquet", table(0, 3))
+def test_a_file_that_is_no_parquet_is_as_many_broken_items_as_its_size_says(tmp_path):
+    content = written(tmp_path / "a.parquet", table(0, 40)).read_bytes()
     (tmp_path / "b.parquet").write_text("<html>no such page</html>")
-    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    (tmp_path / "c.parquet").write_bytes(content[: len(content) // 2])
     (tmp_path / "d.parquet").write_bytes(b"")
     listing, items = load(tmp_path)
-    assert listing.count == 3
-    assert len(items) == 6
-    assert {key: text.partition(":")[0] for key, text in errors(items).items()} == {
-        f"{name}.parquet#0": "it is no Parquet file" for name in "bcd"
-    }
+    assert (listing.count, listing.available, len(items)) == (62, 62, 62)
+    lost = [f"{name}.parquet#{i}" for name, rows in (("b", 1), ("c", 20), ("d", 1)) for i in range(rows)]
+    assert {key: text.partition(":")[0] for key, text in errors(items).items()} == dict.fromkeys(
+        lost, "it is no Parquet file"
+    )
+    listing, items = load(tmp_path, limit=31)
+    assert (listing.count, len(items)) == (31, 31)
+    assert list(errors(items)) == lost[::2]
     (tmp_path / "a.parquet").unlink()
     assert re.search(r"no file can be read; b.parquet: it is no Parquet file", refused(tmp_path))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workflows.ingest.columns import Columns, columns_of, items
@@ -48,7 +48,7 @@ class Tables:
 
 
 def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, tuple[str, ...]]) -> Tables:
-    """Units of whole row groups. A file that can't be read is a unit of one broken item.
+    """Units of whole row groups. A file that can't be read is a unit of about as many broken items as it has lost.
 
     Class names are the schema's, or `names` of files beside it, or of `ask.labels`; without any, the label column is read for
     them. Raises UserError for files with different columns, or none that can be read.
@@ -60,6 +60,8 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
         raise UserError(f"{files.source}: no file can be read; {clean(chosen[0].name)}: {footers[0].error}")
     first = whole[0][1].schema
     assert first is not None
+    if not any(sum(footer.rows) for _, footer in whole):
+        raise UserError(f"{files.source}: the files have no rows")
     columns = columns_of(clean(whole[0][0].name), first, ask, names)
     for file, footer in whole:
         check_same(file.name, footer.schema, whole[0][0].name, first, columns)
@@ -70,11 +72,9 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
             found = sorted({value for part in parts for value in part}, key=str)
         classes, _ = numbered(found, (), f"column {columns.label}")
     units: list[Unit] = []
-    available, offset = sum(sum(footer.rows) for footer in footers), 0
+    footers, offset = _with_lost_rows(chosen, footers), 0
+    available = sum(sum(footer.rows) for footer in footers)
     for file, footer in zip(chosen, footers, strict=True):
-        if footer.schema is None:
-            units.append(Unit("parquet", (file.name,), last=0, offset=offset, size=file.size or 0))
-            continue
         start = 0
         for a, b in grouped(list(footer.sizes), ask.unit_bytes):
             rows = sum(footer.rows[a:b])
@@ -82,10 +82,21 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
                 size = sum(footer.sizes[a:b])
                 units.append(Unit("parquet", (file.name,), first=start, last=start + rows, offset=offset, size=size))
             start, offset = start + rows, offset + rows
-    if not available:
-        raise UserError(f"{files.source}: the files have no rows")
     labelled = f"column {columns.label}" if columns.label else ""
     return Tables(tuple(units), available, columns, classes, labelled, table)
+
+
+def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[Footer]:
+    """The footers; of a file that can't be read one row group of as many rows as its size says, by the other files' mean, but at
+    least one.
+    """
+    whole = [(file, footer) for file, footer in zip(chosen, footers, strict=True) if footer.schema is not None]
+    rows, size = sum(sum(footer.rows) for _, footer in whole), sum(file.size or 0 for file, _ in whole)
+    out = []
+    for file, footer in zip(chosen, footers, strict=True):
+        lost = max(1, round((file.size or 0) * rows / size)) if size else 1
+        out.append(footer if footer.schema is not None else replace(footer, rows=(lost,), sizes=(file.size or 0,)))
+    return out
 
 
 def class_list(files: Files, ask: Ask, columns: Columns) -> tuple[tuple[str, ...], bytes]:
@@ -122,9 +133,8 @@ def read_parquet(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     (name,) = unit.files
     chosen = taken(listing, unit).tolist()
     footer = _footer(files, name)
-    if not unit.last or footer.error:
-        error = footer.error or "changed since it was listed"
-        yield from (Item(f"{clean(name)}#{i}", None, error=error) for i in chosen or [0])
+    if footer.error:
+        yield from (Item(f"{clean(name)}#{i}", None, error=footer.error) for i in chosen)
         return
     start = 0
     for group, rows in enumerate(footer.rows):
