@@ -97,6 +97,22 @@ def test_a_list_of_classes_holds_the_numbers(tmp_path):
     assert {item.label for item in load(tmp_path / "x.tar", labels="none")[1]} == {None}
 
 
+def test_numbers_that_are_no_classes(tmp_path):
+    """Where no list of classes is given: an identifier for a label would be a class list of a billion."""
+    labels = ["0", "1234567890", "99999", "100000", "-1", "-2", "9" * 400]
+    members = [(f"{i}.{kind}", c) for i, label in enumerate(labels) for kind, c in (("png", png(i)), ("cls", label))]
+    tarred(tmp_path / "x.tar", members)
+    _, items = load(tmp_path)
+    assert {item.key: item.label for item in good(items).values()} == {
+        "x.tar#0.png": 0,
+        "x.tar#2.png": 99_999,
+        "x.tar#4.png": None,
+    }
+    said = "is no class: they are numbers from 0 to 99,999"
+    wrong = {1: "1234567890", 3: "100000", 5: "-2", 6: "9" * 20}
+    assert errors(items) == {f"x.tar#{i}.png": f"label {label} {said}" for i, label in wrong.items()}
+
+
 def test_labels_and_captions_by_name_in_files(tmp_path):
     tarred(tmp_path / "x.tar", samples(0, 4, cls=None))
     (tmp_path / "l.json").write_text(json.dumps({f"{i:04}.png": "ba"[i % 2] for i in range(3)}))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from workflows.ingest.decode import MAX_BYTES
 from workflows.ingest.files import clean
-from workflows.ingest.labels import CAPTIONS, LABELS, Ask
+from workflows.ingest.labels import CAPTIONS, LABELS, MOST_CLASSES, Ask
 from workflows.ingest.listing import Item, Listing
 from workflows.runtime.errors import UserError
 
@@ -104,8 +104,10 @@ def label_number(value: Any, of: dict[str, int], listing: Listing) -> int | str 
         return None
     if isinstance(value, str):
         return of.get(value, f"label {clean(value)[:60]} is not in the class list")
-    if value < 0 or (listing.classes and value >= len(listing.classes)):
-        return f"label {value} is not among the {len(listing.classes)} classes"
+    if listing.classes and not 0 <= value < len(listing.classes):
+        return f"label {str(value)[:20]} is not among the {len(listing.classes)} classes"
+    if not 0 <= value < MOST_CLASSES:
+        return f"label {str(value)[:20]} is no class: they are numbers from 0 to {MOST_CLASSES - 1:,}"
     return int(value)
 
 
