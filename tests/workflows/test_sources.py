@@ -1,5 +1,7 @@
 """Sources: what they promise, and a user's folder with everything that can be wrong with it."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -89,6 +91,14 @@ def test_a_folder_with_and_without_classes(folder):
     images, labels = load(folder, "data.channels=1", "data.limit=10")
     assert images.shape == (10, 1, 8, 8)
     assert set(labels) == {0}
+
+
+def test_a_link_into_a_folder_above_adds_no_images(folder, tmp_path):
+    shutil.move(folder / "dogs", tmp_path / "elsewhere")
+    (folder / "dogs").symlink_to(tmp_path / "elsewhere")
+    (folder / "cats" / "loop").symlink_to(folder / "cats")
+    images, labels = load(folder, "data.num_classes=2")
+    assert (len(images), labels.tolist()) == (10, [0] * 5 + [1] * 5)
 
 
 def test_an_image_is_turned_upright_cut_in_its_centre_and_antialiased(tmp_path):

@@ -154,39 +154,43 @@ class Files:
             found = self.fs.glob(self.path, detail=True)
             return [_file(self._name(p), info) for p, info in found.items() if info["type"] == "file"]
         if self.local:
-            return list(self._walk(self.path))
+            return [_local(self._name(path), info) for path, info in walk(self.path)]
         found = self.fs.find(self.path, detail=True)
         return [_file(self._name(path), info) for path, info in found.items() if info.get("type") != "directory"]
 
     def _name(self, path: str) -> str:
         return path[len(self.root) :].lstrip("/")
 
-    def _walk(self, folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[File]:
-        """A folder of this machine. Links are followed, but not into a folder that they lie in; what can't be read is raised."""
-        info = os.stat(folder)
-        this = info.st_dev, info.st_ino
-        if this in above:
-            return
-        with os.scandir(folder) as scan:
-            entries = sorted(scan, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from self._walk(entry.path, above | {this})
-                continue
-            try:
-                info = entry.stat()
-            except OSError:  # a link to nothing: said when it is read
-                yield File(self._name(entry.path), None, "")
-            else:
-                if stat.S_ISREG(info.st_mode):
-                    yield File(self._name(entry.path), info.st_size, str(info.st_mtime_ns))
-
     def _there(self) -> bool:
         try:
             return bool(self.fs.exists(self.path))
         except Exception:  # the question is only for better words
             return True
+
+
+def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result | None]]:
+    """(path, what it is) of the plain files below a folder of this machine, but for hidden folders; None of a link to nothing.
+
+    Links are followed, but not into a folder that they lie in. What can't be read is raised.
+    """
+    info = os.stat(folder)
+    this = info.st_dev, info.st_ino
+    if this in above:
+        return
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.is_dir():
+            if not entry.name.startswith("."):
+                yield from walk(entry.path, above | {this})
+            continue
+        try:
+            info = entry.stat()
+        except OSError:  # said when it is read
+            yield entry.path, None
+        else:
+            if stat.S_ISREG(info.st_mode):
+                yield entry.path, info
 
 
 def fingerprint(files: Sequence[File]) -> str:
@@ -228,6 +232,10 @@ def suffix(name: str) -> str:
 
 def _hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def _local(name: str, info: os.stat_result | None) -> File:
+    return File(name, info.st_size, str(info.st_mtime_ns)) if info else File(name, None, "")
 
 
 def _file(name: str, info: dict[str, Any]) -> File:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workflows.ingest.decode import SUFFIXES, BadImage, decode
+from workflows.ingest.files import walk
 from workflows.ingest.spread import evenly
 from workflows.runtime.errors import UserError
 
@@ -66,12 +67,12 @@ def listing(path: str | None) -> str:
 
 
 def image_files(root: Path) -> list[Path]:
-    """All images below `root`, in order. Hidden files and folders are left out."""
-    found: list[Path] = []
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, n) for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
-    return sorted(found)
+    """All images below `root`, in order. Hidden files and folders are left out. Raises UserError where a folder can't be read."""
+    try:
+        found = [Path(path) for path, _ in walk(str(root))]
+    except OSError as error:
+        raise UserError(f"data.path: {error.filename} can't be read: {error.strerror}") from error
+    return sorted(file for file in found if file.name.lower().endswith(SUFFIXES) and not file.name.startswith("."))
 
 
 def _classes(root: Path, files: Sequence[Path], num_classes: int) -> list[int]:
