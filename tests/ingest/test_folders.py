@@ -118,6 +118,15 @@ def test_a_class_list_puts_folders_in_its_order(folder, tmp_path):
     )
 
 
+def test_a_caption_with_half_an_emoji_can_be_written(folder, tmp_path):
+    of = {f"{c}/{i}.png": "a cat \ud83d" for c in ("cats", "dogs") for i in range(5)} | {
+        "cats/0.png": "a cat \U0001f408"
+    }
+    (tmp_path / "captions.json").write_text(json.dumps(of))
+    _, items = load(folder, captions=str(tmp_path / "captions.json"))
+    assert [item.caption for item in items] == ["a cat \U0001f408"] + ["a cat ?"] * 9
+
+
 def test_captions_in_a_file(folder, tmp_path):
     of = {f"{c}/{i}.png": f"a {c}, the {i}." for c in ("cats", "dogs") for i in range(5)}
     (tmp_path / "captions.json").write_text(json.dumps(of))

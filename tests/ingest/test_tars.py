@@ -88,6 +88,11 @@ def test_fields_of_json(tmp_path):
     assert "no label kind in the first sample, 0000, which has json" in refused(tmp_path, label_column="kind")
 
 
+def test_a_caption_in_json_with_half_an_emoji_can_be_written(tmp_path):
+    tarred(tmp_path / "x.tar", samples(0, 2, cls=None, json=json.dumps({"caption": "a cat \ud83d"})))
+    assert [item.caption for item in load(tmp_path)[1]] == ["a cat ?"] * 2
+
+
 def test_a_list_of_classes_holds_the_numbers(tmp_path):
     tarred(tmp_path / "x.tar", samples(0, 6))
     (tmp_path / "classes.txt").write_text("a\nb\n")

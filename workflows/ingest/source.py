@@ -82,8 +82,13 @@ def read_unit(listing: Listing, unit: Unit, filesystem: AbstractFileSystem | Non
     An outage of the store is raised, not recorded: it says nothing of an image.
     """
     files = Files(listing.source, filesystem, root=listing.root)
-    items = READERS[unit.kind](listing, unit, files)
+    items = map(_writable, READERS[unit.kind](listing, unit, files))
     return islice(items, unit.last) if unit.kind in ("tar", "arrow") else items
+
+
+def _writable(item: Item) -> Item:
+    """Its caption as UTF-8 can hold it: half of a pair of surrogates, as JSON brings of a cut emoji, becomes a question mark."""
+    return replace(item, caption=item.caption.encode("utf-8", "replace").decode()) if item.caption else item
 
 
 def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
