@@ -131,6 +131,24 @@ RGB16 = b"\x89PNG\r\n\x1a\n" + b"".join(
         (b"IEND", b""),
     )
 )
+RGB16_TIFF = (
+    struct.pack("<2sHIH", b"II", 42, 8, 8)
+    + b"".join(
+        struct.pack("<HHII", tag, kind, count, value)
+        for tag, kind, count, value in (
+            (256, 3, 1, 2),
+            (257, 3, 1, 2),
+            (258, 3, 3, 110),
+            (262, 3, 1, 2),
+            (273, 4, 1, 116),
+            (277, 3, 1, 3),
+            (278, 3, 1, 2),
+            (279, 4, 1, 24),
+        )
+    )
+    + struct.pack("<I3H", 0, 16, 16, 16)
+    + bytes(24)
+)
 JPEG = encoded(array(4, 64, 64), "JPEG")
 
 
@@ -158,6 +176,10 @@ JPEG = encoded(array(4, 64, 64), "JPEG")
         (encoded(Image.fromarray(np.zeros((9, 9), np.uint16))), "more than 8 bits a channel"),
         (encoded(Image.fromarray(np.zeros((9, 9), np.float32)), "TIFF"), "more than 8 bits a channel"),
         (RGB16, "more than 8 bits a channel"),
+        (RGB16_TIFF, "more than 8 bits a channel"),
+        (b"P6 2 2 65535\n" + bytes(24), "more than 8 bits a channel"),
+        (b"P6 2 2 1023\n" + bytes(24), "more than 8 bits a channel"),
+        (b"P3 1 1 65535 1 2 3\n", "more than 8 bits a channel"),
     ],
 )
 def test_what_is_no_image_is_refused_in_a_line(content, said):
@@ -166,6 +188,13 @@ def test_what_is_no_image_is_refused_in_a_line(content, said):
     assert "\n" not in str(caught.value)
     assert "at 0x" not in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "content", [b"P6 1 1 100\n\x32\x32\x32", b"P3 1 1 255 127 127 127\n", b"P6 1 1 255\n\x7f\x7f\x7f"]
+)
+def test_a_ppm_of_8_bits_or_fewer_is_read(content):
+    assert abs(decode(content, size=1, channels=3).astype(int) - 127).max() <= 1
 
 
 def test_bytes_that_are_too_many_are_not_looked_at(monkeypatch):

@@ -97,8 +97,7 @@ def _open(image: bytes, max_pixels: int) -> Any:
         raise BadImage(f"{width}x{height}: a side of more than {MAX_SIDE:,} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadImage(f"{width}x{height}: one side is more than {MAX_ASPECT} times the other")
-    bits = _png_bits(image) if opened.format == "PNG" else 8
-    if bits > 8 or opened.mode.startswith(("I", "F")):
+    if _bits(opened, image) > 8 or opened.mode.startswith(("I", "F")):
         raise BadImage("more than 8 bits a channel (16-bit, or floating point): its range is not known")
     return opened
 
@@ -124,9 +123,17 @@ def _corner(size: tuple[int, int], crop: str, key: str) -> tuple[int, int]:
     return left, top
 
 
-def _png_bits(image: bytes) -> int:
-    """Bits a channel, of the header: Pillow cuts colours of 16 bits to 8 and doesn't say so."""
-    return image[24] if image[12:16] == b"IHDR" else 8
+def _bits(opened: Any, image: bytes) -> int:
+    """Bits a channel, of the header: Pillow cuts colours of 16 bits to 8 and doesn't say so. Other formats than these have 8."""
+    if opened.format == "PNG":
+        return image[24] if image[12:16] == b"IHDR" else 8
+    if opened.format == "TIFF":
+        return int(max(opened.tag_v2.get(258, (1,))))
+    if opened.format == "PPM" and isinstance(
+        opened.tile[0][3], tuple
+    ):  # (mode, the largest value), where that isn't 255
+        return int(opened.tile[0][3][-1]).bit_length()
+    return 8
 
 
 def _no_image(image: bytes) -> str:
