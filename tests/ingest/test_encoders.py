@@ -39,15 +39,6 @@ def test_latents_are_the_vaes_own_scaled(models):
     assert parts == pytest.approx(latents, abs=1e-5)
 
 
-def test_what_decode_gives_back_is_as_near_as_the_vae_comes(models):
-    encode, vae = Latents(str(models / "vae")), vae_of(models)
-    x = torch.from_numpy(IMAGES).float() / 127.5 - 1
-    own = (vae(x).sample - x).square().mean().item()
-    back = encode.decode(encode(IMAGES, KEYS))
-    assert back.shape == IMAGES.shape
-    assert np.square(back - x.numpy()).mean() == pytest.approx(own, rel=1e-4)
-
-
 def test_a_sample_has_the_codes_spread_and_is_the_keys(models):
     encode, vae = Latents(str(models / "vae"), how="sample"), vae_of(models)
     n = 400
@@ -74,7 +65,6 @@ def test_embeddings_are_the_models_own(models, folder):
     out = embed(captions)
     assert out["embedding"].shape == (4, 6, embed.width) == (4, 6, 16 if folder == "pipeline" else 12)
     assert out["mask"].sum(1).tolist() == [4, 1, 6, 2]
-    assert out["cut"].tolist() == [False, False, True, False]
     kind, place = (CLIPTextModel, "pipeline/text_encoder") if folder == "pipeline" else (T5EncoderModel, "t5")
     model = kind.from_pretrained(models / place).eval()
     ids = torch.tensor([[3, 4, 6, 1]])  # the caption alone, without padding

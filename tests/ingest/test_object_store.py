@@ -50,7 +50,7 @@ def test_a_prefix_of_images(bucket, tmp_path):
     assert {item.key: item.image for item in items} == {
         f"{c}/{i} [x]*.png": png(i) for c in ("cats", "dogs") for i in range(20)
     }
-    assert "hidden-secret" not in str(listing.to_dict())
+    assert "hidden-secret" not in str(listing)
     filesystem.pipe(f"{name}/deep/cats/0 [x]*.png", png(99))
     assert list_source(source, filesystem=filesystem).fingerprint != listing.fingerprint
     filesystem.rm_file(f"{name}/deep/cats/1 [x]*.png")

@@ -1,6 +1,5 @@
 """Whatever the units' size and the limit, all units together are the source: every key once."""
 
-import json
 import tarfile
 import zipfile
 from itertools import pairwise
@@ -77,11 +76,10 @@ def test_every_key_exactly_once(sources, kind, unit_bytes, limit):
 
 
 @pytest.mark.parametrize("kind", ["images", "zip", "parquet", "tar", "arrow"])
-def test_a_listing_is_plain_json_and_the_same_every_time(sources, kind):
+def test_a_listing_is_the_same_every_time(sources, kind):
     first, second = (list_source(str(sources / kind), unit_bytes=5000, limit=30) for _ in range(2))
     assert first == second
     assert len(first.units) > 2
-    assert json.loads(json.dumps(first.to_dict()))["fingerprint"] == first.fingerprint
     assert first.fingerprint == list_source(str(sources / kind)).fingerprint
 
 

@@ -6,7 +6,7 @@ pixels. All files are read through fsspec, and nothing is unpacked to a disk or 
 
 from __future__ import annotations
 
-from workflows.ingest.listing import Item, Listing, Unit, listing_from_dict, unit_from_dict
+from workflows.ingest.listing import Item, Listing, Unit
 from workflows.ingest.source import list_source, read_unit
 
-__all__ = ["Item", "Listing", "Unit", "list_source", "listing_from_dict", "read_unit", "unit_from_dict"]
+__all__ = ["Item", "Listing", "Unit", "list_source", "read_unit"]

@@ -36,22 +36,19 @@ def decode(
     size: int,
     channels: int,
     crop: Literal["center", "random"] = "center",
-    flip: bool = False,
     rng_key: str = "",
-    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """uint8 [channels, size, size]: the first frame, turned upright by its EXIF, over white where it is transparent, in RGB
-    (3 channels) or grey (1), cut to its largest square, scaled by `square`, and mirrored left to right if `flip`.
+    (3 channels) or grey (1), cut to its largest square, and scaled by `square`.
 
     The square lies in the centre, or (`random`) where `rng_key` puts it: the same key gives the same place. Smaller images are
     enlarged. Colour profiles are not applied. Raises BadImage for what is no image, cut off, of more than 8 bits a channel, of
-    more than max_pixels, or of absurd sides.
+    more than MAX_PIXELS, or of absurd sides.
     """
     import numpy as np
     from PIL import ImageOps
 
-    _allow(max_pixels)
-    opened = _open(image, max_pixels)
+    opened = _open(image)
     try:
         upright = _flat(ImageOps.exif_transpose(opened), channels)
     except MemoryError:
@@ -60,8 +57,7 @@ def decode(
         raise BadImage(_reason(error)) from error
     side = min(upright.size)
     left, top = _corner(upright.size, crop, rng_key)
-    pixels = square(upright, size, (left, top, left + side, top + side))
-    return np.ascontiguousarray(pixels[:, :, ::-1] if flip else pixels)
+    return np.ascontiguousarray(square(upright, size, (left, top, left + side, top + side)))
 
 
 def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
@@ -73,7 +69,7 @@ def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
-def _open(image: bytes, max_pixels: int) -> Any:
+def _open(image: bytes) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     if not image:
@@ -85,14 +81,14 @@ def _open(image: bytes, max_pixels: int) -> Any:
     except UnidentifiedImageError as error:
         raise BadImage(_no_image(image)) from error
     except Image.DecompressionBombError as error:
-        raise BadImage(f"more than {max_pixels:,} pixels") from error
+        raise BadImage(f"more than {MAX_PIXELS:,} pixels") from error
     except MemoryError:
         raise
     except Exception as error:  # a broken header
         raise BadImage(_reason(error)) from error
     width, height = opened.size
-    if width * height > max_pixels:
-        raise BadImage(f"{width}x{height}: more than {max_pixels:,} pixels")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width}x{height}: more than {MAX_PIXELS:,} pixels")
     if max(width, height) > MAX_SIDE:
         raise BadImage(f"{width}x{height}: a side of more than {MAX_SIDE:,} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
@@ -147,11 +143,3 @@ def _reason(error: Exception) -> str:
     """An error of Pillow as one line, without addresses."""
     text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error) or type(error).__name__)
     return f"broken: {' '.join(text.split())[:160]}"
-
-
-def _allow(max_pixels: int) -> None:
-    """Pillow's own check must not refuse what the user allows."""
-    from PIL import Image
-
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels

@@ -72,15 +72,6 @@ class Latents:
             out: np.ndarray = ((z - self.shift) * self.scale).cpu().numpy()
         return out
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """float32 latents [n, c, h, w] -> images [n, 3, h factor, w factor], in [-1, 1] where they were such images."""
-        import torch
-
-        with torch.inference_mode():
-            z = torch.from_numpy(latents).to(self.device) / self.scale + self.shift
-            out: np.ndarray = self.vae.decode(z).sample.cpu().numpy()
-        return out
-
 
 class TextEmbeddings:
     """The last hidden states of a CLIP text model or a T5 encoder of transformers, each caption padded to `length` tokens.
@@ -116,14 +107,12 @@ class TextEmbeddings:
         return longest
 
     def __call__(self, captions: Sequence[str | None]) -> dict[str, np.ndarray]:
-        """embedding float32 [n, length, width]; mask bool [n, length], True for tokens of the caption; cut bool [n], True where
-        the caption had more tokens than that. No caption is the empty one.
+        """embedding float32 [n, length, width]; mask bool [n, length], True for tokens of the caption, which is cut where it
+        has more than that. No caption is the empty one.
         """
-        import numpy as np
         import torch
 
         texts = [caption or "" for caption in captions]
-        long = [len(ids) > self.length for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         tokens = self.tokenizer(
             texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(self.device)
@@ -132,7 +121,6 @@ class TextEmbeddings:
         return {
             "embedding": states.last_hidden_state.float().cpu().numpy(),
             "mask": tokens["attention_mask"].cpu().numpy().astype(bool),
-            "cut": np.array(long, bool),
         }
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from workflows.ingest.spread import evenly
 
@@ -86,25 +86,6 @@ class Listing:
     label_file: str | None = None
     caption_file: str | None = None
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-def unit_from_dict(values: dict[str, Any]) -> Unit:
-    """A Unit of `asdict`, back from JSON."""
-    return Unit(**{name: _tuple(value) for name, value in values.items()})
-
-
-def listing_from_dict(values: dict[str, Any]) -> Listing:
-    """A Listing of `to_dict`, back from JSON."""
-    units = tuple(unit_from_dict(unit) for unit in values["units"])
-    return Listing(**{name: _tuple(value) for name, value in values.items()} | {"units": units})
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def taken(listing: Listing, unit: Unit) -> np.ndarray:
