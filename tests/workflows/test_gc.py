@@ -352,7 +352,6 @@ def test_a_workspace_in_an_object_store(left, workspace, moto_server, monkeypatc
     assert gone == {name for name in before if any(name.startswith(f"{what}/") for what in names(plan))}
     assert not any(name.startswith("ray/") for name in listing(place))
     assert names(collect(place)[0]) == set()
-    assert names(collect(place, keep_days=0)[0]) == set()
     with pytest.raises(UserError, match="not a workspace"):
         collect(place.replace("/runs", "/nothing"))
 
