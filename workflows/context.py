@@ -151,14 +151,17 @@ class StageRun:
         return float(self._spent + time.monotonic() - self._since)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """A step that was logged before, here or on another machine, is not again: a resumed training replays some."""
+        """A step that was logged before, here or on another machine, is not again: a resumed training replays some. "time" among
+        the metrics is none of them, but when they were measured.
+        """
         if step in self._steps:
             return
         self._steps.add(step)
-        moment = now()
+        moment = int(metrics.get("time") or now())
+        row = {name: value for name, value in metrics.items() if name != "time"}
         with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps({"step": step, "time": moment} | metrics) + "\n")
-        self._send([(step, metrics, moment)])
+            file.write(json.dumps({"step": step, "time": moment} | row) + "\n")
+        self._send([(step, row, moment)])
         if time.monotonic() - self._flushed > 3:
             self.flush()
 

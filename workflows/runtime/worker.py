@@ -7,6 +7,7 @@ restores, and hands `engine.fit` its three callables.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -125,8 +126,8 @@ def set_up(config: dict[str, Any]) -> Training:
 
     def report(metrics: dict[str, float]) -> None:
         if rank == 0:
-            reported.append(metrics)
-            mailbox.push.remote(job.name, metrics)
+            reported.append(timed(metrics))
+            mailbox.push.remote(job.name, reported[-1])
 
     def save(state: Any) -> None:
         metrics = {"n_images": state.n_images}
@@ -149,6 +150,13 @@ def set_up(config: dict[str, Any]) -> Training:
     )
     validate = validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
     return Training(job, state, batches, options, report, save, validate, rank)
+
+
+def timed(metrics: dict[str, float]) -> dict[str, float]:
+    """With the time of the measurement, in ms since 1970. The checkpoint carries it too, so that a row is the same on every machine
+    that logs it.
+    """
+    return metrics | {"time": int(time.time() * 1000)}
 
 
 def _batches(job: Job, rank: int, world: int, device: Any) -> tuple[Any, Any]:
