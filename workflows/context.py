@@ -159,8 +159,7 @@ class StageRun:
         self._steps.add(step)
         moment = int(metrics.get("time") or now())
         row = {name: value for name, value in metrics.items() if name != "time"}
-        with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps({"step": step, "time": moment} | row) + "\n")
+        _append(self.path / METRICS, {"step": step, "time": moment} | row)
         self._send([(step, row, moment)])
         if time.monotonic() - self._flushed > 3:
             self.flush()
@@ -320,6 +319,15 @@ def _timed_metrics(folder: Path) -> list[TimedRow]:
         moment = row.pop("time", None) or int(path.stat().st_mtime * 1000)
         rows.append((int(row.pop("step")), row, moment))
     return sorted(rows, key=lambda row: row[0])
+
+
+def _append(path: Path, row: dict[str, float]) -> None:
+    """A line more. Half a line before it, of a full disk or a loss of power, stays by itself."""
+    with path.open("ab+") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        glue = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(glue + json.dumps(row).encode() + b"\n")
 
 
 def identity_of(*paths: Path) -> str:

@@ -39,3 +39,13 @@ def test_rows_of_a_checkpoint_are_tracked_once_though_the_store_could_not_be_ask
     assert sorted(found) == [(10, 1_000_000), (20, 1_000_000)]
     assert read_metrics(other.path) == [(n, {"n_images": n, "loss/x": 1 / n}) for n in (10, 20)]
     assert "time" not in tracker.client.get_run(one.run_id).data.metrics
+
+
+@pytest.mark.parametrize("half", ['{"step": 5, "time": 1, "lo', '{"step": 5, "time": 1, "loss": 0.5}'])
+def test_a_row_after_half_a_line_is_whole(tmp_path, tracker, half):
+    run = stage(tracker, tmp_path)
+    (run.path / "metrics.jsonl").write_text(half)
+    for step in (10, 20):
+        run.log(step, {"loss": 1.0})
+    assert [step for step, _ in read_metrics(run.path)][-2:] == [10, 20]
+    assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 3
