@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,31 @@ def test_what_is_queued_is_delivered_by_the_next_one_with_its_files(tmp_path, re
     assert texts == ["first", "w"]
     assert not list((tmp_path / "box/files").iterdir())
     assert queued(tmp_path / "box") == 0
+
+
+def test_a_copy_that_was_lost_is_set_aside_and_holds_up_nothing(tmp_path, receiver, monkeypatch):
+    """As after a loss of power; so copies are on the disk before the operation that needs them is."""
+    receiver.trouble = away
+    box = receiver.open(tmp_path / "box")
+    model, synced, sync = tmp_path / "model", [], os.fsync
+    (model / "inner").mkdir(parents=True)
+    (model / "inner" / "weights").write_text("w")
+    monkeypatch.setattr(os, "fsync", lambda at: (synced.append(os.readlink(f"/proc/self/fd/{at}")), sync(at)))
+    lost = box.keep(model)
+    monkeypatch.undo()
+    copy = tmp_path / "box/files" / lost["token"]
+    assert {str(p) for p in (copy.parent, copy, *copy.rglob("*"))} <= set(synced)
+    box.put({"kind": "artifact"} | lost)
+    box.put({"kind": "good"})
+    box.close()
+    shutil.rmtree(copy)
+    receiver.trouble = lambda operations: None
+    again = receiver.open(tmp_path / "box")
+    assert again.wait(seconds=20)
+    again.close()
+    assert names(receiver.taken) == ["good"]
+    assert "the copy of model is gone" in receiver.said[-1]
+    assert "the copy of model is gone" in (tmp_path / "box" / REFUSED).read_text()
 
 
 CHILD = """

@@ -95,7 +95,7 @@ class Outbox:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, path: Path) -> dict[str, str]:
-        """A copy of a file or folder as it is now, to go with an operation: {"token", "file"}."""
+        """A copy of a file or folder as it is now, on the disk, to go with an operation: {"token", "file"}."""
         token = uuid.uuid4().hex
         copy = self.folder / FILES / token / path.name
         copy.parent.mkdir()
@@ -103,6 +103,8 @@ class Outbox:
             shutil.copytree(path, copy)
         else:
             shutil.copyfile(path, copy)
+        for part in (copy, *copy.rglob("*"), copy.parent, copy.parent.parent):
+            _to_disk(part)
         return {"token": token, "file": path.name}
 
     def kept(self, operation: Operation) -> Path:
@@ -178,6 +180,7 @@ class Outbox:
             try:
                 operations, after = self._next()
                 if operations:
+                    self._whole(operations[0])
                     self._deliver(operations)
                 self._arrived(operations, after)
                 pause = FIRST_PAUSE
@@ -221,6 +224,11 @@ class Outbox:
                 if values >= MOST:
                     break
         return operations, at
+
+    def _whole(self, operation: Operation) -> None:
+        """Raises Refused for one whose file was lost: it would be in the way of all others for ever."""
+        if "token" in operation and not self.kept(operation).exists():
+            raise Refused(f"the copy of {operation['file']} is gone", stays=False)
 
     def _arrived(self, operations: list[Operation], after: int, *, files: bool = True) -> None:
         """Notes it; the copies of files go, unless they were refused."""
@@ -270,6 +278,14 @@ class Outbox:
         with self._changed:
             self._error, self._halted = error, self._halted or halt
             self._changed.notify_all()
+
+
+def _to_disk(path: Path) -> None:
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
 
 
 def _rows(path: Path) -> Iterator[Operation]:
