@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from small import ROOT
@@ -365,3 +366,23 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, receiver, monkeypatch):
     assert box.wait(seconds=20)
     box.close()
     assert names(receiver.taken) == ["a", "c"]
+
+
+@pytest.mark.parametrize("where", ["say", "set aside", "deliver"])
+def test_an_error_of_our_own_is_raised_and_waits_for_no_one(tmp_path, receiver, where):
+    def fails(*_):
+        raise RuntimeError("ours")
+
+    def trouble(operations):
+        raise {"say": Away("gone"), "set aside": Refused("no", stays=False), "deliver": RuntimeError("ours")}[where]
+
+    receiver.trouble, receiver.said = trouble, SimpleNamespace(append=fails)
+    box = receiver.open(tmp_path)
+    box._set_aside = fails
+    box.put({"kind": "a"})
+    with pytest.raises(RuntimeError, match="ours"):
+        box.wait(seconds=20)
+    with pytest.raises(RuntimeError, match="ours"):
+        box.put({"kind": "b"})
+    box.close()
+    assert queued(tmp_path) == 2

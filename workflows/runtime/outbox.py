@@ -68,7 +68,7 @@ class Outbox:
         self._singly = 0
         self._open()
         self._earlier = self._written
-        self._thread = threading.Thread(target=self._work, name="outbox", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     # The journal
@@ -169,6 +169,12 @@ class Outbox:
 
     # The delivery
 
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # of the delivery, or of what is written and said here
+            self._fail(error, halt=True)
+
     def _work(self) -> None:
         pause = FIRST_PAUSE
         while True:
@@ -197,8 +203,6 @@ class Outbox:
                 else:
                     self._set_aside(operations[0], refusal)
                     self._arrived(operations, after, files=False)
-            except Exception as error:
-                self._fail(error, halt=True)
 
     def _next(self) -> tuple[list[Operation], int]:
         """The operations to be delivered together, and where the journal goes on after them."""
