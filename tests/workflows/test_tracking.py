@@ -246,6 +246,25 @@ def test_at_the_start_a_server_that_does_not_answer_is_a_line(tmp_path, opened, 
     assert not (tmp_path / "outbox").exists()
 
 
+def test_a_run_that_another_machine_queued_and_delivered_is_found_by_its_own_id(tmp_path):
+    """Its folder in the bucket names the run by that id, and the note of what it became stayed with the other machine's outbox."""
+    store, own = f"sqlite:///{tmp_path / 'store.db'}", "queued-" + "1" * 32
+    first = Tracker(store, artifacts=tmp_path, outbox=tmp_path / "one")
+    first._put({"kind": "run", "run": own, "parent": None, "tags": {"x": "y"}, "time": 1})
+    assert first.settle(20)
+    known = first.resolve(own)
+    for outbox_ in (tmp_path / "other", None):
+        other = Tracker(store, outbox=outbox_)
+        assert other.expects(own)
+        assert other.resolve(own) == known
+        assert other.resume_run(own)
+        assert not other.expects("queued-" + "2" * 32)
+        other.close()
+    first.client.delete_run(known)
+    assert not Tracker(store).resume_run(own)
+    first.close()
+
+
 CHILD = """
 import sys
 from pathlib import Path

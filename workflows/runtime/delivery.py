@@ -60,12 +60,16 @@ class Delivery:
 
     def run_id(self, run: str) -> str:
         """The store's id of a run."""
-        if run.startswith(QUEUED) and run not in self._runs:
-            twins = self._twins(run)
-            if not twins:
-                raise Refused(f"the run {run} is not there", stays=False)
-            self._found(run, twins[0])
+        if run.startswith(QUEUED) and run not in self._runs and not self.find(run):
+            raise Refused(f"the run {run} is not there", stays=False)
         return self._runs.get(run, run)
+
+    def find(self, own: str) -> bool:
+        """Whether the store has the run with our id, whichever machine gave it."""
+        twins = self._twins(own)
+        if twins:
+            self._found(own, twins[0])
+        return bool(twins)
 
     def _twins(self, own: str) -> list[str]:
         """The runs that carry our id, the oldest first."""

@@ -144,11 +144,22 @@ class Tracker:
         return self._runs.get(run_id, run_id)
 
     def expects(self, run_id: str) -> bool:
-        """False for an id of our own that is neither the store's by now nor queued: its outbox was removed."""
+        """False for an id of our own that is neither the store's by now nor queued: its outbox was removed, or waits on another
+        machine.
+        """
         queued = self._outbox is not None and self._outbox.holds(kind="run", run=run_id)
-        return queued or not self.resolve(run_id).startswith(
-            QUEUED
-        )  # in this order: it may be delivered at this moment
+        # In this order: it may be delivered at this moment.
+        return queued or not self.resolve(run_id).startswith(QUEUED) or self._finds(run_id)
+
+    def _finds(self, own: str) -> bool:
+        """Whether the store has the run that another machine gave this id: with an outbox, taken as not while it is away."""
+        try:
+            return not self.away and self._delivery.find(own)
+        except Exception as error:
+            if self._outbox is not None and meaning(error) == "away":
+                return False
+            with self.reachable():
+                raise
 
     @property
     def pending(self) -> int:
