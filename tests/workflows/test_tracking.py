@@ -350,10 +350,36 @@ def planted(uri):
         ("postgresql://u:p%40w@db/name", "postgresql://db/name"),
         ("sqlite:////tmp/a@b/m.db", "sqlite:////tmp/a@b/m.db"),
         ("https://host", "https://host"),
+        ("postgresql://u:pa/ss@host/db", "postgresql://host/db"),
+        ("postgresql+psycopg2://u:12/34@host:5432/db", "postgresql+psycopg2://host:5432/db"),
+        ("postgresql://u:p/a@ss@host/db?x=a@b", "postgresql://host/db?x=a@b"),
+        ("http://u:pa/ss@host/x", "http://host/x"),
+        ("postgresql:/u:pw@host/db:", "postgresql:/host/db:"),
+        ("postgresql://host/db?user=u&password=SECRET", "postgresql://host/db?user=***&password=***"),
+        (
+            "postgresql://host/db?sslmode=require&Password=S%26T&x=1",
+            "postgresql://host/db?sslmode=require&Password=***&x=1",
+        ),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("http://[::1]:5000/a@b", "http://[::1]:5000/a@b"),
+        ("postgresql://host:5432/db", "postgresql://host:5432/db"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("sqlite:////home/a:b/c@d/m.db", "sqlite:////home/a:b/c@d/m.db"),
+        ("/home/a:b/c@d", "/home/a:b/c@d"),
+        ("file:///home/a:b@c", "file:///home/a:b@c"),
     ],
 )
 def test_an_address_without_its_secrets(uri, shown):
     assert uris.shown(uri) == shown
+    assert uris.shown(f"no {uri} and s3://k:pw@h/x: a@b") == f"no {shown} and s3://h/x: a@b"
+    hidden = [secret.rstrip("@") for secret in tracking._secrets(uri)]
+    assert bool(hidden) == (uri != shown)
+    assert not any(secret in shown for secret in hidden)
+
+
+def test_forms_of_a_password_that_errors_may_show():
+    assert {"pa/ss", "u:pa/ss@"} <= set(tracking._secrets("postgresql://u:pa/ss@host/db"))
+    assert {"S%26+T", "S&+T", "S& T"} == set(tracking._secrets("postgresql://host/db?user=u&password=S%26+T"))
 
 
 def test_a_password_in_the_address_is_used_and_is_nowhere(tmp_path, opened, proxy, said, monkeypatch, capfd):

@@ -17,12 +17,12 @@ from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 from workflows.runtime.delivery import QUEUED, Delivery, brief, meaning
 from workflows.runtime.errors import UserError
 from workflows.runtime.outbox import MOST, Away, Operation, Outbox, Refused
-from workflows.runtime.uri import shown
+from workflows.runtime.uri import secrets, shown
 
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -289,9 +289,8 @@ def outbox_of(folder: Path, uri: str) -> Path:
 
 def _secrets(uri: str) -> list[str]:
     """Texts that must not be shown: the longest first."""
-    user = uri.partition("://")[2].partition("/")[0].rpartition("@")[0]
-    password = user.partition(":")[2]
-    return [text for text in dict.fromkeys((user + "@", password, unquote(password))) if text.strip("@")]
+    found = {form for text in secrets(uri) for form in (text, unquote(text), unquote_plus(text)) if text.strip("@")}
+    return sorted(found, key=lambda text: (-len(text), text))
 
 
 def _with_credentials_aside(uri: str) -> str:

@@ -5,6 +5,21 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+USER = re.compile(
+    r"""
+    (?<=://)[^/\s]*@
+    | (?:  # with a slash in the password, as databases have it; after http it may be a port and a path
+        (?<=://) (?<!http://) (?<!https://) [^:/\s@]*
+      | (?<=://) [^:/\s@[]* (?=:(?!\d*/))
+      | (?<=\w:/) [^:/\s@]+  # a slash too few
+    ) : [^@\s]* @ (?:[^/\s]*@)?
+    """,
+    re.VERBOSE,
+)
+"""A user with a password, in an address or a text with addresses."""
+QUERIED = re.compile(r"(?<=[?&])((?:user|username|password|passwd|pwd|sslpassword)=)([^&\s]*)", re.IGNORECASE)
+"""The same, as parameters."""
+
 
 def is_remote(uri: str | Path) -> bool:
     return "://" in str(uri) and not str(uri).startswith("file://")
@@ -16,7 +31,14 @@ def join(uri: str | Path, *parts: str) -> str:
 
 def shown(uri: str | Path) -> str:
     """The URI, or a text with URIs, without users and passwords: as it may be shown and stored."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", str(uri))
+    return QUERIED.sub(r"\1***", USER.sub("", str(uri)))
+
+
+def secrets(uri: str) -> list[str]:
+    """What `shown` leaves out of an address, as it stands there: users with their passwords, and passwords."""
+    users = [found[0] for found in USER.finditer(uri)]
+    asked = [value for name, value in QUERIED.findall(uri) if not name.lower().startswith("user")]
+    return [*users, *(user[:-1].partition(":")[2] for user in users), *asked]
 
 
 def resolved(uri: str | Path) -> str:
