@@ -265,6 +265,37 @@ def test_a_run_that_another_machine_queued_and_delivered_is_found_by_its_own_id(
     first.close()
 
 
+@pytest.mark.parametrize(
+    "uri",
+    ["postgresql://u:PLANTED@h:port/db", "http://[bad", "postgresql+nope://u:PLANTED@h/db", "postgresql:/u:PLANTED@h/db:",
+     "mysql+nothing://u:PLANTED@h/db", "ftp://h/x", "nonsense", "http://u:PLANTED@h:port"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_a_line(uri):
+    with pytest.raises(UserError) as caught:
+        Tracker(uri)
+    told = f"{caught.value} {caught.value.hint}"
+    assert "\n" not in told
+    assert "PLANTED" not in told
+    assert "is back" not in told
+
+
+def test_a_database_without_its_driver_is_a_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with pytest.raises(UserError, match=r"no address of a store: .*psycopg2"):
+        Tracker("postgresql+psycopg2://h/db")
+
+
+def test_of_a_store_that_is_away_it_is_said_that_it_may_come_back(proxy, monkeypatch):
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
+    proxy.gone = True
+    with pytest.raises(UserError) as caught:
+        Tracker(proxy.uri)
+    assert "when the store is back" in caught.value.hint
+    with pytest.raises(UserError, match="refused") as caught:
+        Tracker("postgresql+psycopg2://u:pw@127.0.0.1:9/db")
+    assert "when the store is back" in caught.value.hint
+
+
 CHILD = """
 import sys
 from pathlib import Path

@@ -158,7 +158,7 @@ def meaning(error: BaseException) -> str | None:
         return "away"
     if "MlflowException" in names:
         return _meaning_of_code(next(part for part in chain if hasattr(part, "error_code")))
-    return None
+    return "away" if "DBAPIError" in names else None  # a database, when its address is first tried
 
 
 def _meaning_of_code(error: Any) -> str:

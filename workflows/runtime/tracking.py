@@ -63,10 +63,10 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # the error is told, in a line
         self.uri, self._mlflow, self._secrets = shown(uri), mlflow, _secrets(uri)
-        self._address = _with_credentials_aside(uri)
         self._outbox: Outbox | None = None
         self._runs: dict[str, str] = {}
-        with self.reachable():
+        with self.reachable(), _an_address(self.uri):
+            self._address = _with_credentials_aside(uri)
             self.make_current()
             self.client = MlflowClient(tracking_uri=self._address, registry_uri=self._address)
             found = self.client.get_experiment_by_name(experiment)
@@ -99,16 +99,19 @@ class Tracker:
     @contextmanager
     def reachable(self) -> Iterator[None]:
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import DBAPIError
 
         try:
             yield
-        except (MlflowException, OSError, Away, Refused) as error:
+        except (MlflowException, DBAPIError, OSError, Away, Refused) as error:
             if isinstance(error, OSError) and meaning(error) is None:
                 raise
-            reason = str(error) if isinstance(error, (Away, Refused)) else self._hide(brief(error))
+            told = isinstance(error, (Away, Refused))
+            reason = str(error) if told else self._hide(brief(error))
+            when = "the store is back" if isinstance(error, Away) or meaning(error) == "away" else "that is mended"
             raise UserError(
                 f"tracking: {self.uri} failed: {reason}",
-                hint="finished stages and the last checkpoints are kept in the workspace: when the store is back, "
+                hint=f"finished stages and the last checkpoints are kept in the workspace: when {when}, "
                 "run the same command again (or give another --tracking-uri); it goes on where it was",
             ) from (None if self._secrets else error)
 
@@ -285,6 +288,21 @@ def now() -> int:
 def outbox_of(folder: Path, uri: str) -> Path:
     """Where what is queued for a store lies, below a workspace's folder of outboxes."""
     return folder / sha256(shown(uri).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def _an_address(uri: str) -> Iterator[None]:
+    """Raises UserError for one that nothing can be asked at: which can't be read, or whose database has no driver here."""
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        yield
+    except (ValueError, ImportError, ArgumentError) as error:
+        if isinstance(error, OSError):
+            raise
+        hint = "such as http://HOST:5000, postgresql+psycopg2://USER:PASSWORD@HOST/DATABASE, or sqlite:////FOLDER/mlflow.db"
+        reason = shown(brief(error)) if isinstance(error, ImportError) else "it can't be read"
+        raise UserError(f"tracking: {uri} is no address of a store: {reason}", hint=hint) from None
 
 
 def _secrets(uri: str) -> list[str]:
