@@ -14,7 +14,9 @@ from rich.console import Console
 from small import ROOT
 
 from workflows.cli import main
+from workflows.runtime.errors import UserError
 from workflows.runtime.registry import Export, now
+from workflows.runtime.tracking import Tracker
 from workflows.runtime.uri import shown
 from workflows.stages import lineage as stage
 from workflows.stages.drawing import draw
@@ -173,6 +175,24 @@ def test_a_workspace_without_anything(tmp_path, capsys):
     assert caught.value.code == 1
     assert "nothing is registered in this workspace" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_mistyped_store_is_a_line_and_nothing_is_made(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["lineage", "x", "--tracking-uri", f"sqlite:///{tmp_path}/there/typo.db"])
+    assert caught.value.code == 1
+    assert "typo.db: there is no such file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_looks_makes_no_experiment(tmp_path):
+    uri = f"sqlite:///{tmp_path}/others.db"
+    Tracker(uri, experiment="others", artifacts=tmp_path / "artifacts")
+    registry = stage.open_registry(tmp_path, uri)
+    assert registry.versions() == []
+    assert {e.name for e in registry.client.search_experiments()} <= {"Default", "others"}
+    with pytest.raises(UserError, match="models:/x/1"):
+        registry.download("models:/x/1", tmp_path)
 
 
 def test_an_address_is_shown_without_its_password():

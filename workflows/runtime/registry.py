@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows.runtime.errors import UserError
-from workflows.runtime.tracking import Tracker
+from workflows.runtime.tracking import EXPERIMENT, Tracker
 
 MOVE, EXPORT = "mmdistill.move.", "mmdistill.export."
 MOST_TEXT = 1000
@@ -209,7 +209,7 @@ class Registry:
         import mlflow
 
         with self.tracker.reachable():
-            self.client.get_experiment(self.tracker.experiment)  # tells "not there" from "does not answer"
+            self.client.get_experiment_by_name(EXPERIMENT)  # tells "not there" from "does not answer"
         try:
             with _silent():
                 self.tracker.make_current()

@@ -50,9 +50,11 @@ class Tracker:
         experiment: str = EXPERIMENT,
         outbox: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
+        looks: bool = False,
     ) -> None:
         """`artifacts`: where a store without a server keeps files; a server decides for itself. `outbox`: the folder of a
         workspace's outboxes, of which this store has one; only the holder of the workspace may name it. `say` shows a line.
+        `looks`: for the registry alone, without making what is not there: no runs can be begun.
         """
         import logging
 
@@ -65,12 +67,16 @@ class Tracker:
         self.uri, self._mlflow, self._secrets = shown(uri), mlflow, _secrets(uri)
         self._outbox: Outbox | None = None
         self._runs: dict[str, str] = {}
+        if looks and (path := _file(uri)) is not None and not path.exists():
+            raise UserError(f"tracking: {self.uri}: there is no such file", hint="name the store with --tracking-uri")
         with self.reachable(), _an_address(self.uri):
             self._address = _with_credentials_aside(uri)
             self.make_current()
             self.client = MlflowClient(tracking_uri=self._address, registry_uri=self._address)
             found = self.client.get_experiment_by_name(experiment)
-            if found is None:
+            if found is None and looks:
+                self.experiment = ""
+            elif found is None:
                 location = artifacts.as_uri() if artifacts is not None and not uri.startswith("http") else None
                 self.experiment = self.client.create_experiment(experiment, artifact_location=location)
             else:
@@ -288,6 +294,12 @@ def now() -> int:
 def outbox_of(folder: Path, uri: str) -> Path:
     """Where what is queued for a store lies, below a workspace's folder of outboxes."""
     return folder / sha256(shown(uri).encode()).hexdigest()[:12]
+
+
+def _file(uri: str) -> Path | None:
+    """The file of a store in SQLite."""
+    kind, _, path = uri.partition(":///")
+    return Path(path.partition("?")[0]) if kind.startswith("sqlite") and path else None
 
 
 @contextmanager

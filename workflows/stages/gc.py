@@ -174,7 +174,7 @@ def _referenced(
     needed = set()
     for uri in sorted({*stores, *([tracking_uri] if tracking_uri else [])}):
         try:
-            needed |= _registered(space, uri)
+            needed |= _registered(uri)
         except UserError:
             plan.kept.append(f"stages tracked in {shown(uri)}, which does not answer: they may be registered there")
             kept += [stage for stage in stages if uri in stage.read("runs.json") and stage not in kept]
@@ -190,13 +190,11 @@ def _referenced(
         kept += named or [max(made, key=lambda s: (s.path / RESULT).stat().st_mtime)]
 
 
-def _registered(space: Workspace, uri: str) -> set[str]:
+def _registered(uri: str) -> set[str]:
     """The identities of the stages that made what is registered in a store."""
     from workflows.runtime.tracking import Tracker
 
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise UserError(f"{uri}: is not there")
-    tracker = Tracker(uri, artifacts=space.default_artifacts)
+    tracker = Tracker(uri, looks=True)
     return {v.tags[tag] for v in Registry(tracker).versions() for tag in ("identity", "evaluation") if tag in v.tags}
 
 

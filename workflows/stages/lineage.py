@@ -21,22 +21,21 @@ COUNTED = ("samples", "seeds", "reference_count")
 
 
 def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
-    """The registry of a tracking store. With an address no workspace is needed, and none is made; raises UserError where there is
-    neither.
+    """The registry of a tracking store, in which nothing is made. With an address no workspace is needed, and none is made; raises
+    UserError where there is neither.
     """
     from workflows.runtime.tracking import Tracker
     from workflows.runtime.uri import is_remote
     from workflows.runtime.workspace import Workspace
 
     if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return Registry(Tracker(uri))
+        return Registry(Tracker(uri, looks=True))
     if not is_remote(workspace) and not (Path(workspace) / "mlflow.db").exists():
         raise UserError(
             f"{workspace}: nothing is registered in this workspace",
             hint="name the store with --tracking-uri, or another --workspace, or run `mmdistill run` first",
         )
-    space = Workspace(workspace)
-    return Registry(Tracker(space.default_tracking_uri, artifacts=space.default_artifacts))
+    return Registry(Tracker(Workspace(workspace).default_tracking_uri, looks=True))
 
 
 def lineage(registry: Registry, model: str) -> dict[str, Any]:
