@@ -15,6 +15,7 @@ from small import ROOT
 
 from workflows.cli import main
 from workflows.runtime.errors import UserError
+from workflows.runtime.leftovers import leftovers
 from workflows.runtime.registry import Export, now
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.uri import shown
@@ -226,3 +227,16 @@ def test_fetching_for_samples_is_no_export(shelf, tmp_path):
     before = shelf.registry.one(f"models:/{STUDENT}/2").tags
     shelf.registry.download(f"models:/{STUDENT}/2", tmp_path)
     assert shelf.registry.one(f"models:/{STUDENT}/2").tags == before
+
+
+def test_a_model_that_a_copied_version_needs_is_no_leftover(tmp_path):
+    """MLflow's copy of a version names that version, not the model, and has the model's files."""
+    shelf = Shelf(tmp_path)
+    student, client = shelf.student(whole=True), shelf.tracker.client
+    client.copy_model_version(student.uri, "theirs")
+    client.delete_model_version(student.name, student.version)
+    assert leftovers(shelf.registry) == []
+    client.delete_model_version("theirs", "1")
+    assert [(found.kind, found.id) for found in leftovers(shelf.registry)] == [
+        ("model", student.source.removeprefix("models:/"))
+    ]

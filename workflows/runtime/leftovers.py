@@ -27,7 +27,7 @@ class Leftover:
 
 def leftovers(registry: Registry, *, older_than_days: float = 0) -> list[Leftover]:
     """Runs that were deleted, but for those that a registered version names; and the models logged in this project's experiment of
-    which no version is left in the registry.
+    which no version is left in the registry, and no copy of one, which has the model's files for its own.
     """
     store, age = _store(registry), int(older_than_days * DAY)
     versions = registry.versions()
@@ -37,9 +37,11 @@ def leftovers(registry: Registry, *, older_than_days: float = 0) -> list[Leftove
         if run_id not in runs:
             found.append(Leftover("run", run_id, _folder(store.get_run(run_id).info.artifact_uri, above="artifacts")))
     models = {v.source.removeprefix("models:/") for v in versions}
+    needed = {registry.client.get_model_version_download_uri(v.name, v.version).rstrip("/") for v in versions}
     gone = {model_id: store.get_logged_model(model_id, allow_deleted=True) for model_id in _deleted_models(store, age)}
     for model in [*_logged(store, registry.tracker.experiment, age), *gone.values()]:
-        if model.model_id not in models and model.experiment_id == registry.tracker.experiment:
+        unnamed = model.model_id not in models and model.artifact_location.rstrip("/") not in needed
+        if unnamed and model.experiment_id == registry.tracker.experiment:
             found.append(Leftover("model", model.model_id, _folder(model.artifact_location, above="artifacts")))
     return found
 
