@@ -147,8 +147,21 @@ def test_a_mover_that_died_halfway_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(shelf.registry, "set_alias", dies)
     with pytest.raises(KeyboardInterrupt):
         promote(shelf.registry, student, "k8-champion", who="ada", why="")
-    (move,) = stage.lineage(shelf.registry, STUDENT)["moves"]
-    assert not move["done"]
+    found = stage.lineage(shelf.registry, STUDENT)
+    assert [move["done"] for move in found["moves"]] == [False]
+    assert found["notes"] == []  # the alias may never have been there
+    monkeypatch.undo()
+    other, third = shelf.student(), shelf.student()
+    promote(shelf.registry, student, "k8-champion", who="ada", why="")
+    monkeypatch.setattr(shelf.registry, "set_alias", dies)
+    with pytest.raises(KeyboardInterrupt):
+        promote(shelf.registry, other, "k8-champion", who="ada", why="")
+    client = shelf.tracker.client
+    for version, notes in ((student.version, 0), (other.version, 0), (third.version, 1)):
+        client.set_registered_model_alias(STUDENT, "k8-champion", version)
+        assert len(stage.lineage(shelf.registry, STUDENT)["notes"]) == notes
+    client.delete_registered_model_alias(STUDENT, "k8-champion")
+    assert "was removed" in stage.lineage(shelf.registry, STUDENT)["notes"][0]
 
 
 @pytest.mark.parametrize(

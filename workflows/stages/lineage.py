@@ -120,15 +120,20 @@ def _described(version: Version, marks: dict[str, str]) -> dict[str, Any]:
 
 
 def _unrecorded(name: str, aliases: dict[str, str], moves: list[dict[str, Any]]) -> list[str]:
-    """Aliases that stand elsewhere than their last recorded move left them."""
-    last = {m["alias"]: m["version"] for m in moves if m["model"] == name}
+    """Aliases that stand elsewhere than their last recorded move left them. One that is not known to have ended left it where it
+    was, or moved it.
+    """
+    ends: dict[str, list[str | None]] = {}
+    for m in (m for m in moves if m["model"] == name):
+        ends[m["alias"]] = [*([] if m["done"] else ends.get(m["alias"], [m["before"]])), m["version"]]
+    strayed = [(alias, aliases.get(alias), at[-1]) for alias, at in ends.items() if aliases.get(alias) not in at]
     notes = [
-        f"{name}@{alias} is version {version}, and its last recorded move was to version {last[alias]}: moved by other means"
-        for alias, version in aliases.items()
-        if alias in last and last[alias] != version
+        f"{name}@{alias} is version {version}, and its last recorded move was to version {last}: moved by other means"
+        for alias, version, last in strayed
+        if version is not None
     ]
-    notes += [f"{name}@{alias} was removed, or its version deleted" for alias in last if alias not in aliases]
-    return notes + [f"{name}@{alias}: no move is recorded" for alias in aliases if alias not in last]
+    notes += [f"{name}@{alias} was removed, or its version deleted" for alias, version, _ in strayed if version is None]
+    return notes + [f"{name}@{alias}: no move is recorded" for alias in aliases if alias not in ends]
 
 
 def measured(node: dict[str, Any]) -> list[str]:
