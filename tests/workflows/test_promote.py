@@ -103,6 +103,21 @@ def test_moves_are_recorded_with_all_that_they_were(shelf):
     assert all(m.when.endswith("+00:00") for m in moves)
 
 
+def test_a_long_why_leaves_room_for_what_the_gate_had_against_it(shelf):
+    assert move(shelf, shelf.student(gate=Gate(frechet=0.09)), force=True, why="x" * 1000).moved
+    (recorded,) = shelf.registry.moves(STUDENT)
+    assert recorded.why.startswith("xxx")
+    assert recorded.why.endswith("x; against: distance 0.1 is above 0.09")
+    assert len(recorded.why) == 1000
+
+
+@pytest.mark.parametrize("gate", ['{"frechet": 1, "of tomorrow": 2}', "no json"])
+def test_a_gate_that_is_not_known_here_refuses(shelf, gate):
+    student = replace(version(), tags=version().tags | {"gate": gate})
+    (said,) = judge(student, None, ALIAS).refusals
+    assert "its gate can't be read" in said
+
+
 def test_the_record_outlives_its_version(shelf):
     shelf.student()
     move(shelf, shelf.student(frechet=0.05))

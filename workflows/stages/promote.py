@@ -44,7 +44,12 @@ def judge(new: Version, champion: Version | None, alias: str, *, better: bool = 
     own = _figures(new)
     if own.get("frechet") is None or "gate" not in new.tags:
         return Verdict("", ("it carries no figures to judge by: register it anew with `mmdistill run`",))
-    gate, refusals = Gate.model_validate_json(new.tags["gate"]), []
+    try:
+        gate, refusals = Gate.model_validate_json(new.tags["gate"]), []
+    except ValueError:
+        return Verdict(
+            "", ("its gate can't be read, another mmdistill wrote it: register it anew with `mmdistill run`",)
+        )
     said, distance = [f"distance {own['frechet']:.4g}"], own["frechet"]
     if gate.frechet is not None and not distance <= gate.frechet:
         refusals.append(f"distance {distance:.4g} is above {gate.frechet:g}")
@@ -110,7 +115,8 @@ def promote(
     if verdict.refusals and not force:
         return Outcome(False, _refused(new, alias, verdict))
     by = "forced" if verdict.refusals else "gate"
-    reason = f"{why}; against: {'; '.join(verdict.refusals)}" if verdict.refusals else why
+    against = f"; against: {'; '.join(verdict.refusals)}" if verdict.refusals else ""
+    reason = why[: max(0, MOST_TEXT - len(against))] + against  # which is to be there, however long the other is
     move = registry.move(new, alias, held, who=who, why=reason, by=by)
     if move.before not in (held.version, new.version) and not force:
         held = registry.held(new.name, alias)
