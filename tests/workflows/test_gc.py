@@ -253,6 +253,39 @@ def test_a_store_that_does_not_answer_keeps_its_stages(workspace):
     assert "secret" not in shown
 
 
+def tracked(folder, uri, run_id):
+    """A workspace with one finished stage, which no pipeline names, and which this store has a run of."""
+    space = Workspace(folder)
+    stage = space.stage("report", "0" * 12)
+    (stage.path / "result.json").write_text('{"identity": "abc"}')
+    (stage.path / "runs.json").write_text(json.dumps({uri: run_id}))
+    return space
+
+
+def test_a_store_is_asked_with_the_password_that_was_given(tmp_path, monkeypatch):
+    space, asked = tracked(tmp_path, "http://host", "0" * 32), []
+    monkeypatch.setattr("workflows.stages.gc._registered", lambda uri, runs: asked.append(uri) or set())
+    assert names(make_plan(space, "http://ada:secret@host", None)) == {f"stages/report-{'0' * 12}"}
+    assert asked == ["http://ada:secret@host"]
+
+    def denied(uri, runs):
+        raise UserError("no")
+
+    monkeypatch.setattr("workflows.stages.gc._registered", denied)
+    plan = make_plan(space, "http://ada:secret@host", None)
+    assert names(plan) == set()
+    assert "secret" not in str(plan.kept)
+
+
+def test_a_file_of_the_same_name_on_another_machine_is_another_store(tmp_path):
+    uri = f"sqlite:///{tmp_path}/store.db"
+    mine = Tracker(uri, artifacts=tmp_path / "artifacts").start_run("mine")
+    plan = make_plan(tracked(tmp_path / "other", uri, "0" * 32), None, None)
+    assert names(plan) == set()
+    assert "which does not answer here" in plan.kept[-1]
+    assert names(make_plan(tracked(tmp_path / "own", uri, mine), None, None)) == {f"stages/report-{'0' * 12}"}
+
+
 def test_partial_files_go_and_what_a_worker_may_be_writing_stays(workspace):
     half = workspace / "stages" / next(iter(stages(workspace))) / ".result.json.partial"
     half.write_text("{")

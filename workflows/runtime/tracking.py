@@ -221,6 +221,16 @@ class Tracker:
         self._put({"kind": "resume", "run": run_id})
         return True
 
+    def knows(self, run_id: str) -> bool:
+        """Whether the store has the run, or has it among the deleted ones."""
+        try:
+            return self._finds(run_id) if run_id.startswith(QUEUED) else bool(self.client.get_run(run_id))
+        except Exception as error:
+            if meaning(error) == "refused":
+                return False
+            with self.reachable():
+                raise
+
     def _active(self, run_id: str) -> bool:
         """Whether the store has the run. One that stops answering is taken to have it, if there is an outbox to go on with."""
         try:

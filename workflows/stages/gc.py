@@ -170,14 +170,21 @@ def _referenced(
         return stages
     current = {f"{name}-{key}" for record in records.values() for name, key in record["stages"].items()}
     kept = [stage for stage in stages if stage.path.name in current or stage in halfway]
-    stores = {uri for stage in stages for uri in stage.read("runs.json")}
+    runs = {stage.path.name: stage.read("runs.json") for stage in stages}
+    stores = {uri: uri for ids in runs.values() for uri in ids}
+    if tracking_uri:
+        stores[shown(tracking_uri)] = tracking_uri  # as which it is in runs.json: it may take the password to ask it
     needed = set()
-    for uri in sorted({*stores, *([tracking_uri] if tracking_uri else [])}):
+    for name, uri in sorted(stores.items()):
+        tracked = {folder: str(ids[name]) for folder, ids in runs.items() if name in ids}
+        own = uri == space.default_tracking_uri  # from which gc itself takes deleted runs
         try:
-            needed |= _registered(uri)
+            needed |= _registered(uri, set() if own else set(tracked.values()))
         except UserError:
-            plan.kept.append(f"stages tracked in {shown(uri)}, which does not answer: they may be registered there")
-            kept += [stage for stage in stages if uri in stage.read("runs.json") and stage not in kept]
+            plan.kept.append(
+                f"stages tracked in {shown(name)}, which does not answer here: they may be registered there"
+            )
+            kept += [stage for stage in stages if stage.path.name in tracked and stage not in kept]
     while True:  # what a kept stage was made from is kept: one folder for each identity
         needed |= {identity for stage in kept for identity in _made_from(stage)}
         have = {str((stage.result or {}).get("identity")) for stage in kept}
@@ -190,11 +197,15 @@ def _referenced(
         kept += named or [max(made, key=lambda s: (s.path / RESULT).stat().st_mtime)]
 
 
-def _registered(uri: str) -> set[str]:
-    """The identities of the stages that made what is registered in a store."""
+def _registered(uri: str, runs: set[str]) -> set[str]:
+    """The identities of the stages that made what is registered in a store. Raises UserError if it does not answer, and for a file
+    that lacks one of these runs: another machine has another file by the same name.
+    """
     from workflows.runtime.tracking import Tracker
 
     tracker = Tracker(uri, looks=True)
+    if uri.startswith("sqlite") and any(not tracker.knows(run) for run in runs):
+        raise UserError(f"{shown(uri)}: is another machine's")
     return {v.tags[tag] for v in Registry(tracker).versions() for tag in ("identity", "evaluation") if tag in v.tags}
 
 
