@@ -1,6 +1,7 @@
 """Tracking against a real MLflow server that is killed and started again, and through a proxy that spoils its answers."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -368,6 +369,21 @@ def test_the_deliver_command(tmp_path, proxy, opened, monkeypatch):
     assert said(proxy.uri) == (True, f"tracking: 5 entries were delivered to {proxy.uri}\n")
     assert "nothing is queued" in said(proxy.uri)[1]
     assert len(history(opened(proxy.uri), run, "loss")) == 5
+
+
+def test_what_a_store_refuses_is_not_said_to_be_delivered(tmp_path):
+    uri, workspace = f"sqlite:///{tmp_path}/store.db", tmp_path / "workspace"
+    tracker = Tracker(uri, outbox=workspace / "outbox", artifacts=tmp_path / "artifacts")
+    run, deleted = tracker.start_run("good"), tracker.start_run("bad")
+    tracker.client.delete_run(deleted)
+    tracker.close()
+    rows = [{"n": n, "kind": "tags", "run": run_id, "tags": {"a": "b"}} for n, run_id in ((3, run), (4, deleted))]
+    (tracker._folder / "journal.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    shown = io.StringIO()
+    assert not deliver(workspace, uri, Screen(Console(file=shown, width=400)))
+    assert "1 entries were delivered to" in shown.getvalue()
+    assert "1 entries were refused, and are kept in" in shown.getvalue()
+    assert deliver(workspace, uri, Screen(Console(file=shown, width=400)))
 
 
 def planted(uri):

@@ -63,6 +63,8 @@ class Outbox:
         self._changed = threading.Condition()
         self.away: str | None = None
         """Why the receiver does not answer, while it does not."""
+        self.refused = 0
+        """How many operations were set aside."""
         self._error: Exception | None = None
         self._outage = self._halted = self._closed = self._left = False
         self._singly = 0
@@ -271,6 +273,7 @@ class Outbox:
     def _set_aside(self, operation: Operation, refusal: Refused) -> None:
         with (self.folder / REFUSED).open("a") as file:
             file.write(json.dumps(operation | {"refused": str(refusal)}) + "\n")
+        self.refused += 1
         if operation["n"] > self._earlier:
             self._fail(refusal, halt=False)
         else:

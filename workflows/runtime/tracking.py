@@ -176,6 +176,11 @@ class Tracker:
         return self._outbox.pending if self._outbox is not None else 0
 
     @property
+    def refused(self) -> int:
+        """How many operations the store would not have, and were set aside."""
+        return self._outbox.refused if self._outbox is not None else 0
+
+    @property
     def away(self) -> bool:
         return self._outbox is not None and self._outbox.away is not None
 

@@ -8,14 +8,15 @@ from rich.markup import escape
 
 from workflows.context import settle
 from workflows.pipeline import RunOptions, open_tracker, say_what_is_queued, tracking_uri_of, wait_of
-from workflows.runtime.outbox import queued
+from workflows.runtime.outbox import REFUSED, queued
 from workflows.runtime.progress import Screen
 from workflows.runtime.tracking import outbox_of
 from workflows.runtime.workspace import Workspace
 
 
 def deliver(workspace: str | Path, tracking_uri: str | None, screen: Screen, *, wait: float | None = None) -> bool:
-    """Delivers what is queued for the store, and names other stores for which something is; True if nothing is left for this one.
+    """Delivers what is queued for the store, and names other stores for which something is; True if nothing is left for this one,
+    and it refused nothing.
 
     Raises UserError if the store does not answer at all or refuses, or if a run has the workspace.
     """
@@ -23,18 +24,23 @@ def deliver(workspace: str | Path, tracking_uri: str | None, screen: Screen, *, 
     with space.lock():
         uri = tracking_uri_of(space, tracking_uri)
         folder = outbox_of(space.outbox, uri)
-        left = queued(folder)
+        left, refused = queued(folder), 0
         if left:
             with open_tracker(space, uri, screen) as tracker:
                 settle(tracker, screen, wait_of(RunOptions(space.root, tracking_wait=wait)))
                 say_what_is_queued(tracker, screen, workspace)
-                done, left = left - tracker.pending, tracker.pending
+                before, left, refused = left, tracker.pending, tracker.refused
+                done = before - left - refused
                 if done > 0:
                     screen.line(f"tracking: {done} entries were delivered to {escape(tracker.uri)}")
+                if refused:
+                    screen.line(
+                        f"tracking: {refused} entries were refused, and are kept in {escape(str(folder / REFUSED))}"
+                    )
         else:
             screen.line("tracking: nothing is queued for this store")
         for other in sorted(space.outbox.glob("*/store")):
             if other.parent != folder and (number := queued(other.parent)):
                 store = other.read_text()
                 screen.line(f"tracking: {number} entries are queued for {escape(store)}: give it with --tracking-uri")
-    return left == 0
+    return left == refused == 0
