@@ -188,7 +188,7 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
     config = load_config("digits", ["data.extractor=inception", f"data.extractor_weights={tmp_path}/w.safetensors"])
     check_inputs(config)
     wanted = Wanted("inception", config.data.extractor_weights, 1, 0)
-    extractor, accuracy = make_extractor(wanted, "", None, tick=None)
+    extractor, accuracy = make_extractor(wanted, "", SimpleNamespace(shape=(1, 4, 4)), tick=None)
     assert accuracy is None
     built(tmp_path, extractor, n=12, near=10)
     reference = load_reference(tmp_path / "statistics" / "all")
