@@ -266,7 +266,15 @@ def together(world: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any])
             barrier.wait()
             return total
 
-        return work(rank, summed)
+        try:
+            return work(rank, summed)
+        except BaseException:
+            barrier.abort()  # the others would wait for this one
+            raise
 
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(on, range(world)))
+        running = [pool.submit(on, rank) for rank in range(world)]
+    errors = [e for done in running if (e := done.exception()) is not None]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error
+    return [done.result() for done in running]

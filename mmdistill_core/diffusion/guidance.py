@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmdistill_core.diffusion.process import expand
+from mmdistill_core.rng import Rng, uniform
 
 NULL_LABEL = -1
 """The label that says "no label": what a denoiser is given for the unconditional half of guidance."""
@@ -16,9 +17,9 @@ def guided(*, conditional: Tensor, unconditional: Tensor, w: Tensor) -> Tensor:
     return conditional + expand(w, like=conditional) * (conditional - unconditional)
 
 
-def drop_labels(*, label: Tensor, share: float, rng: torch.Generator) -> Tensor:
+def drop_labels(*, label: Tensor, share: float, rng: Rng) -> Tensor:
     """label [b] with `share` of it replaced by NULL_LABEL: so a denoiser learns both halves of guidance."""
-    dropped = torch.rand(len(label), generator=rng, device=label.device) < share
+    dropped = uniform(len(label), rng=rng) < share
     return torch.where(dropped, NULL_LABEL, label)
 
 

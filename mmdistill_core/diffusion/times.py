@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mmdistill_core.diffusion.schedules import Karras, Schedule
+from mmdistill_core.rng import Rng, uniform
 
 TIME_DENSITIES = ("uniform", "karras")
 PAIRINGS = ("uniform", "grid")
@@ -16,11 +17,11 @@ def uniform_grid(*, k: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.linspace(1, 0, k + 1, dtype=torch.float64, device=device).float()
 
 
-def sample_s(*, density: str, schedule: Schedule, b: int, rng: torch.Generator, logsnr_shift: float = 0.0) -> Tensor:
+def sample_s(*, density: str, schedule: Schedule, b: int, rng: Rng, logsnr_shift: float = 0.0) -> Tensor:
     """s [b] in [0, 1). `uniform`: in the schedule's own time. `karras`: uniform in the time of EDM's test-time grid
     (rho 7, sigma .002 to 80), carried over by logsnr, plus `logsnr_shift`: p(s) of 2406.04103, section 4.
     """
-    u = torch.rand(b, generator=rng, device=rng.device)
+    u = uniform(b, rng=rng)
     if density == "uniform":
         return u
     if density == "karras":
@@ -35,7 +36,7 @@ def sample_pairs(
     k: int,
     schedule: Schedule,
     b: int,
-    rng: torch.Generator,
+    rng: Rng,
     delta_power: float = 1.0,
     logsnr_shift: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def sample_pairs(
     """
     s = sample_s(density=density, schedule=schedule, b=b, rng=rng, logsnr_shift=logsnr_shift)
     if pairing == "uniform":
-        delta = torch.rand(b, generator=rng, device=rng.device) ** delta_power / k
+        delta = uniform(b, rng=rng) ** delta_power / k
         return (s + delta.clamp_min(1e-6)).clamp_max(1), s
     if pairing == "grid":
         t = (torch.floor(s * k) + 1) / k

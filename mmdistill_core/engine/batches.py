@@ -14,6 +14,11 @@ BatchSource = Callable[[int], Batch]
 """n_images seen so far -> this worker's part of the next global batch."""
 
 
+def share_of(global_batch: int, *, rank: int, world: int) -> range:
+    """The rows of a global batch that worker `rank` of `world` has; workers' parts differ by one row at most."""
+    return range(global_batch * rank // world, global_batch * (rank + 1) // world)
+
+
 def centred(x: Tensor) -> Tensor:
     """Images in [-1, 1]: bytes of 0 to 255 become x / 127.5 - 1, floats are left as they are."""
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
@@ -38,10 +43,10 @@ class InMemoryBatches:
         world: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if global_batch % world:
-            raise ValueError(f"batch: {global_batch} is not a multiple of the {world} workers")
+        if global_batch < world:
+            raise ValueError(f"batch: {global_batch} is less than an image for each of the {world} workers")
         self.x, self.label, self.seed, self.device = x, label, seed, device
-        self.local, self.rank = global_batch // world, rank
+        self.rows = share_of(global_batch, rank=rank, world=world)
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def _order(self, epoch: int) -> Tensor:
@@ -51,8 +56,8 @@ class InMemoryBatches:
         return self._permutation
 
     def __call__(self, n_images: int) -> Batch:
-        n, start = len(self.x), n_images + self.rank * self.local
-        parts, stop = [], start + self.local
+        n, start, stop = len(self.x), n_images + self.rows.start, n_images + self.rows.stop
+        parts = []
         while start < stop:
             take = min(stop - start, n - start % n)
             parts.append(self._order(start // n)[start % n : start % n + take])

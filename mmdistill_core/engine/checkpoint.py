@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class DamagedCheckpoint(ValueError):
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """The JSON tree of `value`, its tensors moved to `tensors` under their path. Dictionary keys may be integers."""
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
+        tensors[path] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": path}
     if isinstance(value, dict):
         return {"items": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
@@ -65,23 +67,42 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of values as they were: tensors on the CPU, and the JSON of all else. It may be written while training goes on."""
+
+    tensors: dict[str, Tensor]
+    tree: str
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Snapshot:
+        """`values`: nested dictionaries and lists of tensors, numbers, strings."""
+        tensors: dict[str, Tensor] = {}
+        return cls(tensors, json.dumps(_split(values, "", tensors)))
+
+    def write(self, directory: str | Path) -> None:
+        """Writes a checkpoint to `directory`, replacing it at once."""
+        directory = Path(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+        try:
+            save_file(self.tensors, partial / TENSORS)
+            (partial / TREE).write_text(self.tree)
+            hashes = {name: _digest(partial / name) for name in (TENSORS, TREE)}
+            for name in (TENSORS, TREE):
+                _sync(partial / name)
+            (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}))
+            _sync(partial / MANIFEST)
+            shutil.rmtree(directory, ignore_errors=True)
+            partial.chmod(0o755)  # mkdtemp's are its owner's alone
+            partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def save_checkpoint(directory: str | Path, values: dict[str, Any]) -> None:
-    """Writes `values` (nested dictionaries and lists of tensors, numbers, strings) to `directory`, replacing it at once."""
-    directory = Path(directory)
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    tree = _split(values, "", tensors)
-    save_file(tensors, partial / TENSORS)
-    (partial / TREE).write_text(json.dumps(tree))
-    hashes = {name: _digest(partial / name) for name in (TENSORS, TREE)}
-    for name in (TENSORS, TREE):
-        _sync(partial / name)
-    (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}))
-    _sync(partial / MANIFEST)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+    """Writes `values` to `directory`, replacing it at once."""
+    Snapshot.of(values).write(directory)
 
 
 def verify_checkpoint(directory: str | Path) -> None:
@@ -111,4 +132,4 @@ def load_checkpoint(directory: str | Path) -> dict[str, Any]:
     return values
 
 
-__all__ = ["DamagedCheckpoint", "load_checkpoint", "save_checkpoint", "verify_checkpoint"]
+__all__ = ["DamagedCheckpoint", "Snapshot", "load_checkpoint", "save_checkpoint", "verify_checkpoint"]

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from mmdistill_core.engine.state import TrainState
 from mmdistill_core.engine.step import backward
 from mmdistill_core.methods.base import Batch, Phase
+from mmdistill_core.rng import Draws
 
 _aten = torch.ops.aten
 FUSED_ATTENTION = {
@@ -73,12 +74,12 @@ def _measure(state: TrainState, phase: Phase, image: tuple[int, ...], label: boo
     """(operations for n images of a batch, peak bytes) with n at once: of each half, where the phase has a statistic."""
     halves = 1 if phase.statistic is None else 2
     batch = Batch(torch.zeros(halves * n, *image), torch.zeros(halves * n, dtype=torch.long) if label else None)
-    state.micro_batch = n
+    state.micro_batch, state.global_batch = None, len(batch)
     for role in phase.trains:
         state.optimisers[role].zero_grad(set_to_none=True)
     outside = [t for network in state.networks.values() for t in _tensors(network)]
     with PeakMemory([*outside, batch.x]) as memory, _counter() as counter:
-        backward(state, phase, batch, torch.Generator())
+        backward(state, phase, batch, Draws(0, range(len(batch)), len(batch)))
     return counter.get_total_flops() / halves, memory.peak
 
 

@@ -28,6 +28,7 @@ class FitOptions:
     checkpoint_every: int = 0
     seed: int = 0
     rank: int = 0
+    world: int = 1
 
 
 class LogWindow:
@@ -41,11 +42,11 @@ class LogWindow:
         if log.skipped:
             return
         for role, loss in log.losses.per_sample.items():
-            self._values[f"loss/{role}"].append(loss.detach().mean())
+            self._values[f"loss/{role}"].append(loss.detach().mean() * log.share)
         for role, norm in log.grad_norms.items():
             self._values[f"grad_norm/{role}"].append(norm)
         for name, value in log.losses.logs.items():
-            self._values[name].append(value.detach().mean())
+            self._values[name].append(value.detach().mean() * log.share)
         if log.losses.logsnr is not None:
             for name, value in log.losses.by_level.items():
                 self._levels[name].append((value.detach(), log.losses.logsnr))
@@ -77,6 +78,7 @@ def fit(
     report: Callable[[dict[str, float]], None],
     save: Callable[[TrainState], None] | None = None,
     validate: Callable[[TrainState], dict[str, float]] | None = None,
+    asked: Callable[[], str] = lambda: "",
 ) -> TrainState:
     """Trains until state.total_images.
 
@@ -84,6 +86,7 @@ def fit(
               over samples and networks) among them; loss, gradient norm and by-level means are of the window
     validate  -> metrics; if "score" is among them the best role's weights are kept when it is the lowest so far
     save      called every checkpoint_every images and at the end
+    asked     what is wanted after a step: "" nothing, "save" a checkpoint, "stop" one and the end, before all images are seen
     """
     window, since, seen = LogWindow(), time.perf_counter(), state.n_images
 
@@ -92,7 +95,7 @@ def fit(
 
     while state.n_images < state.total_images:
         before = state.n_images
-        for log in train_step(state=state, batches=batches, seed=options.seed, rank=options.rank):
+        for log in train_step(state=state, batches=batches, seed=options.seed, rank=options.rank, world=options.world):
             window.add(log)
         validated: dict[str, float] = {}
         if validate is not None and due(options.validate_every, before):
@@ -113,6 +116,9 @@ def fit(
             }
             report(window.flush(state.averaged_over_workers) | validated | counters)
             since, seen = time.perf_counter(), state.n_images
-        if save is not None and due(options.checkpoint_every, before):
+        wanted = asked()
+        if save is not None and (wanted or due(options.checkpoint_every, before)):
             save(state)
+        if wanted == "stop":
+            break
     return state

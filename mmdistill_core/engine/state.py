@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mmdistill_core.engine.optim import OptimiserOptions, averaged
@@ -34,6 +35,7 @@ class TrainState:
     micro_batch            images a worker takes at once, or None for all of its part of the batch: gradients are accumulated
     averaged_over_workers  name -> tensor, to the mean over all workers
     unsynced               a context in which gradients stay with their worker, for all but the last part of a batch
+    template               where workers hold networks in parts: the best role's, whole, with whatever weights
     """
 
     method: Method
@@ -47,6 +49,7 @@ class TrainState:
     micro_batch: int | None = None
     averaged_over_workers: Callable[[Statistic], Statistic] = lambda statistic: statistic
     unsynced: Callable[[], AbstractContextManager[Any]] = nullcontext
+    template: nn.Module | None = None
     step: int = 0
     n_images: int = 0
     forwards: int = 0
@@ -109,9 +112,18 @@ class TrainState:
         """ema role -> its source."""
         return {r.name: r.source for r in self.method.roles if r.life == "ema"}
 
+    def current_network(self) -> nn.Module:
+        """The best role's network with its current weights, whole. Where workers hold parts of it, all of them have to ask."""
+        network = self.networks[self.best.role]
+        if self.template is None:
+            return network
+        whole = copy.deepcopy(self.template)
+        whole.load_state_dict({name: uncut(value) for name, value in network.state_dict().items()})
+        return whole.to(next(network.parameters()).device)
+
     def best_network(self) -> nn.Module:
         """A copy of the best role's network with its best weights, or its current ones if nothing was validated."""
-        network = copy.deepcopy(self.networks[self.best.role])
+        network = copy.deepcopy(self.current_network())
         if self.best.weights:
             network.load_state_dict(self.best.weights)
         return network.requires_grad_(False).eval()
@@ -121,7 +133,7 @@ class TrainState:
             return False
         weights = self.networks[self.best.role].state_dict()
         self.best.score, self.best.n_images = score, self.n_images
-        self.best.weights = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
+        self.best.weights = {name: uncut(value.detach()).to("cpu", copy=True) for name, value in weights.items()}
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,6 +158,11 @@ class TrainState:
         for name, count in values["counters"].items():
             setattr(self, name, count)
         self.best = Best(role=self.best.role, **values["best"])
+
+
+def uncut(value: Tensor) -> Tensor:
+    """A tensor that workers hold parts of, whole; all of them have to ask. Any other as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _told(network: nn.Module, role: Role) -> nn.Module:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mmdistill_core.engine.batches import BatchSource
-from mmdistill_core.engine.state import TrainState
+from mmdistill_core.engine.batches import BatchSource, share_of
+from mmdistill_core.engine.state import TrainState, uncut
 from mmdistill_core.methods.base import Batch, Losses, Phase, Statistic
-from mmdistill_core.rng import derive_seed, generator
+from mmdistill_core.rng import Draws, derive_seed
 
 PATIENCE = 20
 """Non-finite steps in a row after which training stops."""
@@ -23,21 +24,26 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class PhaseLog:
-    """What a phase leaves for the log: its losses (detached) and the gradient norms before clipping, by role."""
+    """What a phase leaves for the log: its losses (detached) and the gradient norms before clipping, by role.
+
+    share  of this worker's means in those of all workers: its images over the mean worker's
+    """
 
     losses: Losses
     grad_norms: dict[str, Tensor]
     skipped: bool
+    share: float = 1.0
 
 
-def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int = 0) -> list[PhaseLog]:
-    """All phases of this step; advances step and n_images."""
+def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int = 0, world: int = 1) -> list[PhaseLog]:
+    """All phases of this step, of which this worker takes its share of every batch; advances step and n_images."""
+    rows = share_of(state.global_batch, rank=rank, world=world)
     logs = []
     for number, phase in enumerate(state.method.phases(state.step)):
         batch = batches(state.n_images)
-        rng = generator(seed, rank, state.n_images, number, device=batch.x.device)
+        rng = Draws(derive_seed(seed, 0, state.n_images, number), rows, state.global_batch, device=batch.x.device)
         torch.manual_seed(derive_seed(seed, rank, state.n_images, number, 7))  # dropout takes no generator
-        logs.append(_run_phase(state, phase, batch, rng))
+        logs.append(_run_phase(state, phase, batch, rng, world))
         state.n_images += state.global_batch
     for average, source in state.averages.items():
         state.networks[average].update_parameters(state.networks[source])  # type: ignore[operator]
@@ -45,25 +51,32 @@ def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int 
     return logs
 
 
-def backward(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator) -> Losses:
-    """The gradients of the batch's mean loss, taken in parts of `state.micro_batch`; gives the losses.
+def backward(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world: int = 1) -> Losses:
+    """Gradients whose mean over the workers is that of the global batch's mean loss, taken in parts of `state.micro_batch`;
+    gives the losses.
 
-    In a phase with a statistic the first half of the batch goes into it, and the losses are those of the second.
+    In a phase with a statistic every other image goes into it, whatever worker has it, and the losses are those of the rest.
     """
-    size, images = state.micro_batch or len(batch), state.global_batch
+    images = state.global_batch
     given: tuple[Statistic, ...] = ()
     if phase.statistic is not None:
-        if len(batch) % 2:
-            raise ValueError(f"batch: {len(batch)} on each worker is to be cut into halves")
-        first, batch = batch.split(len(batch) // 2)
-        given, images = (_mean_statistic(state, phase, first, rng, size),), images // 2
-    parts, done = batch.split(size), []
-    for part in parts:
-        with nullcontext() if part is parts[-1] else state.unsynced():
-            losses = phase.loss(state.callables, part, rng, *given)
+        if images % 2 or len(batch) < 2:
+            raise ValueError(f"batch: {images} on {world} workers can't be cut into halves")
+        images //= 2
+        odd = rng.rows.start % 2
+        first, second = slice(odd, None, 2), slice(1 - odd, None, 2)
+        given = (_mean_statistic(state, phase, batch[first], rng[first], images / world),)
+        batch, rng = batch[second], rng[second]
+    parts, done = parts_of(len(batch), _parts(state, images / world)), []
+    for at in parts:
+        part = batch[at]
+        with nullcontext() if at is parts[-1] else state.unsynced():
+            losses = phase.loss(state.callables, part, rng[at], *given)
             if set(losses.per_sample) != set(phase.trains):
                 raise AssertionError(f"phase trains {phase.trains}, its loss returned {sorted(losses.per_sample)}")
-            total = torch.stack([loss.mean() for loss in losses.per_sample.values()]).sum() * (len(part) / len(batch))
+            total = torch.stack([loss.mean() for loss in losses.per_sample.values()]).sum() * (
+                len(part) * world / images
+            )
             # A non-finite loss poisons the gradient, so that under DDP every worker sees it and skips the same step.
             (total * torch.where(total.isfinite(), 1.0, float("nan"))).backward()
         done.append(losses)
@@ -71,23 +84,37 @@ def backward(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator
     return Losses.join(done)
 
 
-def _mean_statistic(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator, size: int) -> Statistic:
-    """The phase's statistic over the batch, in parts, and over all workers."""
+def parts_of(n: int, count: int) -> list[slice]:
+    """n rows in so many parts, but none without a row; they differ by one row at most."""
+    count = min(n, count)
+    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
+def _parts(state: TrainState, each: float) -> int:
+    """How often a worker goes forward for its part of a batch, `each` images on the mean worker: all of them as often."""
+    return math.ceil(math.ceil(each) / state.micro_batch) if state.micro_batch else 1
+
+
+def _mean_statistic(state: TrainState, phase: Phase, batch: Batch, rng: Draws, each: float) -> Statistic:
+    """The phase's statistic over the batch, in parts, and over all workers, of which the mean one has `each` images."""
     assert phase.statistic is not None
     mean: Statistic = {}
-    for part in batch.split(size):
-        for name, value in phase.statistic(state.callables, part, rng).items():
-            value *= len(part) / len(batch)
+    for at in parts_of(len(batch), _parts(state, each)):
+        part = batch[at]
+        for name, value in phase.statistic(state.callables, part, rng[at]).items():
+            value *= len(part) / each
             mean[name] = mean[name].add_(value) if name in mean else value
     return state.averaged_over_workers(mean)
 
 
-def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generator) -> PhaseLog:
+def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world: int) -> PhaseLog:
     for role in phase.trains:
         state.optimisers[role].zero_grad(set_to_none=True)
-    losses = backward(state, phase, batch, rng)
+    losses = backward(state, phase, batch, rng, world)
     norms = {
-        role: nn.utils.clip_grad_norm_(state.optimisers[role].param_groups[0]["params"], state.options[role].clip_norm)
+        role: uncut(
+            nn.utils.clip_grad_norm_(state.optimisers[role].param_groups[0]["params"], state.options[role].clip_norm)
+        )
         for role in phase.trains
     }
     finite = bool(torch.stack(list(norms.values())).isfinite().all())
@@ -105,4 +132,6 @@ def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: torch.Generat
                 f"the loss or gradient of {', '.join(phase.trains)} was not finite for {PATIENCE} steps in a row "
                 f"(at {state.n_images} images); lower the learning rate, or look at the data"
             )
-    return PhaseLog(losses, {role: norm.detach() for role, norm in norms.items()}, skipped=not finite)
+    of_all = state.global_batch / (1 if phase.statistic is None else 2)
+    share = len(losses.per_sample[phase.trains[0]]) * world / of_all
+    return PhaseLog(losses, {role: norm.detach() for role, norm in norms.items()}, not finite, share)

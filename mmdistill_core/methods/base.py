@@ -10,6 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from mmdistill_core.rng import Rng
+
 Networks = Mapping[str, nn.Module]
 
 
@@ -23,10 +25,8 @@ class Batch:
     def __len__(self) -> int:
         return len(self.x)
 
-    def split(self, size: int) -> list[Batch]:
-        """Parts of at most `size`, in order."""
-        labels = [None] * len(self) if self.label is None else self.label.split(size)
-        return [Batch(x, label) for x, label in zip(self.x.split(size), labels, strict=False)]
+    def __getitem__(self, part: slice) -> Batch:
+        return Batch(self.x[part].contiguous(), None if self.label is None else self.label[part].contiguous())
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class Phase:
     """One update: the roles it trains (nearly always one) and their loss.
 
     statistic  (nets, batch, rng) -> name -> a mean over the batch, for a loss with a product of two expectations: it is taken over
-               the first half of every batch and over all workers, and given to `loss`, which sees the other half
+               every other image of the batch and over all workers, and given to `loss`, which sees the rest
     """
 
     trains: tuple[str, ...]
     loss: PhaseLoss
-    statistic: Callable[[Networks, Batch, torch.Generator], Statistic] | None = None
+    statistic: Callable[[Networks, Batch, Rng], Statistic] | None = None
 
 
 class Method(ABC):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from mmdistill_core.diffusion.guidance import drop_labels
 from mmdistill_core.diffusion.schedules import Schedule
 from mmdistill_core.diffusion.times import sample_s
 from mmdistill_core.diffusion.weighting import weight
 from mmdistill_core.methods.base import Batch, Losses, Method, Networks, Phase, Role
 from mmdistill_core.methods.parts import denoising_loss, noisy
+from mmdistill_core.rng import Rng
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Denoising(Method):
     def phases(self, step: int) -> tuple[Phase, ...]:
         return (Phase(("teacher",), self._loss),)
 
-    def _loss(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Losses:
+    def _loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
         t = sample_s(density=self.p_t, schedule=self.schedule, b=len(batch), rng=rng)
         logsnr = self.schedule.logsnr(t)
         z = noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng)

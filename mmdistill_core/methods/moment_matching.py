@@ -45,6 +45,7 @@ from mmdistill_core.methods.parts import (
     straight_through,
     transition,
 )
+from mmdistill_core.rng import Rng, uniform
 
 UPDATES = ("alternating", "joint", "instant")
 STUDENT_WEIGHTINGS = (*WEIGHTINGS, "dmd")
@@ -143,7 +144,7 @@ class MomentMatching(Method):
             return (auxiliary,)
         return (Phase(("student",), self._student_loss),)
 
-    def _draw(self, batch: Batch, rng: torch.Generator) -> _Draw:
+    def _draw(self, batch: Batch, rng: Rng) -> _Draw:
         t, s = sample_pairs(
             pairing=self.pairing,
             density=self.p_s,
@@ -166,7 +167,7 @@ class MomentMatching(Method):
         if high > 0:
             guidance = torch.full_like(t, low)
             if high > low:
-                guidance += (high - low) * torch.rand(len(t), generator=rng, device=t.device)
+                guidance += (high - low) * uniform(len(t), rng=rng)
         return _Draw(t=t, s=s, z_t=z_t, w=w, guidance=guidance, label=batch.label)
 
     def _conditions(self, draw: _Draw) -> tuple[dict[str, Tensor], ...]:
@@ -201,7 +202,7 @@ class MomentMatching(Method):
             modified = modified.clamp(-1, 1)
         return x_hat if modified is x_hat else straight_through(value=x_hat, modified=modified)
 
-    def _step(self, draw: _Draw, x_tilde: Tensor, rng: torch.Generator) -> Tensor:
+    def _step(self, draw: _Draw, x_tilde: Tensor, rng: Rng) -> Tensor:
         return transition(
             schedule=self.schedule,
             z_t=draw.z_t,
@@ -233,7 +234,7 @@ class MomentMatching(Method):
             forwards=3 + (draw.guidance is not None),
         )
 
-    def _auxiliary_loss(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Losses:
+    def _auxiliary_loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
         draw = self._draw(batch, rng)
         with torch.no_grad():
             x_tilde = self._student(nets, draw)
@@ -243,7 +244,7 @@ class MomentMatching(Method):
         loss = self._fit_auxiliary(draw, x_tilde, of_auxiliary, of_teacher)
         return self._losses(draw, {"auxiliary": loss}, of_auxiliary - of_teacher)
 
-    def _student_loss(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Losses:
+    def _student_loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
         draw = self._draw(batch, rng)
         x_tilde = self._student(nets, draw)
         with torch.no_grad():
@@ -252,7 +253,7 @@ class MomentMatching(Method):
             direction = self._auxiliary(nets, draw, z_s) - of_teacher
         return self._losses(draw, {"student": self._push(draw, x_tilde, of_teacher, direction)}, direction)
 
-    def _joint_loss(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Losses:
+    def _joint_loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
         draw = self._draw(batch, rng)
         x_tilde = self._student(nets, draw)
         with torch.no_grad():
@@ -266,7 +267,7 @@ class MomentMatching(Method):
         }
         return self._losses(draw, per_sample, direction)
 
-    def _nu(self, nets: Networks, batch: Batch, rng: torch.Generator) -> Statistic:
+    def _nu(self, nets: Networks, batch: Batch, rng: Rng) -> Statistic:
         """nu = -Lambda G: Algorithm 3's first half. It is linear in G, so its mean over parts and workers is that of their mean."""
         draw, teacher = self._draw(batch, rng), nets["teacher"]
         with torch.no_grad():
@@ -279,7 +280,7 @@ class MomentMatching(Method):
         nu: Statistic = nets["preconditioner"](dict(zip(parameters, falling, strict=True)))
         return nu
 
-    def _instant_loss(self, nets: Networks, batch: Batch, rng: torch.Generator, nu: Statistic) -> Losses:
+    def _instant_loss(self, nets: Networks, batch: Batch, rng: Rng, nu: Statistic) -> Losses:
         """L_eta: Algorithm 3's second half. The teacher's own loss on it changes along nu by -G_A^T Lambda G_B: so the curve of the
         squared moments, unbiased since A and B are independent, comes for nothing.
         """

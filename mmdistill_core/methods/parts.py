@@ -12,16 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdistill_core.diffusion.process import eta_step, expand, posterior, q_sample
 from mmdistill_core.diffusion.schedules import Schedule
+from mmdistill_core.rng import Rng, normal_like
 
 
 def per_sample_mean(value: Tensor) -> Tensor:
     """[b, ...] -> [b]: the mean over dimensions. Every loss here is reduced so; only the engine reduces over b."""
     return value.flatten(1).mean(dim=1)
-
-
-def noise_like(x: Tensor, *, rng: torch.Generator) -> Tensor:
-    """Standard normal of x's shape, from rng."""
-    return torch.randn(x.shape, generator=rng, dtype=x.dtype, device=x.device)
 
 
 def denoising_loss(*, x: Tensor, x_hat: Tensor, weight: Tensor) -> Tensor:
@@ -34,9 +30,9 @@ def push(*, x_hat: Tensor, direction: Tensor, weight: Tensor) -> Tensor:
     return weight * per_sample_mean(x_hat * direction.detach())
 
 
-def noisy(*, schedule: Schedule, x: Tensor, t: Tensor, rng: torch.Generator) -> Tensor:
+def noisy(*, schedule: Schedule, x: Tensor, t: Tensor, rng: Rng) -> Tensor:
     """z_t ~ q(z_t | x)."""
-    return q_sample(schedule=schedule, x=x, eps=noise_like(x, rng=rng), t=t)
+    return q_sample(schedule=schedule, x=x, eps=normal_like(x, rng=rng), t=t)
 
 
 TRANSITIONS = ("conditional", "unconditional")
@@ -49,7 +45,7 @@ def transition(
     x_tilde: Tensor,
     t: Tensor,
     s: Tensor,
-    rng: torch.Generator,
+    rng: Rng,
     kind: str = "conditional",
     eta: float = 1.0,
 ) -> Tensor:
@@ -58,7 +54,7 @@ def transition(
     conditional    z_s ~ q(z_s | z_t, x_tilde); eta < 1: less noise, and 0 is DDIM
     unconditional  z_s ~ q(z_s | x_tilde), fresh noise: what the paper compares it with
     """
-    x, noise = x_tilde.detach(), noise_like(x_tilde, rng=rng)
+    x, noise = x_tilde.detach(), normal_like(x_tilde, rng=rng)
     if kind == "unconditional":
         return q_sample(schedule=schedule, x=x, eps=noise, t=s)
     if eta != 1:
@@ -119,7 +115,6 @@ __all__ = [
     "direction_gap",
     "directional_derivative",
     "expand",
-    "noise_like",
     "noisy",
     "parameters_of",
     "per_sample_mean",
