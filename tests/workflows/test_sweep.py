@@ -1,90 +1,320 @@
-"""Sweeps: what may be swept, and a small one on Ray Tune."""
+"""Sweeps on Ray Tune, small but whole: every point measured once, registered through the gate, resumed after a kill."""
 
+import functools
 import io
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from rich.console import Console
-from small import SMALL
+from small import ROOT, SMALL
+from stores import PLANTED, bucket, use
 
-from workflows.config import ConfigError, load_config
+from workflows.config import load_config
 from workflows.pipeline import RunOptions, run_sweep
+from workflows.runtime import storage
+from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen
-from workflows.stages.sweep import parse_space, section, summarise
+from workflows.runtime.tracking import Tracker
+from workflows.runtime.workspace import Workspace
+from workflows.stages.sweep_options import SweepOptions
+from workflows.stages.sweep_space import read_space
+
+pytestmark = pytest.mark.ray
+TINY = [*SMALL, "distill.images=2560", "distill.validate_every=640", "distill.log_every=640"]
 
 
-def test_space():
-    config = load_config("digits")
-    space = parse_space(
-        ["pairing=uniform,grid", "optimiser.lr=1e-4,0.001", "auxiliary_lr=loguniform(1e-4, 1e-2)"], config
+class Swept:
+    """A sweep in a workspace, run as often as wanted; `text` is what the last one showed."""
+
+    def __init__(self, workspace, *space, overrides=(), **how):
+        self.workspace, self.config = workspace, load_config("digits", [*TINY, *overrides])
+        self.space, self.how, self.text = read_space(list(space), self.config), SweepOptions(**how), ""
+
+    def __call__(self, **options):
+        shown = io.StringIO()
+        try:
+            how = SweepOptions(**{**vars(self.how), **options})
+            screen = Screen(Console(file=shown, width=220, highlight=False))
+            return run_sweep(self.config, RunOptions(workspace=self.workspace), screen, space=self.space, how=how)
+        finally:
+            self.text = shown.getvalue()
+
+
+def trials(workspace):
+    """The rows of the last sweep's report, by the trial's name."""
+    report = workspace / "reports" / "digits-sweep" / "trials.json"
+    return {row["name"]: row for row in json.loads(report.read_text())["trials"]}
+
+
+def tracker_of(workspace):
+    space = Workspace(workspace)
+    return Tracker(space.default_tracking_uri, artifacts=space.default_artifacts)
+
+
+def tracked(workspace):
+    """name -> (status, parameters, steps of the distance in training) of the trials' runs."""
+    tracker = tracker_of(workspace)
+    runs = [r for r in tracker.client.search_runs([tracker.experiment]) if r.info.run_name.startswith("trial")]
+    assert len({r.info.run_name for r in runs}) == len(runs), "a trial has two runs"
+    assert len({r.data.tags["mlflow.parentRunId"] for r in runs}) == 1
+    history = {r: tracker.client.get_metric_history(r.info.run_id, "score") for r in runs}
+    return {r.info.run_name: (r.info.status, r.data.params, sorted(m.step for m in history[r])) for r in runs}
+
+
+def without_times(rows):
+    return {name: {f: v for f, v in row.items() if f not in ("seconds", "run_id")} for name, row in rows.items()}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, ray_cluster):
+    sweep = Swept(
+        tmp_path_factory.mktemp("swept"), "k=2,1", "pairing=uniform,grid", "seed=0,1", overrides=["gate.recall=0"]
     )
-    assert space == {
-        "pairing": ["uniform", "grid"],
-        "optimiser.lr": [1e-4, 1e-3],
-        "auxiliary_lr": ("loguniform", 1e-4, 1e-2),
+    return sweep, sweep()
+
+
+def test_a_sweep_measures_every_point_and_tracks_it_once(swept):
+    sweep, lines = swept
+    assert [(line["point"]["k"], line["seeds"]) for line in lines] == [(1, 2), (1, 2), (2, 2), (2, 2)]
+    assert all(line["frechet"]["spread"] > 0 for line in lines)
+    rows, runs = trials(sweep.workspace), tracked(sweep.workspace)
+    assert len(rows) == 8
+    assert set(runs) == set(rows)
+    for name, row in rows.items():
+        status, params, steps = runs[name]
+        assert (status, params["pairing"], params["k"]) == ("FINISHED", row["point"]["pairing"], str(row["point"]["k"]))
+        assert steps == [640, 1280, 1920, 2560]
+        assert row["images"] == 2560
+    assert "8 trials over k = 2, 1, grid, 2 at once" in sweep.text
+
+
+def test_the_best_of_each_k_are_registered_with_their_lineage(swept):
+    from workflows.runtime.registry import Registry
+    from workflows.stages.lineage import lineage
+
+    sweep, _ = swept
+    registry = Registry(tracker_of(sweep.workspace))
+    best = {
+        k: min((r for r in trials(sweep.workspace).values() if r["point"]["k"] == k), key=lambda r: r["frechet"])
+        for k in (1, 2)
     }
+    students = {v.tags["k"]: v for v in registry.versions("mmdistill-digits-student")}
+    assert set(students) == {"1", "2"}
+    for k, row in best.items():
+        version = students[str(k)]
+        assert version.run_id == row["run_id"]
+        assert float(version.tags["frechet"]) == pytest.approx(
+            row["frechet"], rel=1e-4
+        )  # evaluate's, by the same protocol
+        assert registry.alias("mmdistill-digits-student", f"k{k}-champion") == version.version
+    found = lineage(registry, "mmdistill-digits-student")
+    assert len(found["data"]) == len(found["data"][0]["teachers"]) == 1
+    assert len(found["data"][0]["teachers"][0]["students"]) == 2
 
 
-def test_a_trial_wins_over_the_recipes_own_setting_for_its_k():
-    config = load_config("digits", ["distill.overrides.8.pairing=uniform"])
-    assert section(config, 8, {}).pairing == "uniform"
-    own = section(config, 8, {"pairing": "grid", "optimiser.lr": 0.5, "seed": 3, "k": 8})
-    assert (own.pairing, own.optimiser.lr, own.k) == ("grid", 0.5, (8,))
+def test_the_report_and_the_best_settings_as_a_recipe(swept):
+    sweep, _ = swept
+    folder = sweep.workspace / "reports" / "digits-sweep"
+    html = (folder / "report.html").read_text()
+    assert html.count("<svg") == 3  # the front, the fields, the lineage
+    assert not re.search(r"(src|href|url)\W{1,2}https?:", html)
+    assert all(name in html for name in trials(sweep.workspace))
+    best = load_config(str(folder / "best.yaml"))
+    for k in (1, 2):
+        row = min((r for r in trials(sweep.workspace).values() if r["point"]["k"] == k), key=lambda r: r["frechet"])
+        assert best.distill.for_k(k).pairing == row["point"]["pairing"]
+    assert best.recipe == "digits"
+    assert best.distill.images == 2560
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("pairin=grid", "pairin: no such option; did you mean pairing"),
-        ("pairing=grid,both", "pairing: 'both' is not one of"),
-        ("optimiser.lr=loguniform(-1,1)", "optimiser.lr: -1.0 should be greater than 0"),
-        ("pairing", "field=a,b,c"),
-        ("k=0", "at least 1"),
-        ("guidance=1", "teacher.label_dropout is 0"),
-        ("warm_start=true", "warm_start: a sweep trains each student alone"),
-    ],
-)
-def test_mistakes_are_one_line(text, said):
-    with pytest.raises(ConfigError, match=said.split("(")[0]) as caught:
-        parse_space([text], load_config("digits"))
-    assert "\n" not in str(caught.value)
+def test_again_everything_is_there(swept):
+    sweep, lines = swept
+    before, runs = trials(sweep.workspace), tracked(sweep.workspace)
+    assert sweep() == lines
+    assert sweep.text.count("reused") == 2 + 8 + 2  # prepare and teacher, the trials, evaluate and register
+    assert "8 ended before, and are kept" in sweep.text
+    assert trials(sweep.workspace) == before
+    assert tracked(sweep.workspace) == runs
 
 
-def test_rows_that_differ_in_the_seed_become_one():
-    def row(pairing, seed, frechet):
-        rest = dict.fromkeys(("frechet_pixels", "accuracy", "recall", "seconds"), 1.0)
-        return {"point": {"k": 8, "pairing": pairing, "seed": seed}, "frechet": frechet, **rest}
+def test_tpe_asha_and_warm_starts(swept):
+    """In the workspace of the other one, whose teacher it takes."""
+    workspace = swept[0].workspace
+    sweep = Swept(
+        workspace, "k=2,1", "pairing=grid,uniform", "optimiser.lr=loguniform(1e-4,3e-1)", overrides=["gate.recall=0"],
+        search="tpe", scheduler="asha", trials=6, warm_start=True,
+    )  # fmt: skip
+    sweep()
+    rows, tracker = trials(workspace), tracker_of(workspace)
+    assert sorted(row["point"]["k"] for row in rows.values()) == [1, 1, 1, 2, 2, 2]
+    assert {row["outcome"] for row in rows.values()} == {"finished", "stopped"}
+    first = min((r for r in rows.values() if "frechet" in r and r["point"]["k"] == 2), key=lambda r: r["frechet"])
+    for name, row in rows.items():
+        run = tracker.client.get_run(row["run_id"])
+        assert run.info.status == ("FINISHED" if row["outcome"] == "finished" else "KILLED")
+        assert run.data.params.get("start") == (first["name"] if row["point"]["k"] == 1 else None)
+        assert (row["images"] < 2560) == (row["outcome"] == "stopped"), name
+    from workflows.runtime.registry import Registry
 
-    lines = summarise([row("grid", 0, 1.0), row("uniform", 0, 0.5), row("grid", 1, 3.0)])
-    assert [line["point"]["pairing"] for line in lines] == ["uniform", "grid"]
-    assert lines[1]["frechet"] == {"mean": 2.0, "spread": 1.0}
-    assert lines[1]["seeds"] == 2
+    registry = Registry(tracker)
+    student = registry.find_version("mmdistill-digits-student", {"k": "1"})
+    started = registry.version("mmdistill-digits-student", student.tags["start_version"])
+    assert started.run_id == first["run_id"]
+
+    more = Swept(workspace, "k=2,1", "pairing=grid,uniform", "optimiser.lr=loguniform(1e-4,3e-1)",
+                 overrides=["gate.recall=0"], search="tpe", scheduler="asha", trials=8, warm_start=True)  # fmt: skip
+    more(register=False)
+    assert without_times(rows).items() <= without_times(trials(workspace)).items()
+    assert len(trials(workspace)) == 8
 
 
-@pytest.mark.ray
-def test_a_sweep_measures_every_point(tmp_path, ray_cluster):
-    config = load_config("digits", [*SMALL, "distill.k=[2]", "distill.images=2560", "distill.validate_every=1280"])
-    shown = io.StringIO()
-    lines = run_sweep(
-        config,
-        RunOptions(workspace=tmp_path / "w"),
-        Screen(Console(file=shown, width=200)),
-        space=parse_space(["pairing=uniform,grid", "seed=0,1"], config),
-        out=tmp_path / "out.json",
-    )
-    assert {line["point"]["pairing"] for line in lines} == {"uniform", "grid"}
-    assert all(line["seeds"] == 2 and line["frechet"]["spread"] > 0 for line in lines)
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert len(written["trials"]) == 4
-    assert all(row["images"] == 2560 for row in written["trials"])
-    assert "pairing" in shown.getvalue()
+def test_a_trial_that_diverges_is_a_row(swept):
+    workspace = swept[0].workspace
+    sweep = Swept(workspace, "k=1", "optimiser.lr=0.0003,1e30", register=False)
+    (line,) = sweep()
+    assert line["point"]["optimiser.lr"] == 0.0003
+    assert "of 2 trials 1 failed" in sweep.text
+    failed = next(row for row in trials(workspace).values() if row["outcome"] == "failed")
+    assert "not finite" in failed["why"]
+    assert tracker_of(workspace).client.get_run(failed["run_id"]).info.status == "FAILED"
 
-    from workflows.runtime.tracking import Tracker
-    from workflows.runtime.workspace import Workspace
 
-    space = Workspace(tmp_path / "w")
-    tracker = Tracker(space.default_tracking_uri, artifacts=space.default_artifacts)
-    runs = tracker.client.search_runs([tracker.experiment])
-    trials = [r for r in runs if r.info.run_name.startswith("trial")]
-    assert len(trials) == 4
-    assert {r.data.params["pairing"] for r in trials} == {"uniform", "grid"}
+def test_a_trial_that_could_never_be_placed_is_told_at_once(swept):
+    with pytest.raises(UserError, match=r"a trial asks for 0\.25 GPUs, the cluster has 0 in all"):
+        Swept(swept[0].workspace, "k=1", gpus=0.25)()
+
+
+def test_hours_are_over_and_the_next_sweep_goes_on(swept):
+    """At once, in this case: no trial has ended, and so there is nothing to report."""
+    sweep = Swept(swept[0].workspace, "k=1", "eta=0,0.5", hours=1e-5, register=False)
+    assert sweep() == []
+    assert "--hours 1e-05 are over: 0 of 2 trials are kept" in sweep.text
+    assert "No trial has ended yet" in sweep.text
+    assert len(sweep(hours=None)) == 2
+
+
+def test_in_a_bucket_and_again_from_another_machine(swept, moto_server, monkeypatch, tmp_path):
+    use(monkeypatch, moto_server, AWS_SECRET_ACCESS_KEY=PLANTED)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "one"))
+    place = bucket(moto_server, "sweeps") + "/team"
+    for stage in ("prepare", "teacher"):
+        (folder,) = (swept[0].workspace / "stages").glob(f"{stage}-*")
+        storage.publish(folder, f"{place}/stages/{folder.name}", last="result.json")
+    sweep = Swept(place, "k=2,1", "pairing=grid", warm_start=True, register=False)
+    lines = sweep()
+    names = storage.listing(place)
+    assert sum(name.endswith("model/weights.safetensors") and "/trial-" in name for name in names) == 2
+    assert not any("/trial-" in name for name in names if name.startswith("ray/"))
+    assert {"reports/digits-sweep/report.html", "reports/digits-sweep/trials.json"} <= set(names)
+
+    monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "another"))
+    assert sweep() == lines
+    assert sweep.text.count("reused") == 4
+
+
+# Killed
+
+
+LONG = ["distill.images=12800", "distill.validate_every=1280", "distill.log_every=1280"]
+SPACE = ["optimiser.lr=loguniform(1e-4,1e-3)", "pairing=grid,uniform", "k=2,1"]
+
+
+class Command:
+    """`mmdistill sweep` in a process of its own."""
+
+    def __init__(self, workspace):
+        self.workspace = workspace
+        self.words = [sys.executable, "-m", "workflows", "sweep", "--workspace", str(workspace), "--trials", "6"]
+        self.words += ["--no-register", *(w for text in SPACE for w in ("--space", text))]
+        self.words += [w for text in [*TINY, *LONG] for w in ("--set", text)]
+
+    def start(self):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
+        # Tests that run in the background have Ctrl-C ignored, and would pass that on.
+        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
+
+    def ended(self):
+        return sorted(p.parent.name for p in (self.workspace / "stages").glob("trial-*/result.json"))
+
+    def halfway(self):
+        return list((self.workspace / "ray").glob("trial-*/checkpoint_*/manifest.json"))
+
+    def disturb(self, how, when):
+        """`how(process)` as soon as `when()`: (exit code, what it said)."""
+        process, end = self.start(), time.monotonic() + 240
+        while not when():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        how(process)
+        _, shown = process.communicate(timeout=120)
+        return process.returncode, shown
+
+    def finish(self):
+        process = self.start()
+        _, shown = process.communicate(timeout=400)
+        assert process.returncode == 0, shown
+        return shown
+
+
+def wait_until_its_workers_are_gone():
+    """A killed driver's workers go on for a moment, and may still write a checkpoint."""
+    end = time.monotonic() + 90
+    while any(b"ImplicitFunc" in title for title in titles()):
+        assert time.monotonic() < end, "a trial outlived its driver"
+        time.sleep(0.2)
+
+
+def titles():
+    for folder in os.listdir("/proc"):
+        if folder.isdigit():
+            try:
+                with open(f"/proc/{folder}/cmdline", "rb") as file:
+                    yield file.read().split(b"\0")[0]
+            except OSError:
+                continue
+
+
+def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
+    """It ends with the very rows of a sweep that nobody disturbed, no trial is run twice, and none is tracked twice."""
+    for name in ("undisturbed", "disturbed"):  # both with the teacher of the other sweep
+        for stage in ("prepare", "teacher"):
+            (folder,) = (swept[0].workspace / "stages").glob(f"{stage}-*")
+            shutil.copytree(folder, tmp_path / name / "stages" / folder.name)
+    undisturbed = Swept(tmp_path / "undisturbed", *SPACE, overrides=LONG, trials=6, register=False)
+    undisturbed()
+
+    command = Command(tmp_path / "disturbed")
+    code, shown = command.disturb(lambda p: p.send_signal(signal.SIGINT), lambda: command.ended() and command.halfway())
+    assert code == 130, shown
+    assert "of 6 trials are kept" in shown
+    assert "to go on: mmdistill sweep --workspace" in shown
+    assert "Traceback" not in shown
+    wait_until_its_workers_are_gone()
+
+    first = {name: (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns for name in command.ended()}
+    assert 1 <= len(first) < 6
+    code, _ = command.disturb(lambda p: p.kill(), lambda: len(command.ended()) > len(first) and command.halfway())
+    assert code == -signal.SIGKILL
+    wait_until_its_workers_are_gone()
+    assert len(command.ended()) < 6
+
+    shown = command.finish()
+    assert "goes on from" in shown
+    for name, written in first.items():
+        assert (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns == written, "run again"
+    assert without_times(trials(command.workspace)) == without_times(trials(undisturbed.workspace))
+    found, expected = tracked(command.workspace), tracked(undisturbed.workspace)
+    assert found == expected
+    assert all(steps == list(range(1280, 12801, 1280)) for _, _, steps in found.values())
+    assert not list((command.workspace / "ray").glob("trial-*"))

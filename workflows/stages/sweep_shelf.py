@@ -1,0 +1,52 @@
+"""A shelf: a network in Ray's object store, where it lies once a node. Whoever takes it gets a module whose parameters are views of
+the stored bytes, which nobody can write to; a process that needs a network of its own copies it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A module without its tensors, and these as arrays by their path in it."""
+
+    skeleton: Any
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Shelf:
+        tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+        arrays = {path: tensor.detach().cpu().contiguous().numpy() for path, tensor in tensors.items()}
+        return cls(copy.deepcopy(module).to("meta"), arrays)
+
+    def take(self) -> nn.Module:
+        """The module, its parameters frozen; once for each time that the shelf is got from the store."""
+        from torch import nn
+
+        module: nn.Module = self.skeleton
+        for path, array in self.arrays.items():
+            place, _, name = path.rpartition(".")
+            owner = module.get_submodule(place)
+            if name in owner._parameters:
+                owner._parameters[name] = nn.Parameter(tensor(array), requires_grad=False)
+            else:
+                owner._buffers[name] = tensor(array)
+        return module
+
+
+def tensor(array: np.ndarray) -> Tensor:
+    """The array as a tensor that shares its memory, which may not be written to: torch would warn of that."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
