@@ -4,6 +4,8 @@ state [SUFFIX]  prints, for the tracking and the auth database (their names with
                 newer REVISION
 counts          prints the number of runs and of registered models
 admin NAME      sets the administrator's password to the first line of what is open as descriptor 3
+create HOST     makes the user mlflow and both databases on a server of PostgreSQL, as its user postgres; what is there stays.
+                Their passwords: SECRETS/database and SECRETS/master (SECRETS: /run/secrets)
 """
 
 from __future__ import annotations
@@ -78,6 +80,27 @@ def set_admin_password(name: str, password: str) -> None:
         store.create_user(name, password, is_admin=True)
 
 
+def create(host: str, password: str, master: str) -> None:
+    """The user `mlflow` with this password, who owns the databases `mlflow` and `mlflow_auth`. `host`: HOST or HOST:PORT."""
+    import psycopg2
+    from psycopg2 import sql
+
+    name, _, port = host.partition(":")
+    connection = psycopg2.connect(host=name, port=port or 5432, user="postgres", password=master, dbname="postgres")
+    connection.autocommit = True  # CREATE DATABASE refuses a transaction
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT 1 FROM pg_roles WHERE rolname = 'mlflow'")
+        verb = "ALTER" if cursor.fetchone() else "CREATE"
+        cursor.execute(sql.SQL(verb + " ROLE mlflow LOGIN PASSWORD {}").format(sql.Literal(password)))
+        # A managed server's `postgres` is no superuser: it may give away databases to roles that it belongs to.
+        cursor.execute("GRANT mlflow TO CURRENT_USER")
+        for database in ("mlflow", "mlflow_auth"):
+            cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (database,))
+            if not cursor.fetchone():
+                cursor.execute(sql.SQL("CREATE DATABASE {} OWNER mlflow").format(sql.Identifier(database)))
+    connection.close()
+
+
 if __name__ == "__main__":
     command, *arguments = sys.argv[1:]
     if command == "state":
@@ -87,5 +110,8 @@ if __name__ == "__main__":
     elif command == "admin":
         with os.fdopen(3) as secret:
             set_admin_password(arguments[0], secret.readline().strip())
+    elif command == "create":
+        secrets = Path(os.environ.get("SECRETS", "/run/secrets"))
+        create(arguments[0], (secrets / "database").read_text().strip(), (secrets / "master").read_text().strip())
     else:
         sys.exit(f"database.py: no command {command}")

@@ -4,19 +4,24 @@ set -euo pipefail
 S=${SECRETS:-/run/secrets}
 say() { echo "mmdistill: $*" >&2; }
 
-for name in database admin session s3-access-key s3-secret-key; do
+for name in database admin session; do
     [ -s "$S/$name" ] || { say "secrets/$name is missing or empty: infra/README.md says how the secrets are made"; exit 1; }
 done
 PGPASSWORD=$(cat "$S/database")
-AWS_ACCESS_KEY_ID=$(cat "$S/s3-access-key")
-AWS_SECRET_ACCESS_KEY=$(cat "$S/s3-secret-key")
+# Without keys the machine's own role speaks for it.
+if [ -e "$S/s3-access-key" ]; then
+    AWS_ACCESS_KEY_ID=$(cat "$S/s3-access-key")
+    AWS_SECRET_ACCESS_KEY=$(cat "$S/s3-secret-key")
+    export AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY
+    [ -n "$AWS_ACCESS_KEY_ID" ] && [ -n "$AWS_SECRET_ACCESS_KEY" ] || { say "secrets/s3-access-key or s3-secret-key is empty"; exit 1; }
+fi
 MLFLOW_AUTH_ADMIN_PASSWORD=$(cat "$S/admin")
 MLFLOW_FLASK_SERVER_SECRET_KEY=$(cat "$S/session")
 MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://mlflow@${DATABASE:-postgres:5432}/mlflow
 AUTH_DATABASE_URI=${MLFLOW_BACKEND_STORE_URI}_auth
 MLFLOW_AUTH_CONFIG_PATH=${TMPDIR:-/tmp}/auth.ini
 HOME=${TMPDIR:-/tmp}
-export PGPASSWORD AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_KEY
+export PGPASSWORD MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_KEY
 export MLFLOW_BACKEND_STORE_URI AUTH_DATABASE_URI MLFLOW_AUTH_CONFIG_PATH HOME
 cat >"$MLFLOW_AUTH_CONFIG_PATH" <<CONF
 [mlflow]

@@ -155,3 +155,40 @@ def test_the_entrypoint_serves(server, stack, tmp_path):
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait(60)
+
+
+@pytest.mark.services
+def test_databases_are_made_on_a_server_that_is_there(tmp_path):
+    """As MLflow's machine in the cloud does at each start: by a `postgres` that is no superuser, as managed servers have it."""
+    import psycopg2
+    from servers import PostgreSQL
+
+    server = PostgreSQL()
+    try:
+        connect = {"host": "127.0.0.1", "port": server.port}
+        admin = psycopg2.connect(user="postgres", dbname="postgres", **connect)
+        admin.autocommit = True
+        with admin.cursor() as cursor:
+            cursor.execute("CREATE ROLE boss SUPERUSER LOGIN")
+        admin.close()
+        admin = psycopg2.connect(user="boss", dbname="postgres", **connect)
+        admin.autocommit = True
+        with admin.cursor() as cursor:
+            # The first user of a server stays superuser: `postgres` is made anew beside it.
+            cursor.execute("ALTER ROLE postgres RENAME TO first")
+            cursor.execute("CREATE ROLE postgres LOGIN CREATEDB CREATEROLE")
+        (tmp_path / "database").write_text("a-password\n")
+        (tmp_path / "master").write_text("another")
+        words = [sys.executable, str(FOLDER / "database.py"), "create", f"127.0.0.1:{server.port}"]
+        for _ in range(2):  # the second finds all as it should be
+            done = subprocess.run(words, env=os.environ | {"SECRETS": str(tmp_path)}, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            assert "password" not in done.stdout + done.stderr
+        for database in ("mlflow", "mlflow_auth"):
+            owner = psycopg2.connect(user="mlflow", dbname=database, **connect)
+            with owner.cursor() as cursor:
+                cursor.execute("CREATE TABLE kept (x int)")
+            owner.close()
+        admin.close()
+    finally:
+        server.close()

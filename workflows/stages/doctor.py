@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -30,8 +31,8 @@ Line = tuple[bool | None, str, str]
 """(fine, subject, what was found or what to do); None: neither good nor bad."""
 
 
-def examine(workspace: str, tracking_uri: str | None) -> bool:
-    """Prints a line a check as it is made; True if none failed."""
+def examine(workspace: str, tracking_uri: str | None, cluster: Path | None = None) -> bool:
+    """Prints a line a check as it is made; True if none failed. `cluster`: only this file for `ray up`."""
     console = Console(highlight=False)
     marks = {True: "[green]OK[/]", False: "[red]to do[/]", None: "[dim]-[/]"}
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -44,6 +45,8 @@ def examine(workspace: str, tracking_uri: str | None) -> bool:
         lambda: _tracking(workspace, tracking_uri),
         _object_store,
     ]
+    if cluster is not None:
+        checks = [lambda: _cluster(cluster)]
     for check in checks:
         with console.status(check.__name__.strip("_<>")):
             for ok, subject, found in check():
@@ -122,3 +125,13 @@ def _object_store() -> Iterator[Line]:
 
     ok, found = object_store_status()
     yield ok, "object store", found
+
+
+def _cluster(file: Path) -> Iterator[Line]:
+    from workflows.runtime.launch import check_cluster
+
+    problems = check_cluster(file)
+    for problem in problems:
+        yield False, "cluster", problem
+    if not problems:
+        yield True, "cluster", f"{file}: ready for ray up"
