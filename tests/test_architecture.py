@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAY = {
     "mmdistill_core.rng": set(),
-    "mmdistill_core.diffusion": set(),
+    "mmdistill_core.diffusion": {"rng"},
     "mmdistill_core.networks": {"diffusion"},
     "mmdistill_core.methods": {"diffusion", "networks", "rng"},
     "mmdistill_core.samplers": {"diffusion", "networks", "rng"},
@@ -94,14 +94,26 @@ def test_a_library_is_known_in_one_place(library):
                 assert file.name in ONLY[library], f"{file.relative_to(ROOT)} imports {module}"
 
 
+def test_ray_s_jobs_are_known_in_one_place():
+    for file in (ROOT / "workflows").rglob("*.py"):
+        for module, _ in imports(file):
+            if module.startswith("ray.job_submission"):
+                assert file.name == "jobs.py", f"{file.relative_to(ROOT)} imports {module}"
+
+
 def test_heavy_imports_are_lazy_on_the_way_to_help():
     heavy = {"torch", "ray", "mlflow", "pandas", "sklearn", "matplotlib", "boto3"}
     for name in (
         "cli.py",
         "cli_options.py",
         "cli_registry.py",
+        "cli_jobs.py",
         "config.py",
         "pipeline.py",
+        "stages/submit.py",
+        "stages/watch.py",
+        "runtime/jobs.py",
+        "runtime/source.py",
         "runtime/workspace.py",
         "runtime/errors.py",
     ):

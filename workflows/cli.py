@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from workflows.cli_jobs import app as submission
+from workflows.cli_jobs import jobs
 from workflows.cli_options import (
     DEFAULT_WORKSPACE,
     Debug,
@@ -21,9 +23,11 @@ from workflows.cli_options import (
     Tracking,
     TrackingWait,
     Workspace_,
+    checked,
     errors,
 )
 from workflows.cli_registry import app as registry
+from workflows.cli_sweep import app as sweeps
 
 app = typer.Typer(
     add_completion=False,
@@ -64,7 +68,14 @@ def run(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     tracking_wait: TrackingWait = None,
-    workers: Annotated[int | None, typer.Option(help="Workers of each training; by default as many as fit.")] = None,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Workers of each training, or fewest:most, as 2:8; by default as many as fit."),
+    ] = None,
+    checkpoint_every: Annotated[
+        str | None,
+        typer.Option(help="Images, or minutes such as 10m; by default the recipe's images, or 15 minutes."),
+    ] = None,
     at_once: Annotated[
         int | None, typer.Option(help="Students trained at once; by default as many as fit.", min=1)
     ] = None,
@@ -91,12 +102,14 @@ def run(
             tracking_uri=tracking_uri,
             tracking_wait=tracking_wait,
             workers=workers,
+            checkpoint_every=checkpoint_every,
             at_once=at_once,
             gpu=gpu,
             force=tuple(force or ()),
             until=until,
         )
         check_options(config, options)
+        checked(config)
         screen = Screen()
         if smoke:
             images = "made images, as no data.path is given" if config.data.source == "made" else config.data.source
@@ -185,6 +198,7 @@ def prepare(
             shard_mb=shard_mb,
             seed=seed,
         )
+        checked()
         screen = Screen()
         with ExitStack() as stack:
             with screen.status("starting Ray"):
@@ -192,64 +206,6 @@ def prepare(
             manifest = prepare_data_set(preparation, screen)
         if as_json:
             print(json.dumps(shown_manifest(manifest), indent=2))
-
-
-@app.command()
-def sweep(
-    recipe: Recipe = "digits",
-    set_: Set = None,
-    space: Annotated[
-        list[str] | None,
-        typer.Option(help="Distill field: pairing=uniform,grid or optimiser.lr=loguniform(1e-4,1e-2). Or seed=0,1."),
-    ] = None,
-    k: Annotated[
-        list[int] | None, typer.Option("-k", help="Steps; may be repeated. By default the recipe's.", min=1)
-    ] = None,
-    trials: Annotated[
-        int, typer.Option(help="Draws, if a field is drawn at random; lists alone are all tried.", min=1)
-    ] = 16,
-    early_stop: Annotated[bool, typer.Option(help="Stop trials whose distance lags (ASHA).")] = False,
-    at_once: Annotated[int | None, typer.Option(help="Trials at once; by default as many as fit.", min=1)] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the rows and their means as JSON.")] = None,
-    workspace: Workspace_ = DEFAULT_WORKSPACE,
-    tracking_uri: Tracking = None,
-    debug: Debug = False,
-) -> None:
-    """Distil one teacher many ways (Ray Tune), each measured like the students of a run."""
-    with errors(debug, continues=True):
-        from workflows.config import load_config
-        from workflows.pipeline import RunOptions, run_sweep
-        from workflows.runtime.progress import Screen
-        from workflows.stages.sweep import parse_space
-
-        config = load_config(recipe, [*(set_ or []), *([f"distill.k={list(k)}"] if k else [])])
-        options = RunOptions(workspace=workspace, tracking_uri=tracking_uri, at_once=at_once)
-        fields = parse_space(space or [], config)
-        run_sweep(config, options, Screen(), space=fields, trials=trials, early_stop=early_stop, out=out)
-
-
-@app.command()
-def ablate(
-    recipe: Annotated[list[str] | None, typer.Argument(help="gmm, digits, or both, which is the default.")] = None,
-    page: Annotated[
-        Path,
-        typer.Option(help="Its tables are written anew, and the rows kept beside it; those of another teacher go."),
-    ] = Path("ablation.md"),
-    only: Annotated[list[str] | None, typer.Option(help="This setting; may be repeated. By default all.")] = None,
-    k: Annotated[list[int] | None, typer.Option("-k", help="Steps; may be repeated. By default 1, 2, 4, 8.")] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each.", min=1)] = 3,
-    workspace: Workspace_ = DEFAULT_WORKSPACE,
-    tracking_uri: Tracking = None,
-    debug: Debug = False,
-) -> None:
-    """One choice at a time against the same base: which of the paper's findings hold here, with mean and spread."""
-    with errors(debug, continues=True):
-        from workflows.pipeline import RunOptions
-        from workflows.runtime.progress import Screen
-        from workflows.stages.ablation import run_ablation
-
-        options = RunOptions(workspace=workspace, tracking_uri=tracking_uri)
-        run_ablation(recipe or [], options, Screen(), page=page, only=only or [], ks=k or [1, 2, 4, 8], seeds=seeds)
 
 
 @app.command()
@@ -341,11 +297,18 @@ def sample(
 
 
 @app.command()
-def doctor(workspace: Workspace_ = DEFAULT_WORKSPACE, tracking_uri: Tracking = None) -> None:
+def doctor(
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Check this file for `ray up` instead, before it costs anything."),
+    ] = None,
+) -> None:
     """Check this machine: packages, devices, Ray, the tracking store, the object store."""
     from workflows.stages.doctor import examine
 
-    raise typer.Exit(0 if examine(workspace, tracking_uri) else 1)
+    raise typer.Exit(0 if examine(workspace, tracking_uri, cluster) else 1)
 
 
 @app.command()
@@ -368,21 +331,24 @@ def ui(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="engine, sampler, ray, tracking, memory, data, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="engine, sampler, ray, scaling, tracking, memory, data, or all.")] = "all",
     recipe: Recipe = "digits",
     repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     place: Annotated[str | None, typer.Option(help="data: s3://BUCKET/PREFIX, to be measured from too.")] = None,
+    workers: Annotated[str, typer.Option(help="scaling: numbers of workers, each with one thread.")] = "1,2",
     debug: Debug = False,
 ) -> None:
     """Measure on this machine: an update against its floor, samples/s against diffusers, Ray's share, memory, reading images."""
     with errors(debug):
+        checked()
         from workflows.stages.bench import run_bench
 
-        run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place)
+        run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place, workers=workers)
 
 
-app.registered_commands += registry.registered_commands
+app.registered_commands += registry.registered_commands + submission.registered_commands + sweeps.registered_commands
+app.add_typer(jobs, name="jobs")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from workflows.config import RunConfig
 
 Workspace_ = Annotated[
     str,
@@ -37,23 +42,56 @@ Who = Annotated[str | None, typer.Option(envvar="MMDISTILL_USER", help="Who does
 DEFAULT_WORKSPACE = ".mmdistill"
 
 
+_only_checking: ContextVar[bool] = ContextVar("only_checking", default=False)
+
+
+class Checked(Exception):
+    """A command that is only checked came to where its work would begin. `config`: its configuration, if it has one."""
+
+    def __init__(self, config: RunConfig | None) -> None:
+        super().__init__()
+        self.config = config
+
+
+@contextmanager
+def only_checking() -> Iterator[None]:
+    """Commands called inside end with Checked, with a wrong option as they would have shown it, or with the error of what is not
+    on this machine.
+    """
+    before = _only_checking.set(True)
+    try:
+        yield
+    finally:
+        _only_checking.reset(before)
+
+
+def checked(config: RunConfig | None = None) -> None:
+    """Stands in a command where all is checked that can be before anything starts. `mmdistill submit` calls it up to here, so
+    that a mistake is told before a cluster is asked for anything.
+    """
+    if _only_checking.get():
+        raise Checked(config)
+
+
 @contextmanager
 def errors(debug: bool, continues: bool = False) -> Iterator[None]:
-    """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C."""
+    """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C,
+    143 for SIGTERM.
+    """
     from workflows.config import ConfigError
     from workflows.runtime.errors import UserError
     from workflows.runtime.workspace import explain_os_error
 
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         say(
             "interrupted: finished stages and the last checkpoints are kept"
             + ("; run the same command again to go on from there" if continues else "")
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + getattr(stopped, "number", signal.SIGINT)) from None
     except (ConfigError, UserError, OSError) as error:
-        if debug:
+        if debug or (_only_checking.get() and not isinstance(error, ConfigError)):
             raise
         error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
         shown = explain_os_error(error, Path(DEFAULT_WORKSPACE)) if isinstance(error, OSError) else error

@@ -137,6 +137,19 @@ class Network(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="in the teacher's training; distill has its own")
 
 
+class Compute(Section):
+    """How networks are computed. But for the precision, nothing of it changes what is learnt beyond rounding, and a training may
+    go on with other choices than it began with.
+    """
+
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the networks' operations; weights, averages and optimisers are float32"
+    )
+    shard: bool = Field(False, description="cut weights, gradients and optimisers among the workers (FSDP2)")
+    recompute: bool = Field(False, description="keep no activations within blocks: less memory, a third more work")
+    compile: bool = Field(False, description="torch.compile: minutes before the first step, faster ones after it")
+
+
 class Optimiser(Section):
     lr: float = Field(3e-4, gt=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -314,6 +327,7 @@ class RunConfig(Section):
     data: Data = Data()
     schedule: Schedule = Schedule()
     network: Network = Network()
+    compute: Compute = Compute()
     teacher: Teacher = Teacher()
     distill: Distill = Distill()
     evaluate: Evaluate = Evaluate()

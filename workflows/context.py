@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from workflows.config import RunConfig, digest
-from workflows.runtime.cluster import Monitor, task_options
+from workflows.runtime.cluster import Monitor, Workers, task_options
+from workflows.runtime.job import Every
 from workflows.runtime.progress import Bar, Screen, clock, short
-from workflows.runtime.tracking import Tracker, now
+from workflows.runtime.stopping import Stopping
+from workflows.runtime.tracking import Tracker, now, own_id
 from workflows.runtime.uri import is_remote, join
 from workflows.runtime.workspace import RUNS, StageFolder, Workspace, git_commit, write_json
 
@@ -51,8 +53,8 @@ class Done:
 class Placement:
     """Workers of each training, and how many students are trained at once."""
 
-    teacher_workers: int
-    student_workers: int
+    teacher_workers: Workers
+    student_workers: Workers
     at_once: int
     use_gpu: bool
 
@@ -78,7 +80,9 @@ class Context:
     placement: Placement
     force: frozenset[str]
     monitor: Monitor
+    stopping: Stopping
     listeners: dict[str, Callable[[dict[str, float]], None]] = field(default_factory=dict)
+    every: Every = field(default_factory=Every)
     tracking_wait: float = 120.0
     """Seconds that a stage which needs the tracking store's answer waits for it."""
 
@@ -135,10 +139,14 @@ class StageRun:
                 "mmdistill.key": self.folder.key,
                 "git_commit": git_commit(),
             }
-            run_id = tracker.start_run(self.folder.name, parent=self.context.parent_run, tags=tags)
+            own = own_id()
+            write_json(
+                self.path / RUNS, runs | {tracker.uri: own}
+            )  # first: who is killed now leaves no run without a stage
+            run_id = tracker.start_run(self.folder.name, parent=self.context.parent_run, tags=tags, own=own)
             write_json(self.path / RUNS, runs | {tracker.uri: run_id})
             self.folder.keep(RUNS)
-            tracker.log_params(run_id, config)
+        tracker.log_params(run_id, config)
         return str(run_id)
 
     def begin(self) -> None:
@@ -180,12 +188,13 @@ class StageRun:
         self._flushed = time.monotonic()
         write_json(self.path / CLOCK, {"seconds": self.seconds, "began": self._began})
 
-    def finish(self, result: dict[str, Any]) -> Done:
+    def finish(self, result: dict[str, Any], status: str = "FINISHED") -> Done:
         self.flush()
         self.context.workspace.check_held()
         seconds = self.seconds
+        # First: a stage that is done is not looked at again, and who is killed in between does both again.
+        self.context.tracker.end_run(self.run_id, status)
         self.folder.finish(result | {"seconds": seconds})
-        self.context.tracker.end_run(self.run_id)
         summary = result.get("summary", "")
         self.context.screen.line(f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{summary}[/]")
         return Done(self.folder.name, self.path, self.folder.uri, result, self.run_id, seconds, reused=False)

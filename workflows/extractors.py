@@ -51,7 +51,8 @@ def check_extractor(
         try:
             load_inception(str(weights))
         except NotInception as error:
-            raise UserError(f"{option}_weights: {error}", hint=INCEPTION) from error
+            weights_option = f"{option}-weights" if option.startswith("--") else f"{option}_weights"
+            raise UserError(f"{weights_option}: {error}", hint=INCEPTION) from error
 
 
 def make_extractor(

@@ -12,20 +12,25 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
-from workflows.runtime.cluster import Monitor, ray_session, require
+from workflows.runtime.cluster import Monitor, Workers, ray_session, require
 from workflows.runtime.errors import UserError
+from workflows.runtime.job import Every
 from workflows.runtime.progress import Screen
+from workflows.runtime.stopping import listening
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import Workspace, git_commit, write_json
-from workflows.sources.folder import checked
+
+if TYPE_CHECKING:
+    from workflows.stages.sweep_options import SweepOptions
+    from workflows.stages.sweep_space import Space
 
 STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
 WAIT, A_WHILE = 120.0, 10.0
@@ -38,7 +43,8 @@ class RunOptions:
 
     workspace: str | Path
     tracking_uri: str | None = None
-    workers: int | None = None
+    workers: str | int | None = None
+    checkpoint_every: str | None = None
     at_once: int | None = None
     gpu: bool | None = None
     force: tuple[str, ...] = ()
@@ -47,26 +53,22 @@ class RunOptions:
 
 
 def check_options(config: RunConfig, options: RunOptions) -> None:
-    """Raises ConfigError for a stage or a number of workers that can't be, UserError for a folder of images that is not there,
-    before anything starts.
-    """
-    if config.data.source == "folder":
-        checked(config.data.path)
+    """Raises ConfigError for a stage or a number of workers that can't be, before anything starts."""
     each = tuple(f"distill-k{k}" for k in config.distill.k)
     for name in options.force:
         if name not in STAGES + each:
             raise ConfigError(f"--force: {name!r} is not a stage; stages: {', '.join(STAGES + each)}")
     if options.until not in STAGES:
         raise ConfigError(f"--until: {options.until!r} is not a stage; stages: {', '.join(STAGES)}")
-    if options.workers is not None:
-        if options.workers < 1:
-            raise ConfigError(f"--workers: {options.workers} should be at least 1")
+    every_of(options)
+    if (workers := workers_of(options)) is not None:
         sections = {f"distill.batch (k = {k})": config.distill.for_k(k) for k in config.distill.k}
-        parts = {name: (own.batch, 2 if own.update == "instant" else 1) for name, own in sections.items()}
-        for name, (batch, halves) in {"teacher.batch": (config.teacher.batch, 1), **parts}.items():
-            if batch % (options.workers * halves):
-                cut = ", which instant cuts into halves" if halves > 1 else ""
-                raise ConfigError(f"--workers: {options.workers} does not divide {name} {batch}{cut}")
+        least = {name: (own.batch, 2 if own.update == "instant" else 1) for name, own in sections.items()}
+        for name, (batch, images) in {"teacher.batch": (config.teacher.batch, 1), **least}.items():
+            if batch < workers.most * images:
+                raise ConfigError(
+                    f"--workers: {workers.most} is more than {name} {batch} has images for, {images} each"
+                )
 
 
 def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict[str, Any]:
@@ -100,40 +102,46 @@ def run_sweep(
     options: RunOptions,
     screen: Screen,
     *,
-    space: dict[str, Any],
-    trials: int = 1,
-    early_stop: bool = False,
+    space: Space,
+    how: SweepOptions | None = None,
     out: Path | None = None,
+    name: str = "sweep",
 ) -> list[dict[str, Any]]:
-    """The teacher, made or reused, and a sweep over students of it (`sweep.parse_space`); returns the means over seeds, best first
-    for each k.
+    """The teacher, made or reused, and a sweep over students of it; returns the means over seeds, best first for each k. The report
+    is in reports/<recipe>-<name>; `out` gets the rows.
     """
-    from workflows.stages import sweep
+    from workflows.stages.sweep import sweep
+    from workflows.stages.sweep_best import register_best
+    from workflows.stages.sweep_options import SweepOptions, check_room, check_sweep, warmed
+    from workflows.stages.sweep_report import rows_of, write_report
+    from workflows.stages.sweep_table import show, summarise
 
-    if early_stop and len(space.get("k", config.distill.k)) > 1:
-        raise ConfigError("--early-stop: it compares trials by their distance, so name one k: -k 8")
+    how = check_sweep(space, how or SweepOptions())
+    config = warmed(config, how.warm_start)
     check_inputs(config)
-    with open_context(config, options, screen, kind="sweep") as context:
+    apart = (space.described, how.search, how.scheduler, how.warm_start)
+    with open_context(config, options, screen, kind=name, apart=apart) as context:
+        check_room(how, context.resources)
         stages = _stages(context)
         (_, [prepared]), (_, [taught]) = next(stages), next(stages)
-        rows = sweep.sweep(context, prepared, taught, space=space, trials=trials, early_stop=early_stop)
-        lines = sweep.summarise(rows)
-        if out:
+        ledger = sweep(context, prepared, taught, space, how, options.at_once)
+        made = register_best(ledger, prepared, taught) if how.register and ledger.best() else None
+        where = write_report(ledger, prepared, taught, made, name) if ledger.rows else ""
+        if where and out:
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(
-                out,
-                {"recipe": config.recipe, "teacher": taught.identity, "space": space, "means": lines, "trials": rows},
-            )
-            context.tracker.log_artifact(context.parent_run, out)
-    sweep.show(lines, screen)
-    return lines
+            shutil.copyfile(context.workspace.report(f"{config.recipe}-{name}") / "trials.json", out)
+    show(rows_of(ledger), screen)
+    screen.line(f"Report: [bold]{where}[/]" if where else "No trial has ended yet.")
+    return summarise(rows_of(ledger))
 
 
 @contextmanager
 def open_context(
-    config: RunConfig, options: RunOptions, screen: Screen, *, kind: str = "pipeline"
+    config: RunConfig, options: RunOptions, screen: Screen, *, kind: str = "pipeline", apart: tuple[Any, ...] = ()
 ) -> Iterator[Context]:
-    """The workspace locked, the tracking store open with a parent run of this `kind`, and Ray up, for the length of the block."""
+    """The workspace locked, the tracking store open with a parent run of this `kind`, and Ray up, for the length of the block.
+    `apart`: what beside the configuration makes it another run.
+    """
     workspace, wait = Workspace(options.workspace), wait_of(options)
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())
@@ -145,14 +153,16 @@ def open_context(
             screen.line(f"  tracking: delivering {tracker.pending} entries that an earlier run had queued")
             settle(tracker, screen, wait)
         with screen.status("starting the tracking run"):
-            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind])}"
+            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
             parent = _parent_run(config, workspace, tracker, kind, pipeline)
         stack.enter_context(_ended(tracker, parent, screen, options.workspace, wait))
         with screen.status("starting Ray"):
             resources = stack.enter_context(ray_session())
             monitor = Monitor()
+        stopping = stack.enter_context(listening())  # after Ray, which has a handler of its own
         placement = place(config, options, resources)
-        require(resources, cpus=1, gpus=int(placement.use_gpu))
+        fewest = max(placement.teacher_workers.fewest, placement.student_workers.fewest)
+        require(resources, cpus=fewest, gpus=fewest if placement.use_gpu else 0)
         yield Context(
             config=config,
             workspace=workspace,
@@ -163,7 +173,9 @@ def open_context(
             resources=resources,
             force=frozenset(options.force),
             monitor=monitor,
+            stopping=stopping,
             placement=placement,
+            every=every_of(options),
             tracking_wait=wait,
         )
 
@@ -249,6 +261,24 @@ def _stages(context: Context) -> Iterator[tuple[str, list[Done]]]:
     yield "report", [report(context, prepared, taught, students, measured, registered)]
 
 
+def workers_of(options: RunOptions) -> Workers | None:
+    """Raises ConfigError."""
+    try:
+        return None if options.workers is None else Workers.of(options.workers)
+    except ValueError:
+        raise ConfigError(f"--workers: {options.workers!r} should be a number, or fewest:most such as 2:8") from None
+
+
+def every_of(options: RunOptions) -> Every:
+    """Raises ConfigError."""
+    try:
+        return Every() if options.checkpoint_every is None else Every.of(options.checkpoint_every)
+    except ValueError:
+        raise ConfigError(
+            f"--checkpoint-every: {options.checkpoint_every!r} should be images, such as 64000, or minutes, such as 10m"
+        ) from None
+
+
 def place(config: RunConfig, options: RunOptions, resources: dict[str, float]) -> Placement:
     """Workers of each training, and trainings at once. By default the teacher takes the whole machine, and students share it,
     each with one worker: small networks gain more from company than from more workers.
@@ -256,12 +286,13 @@ def place(config: RunConfig, options: RunOptions, resources: dict[str, float]) -
     gpus = int(resources.get("GPU", 0))
     use_gpu = gpus > 0 if options.gpu is None else options.gpu
     slots = max(1, gpus if use_gpu else int(resources.get("CPU", 1)))
-    teacher = options.workers or max(n for n in range(1, slots + 1) if config.teacher.batch % n == 0)
-    student = options.workers or 1
+    asked = workers_of(options)
+    teacher = max(n for n in range(1, slots + 1) if config.teacher.batch % n == 0)
+    student = asked or Workers(1, 1)
     return Placement(
-        teacher_workers=teacher,
+        teacher_workers=asked or Workers(teacher, teacher),
         student_workers=student,
-        at_once=options.at_once or max(1, slots // student),
+        at_once=options.at_once or max(1, slots // student.most),
         use_gpu=use_gpu,
     )
 
@@ -272,6 +303,7 @@ def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, An
     by_name = {d.name: d for d in done}
     summary: dict[str, Any] = {
         "recipe": config.recipe,
+        "tracking": context.tracker.uri,
         "seconds": round(seconds, 1),
         "stages": [
             {"name": d.name, "run_id": resolve(d.run_id), "seconds": round(d.seconds, 1), "reused": d.reused}

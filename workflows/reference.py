@@ -25,6 +25,7 @@ from workflows.runtime.storage import fetch
 from workflows.runtime.uri import is_remote, join, shown
 from workflows.runtime.workspace import write_json
 from workflows.sources import source_of
+from workflows.sources.folder import checked
 
 if TYPE_CHECKING:
     from mmdistill_core.metrics.statistics import Statistics
@@ -120,7 +121,9 @@ def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) 
 
 
 def check_inputs(config: RunConfig) -> None:
-    """What measuring needs, before anything starts: the files that the configuration names. Raises UserError."""
+    """The files and folders that the configuration names, before anything starts. Raises UserError."""
+    if config.data.source == "folder":
+        checked(config.data.path)
     check_extractor(config.data.extractor, config.data.extractor_weights, source_of(config.data).shape)
     if config.evaluate.reference:
         found = read_about(reference_folder(config, ""))["fingerprint"]["extractor"]

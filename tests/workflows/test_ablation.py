@@ -6,7 +6,7 @@ from workflows.config import ConfigError, load_config
 from workflows.pipeline import RunOptions
 from workflows.runtime.progress import Screen
 from workflows.stages.ablation import CHOICES, COST, IMAGES, merge_rows, run_ablation, setting, table, write_table
-from workflows.stages.sweep import section
+from workflows.stages.sweep_space import section
 
 
 @pytest.mark.parametrize("recipe", IMAGES)

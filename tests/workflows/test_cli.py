@@ -24,7 +24,7 @@ def inside(capsys, *arguments):
 def test_help_names_every_command():
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("run", "sample", "doctor", "bench", "config", "recipes", "ui"):
+    for command in ("run", "sweep", "sample", "doctor", "bench", "config", "recipes", "ui", "submit", "jobs"):
         assert command in out
 
 
@@ -44,8 +44,10 @@ BAD = [
     (("run", "-s", "distill.lrr=3"), 2, "distill.lrr: no such option"),
     (("run", "--force", "taecher"), 2, "--force: 'taecher' is not a stage"),
     (("run", "--until", "end"), 2, "--until: 'end' is not a stage"),
-    (("run", "--workers", "3"), 2, "does not divide teacher.batch 128"),
-    (("run", "--workers", "0"), 2, "at least 1"),
+    (("run", "--workers", "300"), 2, "is more than teacher.batch 128 has images for"),
+    (("run", "--workers", "3:2"), 2, "should be a number, or fewest:most such as 2:8"),
+    (("run", "--checkpoint-every", "10h"), 2, "should be images, such as 64000, or minutes, such as 10m"),
+    (("run", "--workers", "0"), 2, "should be a number, or fewest:most"),
     (("run", "--workspace", "/dev/null/x"), 1, "cannot be written"),
     (
         ("run", "-s", "data.extractor=inception", "-s", "data.extractor_weights=/nowhere.pth"),
@@ -53,10 +55,13 @@ BAD = [
         "/nowhere.pth: no such file",
     ),
     (("run", "-s", "evaluate.reference=/nowhere"), 1, "/nowhere holds no statistics"),
+    (("sweep", "--space", "steps-and-weigths"), 2, "did you mean steps-and-weights?"),
+    (("sweep", "--space", "pairin=grid"), 2, "pairin: no such option; did you mean pairing"),
+    (("sweep", "--search", "gird"), 2, "--search: 'gird' is not one of grid, random, tpe"),
     (("sample", "/nowhere"), 1, "not a model folder"),
     (("sample", "/nowhere", "--out", "x.gif"), 2, ".png"),
     (("sample", "/nowhere", "--labels", "3,x"), 2, "whole numbers"),
-    (("bench", "everything"), 2, "engine, sampler, ray, tracking, memory, data"),
+    (("bench", "everything"), 2, "engine, sampler, ray, scaling, tracking, memory, data"),
 ]
 
 

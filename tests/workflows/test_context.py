@@ -41,6 +41,24 @@ def test_rows_of_a_checkpoint_are_tracked_once_though_the_store_could_not_be_ask
     assert "time" not in tracker.client.get_run(one.run_id).data.metrics
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_who_is_killed_as_a_run_begins_leaves_one_run(tmp_path, tracker, monkeypatch, when):
+    start = tracker.start_run
+
+    def killed(*arguments, **options):
+        if when == "after":
+            start(*arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracker, "start_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage(tracker, tmp_path)
+    monkeypatch.undo()
+    stage(tracker, tmp_path, began=True)
+    (run,) = tracker.client.search_runs([tracker.experiment])
+    assert run.data.params == {"a": "1"}
+
+
 @pytest.mark.parametrize("half", ['{"step": 5, "time": 1, "lo', '{"step": 5, "time": 1, "loss": 0.5}'])
 def test_a_row_after_half_a_line_is_whole(tmp_path, tracker, half):
     run = stage(tracker, tmp_path)

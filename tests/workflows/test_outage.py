@@ -3,8 +3,9 @@
 import time
 
 import pytest
+from disturbed import Command, assert_same, wait_for
 from servers import PostgreSQL, TrackingServer
-from test_recovery import Command, assert_same, undisturbed, wait_for  # noqa: F401
+from test_recovery import undisturbed  # noqa: F401
 
 pytestmark = [pytest.mark.ray, pytest.mark.services]
 

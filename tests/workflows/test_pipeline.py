@@ -249,3 +249,8 @@ def test_what_the_demo_shows_at_its_end(finished, capsys):
     assert "report.html" in text
     assert "mmdistill sample models:/mmdistill-digits-student/2 --n 64 --workspace elsewhere" in text
     assert "mmdistill ui --workspace elsewhere" in text
+    last_screen(
+        finished[1] | {"tracking": "https://team:8443"}, Screen(Console(file=shown, width=160)), Path("x"), None
+    )
+    assert "https://team:8443  is MLflow's page" in shown.getvalue()
+    assert "mmdistill ui --workspace x" not in shown.getvalue()

@@ -401,6 +401,9 @@ def test_few_rows_held_out_have_no_statistics_of_their_own(source, prepare, tmp_
         prepare(source[0], tmp_path / "unlabelled", labels="none", extractor="classifier")
     with pytest.raises(UserError, match="--extractor: pixels is for at most 4,096"):
         prepare(source[0], tmp_path / "large", size=64, extractor="pixels")
+    (tmp_path / "weights.pth").write_text("no tensors")
+    with pytest.raises(UserError, match="--extractor-weights: "):
+        prepare(source[0], tmp_path / "odd", extractor="inception", extractor_weights=str(tmp_path / "weights.pth"))
 
 
 @pytest.mark.parametrize("kind", ["moto"])

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from stores import PLANTED, bucket, use
 from workflows.context import StageRun, read_metrics
 from workflows.runtime import storage
 from workflows.runtime.errors import UserError
-from workflows.runtime.lease import Lease
+from workflows.runtime.lease import WAITS, Lease
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.uri import join
 from workflows.runtime.workspace import RUNS, Workspace
@@ -105,6 +106,22 @@ def test_one_run_at_a_time(machine, moto_server, ray_cluster):
         space._lease.taken = True
         with pytest.raises(UserError, match="was taken over by another run"):
             space.check_held()
+
+
+def test_a_job_waits_for_the_lease_of_one_that_was_killed(machine, moto_server, monkeypatch):
+    """And not for that of one that lives, which renews it."""
+    place = bucket(moto_server, "killed")
+    dead = Lease(f"{place}/.lock", "workspace", seconds=3)
+    dead._id = "dead"
+    dead._take()
+    with pytest.raises(UserError, match="in use by another run"), Lease(f"{place}/.lock", "workspace").held():
+        pass
+    monkeypatch.setenv(WAITS, "1")
+    with Lease(f"{place}/.lock", "workspace", seconds=2).held():
+        began = time.monotonic()
+        with pytest.raises(UserError, match="in use by another run"), Lease(f"{place}/.lock", "workspace").held():
+            pass
+        assert time.monotonic() - began < 5
 
 
 def test_a_stage_that_was_cut_off_is_not_done(machine, moto_server):

@@ -9,9 +9,11 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from workflows.runtime.errors import UserError
+from workflows.runtime.launch import possible
 from workflows.runtime.s3 import told
 
 QUIET = {
@@ -22,6 +24,7 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own screen; the old one is silent at verbosity 0
     "RAY_DEDUP_LOGS": "1",
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what a job was submitted with, and ours beside it
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
@@ -29,7 +32,7 @@ QUIET = {
 
 @contextmanager
 def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
-    """Ray for the length of the block; gives the cluster's resources. A cluster that was there before is left running."""
+    """Ray for the length of the block; gives the `room` there is. A cluster that was there before is left running."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
@@ -37,7 +40,7 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if ray.is_initialized():
-        yield ray.cluster_resources()
+        yield room()
         return
     options: dict[str, Any] = {
         "log_to_driver": False,
@@ -56,9 +59,19 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
             hint="check RAY_ADDRESS, or unset it to use this machine alone",
         ) from error
     try:
-        yield ray.cluster_resources()
+        yield room()
     finally:
         ray.shutdown()
+
+
+def room() -> dict[str, float]:
+    """What the cluster has, or could have once its autoscaler has added all nodes that it may."""
+    import ray
+    from ray._private.state import state
+
+    # Nothing in open Ray tells its state: on a cluster of `ray up` the answer is None.
+    there, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or possible()
+    return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
 
 
 def _check_address(address: str) -> None:
@@ -75,6 +88,30 @@ def _check_address(address: str) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Of one training: with `fewest` it may begin and go on, and it grows to `most` as there is room."""
+
+    fewest: int
+    most: int
+
+    @classmethod
+    def of(cls, text: str | int) -> Workers:
+        """Of "8", or of "2:8". Raises ValueError."""
+        fewest, colon, most = str(text).partition(":")
+        workers = cls(int(fewest), int(most if colon else fewest))
+        if not 1 <= workers.fewest <= workers.most:
+            raise ValueError(text)
+        return workers
+
+    @property
+    def fixed(self) -> bool:
+        return self.fewest == self.most
+
+    def __str__(self) -> str:
+        return str(self.most) if self.fixed else f"{self.fewest}:{self.most}"
+
+
 class Monitor:
     """Where workers put their progress and the driver takes it: an actor of no weight. Rows are dictionaries of numbers."""
 
@@ -85,6 +122,7 @@ class Monitor:
             def __init__(self) -> None:
                 self.rows: list[tuple[str, dict[str, float]]] = []
                 self.notes: list[str] = []
+                self.asked_to_stop = False
 
             def push(self, topic: str, row: dict[str, float]) -> None:
                 self.rows.append((topic, row))
@@ -92,12 +130,22 @@ class Monitor:
             def note(self, text: str) -> None:
                 self.notes.append(text)
 
+            def stop(self) -> None:
+                self.asked_to_stop = True
+
+            def stopping(self) -> bool:
+                return self.asked_to_stop
+
             def drain(self) -> tuple[list[tuple[str, dict[str, float]]], list[str]]:
                 out = self.rows, self.notes
                 self.rows, self.notes = [], []
                 return out
 
         self.actor: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+
+    def stop(self) -> None:
+        """Asks the workers of all trainings for a checkpoint each, and to end there."""
+        self.actor.stop.remote()
 
     def drain(self) -> tuple[list[tuple[str, dict[str, float]]], list[str]]:
         import ray
@@ -111,7 +159,7 @@ def require(resources: dict[str, float], *, cpus: float, gpus: float = 0) -> Non
     for name, need, less in (("CPU", cpus, "fewer --workers"), ("GPU", gpus, "fewer --workers, or --no-gpu")):
         if need > resources.get(name, 0):
             raise UserError(
-                f"workers: {need:g} {name}s are needed at once, the cluster has {resources.get(name, 0):g}",
+                f"workers: {need:g} {name}s are needed at once, the cluster can have {resources.get(name, 0):g}",
                 hint=f"give {less}, or start a larger cluster and name it in RAY_ADDRESS",
             )
 

@@ -151,8 +151,10 @@ class StreamedBatches:
         device: Any = "cpu",
         labelled: bool = True,
     ) -> None:
+        from mmdistill_core.engine.batches import share_of
+
         self.root, self.manifest, self.device, self.labelled = root, manifest, device, labelled
-        self.local, self.world = global_batch // world, world
+        self.local, self.global_batch = len(share_of(global_batch, rank=rank, world=world)), global_batch
         self.plan = Plan(manifest, which, seed=seed, rank=rank, world=world, window=window)
         self._next = -1
         self._blocks: Iterator[Block] = iter(())
@@ -169,13 +171,13 @@ class StreamedBatches:
 
         since = time.perf_counter()
         if n_images != self._next:
-            self._seek(n_images // self.world)
+            self._seek(n_images // self.global_batch * self.local)
         while sum(len(labels) for _, labels in self._rest) < self.local:
             self._rest.append(next(self._blocks))
         images, labels = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*self._rest, strict=True))
         x, label = torch.from_numpy(images[: self.local].copy()), torch.from_numpy(labels[: self.local].copy())
         self._rest = [(images[self.local :], labels[self.local :])]
-        self._next = n_images + self.local * self.world
+        self._next = n_images + self.global_batch
         if str(self.device).startswith("cuda"):
             x, label = x.pin_memory(), label.pin_memory()
         x, label = x.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)

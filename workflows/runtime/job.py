@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from workflows.runtime.storage import fetch, publish
 from workflows.runtime.uri import is_remote
 
 SAMPLED_AT_ONCE = 250
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often a checkpoint is written, where that is not as the recipe has it: images, minutes, or whichever comes first."""
+
+    images: int | None = None
+    minutes: float | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Every:
+        """Of "64000" (images) or "10m" (minutes). Raises ValueError."""
+        every = cls(minutes=float(text[:-1])) if text.endswith("m") else cls(images=int(text))
+        if not (every.images or every.minutes or 0) > 0:
+            raise ValueError(text)
+        return every
 
 
 @dataclass(frozen=True)
@@ -25,8 +42,10 @@ class Job:
     options      trained role -> fields of OptimiserOptions
     data         folder or URI of the data set; `rows`, which of it are trained on: "all", or the "rest" beside those held out
     window       shards that are shuffled together, of data that are read while they are trained on; None: held in memory
+    checkpoint_every, checkpoint_minutes   whichever comes first, in images and in minutes
     validate     {"extractor", "reference", "samples", "every"}, or None
     preconditioner  instant's Lambda: {"kind": adam, collected or identity; for collected "batches" and "arguments" of denoising}
+    compute      fields of parallel.Compute
     sampler, sampler_options, null_label, guidance   of the model that is exported (artifact.DiffusionModel)
     """
 
@@ -54,7 +73,9 @@ class Job:
     window: int | None = None
     validate: dict[str, Any] | None = None
     provenance: dict[str, Any] | None = None
+    compute: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
+    checkpoint_minutes: float = 15.0
     micro_batch: int | None = None
     dropout: float = 0.0
     preconditioner: dict[str, Any] | None = None
@@ -68,11 +89,14 @@ def build_state(
     job: Job,
     batches: Any = None,
     rank: int = 0,
+    world: int = 1,
     averaged: Callable[[Any], Any] = lambda s: s,
     collected: Any = None,
+    held: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed. `batches`, and
     `averaged`, the mean over workers, serve a preconditioner that is to be collected, unless `collected`, one of before, is given.
+    `held`: frozen networks that are in memory already, by role, in the place of the job's.
     """
     import torch
 
@@ -87,11 +111,13 @@ def build_state(
     method = METHODS[job.method](schedule=schedule, **job.arguments)  # type: ignore[call-arg]
     names = {role.name for role in method.roles}
     given: dict[str, torch.nn.Module] = {
-        role: load_model(fetch(path)).denoiser for role, path in job.networks.items() if role in names
+        role: held[role] if role in held else load_model(fetch(path)).denoiser
+        for role, path in job.networks.items()
+        if role in names
     }
     for role in method.roles:
         if role.name == "preconditioner":
-            given[role.name] = _preconditioner(job, given["teacher"], batches, rank, averaged, collected)
+            given[role.name] = _preconditioner(job, given["teacher"], batches, (rank, world), averaged, collected)
         elif role.source == "given" and role.name not in given:
             given[role.name] = build_denoiser(
                 network=DiTConfig(**job.network), prediction=job.prediction, schedule=job.schedule
@@ -115,7 +141,7 @@ def build_state(
 
 
 def _preconditioner(
-    job: Job, teacher: Any, batches: Any, rank: int, averaged: Callable[[Any], Any], before: Any
+    job: Job, teacher: Any, batches: Any, place: tuple[int, int], averaged: Callable[[Any], Any], before: Any
 ) -> Any:
     """Lambda, of the kind that the job names, checked against the teacher; `before` is one that was collected already."""
     from mmdistill_core.artifact import load_second_moments
@@ -145,7 +171,8 @@ def _preconditioner(
             steps=job.preconditioner["batches"],
             global_batch=job.batch,
             seed=job.seed,
-            rank=rank,
+            rank=place[0],
+            world=place[1],
             averaged_over_workers=averaged,
         )
     preconditioner = Preconditioner.adam(moments)
@@ -168,11 +195,18 @@ def model_of(job: Job, network: Any, provenance: dict[str, Any] | None = None) -
     )
 
 
-def export(job: Job, state: Any) -> None:
-    """The best (or average) network as a model folder; beside a teacher's, the second moments of its gradients."""
+def export(job: Job, state: Any, *, rank: int = 0) -> None:
+    """The best (or average) network as a model folder; beside a teacher's, the second moments of its gradients. All workers call
+    it, as they may hold parts, and the first one writes.
+    """
     from mmdistill_core.artifact import save_model, save_second_moments
     from mmdistill_core.engine.second_moments import of_optimiser
 
+    network, moments = state.best_network(), None
+    if job.method == "denoising":
+        moments = of_optimiser(state.networks["teacher"], state.optimisers["teacher"])
+    if rank:
+        return
     figures = {
         "images": state.n_images,
         "forwards": state.forwards,
@@ -183,9 +217,9 @@ def export(job: Job, state: Any) -> None:
         figures |= {"best_images": state.best.n_images, "best_score": state.best.score}
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) if is_remote(job.output) else Path(job.output)
-        save_model(folder, model_of(job, state.best_network(), (job.provenance or {}) | figures))
-        if job.method == "denoising":
-            save_second_moments(folder, of_optimiser(state.networks["teacher"], state.optimisers["teacher"]))
+        save_model(folder, model_of(job, network, (job.provenance or {}) | figures))
+        if moments is not None:
+            save_second_moments(folder, moments)
         if is_remote(job.output):
             publish(folder, job.output)
 
@@ -224,7 +258,7 @@ def validator(
         return moments(extractor.extract(model_of(job, network).sample(last - first, **options)))
 
     def validate(state: Any) -> dict[str, float]:
-        network = state.networks[job.best_role]
+        network = state.current_network()
         was_training = network.training
         network.eval()
         own = of_samples(network)

@@ -19,6 +19,10 @@ from workflows.runtime.uri import shown
 
 SECONDS = 60.0
 """How long a lease lasts that is not renewed. The clocks of those who compete should differ by much less."""
+WAITS = "MMDISTILL_LEASE_WAIT"
+"""Set, as it is for jobs, a lease is waited for as long as nobody renews it: a job that follows one that was killed has no user to
+try it again.
+"""
 
 
 @dataclass
@@ -69,7 +73,9 @@ class Lease:
         return tag
 
     def _take(self) -> str:
-        for _ in range(5):
+        tries, waits, first = 5, bool(os.environ.get(WAITS)), 0.0
+        while tries:
+            tries -= 1
             if tag := self._put(None):
                 return tag
             found = read_tagged(self.uri)
@@ -77,6 +83,10 @@ class Lease:
                 continue
             about, tag = _about(found[0]), found[1]
             left, holder = about["until"] - time.time(), about["holder"]
+            if left > 0 and waits and about["until"] == (first := first or about["until"]):
+                time.sleep(min(left, 1.0))  # not renewed so far: it may be of a run that was killed
+                tries = 5
+                continue
             if left > 0:
                 raise UserError(
                     f"{self.what}: {shown(self.uri.rpartition('/')[0])} is in use by another run ({holder})",

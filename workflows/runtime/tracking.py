@@ -206,9 +206,13 @@ class Tracker:
 
     # Runs
 
-    def start_run(self, name: str, *, parent: str | None = None, tags: dict[str, str] | None = None) -> str:
-        """The id of a new run: the store's, or while it does not answer one of our own (`resolve`)."""
-        own = QUEUED + uuid.uuid4().hex
+    def start_run(
+        self, name: str, *, parent: str | None = None, tags: dict[str, str] | None = None, own: str | None = None
+    ) -> str:
+        """The id of a new run: the store's, or while it does not answer one of our own (`resolve`); `own`, one of `own_id`, is what
+        the caller has noted already.
+        """
+        own = own or own_id()
         tags = {"mlflow.runName": name, "mlflow.source.name": "mmdistill"} | (tags or {})
         number = self._put({"kind": "run", "run": own, "parent": parent, "tags": tags, "time": now()})
         if self._outbox is not None:
@@ -299,6 +303,11 @@ class Tracker:
 
     def end_run(self, run_id: str, status: str = "FINISHED") -> None:
         self._put({"kind": "end", "run": run_id, "status": status, "time": now()})
+
+
+def own_id() -> str:
+    """An id for a run that the store does not have yet."""
+    return QUEUED + uuid.uuid4().hex
 
 
 def now() -> int:

@@ -6,51 +6,95 @@ restores, and hands `engine.fit` its three callables.
 
 from __future__ import annotations
 
-import tempfile
+import os
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from workflows.runtime.checkpoints import Checkpoints
+from workflows.runtime.cluster import Workers
 from workflows.runtime.errors import UserError
 from workflows.runtime.job import Job, build_state, export, validator
 from workflows.runtime.s3 import arrow_filesystem
-from workflows.runtime.uri import is_remote
+from workflows.runtime.uri import is_remote, join
 
-KEEP = 2
-
-
-def _newest(note: Callable[[str], None]) -> dict[str, Any] | None:
-    """What `save` wrote into the newest undamaged checkpoint of this run, if there is one."""
-    import ray.train
-
-    from mmdistill_core.engine.checkpoint import DamagedCheckpoint, load_checkpoint
-
-    newest = ray.train.get_checkpoint()
-    if newest is None:
-        return None
-    reported = [r.checkpoint for r in ray.train.get_all_reported_checkpoints()]
-    candidates = [newest] + [c for c in reversed(reported) if c.path != newest.path]
-    for checkpoint in candidates:
-        with checkpoint.as_directory() as folder:
-            try:
-                return dict(load_checkpoint(folder))
-            except DamagedCheckpoint as error:
-                note(f"checkpoint {Path(checkpoint.path).name} is damaged ({error}); trying the one before it")
-    note("no undamaged checkpoint is left: training starts again")
-    return None
+ASKED_EVERY = 0.5
+"""Seconds between looks for what is asked of a training from outside."""
+FAILURES = 3
+"""Lost workers without a checkpoint between them, after which a training is given up."""
+RESIZED_EVERY = 60.0
+"""Seconds between looks for more nodes, of a training that may grow; MMDISTILL_RESIZED_EVERY has others."""
 
 
-def _agree(n_images: int, device: Any) -> None:
-    """Raises RuntimeError, on every worker, where some have read another checkpoint: they would wait for each other for ever."""
+def _resumed(checkpoints: Checkpoints, rank: int, world: int, device: Any) -> dict[str, Any] | None:
+    """What `save` wrote into the newest undamaged checkpoint, if there is one: the first worker's choice is that of all."""
     import torch
 
-    ends = torch.tensor([n_images, -n_images], device=device)
-    torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
-    if ends[0] != -ends[1]:
-        raise RuntimeError(f"the workers read different checkpoints, of {-int(ends[1])} and {int(ends[0])} images")
+    if rank == 0:
+        newest = checkpoints.newest()
+        n_images, values = newest if newest else (-1, None)
+    else:
+        n_images, values = -1, None
+    if world > 1:
+        chosen = torch.tensor(n_images, device=device)
+        torch.distributed.broadcast(chosen, 0)
+        if rank and chosen >= 0:
+            values = checkpoints.load(int(chosen))
+    return values
+
+
+class Asked:
+    """What is asked of a training from outside, after each step, of all its workers the same: "save" a checkpoint (it is time, or a
+    node is about to go), "stop", or nothing.
+    """
+
+    ORDERS = ("", "save", "stop")
+
+    def __init__(self, job: Job, mailbox: Any, *, rank: int, world: int, device: Any) -> None:
+        self.job, self.mailbox, self.rank, self.world, self.device = job, mailbox, rank, world, device
+        self.leaving: frozenset[str] = frozenset()
+        self._order, self._answer = 0, None
+        self._looked = self._saved = time.monotonic()
+
+    def __call__(self) -> str:
+        import torch
+
+        order = self._own() if self.rank == 0 else 0
+        if self.world > 1:
+            agreed = torch.tensor(order, device=self.device)
+            torch.distributed.broadcast(agreed, 0)
+            order = int(agreed)
+        return self.ORDERS[order]
+
+    def _own(self) -> int:
+        """The first worker's, without waiting for the mailbox."""
+        import ray
+
+        now = time.monotonic()
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            if ray.get(self._answer):
+                self._order = 2
+            self._answer = None
+        if self._answer is None and now - self._looked > ASKED_EVERY:
+            self._answer, self._looked = self.mailbox.stopping.remote(), now
+        if now - self._saved > 60 * self.job.checkpoint_minutes:
+            self._order = max(self._order, 1)
+        order, self._order = self._order, 0
+        return order
+
+    def saved(self) -> None:
+        self._saved = time.monotonic()
+
+    def look_for_leaving_nodes(self) -> None:
+        """Asks for a checkpoint once for each node that is announced to go. Every worker has to call it as often."""
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        leaving = frozenset(info.preempted_node_ids) if info else frozenset()
+        if leaving - self.leaving:
+            self._order = max(self._order, 1)
+        self.leaving = leaving
 
 
 @dataclass
@@ -64,6 +108,8 @@ class Training:
     report: Callable[[dict[str, float]], None]
     save: Callable[[Any], None]
     validate: Callable[[Any], dict[str, float]] | None
+    asked: Asked
+    checkpoints: Checkpoints
     rank: int
 
     def close(self) -> None:
@@ -75,10 +121,9 @@ def set_up(config: dict[str, Any]) -> Training:
     """Builds, wraps and restores a job's training on this worker."""
     import ray.train
     import torch
-    from torch.nn.parallel import DistributedDataParallel
 
     from mmdistill_core.engine import FitOptions
-    from mmdistill_core.engine.checkpoint import save_checkpoint
+    from workflows.runtime.parallel import Compute, cut_like, gathered, lay
 
     job, mailbox = Job(**config["job"]), config["mailbox"]
     context = ray.train.get_context()
@@ -105,41 +150,40 @@ def set_up(config: dict[str, Any]) -> Training:
         if rank == 0:
             mailbox.note.remote(f"{job.name.rsplit('-', 1)[0]}: {text}")
 
-    before = _newest(note)
-    if world > 1:
-        _agree(before["state"]["counters"]["n_images"] if before else -1, device)
-    state = build_state(job, batches, rank, averaged, before and before["collected"])
+    checkpoints = Checkpoints(join(job.storage, job.name), note)
+    before = _resumed(checkpoints, rank, world, device)
+    asked = Asked(job, mailbox, rank=rank, world=world, device=device)
+    state = build_state(job, batches, rank, world, averaged, before and before["collected"])
     for network in state.networks.values():
         network.to(device)
-    state.averaged_over_workers, state.unsynced = averaged, lambda: _unsynced(state)
+    state.averaged_over_workers = averaged
+    lay(state, compute := Compute(**job.compute), world=world, device=device)
     # A checkpoint carries the metrics up to it: the driver may have died before it took them in.
     reported: list[dict[str, float]] = list(before["reported"]) if before else []
     if before:
-        state.load_state_dict(before["state"])
+        state.load_state_dict(cut_like(before["state"], state) if compute.shard else before["state"])
     if state.n_images and rank == 0:
         for row in reported:
             mailbox.push.remote(job.name, row)
         mailbox.push.remote(job.name, {"n_images": float(state.n_images), "resumed": 1.0})
-    if world > 1:
-        for role in state.optimisers:
-            state.callables[role] = DistributedDataParallel(state.networks[role])
 
     def report(metrics: dict[str, float]) -> None:
+        asked.look_for_leaving_nodes()
         if rank == 0:
             reported.append(timed(metrics))
             mailbox.push.remote(job.name, reported[-1])
 
     def save(state: Any) -> None:
-        metrics = {"n_images": state.n_images}
+        asked.saved()
+        own = state.state_dict() if rank == 0 or compute.shard else {}
+        if compute.shard:
+            own = gathered(own, keep=rank == 0)
         if rank:
-            ray.train.report(metrics)
             return
-        held = {"state": state.state_dict(), "reported": reported, "collected": None}
+        held = {"state": own, "reported": reported, "collected": None}
         if job.preconditioner and job.preconditioner["kind"] == "collected":
             held["collected"] = state.networks["preconditioner"].state_dict()
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder) / "checkpoint", held)
-            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(Path(folder) / "checkpoint"))
+        checkpoints.save(state.n_images, held)
 
     options = FitOptions(
         log_every=job.log_every,
@@ -147,9 +191,10 @@ def set_up(config: dict[str, Any]) -> Training:
         checkpoint_every=job.checkpoint_every,
         seed=job.seed,
         rank=rank,
+        world=world,
     )
     validate = validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
-    return Training(job, state, batches, options, report, save, validate, rank)
+    return Training(job, state, batches, options, report, save, validate, asked, checkpoints, rank)
 
 
 def timed(metrics: dict[str, float]) -> dict[str, float]:
@@ -191,70 +236,78 @@ def _batches(job: Job, rank: int, world: int, device: Any) -> tuple[Any, Any]:
     return streamed, torch.from_numpy(label_pool(job.data, job.rows, most=0))
 
 
-def _unsynced(state: Any) -> ExitStack:
-    """The context in which no wrapped network exchanges gradients."""
-    stack = ExitStack()
-    for network in state.callables.values():
-        if hasattr(network, "no_sync"):
-            stack.enter_context(network.no_sync())
-    return stack
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def train_worker(config: dict[str, Any]) -> int:
+    """What each Ray Train worker runs; gives the images that were seen, fewer than the job's if it was stopped."""
     from mmdistill_core.engine import fit
 
     t = set_up(config)
     try:
-        fit(state=t.state, batches=t.batches, options=t.options, report=t.report, save=t.save, validate=t.validate)
+        fit(
+            state=t.state,
+            batches=t.batches,
+            options=t.options,
+            report=t.report,
+            save=t.save,
+            validate=t.validate,
+            asked=t.asked,
+        )
     finally:
         t.close()
-    if t.rank == 0:
-        export(t.job, t.state)
+    written = t.checkpoints.settle()
+    if t.state.n_images >= t.job.images:
+        export(t.job, t.state, rank=t.rank)
+    elif not written:
+        raise UserError("stopped without its last checkpoint; the one before it is kept")
+    return int(t.state.n_images)
 
 
 def train(
     job: Job,
     *,
     mailbox: Any,
-    workers: int,
+    workers: Workers,
     use_gpu: bool,
     loop: Callable[[dict[str, Any]], Any] = train_worker,
 ) -> Any:
     """Runs the job on Ray Train to its end, recovering from lost workers; gives what `loop` returned on the first worker.
-    Call it from any thread.
+    Call it from any thread. With fewest and most `workers` that differ it goes on with those there is room for.
 
     Raises UserError when training itself fails.
     """
     import ray.train
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     filesystem, path = arrow_filesystem(job.storage) if is_remote(job.storage) else (None, job.storage)
+    checkpoints = Checkpoints(join(job.storage, job.name))
     trainer = TorchTrainer(
         loop,
         train_loop_config={"job": asdict(job), "mailbox": mailbox},
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=workers.most if workers.fixed else (workers.fewest, workers.most),  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker={"CPU": job.threads} | ({"GPU": 1} if use_gpu else {}),
+            elastic_resize_monitor_interval_s=float(os.environ.get("MMDISTILL_RESIZED_EVERY", RESIZED_EVERY)),  # type: ignore[call-arg]
         ),
         run_config=RunConfig(
             name=job.name,
             storage_path=path,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=KEEP),
+            failure_config=FailureConfig(max_failures=FAILURES),
         ),
     )
-    try:
-        result: Any = trainer.fit()
-        return result.return_value
-    except ray.train.TrainingFailedError as error:
-        raise UserError(
-            f"{job.name}: training failed: {root_cause(error)}",
-            hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
-        ) from error
+    while True:
+        before = checkpoints.images()
+        try:
+            result: Any = trainer.fit()
+            return result.return_value
+        except ray.train.TrainingFailedError as error:
+            if checkpoints.images() > before:
+                continue  # nodes come and go: as long as it gets anywhere, it goes on
+            raise UserError(
+                f"{job.name}: training failed: {root_cause(error)}",
+                hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
+            ) from error
 
 
 def root_cause(error: BaseException) -> str:

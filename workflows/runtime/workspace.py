@@ -338,7 +338,9 @@ def code_version(*parts: str) -> str:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, with "+" if it has changes; "unknown" outside a checkout."""
+    """The commit of this source tree, with "+" if it has changes. Outside a checkout MMDISTILL_COMMIT, which a job is told, or
+    "unknown".
+    """
     import subprocess
 
     root = Path(__file__).resolve().parents[2]
@@ -350,4 +352,4 @@ def git_commit() -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         if git("rev-parse", "--show-toplevel") == str(root) and (commit := git("rev-parse", "HEAD")):
             return commit + ("+" if git("status", "--porcelain") else "")
-    return "unknown"
+    return os.environ.get("MMDISTILL_COMMIT") or "unknown"

@@ -11,7 +11,9 @@ from workflows.config import ConfigError, load_config
 from workflows.pipeline import RunOptions, run_sweep
 from workflows.runtime.progress import Screen
 from workflows.runtime.workspace import write_json
-from workflows.stages.sweep import summarise
+from workflows.stages.sweep_options import SweepOptions
+from workflows.stages.sweep_space import space_of
+from workflows.stages.sweep_table import summarise
 
 BASE: dict[str, Any] = {
     "update": "joint",
@@ -84,7 +86,8 @@ def run_ablation(
         }
         kept = page.with_suffix("") / f"{recipe}.json"
         new = kept.with_suffix(".new")
-        run_sweep(config, options, screen, space=space, out=new)
+        how = SweepOptions(register=False)
+        run_sweep(config, options, screen, space=space_of(space, config), how=how, out=new, name="ablation")
         merge_rows(kept, new)
         write_table(page, recipe, json.loads(kept.read_text())["trials"])
         screen.line(f"{kept}, and the table in {page}")

@@ -22,19 +22,26 @@ from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
 from workflows.sources import Source, source_of
 from workflows.stages.bench_data import bench_data
+from workflows.stages.bench_scaling import bench_scaling
 from workflows.stages.bench_tracking import bench_tracking
 from workflows.stages.memory import bench_memory
 from workflows.stages.plan import pair_flops
 
-PARTS = ("engine", "sampler", "ray", "tracking", "memory", "data")
+PARTS = ("engine", "sampler", "ray", "scaling", "tracking", "memory", "data")
 STEPS, K = 10, 8
 """Updates timed together in a round."""
 
 
-def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None, place: str | None = None) -> None:
+def run_bench(
+    what: str, *, recipe: str, repeats: int, out: Path | None, place: str | None = None, workers: str = "1,2"
+) -> None:
     """Prints the figures, and writes them to `out` as JSON. `place`: s3://BUCKET/PREFIX, for data read from there."""
     if what not in (*PARTS, "all"):
         raise ConfigError(f"bench: {what!r} is not one of {', '.join(PARTS)}, all")
+    try:
+        numbers = tuple(sorted(int(n) for n in workers.split(",")))
+    except ValueError:
+        raise ConfigError(f"--workers: {workers!r} should be numbers, such as 1,2") from None
     config, console = load_config(recipe), Console(stderr=True, highlight=False)
     if config.data.source == "folder" and config.data.path is None:
         config = load_config(recipe, ["data.source=made"])  # costs do not depend on what the images show
@@ -42,6 +49,7 @@ def run_bench(what: str, *, recipe: str, repeats: int, out: Path | None, place: 
         "engine": bench_engine,
         "sampler": bench_sampler,
         "ray": bench_ray,
+        "scaling": lambda config, repeats: bench_scaling(_joint(config), max(3, repeats // 5), workers=numbers),
         "tracking": bench_tracking,
         "memory": bench_memory,
     }
@@ -89,7 +97,7 @@ def ratio(times: dict[str, dict[str, float]], over: str, under: str) -> float:
     return times[over]["median"] / times[under]["median"]
 
 
-def _job(config: RunConfig, folder: Path, k: int) -> Any:
+def job_of(config: RunConfig, folder: Path, k: int) -> Any:
     """A distillation as the recipe has it, from an untrained teacher in `folder`: costs do not depend on the weights."""
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
@@ -184,7 +192,7 @@ def bench_engine(config: RunConfig, repeats: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        state = build_state(_job(_joint(config), Path(scratch), k=K))
+        state = build_state(job_of(_joint(config), Path(scratch), k=K))
     batches = batches_of(config)
     systems = {
         "floor": floor_of(state, batches),
@@ -224,7 +232,7 @@ def bench_sampler(config: RunConfig, repeats: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     k, n = 8, 256
     with tempfile.TemporaryDirectory() as scratch:
-        job = _job(config, Path(scratch), k=k)
+        job = job_of(config, Path(scratch), k=k)
         model = load_model(Path(scratch) / "teacher")
     label = torch.arange(n) % max(1, job.network["num_classes"])
     pipeline: Any = DDPMPipeline(unet=_as_unet(model, label), scheduler=DDPMScheduler(prediction_type="v_prediction"))
@@ -275,7 +283,13 @@ def ray_loop(config: dict[str, Any], rounds: int) -> dict[str, Any]:
 
     def train() -> None:
         t.state.total_images = t.state.n_images + STEPS * batch
-        fit(state=t.state, batches=t.batches, options=replace(t.options, checkpoint_every=0), report=t.report)
+        fit(
+            state=t.state,
+            batches=t.batches,
+            options=replace(t.options, checkpoint_every=0),
+            report=t.report,
+            asked=t.asked,
+        )
 
     def data() -> None:
         for i in range(STEPS):
@@ -284,6 +298,7 @@ def ray_loop(config: dict[str, Any], rounds: int) -> dict[str, Any]:
     times = interleaved({"floor": floor, "train": train, "data": data}, rounds=rounds)
     saves = []
     for _ in range(3):
+        t.checkpoints.settle()
         began = time.perf_counter()
         t.save(t.state)
         saves.append(time.perf_counter() - began)
@@ -313,7 +328,7 @@ def batches_of(config: RunConfig) -> Any:
 
 
 def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
-    from workflows.runtime.cluster import Monitor, ray_session
+    from workflows.runtime.cluster import Monitor, Workers, ray_session
     from workflows.runtime.shards import write_shards
     from workflows.runtime.worker import train
 
@@ -321,14 +336,14 @@ def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
     images, labels = loaded(source)
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         folder = Path(scratch)
-        job = _job(_joint(config), folder, k=K)
+        job = job_of(_joint(config), folder, k=K)
         write_shards(folder / "data", source="bench", images=images, labels=labels, num_classes=source.num_classes,
                      holdout=0.2, rows=512)  # fmt: skip
         began = time.perf_counter()
         found = train(
             job,
             mailbox=Monitor().actor,
-            workers=1,
+            workers=Workers(1, 1),
             use_gpu=False,
             loop=lambda settings: ray_loop(settings, repeats),
         )
@@ -365,6 +380,18 @@ def _table(figures: dict[str, Any]) -> Table:
         table.add_row("  lost to data", f"{r['share_of_data']:.2%}", "")
         table.add_row("  lost to checkpoints", f"{r['share_of_checkpoints']:.2%}", "")
         table.add_row("  seconds to start a training", f"{r['seconds_to_start']:.1f}", "")
+    if c := figures.get("scaling"):
+        for n, rate in c["images_per_second"].items():
+            goal = f"{c['target']:.2f} of {n} times the first" if n != next(iter(c["images_per_second"])) else ""
+            table.add_row(f"images/s, {n} workers of one thread", f"{rate:,.0f}  ({c['efficiency'][n]:.2f})", goal)
+        point = c["checkpoint"]
+        table.add_row("  the engine alone, one worker", f"{c['bare_process']:,.0f}", "")
+        starts = ", ".join(f"{n} workers {s:.1f} s" for n, s in c["seconds_to_first_step"].items())
+        table.add_row("  to the first update", starts, "")
+        table.add_row("  a checkpoint, of its interval", f"{point['share']:.2%}", f"{point['target']:.0%}")
+        table.add_row(
+            "  from a kill to the next update", f"{c['recovery']['seconds']:.1f} s", f"{c['recovery']['target']} s"
+        )
     for way, share in figures.get("tracking", {}).get("share_of_logging", {}).items():
         goal = f"{figures['tracking']['target']:.1%}" if way.endswith("outbox") else ""
         table.add_row(f"a row logged every update, {way}", f"{share:.2%}", goal)

@@ -24,13 +24,13 @@ def bench_tracking(config: RunConfig, repeats: int, uris: dict[str, str] | None 
 
     from workflows.runtime.job import build_state
     from workflows.runtime.tracking import Tracker
-    from workflows.stages.bench import STEPS, K, _job, _joint, batches_of, engine_of, interleaved
+    from workflows.stages.bench import STEPS, K, _joint, batches_of, engine_of, interleaved, job_of
 
     torch.set_num_threads(1)
     batches = batches_of(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        updates = engine_of(build_state(_job(_joint(config), folder, k=K)), batches)
+        updates = engine_of(build_state(job_of(_joint(config), folder, k=K)), batches)
         stores = uris or {"sqlite": f"sqlite:///{folder / 'mlflow.db'}"}
         trackers: list[Tracker] = []
         systems: dict[str, Callable[[], None]] = {"no log": updates}

@@ -188,6 +188,7 @@ def job_of(
         guidance=own.told,
         images=own.images,
         batch=own.batch,
+        compute=config.compute.model_dump(),
         log_every=own.log_every,
         checkpoint_every=own.checkpoint_every,
         best_role="student_ema" if own.ema else "student",

@@ -121,24 +121,10 @@ def _trainings(space: Workspace, stages: list[StageFolder], trainings: dict[str,
             plan.add(space, path, "checkpoints of a stage that is not there")
         elif stage.result is not None:
             plan.add(space, path, "checkpoints of a training that ended; its model is kept")
-        else:
-            for litter in _lost(path):
-                plan.add(space, litter, "a checkpoint that its training lost track of, and will not resume from")
-
-
-def _lost(training: Path) -> list[Path]:
-    """Checkpoints that Ray Train's own list of them lacks; none where that list can't be read."""
-    try:
-        known = json.loads((training / "checkpoint_manager_snapshot.json").read_text())["checkpoint_results"]
-        names = {entry["checkpoint_dir_name"] for entry in known}
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-    found = [p for p in _checkpoints(training) if p.name not in names]
-    return [p for p in found if changed(p) < time.time() - YOUNG] if names else []
 
 
 def _checkpoints(training: Path | None) -> list[Path]:
-    return [p for p in sorted(training.glob("checkpoint_*")) if p.is_dir()] if training else []
+    return [p for p in sorted(training.glob("checkpoint-*")) if p.is_dir()] if training else []
 
 
 def _swept(folder: Path) -> bool:

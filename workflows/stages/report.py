@@ -15,6 +15,7 @@ from workflows.runtime.workspace import code_version
 CODE = (
     "workflows/stages/report.py",
     "workflows/stages/report.html",
+    "workflows/stages/style.css",
     "workflows/stages/figures.py",
     "workflows/stages/lineage.py",
     "workflows/stages/drawing.py",
@@ -228,5 +229,7 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
         screen.line(f"  a copy is {summary['report_here']}")
     screen.line("Next:")
     screen.line(f"  mmdistill sample {champion['model_uri']} --n 64{where}{store}")
-    if not store:
+    if summary["tracking"].startswith("http"):
+        screen.line(f"  {summary['tracking']}  is MLflow's page")
+    elif not store:
         screen.line(f"  mmdistill ui{where}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from workflows.config import RunConfig
 from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
-from workflows.runtime.cluster import require, run_together
+from workflows.runtime.cluster import Workers, run_together
 from workflows.runtime.job import Job
 from workflows.runtime.worker import train
 from workflows.runtime.workspace import code_version
@@ -36,7 +38,9 @@ CODE = (*TRAINING_CODE, "mmdistill_core/methods/denoising.py", "workflows/stages
 
 def model_config(context: Context) -> dict[str, Any]:
     c = context.config
-    return {"network": c.network.model_dump(), "schedule": c.schedule.as_dict(), "prediction": c.prediction}
+    return {"network": c.network.model_dump(), "schedule": c.schedule.as_dict(), "prediction": c.prediction} | (
+        {"precision": c.compute.precision} if c.compute.precision != "float32" else {}
+    )
 
 
 def teacher(context: Context, prepared: Done) -> Done:
@@ -71,6 +75,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         options={"teacher": c.teacher.optimiser.model_dump()},
         images=c.teacher.images,
         batch=c.teacher.batch,
+        compute=c.compute.model_dump(),
         log_every=c.teacher.log_every,
         checkpoint_every=c.teacher.checkpoint_every,
         best_role="teacher_ema",
@@ -134,29 +139,54 @@ def run_trainings(
     trainings: list[tuple[Job, StageRun]],
     *,
     at_once: int,
-    workers: int,
+    workers: Workers,
     done: Callable[[int], None],
 ) -> None:
-    """The jobs on Ray Train, at most `at_once` together; their progress goes to their runs and to bars. `done(i)` after job i."""
-    require(context.resources, cpus=workers, gpus=workers if context.placement.use_gpu else 0)
+    """The jobs on Ray Train, at most `at_once` together; their progress goes to their runs and to bars. `done(i)` after job i.
 
-    def start(job: Job, run: StageRun) -> Callable[[], None]:
+    Asked to stop, they write a checkpoint each, and Stopped is raised.
+    """
+
+    unfinished, told = set[int](), False
+
+    def start(i: int) -> Callable[[], None]:
+        job, run = trainings[i]
+        images, minutes = context.every.images, context.every.minutes
+        if images or minutes:
+            # As asked, and no more often.
+            job = replace(job, checkpoint_every=images or 0, checkpoint_minutes=minutes or math.inf)
+
         def work() -> None:
+            if context.stopping.asked:
+                unfinished.add(i)
+                return
             run.begin()
-            train(
-                job,
-                mailbox=context.monitor.actor,
-                workers=workers,
-                use_gpu=context.placement.use_gpu,
-            )
+            mailbox, use_gpu = context.monitor.actor, context.placement.use_gpu
+            if train(job, mailbox=mailbox, workers=workers, use_gpu=use_gpu) < job.images:
+                unfinished.add(i)
 
         return work
+
+    def tick() -> None:
+        nonlocal told
+        if context.stopping.asked and not told:
+            told = True
+            context.screen.line("stopping: each training writes a checkpoint first; once more to stop at once")
+            context.monitor.stop()
+        context.tick()
 
     for job, run in trainings:
         bar = context.screen.bar(run.folder.name, job.images, unit="images")
         context.listeners[job.name] = training_listener(run, bar)
     try:
-        run_together([start(job, run) for job, run in trainings], at_once=at_once, tick=context.tick, done=done)
+        with context.stopping.waits():
+            run_together(
+                [start(i) for i in range(len(trainings))],
+                at_once=at_once,
+                tick=tick,
+                done=lambda i: None if i in unfinished else done(i),
+            )
+        context.stopping.end()
     finally:
         for job, _ in trainings:
             context.listeners.pop(job.name, None)

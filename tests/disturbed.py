@@ -1,0 +1,138 @@
+"""A training long enough to be disturbed, what came of it, and the means to disturb it."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from small import ROOT, SMALL
+
+from workflows.context import read_metrics
+from workflows.runtime.workspace import Workspace
+
+IMAGES = 307_200
+LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560"]
+
+
+def teacher_folder(workspace):
+    return next(iter((workspace / "stages").glob("teacher-*")), Path("/nowhere"))
+
+
+def outcome(workspace):
+    """(the hash of the trained model, its metrics without the times)."""
+    folder = teacher_folder(workspace)
+    rows = [
+        (step, {name: v for name, v in row.items() if name != "images_per_second"})
+        for step, row in read_metrics(folder)
+    ]
+    return json.loads((folder / "result.json").read_text())["identity"], rows
+
+
+def newest_checkpoint(workspace):
+    """Its images."""
+    names = sorted(path.name for path in (workspace / "ray").glob("teacher-*/checkpoint-*"))
+    return int(names[-1].removeprefix("checkpoint-"))
+
+
+def wait_for(workspace, images, timeout=240, of=IMAGES):
+    """Until the teacher has logged that many images."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        rows = read_metrics(teacher_folder(workspace))
+        if rows and rows[-1][0] >= images:
+            assert rows[-1][0] < of, "the training ended before it could be disturbed"
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {images} images after {timeout} s")
+
+
+def assert_same(workspace, undisturbed, tracking_uri=None, *, but=(), images=IMAGES):
+    """Each step is there once, and the weights and figures are those of an undisturbed training: bit for bit, but for the rows
+    of the steps in `but`.
+    """
+    identity, rows = outcome(workspace)
+    assert_each_step_once(workspace, tracking_uri, images)
+    assert [row for row in rows if row[0] not in but] == [row for row in undisturbed[1] if row[0] not in but]
+    assert identity == undisturbed[0]
+
+
+def assert_alike(workspace, undisturbed, tracking_uri=None, *, images=IMAGES):
+    """As `assert_same`, where another number of workers had a part in it: the same but for rounding, which grows on the way."""
+    _, rows = outcome(workspace)
+    assert_each_step_once(workspace, tracking_uri, images)
+    apart = [
+        abs(a["loss/teacher"] / b["loss/teacher"] - 1) for (_, a), (_, b) in zip(rows, undisturbed[1], strict=True)
+    ]
+    assert max(apart) < 0.03
+    assert sum(apart) / len(apart) < 0.005
+
+
+def assert_each_step_once(workspace, tracking_uri=None, images=IMAGES):
+    from workflows.runtime.tracking import Tracker
+
+    steps = [step for step, _ in outcome(workspace)[1]]
+    assert steps == list(range(2560, images + 1, 2560)), "a step is missing or doubled"
+    space = Workspace(workspace)
+    tracker = Tracker(tracking_uri or space.default_tracking_uri, artifacts=space.default_artifacts)
+    run_id = json.loads((teacher_folder(workspace) / "runs.json").read_text())[tracker.uri]
+    tracked = [m.step for m in tracker.client.get_metric_history(run_id, "loss/teacher")]
+    assert sorted(tracked) == steps, "a step is missing or doubled in the tracking store"
+
+
+def processes_of_train(*kinds):
+    """Ids of the processes of Ray Train's actors of these kinds, on this machine."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                title = (folder / "cmdline").read_bytes().split(b"\0")[0]
+            except OSError:
+                continue
+            if any(kind in title for kind in kinds):
+                found.append(int(folder.name))
+    return found
+
+
+def wait_until_ray_train_is_gone():
+    """A killed driver's workers go on for a moment, and may still write a checkpoint."""
+    end = time.monotonic() + 90
+    while processes_of_train(b"RayTrainWorker", b"TrainController"):
+        assert time.monotonic() < end, "Ray Train outlived its driver"
+        time.sleep(0.2)
+
+
+class Command:
+    """`mmdistill run` in a process of its own."""
+
+    def __init__(self, workspace, *more, settings=LONG, **environment):
+        self.workspace, self.more, self.settings, self.environment = workspace, more, settings, environment
+
+    def start(self):
+        words = [sys.executable, "-m", "workflows", "run", "--workspace", str(self.workspace), "--until", "teacher"]
+        words += self.more
+        for text in [*SMALL, *self.settings]:
+            words += ["--set", text]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
+        environment |= self.environment
+        # Tests that run in the background have Ctrl-C ignored, and would pass that on.
+        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
+
+    def disturb(self, images, how, timeout=120, of=IMAGES):
+        """`how(process)` once that many images are logged: (exit code, what it said)."""
+        process = self.start()
+        wait_for(self.workspace, images, of=of)
+        how(process)
+        _, shown = process.communicate(timeout=timeout)
+        return process.returncode, shown
+
+    def finish(self):
+        process = self.start()
+        _, shown = process.communicate(timeout=400)
+        assert process.returncode == 0, shown
+        return shown

@@ -1,0 +1,121 @@
+"""A cluster of several nodes whose machines go away: the run goes on with what is left, and nothing is lost.
+
+The training is the same on however many workers, so that every curve is compared with one of a worker alone.
+"""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from clusters import LocalCluster, temporary_folder
+from disturbed import Command, assert_alike, newest_checkpoint, outcome, wait_for
+from faults import Faults
+from stores import KEYS, bucket
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+IMAGES = 102_400
+SETTINGS = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with temporary_folder() as folder:
+        cluster = LocalCluster(folder, cpus=0, **KEYS)
+        try:
+            cluster.add(cpus=2)
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+def command(cluster, workspace, *more, **environment):
+    return Command(workspace, *more, settings=SETTINGS, **cluster.environment, **environment)
+
+
+@pytest.fixture(scope="module")
+def alone(cluster, tmp_path_factory):
+    """What a single worker makes of it."""
+    workspace = tmp_path_factory.mktemp("alone")
+    command(cluster, workspace, "--workers", "1").finish()
+    return outcome(workspace)
+
+
+def test_a_stopped_training_ends_with_a_checkpoint_and_goes_on_with_more_workers(cluster, alone, tmp_path):
+    first = command(cluster, tmp_path, "--workers", "1", "--checkpoint-every", "1000000")
+    code, shown = first.disturb(30_000, lambda process: process.send_signal(signal.SIGTERM), of=IMAGES)
+    assert code == 143, shown
+    assert "stopping: each training writes a checkpoint first" in shown
+    assert "Traceback" not in shown
+    stopped = newest_checkpoint(tmp_path)
+    assert stopped >= 30_000
+    shown = command(cluster, tmp_path, "--workers", "2").finish()
+    assert "goes on from" in shown
+    assert_alike(tmp_path, alone, images=IMAGES)
+
+
+def test_a_node_is_lost_and_another_comes(cluster, alone, tmp_path):
+    """From three workers to two, and to three again."""
+    spot = cluster.add(cpus=1)
+    run = command(cluster, tmp_path, "--workers", "1:3", MMDISTILL_RESIZED_EVERY="5")
+    process = run.start()
+    wait_for(tmp_path, 30_000, of=IMAGES)
+    kept = newest_checkpoint(tmp_path)
+    cluster.kill(spot)
+    killed = time.monotonic()
+    _, shown = process.communicate(timeout=400)
+    assert process.returncode == 0, shown
+    resumed = [float(n) * 1000 for n in re.findall(r"goes on from ([\d.]+)k images", shown)]
+    assert resumed, shown
+    assert resumed[0] >= kept
+    assert time.monotonic() - killed < 300
+    assert_alike(tmp_path, alone, images=IMAGES)
+
+
+def test_a_worker_is_killed_while_a_checkpoint_is_written(cluster, alone, tmp_path):
+    run = command(cluster, tmp_path, "--workers", "2", "--checkpoint-every", "2560")
+    process = run.start()
+    wait_for(tmp_path, 20_000, of=IMAGES)
+    end = time.monotonic() + 60
+    while not (halfway := list((tmp_path / "ray").glob("teacher-*/.checkpoint-*.partial"))):
+        assert time.monotonic() < end, "no checkpoint was seen half written"
+    for worker in workers_of(cluster):
+        os.kill(worker, signal.SIGKILL)
+    assert halfway
+    _, shown = process.communicate(timeout=400)
+    assert process.returncode == 0, shown
+    assert "goes on from" in shown
+    assert_alike(tmp_path, alone, images=IMAGES)
+
+
+def workers_of(cluster):
+    from clusters import _session
+    from disturbed import processes_of_train
+
+    own = {pid for node in cluster.nodes for pid in _session(node.pid)}
+    found = own & set(processes_of_train(b"RayTrainWorker"))
+    assert found
+    return found
+
+
+def test_the_store_is_away_while_a_checkpoint_is_due(cluster, alone, tmp_path, moto_server):
+    """For half a minute; training goes on meanwhile, and its next checkpoints are there."""
+    place = bucket(moto_server, "nodes")
+    with Faults(moto_server) as faults:
+        store = {"AWS_ENDPOINT_URL": faults.url, "MMDISTILL_CACHE": str(tmp_path / "cache")}
+        run = command(cluster, f"{place}/run", "--workers", "2", **store)
+        process = run.start()
+        end = time.monotonic() + 120
+        while not (copies := list((tmp_path / "cache" / "workspaces").glob("*/stages/teacher-*"))):
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        copy = copies[0].parents[1]
+        wait_for(copy, 15_000, of=IMAGES)
+        faults.shares["refused"] = 1.0
+        time.sleep(30)
+        faults.shares["refused"] = 0.0
+        _, shown = process.communicate(timeout=400)
+        assert process.returncode == 0, shown
+        assert faults.counts["refused"] > 3
+    assert_alike(copy, alone, images=IMAGES)

@@ -1,0 +1,116 @@
+"""The checkpoints of a training, written beside it while it goes on. One is complete or it is not there: its manifest comes last.
+
+URI/checkpoint-<images>/   state.safetensors, state.json, manifest.json
+
+Ray Train is not told of them: its own list of checkpoints is a report behind when a worker dies, and forgets what was written.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from workflows.runtime import storage
+from workflows.runtime.errors import UserError
+from workflows.runtime.uri import is_remote, join
+
+KEEP = 2
+"""The newest, and the one before it, should the newest be damaged. The best weights by measured distance are in each of them."""
+NAME = re.compile(r"checkpoint-(\d{12})")
+
+
+def name_of(n_images: int) -> str:
+    return f"checkpoint-{n_images:012d}"
+
+
+def complete(names: list[str]) -> list[int]:
+    """The images of the checkpoints that are whole, newest first, of the names of files below a training's folder."""
+    from mmdistill_core.engine.checkpoint import MANIFEST
+
+    found = (NAME.fullmatch(name.removesuffix(f"/{MANIFEST}")) for name in names if name.endswith(f"/{MANIFEST}"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+class Checkpoints:
+    """`note` takes a line for the user: a checkpoint that could not be written is no reason to stop, the next one may be."""
+
+    def __init__(self, uri: str, note: Callable[[str], None] = lambda text: None) -> None:
+        self.uri, self.note = uri, note
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, n_images: int, values: dict[str, Any]) -> None:
+        """Takes a copy of the values and goes on; waits first for the checkpoint before, should it still be on its way."""
+        from mmdistill_core.engine.checkpoint import Snapshot
+
+        self.settle()
+        snapshot = Snapshot.of(values)
+        self._writing = self._writer.submit(self._write, n_images, snapshot)
+
+    def settle(self) -> bool:
+        """Waits until what was saved is written: whether it could be. Raises OSError for what no waiting mends, as a full disk."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except UserError as error:
+            self.note(f"a checkpoint could not be written: {error}")
+            return False
+        return True
+
+    def _write(self, n_images: int, snapshot: Any) -> None:
+        from mmdistill_core.engine.checkpoint import MANIFEST
+
+        there = join(self.uri, name_of(n_images))
+        if is_remote(self.uri):
+            with tempfile.TemporaryDirectory() as scratch:
+                snapshot.write(Path(scratch) / "checkpoint")
+                storage.publish(Path(scratch) / "checkpoint", there, last=MANIFEST)
+        else:
+            snapshot.write(there)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Removes all but the newest KEEP, and what was left half written before them."""
+        from mmdistill_core.engine.checkpoint import MANIFEST
+
+        names = list(storage.listing(self.uri))
+        kept = complete(names)[:KEEP]
+        there = {int(match[1]) for name in names if (match := NAME.match(name))}
+        for n_images in sorted(n for n in there if n not in kept and n < kept[0]):
+            old = join(self.uri, name_of(n_images))
+            storage.delete(join(old, MANIFEST))
+            storage.delete(old)
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """(images, values) of the newest one that is not damaged."""
+        from mmdistill_core.engine.checkpoint import DamagedCheckpoint
+
+        found = complete(list(storage.listing(self.uri)))
+        for n_images in found:
+            try:
+                return n_images, self.load(n_images)
+            except (DamagedCheckpoint, FileNotFoundError) as error:
+                self.note(f"{name_of(n_images)} is damaged ({error}); trying the one before it")
+        if found:
+            self.note("no undamaged checkpoint is left: training starts again")
+        return None
+
+    def images(self) -> int:
+        """Of the newest complete one; -1 if there is none."""
+        return next(iter(complete(list(storage.listing(self.uri)))), -1)
+
+    def load(self, n_images: int) -> dict[str, Any]:
+        """Raises DamagedCheckpoint."""
+        from mmdistill_core.engine.checkpoint import load_checkpoint
+
+        there = join(self.uri, name_of(n_images))
+        if not is_remote(self.uri):
+            return load_checkpoint(there)
+        with tempfile.TemporaryDirectory() as scratch:
+            storage.pull(there, Path(scratch))
+            return load_checkpoint(scratch)
