@@ -290,7 +290,7 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
     """A training that goes on has the one of before, from its checkpoint."""
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
-    from workflows.runtime.cluster import Monitor
+    from workflows.runtime.cluster import Monitor, Workers
     from workflows.runtime.shards import write_shards
     from workflows.runtime.worker import set_up, train
 
@@ -327,7 +327,7 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
         assert t.state.n_images == 8
         return {name: value.numpy() for name, value in t.state.networks["preconditioner"].state_dict().items()}
 
-    kept, found = (train(job, mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop) for loop in (first, again))
+    kept, found = (train(job, mailbox=Monitor().actor, workers=Workers.of(1), use_gpu=False, loop=loop) for loop in (first, again))
     assert kept.keys() == found.keys()
     assert all(np.array_equal(kept[name], found[name]) for name in kept)
     assert any(value.std() > 0 for value in kept.values())
@@ -349,9 +349,9 @@ def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     def loop(config):
         return {"images": set_up(config).batches.x.numpy()}
 
-    from workflows.runtime.cluster import Monitor
+    from workflows.runtime.cluster import Monitor, Workers
 
     for rows, expected in (("rest", rest), ("all", read_all(tmp_path / "data"))):
         own = job_of(tmp_path, rows=rows, name=f"rows-{rows}")
-        got = train(own, mailbox=Monitor().actor, workers=1, use_gpu=False, loop=loop)
+        got = train(own, mailbox=Monitor().actor, workers=Workers.of(1), use_gpu=False, loop=loop)
         assert np.array_equal(got["images"], expected.images)
