@@ -12,6 +12,8 @@ from pathlib import Path
 from small import ROOT, SMALL
 
 from workflows.context import read_metrics
+from workflows.runtime import lines
+from workflows.runtime.events import EVENTS
 from workflows.runtime.workspace import Workspace
 
 IMAGES = 307_200
@@ -48,6 +50,17 @@ def wait_for(workspace, images, timeout=240, of=IMAGES):
             return
         time.sleep(0.05)
     raise AssertionError(f"no {images} images after {timeout} s")
+
+
+def events(workspace):
+    return list(lines.read(teacher_folder(workspace) / EVENTS))
+
+
+def wait_for_event(workspace, wanted, timeout=240):
+    end = time.monotonic() + timeout
+    while not any(wanted(row) for row in events(workspace)):
+        assert time.monotonic() < end, events(workspace)
+        time.sleep(0.05)
 
 
 def assert_same(workspace, undisturbed, tracking_uri=None, *, but=(), images=IMAGES):

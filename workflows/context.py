@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from workflows.config import RunConfig, digest
+from workflows.runtime import lines
 from workflows.runtime.cluster import Monitor, Workers, task_options
+from workflows.runtime.events import AT, CAUSES, EVENTS, Events
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.stopping import Stopping
@@ -117,8 +119,11 @@ class StageRun:
         self._spent, self._began = clocked["seconds"], clocked.get("began") or now()
         self.resumed = began
         self.run_id = self._run(config)
-        rows = _timed_metrics(self.path)
+        rows = read_timed_metrics(self.path)
         self._steps = {step for step, _, _ in rows}
+        self.events = Events(self.path / EVENTS)
+        for step, _, moment in rows:
+            self.events.reached(step, moment)
         # Begun on another machine, its rows are in the tracking store and not here.
         names = {next(iter(row)) for _, row, _ in rows} | (EVERY_ROW if began else set())
         self._tracked = context.tracker.steps(self.run_id, *sorted(names))
@@ -140,9 +145,8 @@ class StageRun:
                 "git_commit": git_commit(),
             }
             own = own_id()
-            write_json(
-                self.path / RUNS, runs | {tracker.uri: own}
-            )  # first: who is killed now leaves no run without a stage
+            # First: who is killed now leaves no run without a stage.
+            write_json(self.path / RUNS, runs | {tracker.uri: own})
             run_id = tracker.start_run(self.folder.name, parent=self.context.parent_run, tags=tags, own=own)
             write_json(self.path / RUNS, runs | {tracker.uri: run_id})
             self.folder.keep(RUNS)
@@ -167,10 +171,18 @@ class StageRun:
         self._steps.add(step)
         moment = int(metrics.get("time") or now())
         row = {name: value for name, value in metrics.items() if name != "time"}
-        _append(self.path / METRICS, {"step": step, "time": moment} | row)
+        lines.append(self.path / METRICS, {"step": step, "time": moment} | row)
+        self.events.reached(step, moment)
         self._send([(step, row, moment)])
         if time.monotonic() - self._flushed > 3:
             self.flush()
+
+    def happened(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Keeps an event of the training, where another machine finds it too if it matters; gives it as it was kept."""
+        row = self.events.take(row)
+        if row["event"] not in (AT, "checkpoint"):
+            self.folder.keep(EVENTS)
+        return row
 
     def log_at(self, step: int, metrics: dict[str, float]) -> None:
         """For metrics whose step is not a time (a number of sampling steps): logged whatever their order, as of the stage's
@@ -261,7 +273,7 @@ def _lost(context: Context, folder: StageFolder, run_id: str) -> bool:
     """
     if not is_remote(folder.uri) or context.tracker.away:
         return False
-    rows = _timed_metrics(folder.path)
+    rows = read_timed_metrics(folder.path)
     tracked = context.tracker.steps(run_id, *sorted({next(iter(row)) for _, row, _ in rows}))
     return not context.tracker.away and any(step not in tracked for step, _, _ in rows)
 
@@ -276,15 +288,18 @@ def _republish(context: Context, folder: StageFolder, config: dict[str, Any], re
 
 
 def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], None]:
-    """Takes a training's rows: to the metrics, and to its bar."""
+    """Takes a training's rows: to the metrics or the events, and to its bar."""
     distance: list[str] = []
 
-    def listen(row: dict[str, float]) -> None:
-        n = row["n_images"]
-        if "resumed" in row:
-            bar.update(n, "resumed from its checkpoint")
-            run.context.screen.line(f"  {run.folder.name}: goes on from {short(n)} images")
+    def listen(row: dict[str, Any]) -> None:
+        if "event" in row:
+            row = run.happened(row)
+            if text := _told(row):
+                run.context.screen.line(f"  {run.folder.name}: {text}")
+            if "cause" in row:
+                bar.update(row["n_images"], "resumed from its checkpoint")
             return
+        n = row["n_images"]
         run.log(int(n), row)
         if "score" in row:
             distance[:] = [f"distance {row['score']:.3g} (best {row['best/score']:.3g})"]
@@ -292,6 +307,18 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
         bar.update(n, "  ".join([f"{short(row['images_per_second'])} img/s", *distance, *losses]))
 
     return listen
+
+
+def _told(row: dict[str, Any]) -> str:
+    """An event in words, if the user is to hear of it."""
+    if row["event"] in ("lost", "failed"):
+        return f"{CAUSES[row['event']]} ({row['workers']}): {row['why']}"
+    if "cause" not in row:
+        return ""
+    workers = f"{row['workers']} worker{'s' * (row['workers'] > 1)}"
+    again = f", {short(row['again'])} images again" if row["again"] else ""
+    away = f", {row['away']:.0f} s without training" if row["cause"] not in ("stopped", "driver") else ""
+    return f"goes on from {short(row['n_images'])} images with {workers} ({CAUSES[row['cause']]}{again}{away})"
 
 
 def settle(tracker: Tracker, screen: Screen, seconds: float) -> bool:
@@ -313,30 +340,17 @@ TimedRow = tuple[int, dict[str, float], int]
 
 def read_metrics(folder: Path) -> list[tuple[int, dict[str, float]]]:
     """(step, metrics) of a stage by step; a line that a kill cut short is left out."""
-    return [(step, row) for step, row, _ in _timed_metrics(folder)]
+    return [(step, row) for step, row, _ in read_timed_metrics(folder)]
 
 
-def _timed_metrics(folder: Path) -> list[TimedRow]:
+def read_timed_metrics(folder: Path) -> list[TimedRow]:
     """As `read_metrics`; rows from before times were kept have their file's."""
     rows = []
     path = folder / METRICS
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in lines.read(path):
         moment = row.pop("time", None) or int(path.stat().st_mtime * 1000)
         rows.append((int(row.pop("step")), row, moment))
     return sorted(rows, key=lambda row: row[0])
-
-
-def _append(path: Path, row: dict[str, float]) -> None:
-    """A line more. Half a line before it, of a full disk or a loss of power, stays by itself."""
-    with path.open("ab+") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1))
-        glue = b"" if file.read(1) in (b"", b"\n") else b"\n"
-        file.write(glue + json.dumps(row).encode() + b"\n")
 
 
 def identity_of(*paths: Path) -> str:

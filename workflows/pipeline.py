@@ -310,6 +310,9 @@ def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, An
             for d in done
         ],
     }
+    stops = [d.result["interruptions"] for d in done if "interruptions" in d.result]
+    if any(one["times"] for one in stops):
+        summary["interruptions"] = {name: sum(one[name] for one in stops) for name in ("times", "again", "away")}
     if "evaluate" in by_name:
         result = by_name["evaluate"].result
         registered = by_name["register"].result if "register" in by_name else {"students": {}}

@@ -4,15 +4,16 @@ The training is the same on however many workers, so that every curve is compare
 """
 
 import os
-import re
 import signal
 import time
 
 import pytest
 from clusters import LocalCluster, temporary_folder
-from disturbed import Command, assert_alike, newest_checkpoint, outcome, wait_for
+from disturbed import Command, assert_alike, events, newest_checkpoint, outcome, wait_for, wait_for_event
 from faults import Faults
 from stores import KEYS, bucket
+
+from workflows.runtime.events import interruptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 IMAGES = 102_400
@@ -60,17 +61,24 @@ def test_a_node_is_lost_and_another_comes(cluster, alone, tmp_path):
     spot = cluster.add(cpus=1)
     run = command(cluster, tmp_path, "--workers", "1:3", MMDISTILL_RESIZED_EVERY="5")
     process = run.start()
-    wait_for(tmp_path, 30_000, of=IMAGES)
+    wait_for(tmp_path, 20_000, of=IMAGES)
     kept = newest_checkpoint(tmp_path)
     cluster.kill(spot)
-    killed = time.monotonic()
-    _, shown = process.communicate(timeout=400)
+    wait_for_event(tmp_path, lambda row: row.get("cause") == "lost")
+    cluster.add(cpus=1)
+    _, shown = process.communicate(timeout=500)
     assert process.returncode == 0, shown
-    resumed = [float(n) * 1000 for n in re.findall(r"goes on from ([\d.]+)k images", shown)]
-    assert resumed, shown
-    assert resumed[0] >= kept
-    assert time.monotonic() - killed < 300
     assert_alike(tmp_path, alone, images=IMAGES)
+
+    begun = [row for row in events(tmp_path) if row["event"] == "begun"]
+    assert [(row["workers"], row.get("cause")) for row in begun] == [(3, None), (2, "lost"), (3, "resized")]
+    assert begun[1]["n_images"] >= kept
+    lost = next(row for row in events(tmp_path) if row["event"] == "lost")
+    assert lost["workers"] == 1
+    sums = interruptions(events(tmp_path))
+    assert 0 < sums["most_again"] <= sums["between_checkpoints"] + 2560
+    assert "with 2 workers (workers were lost" in shown
+    assert f"interrupted 2 times, {sums['again']:,} images trained again" in shown
 
 
 def test_a_worker_is_killed_while_a_checkpoint_is_written(cluster, alone, tmp_path):

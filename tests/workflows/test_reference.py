@@ -327,7 +327,9 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
         assert t.state.n_images == 8
         return {name: value.numpy() for name, value in t.state.networks["preconditioner"].state_dict().items()}
 
-    kept, found = (train(job, mailbox=Monitor().actor, workers=Workers.of(1), use_gpu=False, loop=loop) for loop in (first, again))
+    kept, found = (
+        train(job, mailbox=Monitor().actor, workers=Workers.of(1), use_gpu=False, loop=loop) for loop in (first, again)
+    )
     assert kept.keys() == found.keys()
     assert all(np.array_equal(kept[name], found[name]) for name in kept)
     assert any(value.std() > 0 for value in kept.values())

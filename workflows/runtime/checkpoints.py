@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -36,20 +37,30 @@ def complete(names: list[str]) -> list[int]:
 
 
 class Checkpoints:
-    """`note` takes a line for the user: a checkpoint that could not be written is no reason to stop, the next one may be."""
+    """`note` takes a line for the user: a checkpoint that could not be written is no reason to stop, the next one may be.
+    `written(images, stalled, written)` is called when one is complete: seconds that training waited for it, and that it took.
+    """
 
-    def __init__(self, uri: str, note: Callable[[str], None] = lambda text: None) -> None:
-        self.uri, self.note = uri, note
+    def __init__(
+        self,
+        uri: str,
+        note: Callable[[str], None] = lambda text: None,
+        written: Callable[[int, float, float], None] = lambda *_: None,
+    ) -> None:
+        self.uri, self.note, self.written = uri, note, written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, n_images: int, values: dict[str, Any]) -> None:
-        """Takes a copy of the values and goes on; waits first for the checkpoint before, should it still be on its way."""
+    def save(self, n_images: int, values: dict[str, Any], since: float | None = None) -> None:
+        """Takes a copy of the values and goes on; waits first for the checkpoint before, should it still be on its way. `since`,
+        by time.monotonic: when the values began to be gathered.
+        """
         from mmdistill_core.engine.checkpoint import Snapshot
 
+        since = time.monotonic() if since is None else since
         self.settle()
         snapshot = Snapshot.of(values)
-        self._writing = self._writer.submit(self._write, n_images, snapshot)
+        self._writing = self._writer.submit(self._write, n_images, snapshot, since, time.monotonic() - since)
 
     def settle(self) -> bool:
         """Waits until what was saved is written: whether it could be. Raises OSError for what no waiting mends, as a full disk."""
@@ -62,7 +73,7 @@ class Checkpoints:
             return False
         return True
 
-    def _write(self, n_images: int, snapshot: Any) -> None:
+    def _write(self, n_images: int, snapshot: Any, since: float, stalled: float) -> None:
         from mmdistill_core.engine.checkpoint import MANIFEST
 
         there = join(self.uri, name_of(n_images))
@@ -72,6 +83,7 @@ class Checkpoints:
                 storage.publish(Path(scratch) / "checkpoint", there, last=MANIFEST)
         else:
             snapshot.write(there)
+        self.written(n_images, stalled, time.monotonic() - since)
         self._prune()
 
     def _prune(self) -> None:

@@ -113,18 +113,18 @@ class Workers:
 
 
 class Monitor:
-    """Where workers put their progress and the driver takes it: an actor of no weight. Rows are dictionaries of numbers."""
+    """Where workers put their progress and the driver takes it: an actor of no weight. Rows are metrics, or events."""
 
     def __init__(self) -> None:
         import ray
 
         class Mailbox:
             def __init__(self) -> None:
-                self.rows: list[tuple[str, dict[str, float]]] = []
+                self.rows: list[tuple[str, dict[str, Any]]] = []
                 self.notes: list[str] = []
                 self.asked_to_stop = False
 
-            def push(self, topic: str, row: dict[str, float]) -> None:
+            def push(self, topic: str, row: dict[str, Any]) -> None:
                 self.rows.append((topic, row))
 
             def note(self, text: str) -> None:
@@ -133,10 +133,11 @@ class Monitor:
             def stop(self) -> None:
                 self.asked_to_stop = True
 
-            def stopping(self) -> bool:
+            def stopping(self, topic: str, row: dict[str, Any]) -> bool:
+                self.push(topic, row)
                 return self.asked_to_stop
 
-            def drain(self) -> tuple[list[tuple[str, dict[str, float]]], list[str]]:
+            def drain(self) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
                 out = self.rows, self.notes
                 self.rows, self.notes = [], []
                 return out
@@ -147,10 +148,10 @@ class Monitor:
         """Asks the workers of all trainings for a checkpoint each, and to end there."""
         self.actor.stop.remote()
 
-    def drain(self) -> tuple[list[tuple[str, dict[str, float]]], list[str]]:
+    def drain(self) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
         import ray
 
-        out: tuple[list[tuple[str, dict[str, float]]], list[str]] = ray.get(self.actor.drain.remote())
+        out: tuple[list[tuple[str, dict[str, Any]]], list[str]] = ray.get(self.actor.drain.remote())
         return out
 
 

@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, unquote_plus, urlsplit
 
+from workflows.runtime import lines
 from workflows.runtime.delivery import QUEUED, Delivery, brief, meaning
 from workflows.runtime.errors import UserError
 from workflows.runtime.outbox import MOST, Away, Operation, Outbox, Refused
@@ -88,7 +89,7 @@ class Tracker:
             self._folder = outbox_of(outbox, self.uri)
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / "store").write_text(self.uri)
-            for line in _lines(self._folder / "runs.jsonl"):
+            for line in lines.read(self._folder / "runs.jsonl"):
                 self._runs |= line
             self._outbox = Outbox(self._folder, self._delivery.deliver, name=f"tracking: {self.uri}", say=say)
 
@@ -363,15 +364,6 @@ def _with_credentials_aside(uri: str) -> str:
 
 
 _lent: dict[str, str] = {}
-
-
-def _lines(path: Path) -> Iterator[dict[str, str]]:
-    """Whole lines of JSON; one that a kill cut short is left out."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
 
 
 def _metric_name(name: str) -> str:

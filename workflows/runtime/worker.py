@@ -15,6 +15,7 @@ from typing import Any
 from workflows.runtime.checkpoints import Checkpoints
 from workflows.runtime.cluster import Workers
 from workflows.runtime.errors import UserError
+from workflows.runtime.events import AT, event
 from workflows.runtime.job import Job, build_state, export, validator
 from workflows.runtime.s3 import arrow_filesystem
 from workflows.runtime.uri import is_remote, join
@@ -51,8 +52,10 @@ class Asked:
 
     ORDERS = ("", "save", "stop")
 
-    def __init__(self, job: Job, mailbox: Any, *, rank: int, world: int, device: Any) -> None:
-        self.job, self.mailbox, self.rank, self.world, self.device = job, mailbox, rank, world, device
+    def __init__(self, job: Job, mailbox: Any, *, seen: Callable[[], int], rank: int, world: int, device: Any) -> None:
+        """`seen()`: the images so far, which go with each look."""
+        self.job, self.mailbox, self.seen = job, mailbox, seen
+        self.rank, self.world, self.device = rank, world, device
         self.leaving: frozenset[str] = frozenset()
         self._order, self._answer = 0, None
         self._looked = self._saved = time.monotonic()
@@ -77,7 +80,8 @@ class Asked:
                 self._order = 2
             self._answer = None
         if self._answer is None and now - self._looked > ASKED_EVERY:
-            self._answer, self._looked = self.mailbox.stopping.remote(), now
+            self._answer = self.mailbox.stopping.remote(self.job.name, event(AT, n_images=self.seen()))
+            self._looked = now
         if now - self._saved > 60 * self.job.checkpoint_minutes:
             self._order = max(self._order, 1)
         order, self._order = self._order, 0
@@ -109,6 +113,7 @@ class Training:
     save: Callable[[Any], None]
     validate: Callable[[Any], dict[str, float]] | None
     asked: Asked
+    tell: Callable[..., None]
     checkpoints: Checkpoints
     rank: int
 
@@ -150,13 +155,20 @@ def set_up(config: dict[str, Any]) -> Training:
         if rank == 0:
             mailbox.note.remote(f"{job.name.rsplit('-', 1)[0]}: {text}")
 
-    checkpoints = Checkpoints(join(job.storage, job.name), note)
+    def tell(name: str, **more: Any) -> None:
+        if rank == 0:
+            mailbox.push.remote(job.name, event(name, **more))
+
+    def written(n_images: int, stalled: float, written: float) -> None:
+        tell("checkpoint", n_images=n_images, stalled=round(stalled, 4), written=round(written, 4))
+
+    checkpoints = Checkpoints(join(job.storage, job.name), note, written)
     before = _resumed(checkpoints, rank, world, device)
-    asked = Asked(job, mailbox, rank=rank, world=world, device=device)
     state = build_state(job, batches, rank, world, averaged, before and before["collected"])
     for network in state.networks.values():
         network.to(device)
     state.averaged_over_workers = averaged
+    asked = Asked(job, mailbox, seen=lambda: state.n_images, rank=rank, world=world, device=device)
     lay(state, compute := Compute(**job.compute), world=world, device=device)
     # A checkpoint carries the metrics up to it: the driver may have died before it took them in.
     reported: list[dict[str, float]] = list(before["reported"]) if before else []
@@ -165,7 +177,7 @@ def set_up(config: dict[str, Any]) -> Training:
     if state.n_images and rank == 0:
         for row in reported:
             mailbox.push.remote(job.name, row)
-        mailbox.push.remote(job.name, {"n_images": float(state.n_images), "resumed": 1.0})
+    tell("begun", n_images=state.n_images, workers=world)
 
     def report(metrics: dict[str, float]) -> None:
         asked.look_for_leaving_nodes()
@@ -174,6 +186,7 @@ def set_up(config: dict[str, Any]) -> Training:
             mailbox.push.remote(job.name, reported[-1])
 
     def save(state: Any) -> None:
+        began = time.monotonic()
         asked.saved()
         own = state.state_dict() if rank == 0 or compute.shard else {}
         if compute.shard:
@@ -183,7 +196,7 @@ def set_up(config: dict[str, Any]) -> Training:
         held = {"state": own, "reported": reported, "collected": None}
         if job.preconditioner and job.preconditioner["kind"] == "collected":
             held["collected"] = state.networks["preconditioner"].state_dict()
-        checkpoints.save(state.n_images, held)
+        checkpoints.save(state.n_images, held, since=began)
 
     options = FitOptions(
         log_every=job.log_every,
@@ -194,7 +207,7 @@ def set_up(config: dict[str, Any]) -> Training:
         world=world,
     )
     validate = validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
-    return Training(job, state, batches, options, report, save, validate, asked, checkpoints, rank)
+    return Training(job, state, batches, options, report, save, validate, asked, tell, checkpoints, rank)
 
 
 def timed(metrics: dict[str, float]) -> dict[str, float]:
@@ -258,6 +271,8 @@ def train_worker(config: dict[str, Any]) -> int:
         export(t.job, t.state, rank=t.rank)
     elif not written:
         raise UserError("stopped without its last checkpoint; the one before it is kept")
+    else:
+        t.tell("stopped", n_images=t.state.n_images)
     return int(t.state.n_images)
 
 
@@ -278,6 +293,15 @@ def train(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    class Losses(ray.train.UserCallback):
+        """Tells of workers that went away as soon as Ray Train knows; an error of one takes the others with it."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            gone = [error for error in worker_exceptions.values() if hasattr(error, "health_check_failure")]
+            errors = gone or list(worker_exceptions.values())
+            name, why = "lost" if gone else "failed", root_cause(errors[0])[:200]
+            mailbox.push.remote(job.name, event(name, workers=len(errors), why=why))
+
     filesystem, path = arrow_filesystem(job.storage) if is_remote(job.storage) else (None, job.storage)
     checkpoints = Checkpoints(join(job.storage, job.name))
     trainer = TorchTrainer(
@@ -294,6 +318,7 @@ def train(
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=FAILURES),
+            callbacks=[Losses()],  # type: ignore[list-item]
         ),
     )
     while True:

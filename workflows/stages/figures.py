@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 STUDENT, TEACHER, DDIM, FLOOR, INK = "#d1495b", "#2b6f9e", "#7fb2d1", "#8a8f98", "#22262b"
@@ -179,3 +180,55 @@ def distance_in_training(histories: dict[int, History], teacher: float, most: in
             axis.set_ylabel("Frechet distance")
 
     return _each_k(histories, draw, 2.8)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A training against the clock: (images, ms since 1970) of its metrics, and its events."""
+
+    points: list[tuple[int, int]]
+    events: list[dict[str, Any]]
+
+    def stretches(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]], dict[str, Any] | None]]:
+        """From one "begun" to the next: the first, what was reached when, and the second."""
+        begun = [row for row in self.events if row["event"] == "begun"]
+        for row, after in zip(begun, [*begun[1:], None], strict=True):
+            path = [(row["n_images"], row["time"])]
+            for n_images, moment in sorted(self.points):
+                if n_images > row["n_images"] and moment > row["time"] and (after is None or moment < after["time"]):
+                    path.append((n_images, moment))
+            if after and after["reached"] > path[-1][0]:
+                path.append((after["reached"], int(after["time"] - 1000 * after["away"])))
+            yield row, path, after
+
+
+def timeline(courses: dict[str, Course]) -> str:
+    """Images trained on against time, of each training: its checkpoints, what was lost, and how many workers went on."""
+    figure, axes = _figure(len(courses), width=10.4, height=3.6)
+    for axis, (name, course) in zip(axes[0], courses.items(), strict=True):
+        since = course.events[0]["time"]
+
+        def drawn(path: list[tuple[int, int]], since: int = since, axis: Any = axis, **style: Any) -> None:
+            axis.plot([(t - since) / 60e3 for _, t in path], [n / 1e3 for n, _ in path], **style)
+
+        for row, path, after in course.stretches():
+            drawn(path, color=TEACHER, linewidth=2, zorder=3)
+            axis.annotate(
+                f"{row['workers']} worker{'s' * (row['workers'] > 1)}",
+                ((row["time"] - since) / 60e3, row["n_images"] / 1e3),
+                xytext=(8, -2),
+                textcoords="offset points",
+                va="top",
+                fontsize=9,
+            )
+            if after:
+                gap = [path[-1], (after["n_images"], after["time"])]
+                drawn(gap, color=STUDENT, linestyle=(0, (2, 2)), linewidth=1.4, zorder=2)
+                drawn(gap[:1], color=STUDENT, marker="x", markersize=9, markeredgewidth=2.2, zorder=5)
+        kept = [(row["n_images"], row["time"]) for row in course.events if row["event"] == "checkpoint"]
+        drawn(kept, color=TEACHER, linestyle="none", marker="o", markersize=4.5, markerfacecolor="white", zorder=4)
+        axis.set_title(name)
+        axis.set_xlabel("minutes since it began")
+        axis.set_ylim(bottom=0)
+    axes[0, 0].set_ylabel("images seen, thousands")
+    return _svg(figure)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workflows.config import digest
-from workflows.context import Context, Done, StageRun, identity_of, read_metrics, run_stage
+from workflows.context import Context, Done, StageRun, identity_of, read_metrics, read_timed_metrics, run_stage
+from workflows.runtime import lines
+from workflows.runtime.events import CAUSES, EVENTS, interruptions
 from workflows.runtime.progress import Screen, clock, short
 from workflows.runtime.uri import shown
 from workflows.runtime.workspace import code_version
+
+if TYPE_CHECKING:
+    from workflows.stages import figures
 
 CODE = (
     "workflows/stages/report.py",
@@ -19,6 +24,7 @@ CODE = (
     "workflows/stages/figures.py",
     "workflows/stages/lineage.py",
     "workflows/stages/drawing.py",
+    "workflows/runtime/events.py",
 )
 TITLES = {
     "frechet": "Frechet, features",
@@ -70,6 +76,9 @@ def _body(
     rows = {(r["who"], r["sampler"], r["k"]): r for r in table["rows"]}
     most = max(k for who, sampler, k in rows if who == "teacher" and sampler == "ancestral")
     instant = [k for k in sorted(students) if run.context.config.distill.for_k(k).update == "instant"]
+    courses = {
+        done.name: _course(done) for done in (taught, *students.values()) if done.result["interruptions"]["times"]
+    }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -98,6 +107,9 @@ def _body(
         ),
         grids=grids,
         costs=_costs(prepared, taught, students, measured),
+        causes=CAUSES,
+        interrupted={name: (course.events, interruptions(course.events)) for name, course in courses.items()},
+        timeline=figures.timeline(courses) if courses else "",
         lineage=lineage,
         lineage_drawing=draw(lineage),
         moved=made["moved"],
@@ -164,6 +176,13 @@ def _pairs(table: dict[str, Any]) -> str:
     return f"Precision, recall and kernel distance are from {counts}, the last over {kid}{score}."
 
 
+def _course(done: Done) -> figures.Course:
+    from workflows.stages.figures import Course
+
+    points = [(step, moment) for step, _, moment in read_timed_metrics(done.folder)]
+    return Course(points, list(lines.read(done.folder / EVENTS)))
+
+
 def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
@@ -222,6 +241,11 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
     )
     best = summary["teacher_best"]
     screen.line(f"The teacher's best row: {best['frechet']:.3f}, {best['sampler']}, {best['k']} steps.")
+    if stops := summary.get("interruptions"):
+        screen.line(
+            f"Went on {stops['times']} time{'s' * (stops['times'] > 1)} after an interruption: {short(stops['again'])} images "
+            f"trained again."
+        )
     for text in summary["warnings"]:
         screen.line(f"[yellow]![/] {text}.")
     screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{summary['report']}[/]")

@@ -11,6 +11,7 @@ from typing import Any
 from workflows.config import RunConfig
 from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
 from workflows.runtime.cluster import Workers, run_together
+from workflows.runtime.events import EVENTS, interruptions
 from workflows.runtime.job import Job
 from workflows.runtime.worker import train
 from workflows.runtime.workspace import code_version
@@ -200,4 +201,9 @@ def training_result(run: StageRun, summary: str) -> dict[str, Any]:
     counts = {name: provenance.get(name) for name in ("images", "forwards", "skipped", "best_images", "best_score")}
     made = [folder / name for folder in (model, run.path / FITTED) for name in ("weights.safetensors", "model.json")]
     identity = identity_of(*(path for path in made if path.exists()))
-    return {"identity": identity, "artifacts": ["model"], "summary": summary, **counts}
+    run.context.tracker.log_artifact(run.run_id, run.events.path)
+    stops = interruptions(run.events.rows)
+    if stops["times"]:
+        summary += f"; interrupted {stops['times']} times, {stops['again']:,} images trained again"
+    artifacts = ["model", EVENTS]
+    return {"identity": identity, "artifacts": artifacts, "summary": summary, "interruptions": stops, **counts}
