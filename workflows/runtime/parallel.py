@@ -81,7 +81,8 @@ def _callable(network: nn.Module, compute: Compute, *, trained: bool, world: int
     if compute.compile:
         called = torch.compile(called)  # type: ignore[assignment]
     if trained and world > 1 and not compute.shard:
-        called = DistributedDataParallel(called)
+        # What is no parameter is a constant of the network, the same on all.
+        called = DistributedDataParallel(called, broadcast_buffers=False, gradient_as_bucket_view=True)
     return called
 
 

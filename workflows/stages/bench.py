@@ -381,16 +381,20 @@ def _table(figures: dict[str, Any]) -> Table:
         table.add_row("  lost to checkpoints", f"{r['share_of_checkpoints']:.2%}", "")
         table.add_row("  seconds to start a training", f"{r['seconds_to_start']:.1f}", "")
     if c := figures.get("scaling"):
-        for n, rate in c["images_per_second"].items():
-            goal = f"{c['target']:.2f} of {n} times the first" if n != next(iter(c["images_per_second"])) else ""
-            table.add_row(f"images/s, {n} workers of one thread", f"{rate:,.0f}  ({c['efficiency'][n]:.2f})", goal)
+        for batch, numbers in c["batches"].items():
+            for n, of in ((n, of) for n, of in numbers.items() if n != "1"):
+                rate = of["images_per_second"]
+                table.add_row(f"batch {batch}: images/s, one worker", f"{rate['alone']:,.0f}", "")
+                table.add_row(f"  {n} workers", f"{rate['joined']:,.0f}", "")
+                table.add_row(f"  over {n} times one", f"{of['efficiency']:.2f}", f"{c['target']:.2f}")
+                table.add_row("  if they did not exchange a word", f"{of['of_the_machine']:.2f}", "")
         point = c["checkpoint"]
-        table.add_row("  the engine alone, one worker", f"{c['bare_process']:,.0f}", "")
-        starts = ", ".join(f"{n} workers {s:.1f} s" for n, s in c["seconds_to_first_step"].items())
-        table.add_row("  to the first update", starts, "")
-        table.add_row("  a checkpoint, of its interval", f"{point['share']:.2%}", f"{point['target']:.0%}")
+        table.add_row("training / the engine in a bare loop", f"{c['trained'] / c['bare_process']:.2f}", "")
+        for n, seconds in c["seconds_to_first_step"].items():
+            table.add_row(f"to the first update, workers: {n}", f"{seconds:.1f} s", "")
+        table.add_row("a checkpoint, of its interval", f"{point['share']:.2%}", f"{point['target']:.0%}")
         table.add_row(
-            "  from a kill to the next update", f"{c['recovery']['seconds']:.1f} s", f"{c['recovery']['target']} s"
+            "from a kill to the next update", f"{c['recovery']['seconds']:.1f} s", f"{c['recovery']['target']} s"
         )
     for way, share in figures.get("tracking", {}).get("share_of_logging", {}).items():
         goal = f"{figures['tracking']['target']:.1%}" if way.endswith("outbox") else ""

@@ -65,21 +65,27 @@ def described(row: dict[str, Any], fields: tuple[str, ...]) -> str:
 
 
 def show(rows: list[dict[str, Any]], screen: Screen) -> None:
+    """The table; what was varied stands in one column, which alone is broken where the screen is narrow."""
     from rich.table import Table
 
     lines = summarise(rows)
     if lines:
-        fields, table = varied([line["point"] for line in lines]), Table(header_style="bold")
+        (_, *fields), table = varied([line["point"] for line in lines]), Table(header_style="bold")
         shown = {name: title for name, title in SHOWN.items() if name in lines[0]}
-        for name in ("front", *fields, *shown.values(), "seconds", "seeds"):
-            table.add_column(name, no_wrap=True)
+        seeds = {"seeds": [str(line["seeds"]) for line in lines]} if any(line["seeds"] > 1 for line in lines) else {}
+        table.add_column("front", justify="center", no_wrap=True)
+        table.add_column("k", justify="right", no_wrap=True)
+        table.add_column("settings")
+        for name in (*shown.values(), "seconds", *seeds):
+            table.add_column(name, justify="right", no_wrap=True)
         on = front([(line["point"]["k"], line["frechet"]["mean"]) for line in lines])
         for i, line in enumerate(lines):
             spread = {n: f" ± {line[n]['spread']:.3f}" if line["seeds"] > 1 else "" for n in shown}
             cells = [f"{line[n]['mean']:.3f}{spread[n]}" for n in shown]
-            values = [short_value(line["point"].get(f)) for f in fields]
+            settings = "  ".join(f"{f}={short_value(line['point'].get(f))}" for f in fields)
             mark = "[green]●[/]" if i in on else ""
-            table.add_row(mark, *values, *cells, f"{line['seconds']['mean']:.0f}", str(line["seeds"]))
+            cells += [f"{line['seconds']['mean']:.0f}", *(column[i] for column in seeds.values())]
+            table.add_row(mark, str(line["point"]["k"]), settings, *cells)
         screen.console.print(table)
         screen.line("[green]●[/] the Pareto front: nearer to the data than all with as many steps or fewer")
     for outcome, said in (("stopped", "stopped early, for a distance that lagged"), ("failed", "failed")):
