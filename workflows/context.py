@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from workflows.config import RunConfig, digest
 from workflows.runtime import lines
 from workflows.runtime.cluster import Monitor, Workers, task_options
@@ -100,7 +102,7 @@ class Context:
         self.workspace.check_held()
         rows, notes = self.monitor.drain()
         for text in notes:
-            self.screen.line(f"[yellow]![/] {text}")
+            self.screen.line(f"[yellow]![/] {escape(text)}")
         for topic, row in rows:
             if topic in self.listeners:
                 self.listeners[topic](row)
@@ -208,7 +210,9 @@ class StageRun:
         self.context.tracker.end_run(self.run_id, status)
         self.folder.finish(result | {"seconds": seconds})
         summary = result.get("summary", "")
-        self.context.screen.line(f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{summary}[/]")
+        self.context.screen.line(
+            f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{escape(summary)}[/]"
+        )
         return Done(self.folder.name, self.path, self.folder.uri, result, self.run_id, seconds, reused=False)
 
     @contextmanager
@@ -247,7 +251,7 @@ def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: 
         run_id = context.tracker.resolve(known)
     else:
         run_id = _republish(context, folder, config, result)
-    context.screen.line(f"[green]✓[/] [bold]{name}[/]  reused  [dim]{result.get('summary', '')}[/]")
+    context.screen.line(f"[green]✓[/] [bold]{name}[/]  reused  [dim]{escape(result.get('summary', ''))}[/]")
     return Done(name, folder.path, folder.uri, result, run_id, float(result["seconds"]), reused=True)
 
 
@@ -312,7 +316,7 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
 def _told(row: dict[str, Any]) -> str:
     """An event in words, if the user is to hear of it."""
     if row["event"] in ("lost", "failed"):
-        return f"{CAUSES[row['event']]} ({row['workers']}): {row['why']}"
+        return f"{CAUSES[row['event']]}: {escape(row['why'])}"
     if "cause" not in row:
         return ""
     workers = f"{row['workers']} worker{'s' * (row['workers'] > 1)}"

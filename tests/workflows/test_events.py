@@ -1,9 +1,15 @@
 """What a training's events tell of its interruptions: how far it was, what was trained again, and for how long it stood."""
 
-import pytest
+from io import StringIO
+from types import SimpleNamespace
 
+import pytest
+from rich.console import Console
+
+from workflows.context import training_listener
 from workflows.runtime import lines
 from workflows.runtime.events import AT, Events, interruptions
+from workflows.runtime.progress import Screen
 from workflows.stages.figures import Course, timeline
 
 
@@ -23,7 +29,7 @@ def test_a_lost_worker(events):
     events.reached(1600, 1_016_000)
     events.take(row(AT, 17, n_images=1700))
     events.reached(1000, 1_018_000)  # said again
-    events.take(row("lost", 20, workers=1, why="its node died"))
+    events.take(row("lost", 20, why="its node died"))
     assert events.take(row("begun", 26, n_images=1000, workers=2)) == row(
         "begun", 26, n_images=1000, workers=2, cause="lost", reached=1700, again=700, away=9.0
     )
@@ -54,7 +60,7 @@ def test_lost_before_its_first_checkpoint(tmp_path):
     events = Events(tmp_path / "events.jsonl")
     events.take(row("begun", 0, n_images=0, workers=2))
     events.take(row(AT, 5, n_images=300))
-    events.take(row("lost", 6, workers=2, why="killed"))
+    events.take(row("lost", 6, why="killed"))
     assert events.take(row("begun", 9, n_images=0, workers=2))["again"] == 300
 
 
@@ -68,7 +74,7 @@ def test_half_a_line_stays_by_itself(events):
 
 def test_the_course_of_a_training_drops_where_it_was_lost(events):
     events.take(row(AT, 17, n_images=1700))
-    events.take(row("lost", 20, workers=1, why="its node died"))
+    events.take(row("lost", 20, why="its node died"))
     events.take(row("begun", 26, n_images=1000, workers=2))
     points = [(500, 1_005_000), (1500, 1_015_000), (2000, 1_036_000)]
     course = Course(points, events.rows)
@@ -77,3 +83,23 @@ def test_the_course_of_a_training_drops_where_it_was_lost(events):
     assert rest == [(1000, 1_026_000), (2000, 1_036_000)]
     assert (after, end) == (events.rows[-1], None)
     assert timeline({"teacher": course, "distill-k8": course}).startswith("<svg")
+
+
+def test_the_screen_tells_of_it_whatever_gloo_has_to_say(events):
+    out = StringIO()
+    screen = Screen(Console(file=out, width=200))
+    run = SimpleNamespace(
+        happened=events.take, folder=SimpleNamespace(name="teacher"), context=SimpleNamespace(screen=screen)
+    )
+    hear = training_listener(run, SimpleNamespace(update=lambda *_: None))
+    hear(row(AT, 17, n_images=1700))
+    hear(row("lost", 20, why="[/__w/pytorch/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.3]:1"))
+    hear(row("begun", 26, n_images=1000, workers=2))
+    hear(row("checkpoint", 30, n_images=2000, stalled=0.1, written=0.4))
+    first, second = out.getvalue().splitlines()
+    assert first.endswith(
+        "workers were lost: [/__w/pytorch/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.3]:1"
+    )
+    assert second.endswith(
+        "goes on from 1k images with 2 workers (workers were lost, 700 images again, 9 s without training)"
+    )

@@ -73,8 +73,7 @@ def test_a_node_is_lost_and_another_comes(cluster, alone, tmp_path):
     begun = [row for row in events(tmp_path) if row["event"] == "begun"]
     assert [(row["workers"], row.get("cause")) for row in begun] == [(3, None), (2, "lost"), (3, "resized")]
     assert begun[1]["n_images"] >= kept
-    lost = next(row for row in events(tmp_path) if row["event"] == "lost")
-    assert lost["workers"] == 1
+    assert [row["event"] for row in events(tmp_path) if row["event"] in ("lost", "failed")] == ["lost"]
     sums = interruptions(events(tmp_path))
     assert 0 < sums["most_again"] <= sums["between_checkpoints"] + 2560
     assert "with 2 workers (workers were lost" in shown

@@ -5,8 +5,8 @@ Each has "event", "time" in ms since 1970, and, where they are known, "n_images"
 begun       workers. Begun again: cause (CAUSES); reached, the images of the last update before; again, those of them that are
             trained on once more; away, seconds from that update to this line
 checkpoint  stalled, seconds for which training waited; written, seconds until it was complete
-lost        workers that went away; why. Noticed now: when it happened is told by `reached` and `away` of the next line
-failed      as lost, of workers that raised an error
+lost        workers that went away; why, in the words of who noticed. `reached` and `away` of the next line tell when
+failed      as lost, of a worker that raised an error
 stopped     as it was asked to, with a checkpoint
 """
 

@@ -7,6 +7,7 @@ restores, and hands `engine.fit` its three callables.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +27,10 @@ FAILURES = 3
 """Lost workers without a checkpoint between them, after which a training is given up."""
 RESIZED_EVERY = 60.0
 """Seconds between looks for more nodes, of a training that may grow; MMDISTILL_RESIZED_EVERY has others."""
+
+
+BROKEN = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.IGNORECASE)
+"""What gloo and NCCL say on the workers that are left."""
 
 
 def _resumed(checkpoints: Checkpoints, rank: int, world: int, device: Any) -> dict[str, Any] | None:
@@ -294,13 +299,13 @@ def train(
     from ray.train.torch import TorchTrainer
 
     class Losses(ray.train.UserCallback):
-        """Tells of workers that went away as soon as Ray Train knows; an error of one takes the others with it."""
+        """Tells of workers that went away as soon as Ray Train knows: of them, or of what the others met with."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             gone = [error for error in worker_exceptions.values() if hasattr(error, "health_check_failure")]
             errors = gone or list(worker_exceptions.values())
-            name, why = "lost" if gone else "failed", root_cause(errors[0])[:200]
-            mailbox.push.remote(job.name, event(name, workers=len(errors), why=why))
+            why = root_cause(errors[0])[:200]
+            mailbox.push.remote(job.name, event("lost" if gone or BROKEN.search(why) else "failed", why=why))
 
     filesystem, path = arrow_filesystem(job.storage) if is_remote(job.storage) else (None, job.storage)
     checkpoints = Checkpoints(join(job.storage, job.name))

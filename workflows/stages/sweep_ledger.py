@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rich.markup import escape
+
 from workflows.config import ConfigError, digest
 from workflows.context import Context, Done, StageRun, identity_of, open_stage, read_metrics
 from workflows.reference import ABOUT, TENSORS, check_reference
@@ -154,7 +156,7 @@ class Ledger:
         try:
             trial = self.trial_of(point, start)
         except ConfigError as error:  # of a search that suggests: other points were checked before the first trial
-            self.context.screen.line(f"[yellow]![/] left out: {error}")
+            self.context.screen.line(f"[yellow]![/] left out: {escape(str(error))}")
             return None
         if trial.name in self.order:
             return _distance(self.rows.get(trial.name))
