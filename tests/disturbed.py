@@ -40,16 +40,20 @@ def newest_checkpoint(workspace):
     return int(names[-1].removeprefix("checkpoint-"))
 
 
-def wait_for(workspace, images, timeout=240, of=IMAGES):
-    """Until the teacher has logged that many images."""
+def has_logged(workspace, images, of=IMAGES):
+    """Whether the teacher has logged so many of its images."""
+    rows = read_metrics(teacher_folder(workspace))
+    if not rows or rows[-1][0] < images:
+        return False
+    assert rows[-1][0] < of, "the training ended before it could be disturbed"
+    return True
+
+
+def wait_for(workspace, images, timeout=300, of=IMAGES):
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        rows = read_metrics(teacher_folder(workspace))
-        if rows and rows[-1][0] >= images:
-            assert rows[-1][0] < of, "the training ended before it could be disturbed"
-            return
+    while not has_logged(workspace, images, of):
+        assert time.monotonic() < end, f"no {images} images after {timeout} s"
         time.sleep(0.05)
-    raise AssertionError(f"no {images} images after {timeout} s")
 
 
 def events(workspace):
@@ -96,8 +100,11 @@ def assert_each_step_once(workspace, tracking_uri=None, images=IMAGES):
     assert sorted(tracked) == steps, "a step is missing or doubled in the tracking store"
 
 
-def processes_of_train(*kinds):
-    """Ids of the processes of Ray Train's actors of these kinds, on this machine."""
+TRAIN = (b"RayTrainWorker", b"TrainController")
+
+
+def processes_of(*kinds):
+    """Ids of the processes of Ray's actors of these kinds, on this machine."""
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -110,36 +117,36 @@ def processes_of_train(*kinds):
     return found
 
 
-def wait_until_ray_train_is_gone():
+def wait_until_gone(*kinds):
     """A killed driver's workers go on for a moment, and may still write a checkpoint."""
     end = time.monotonic() + 90
-    while processes_of_train(b"RayTrainWorker", b"TrainController"):
-        assert time.monotonic() < end, "Ray Train outlived its driver"
+    while processes_of(*kinds):
+        assert time.monotonic() < end, "workers outlived their driver"
         time.sleep(0.2)
 
 
 class Command:
-    """`mmdistill run` in a process of its own."""
+    """`mmdistill` with these words and settings, in a process of its own."""
 
-    def __init__(self, workspace, *more, settings=LONG, **environment):
-        self.workspace, self.more, self.settings, self.environment = workspace, more, settings, environment
+    def __init__(self, *words, settings=(), **environment):
+        self.words = [sys.executable, "-m", "workflows", *words, *(w for text in settings for w in ("--set", text))]
+        self.environment = environment
 
     def start(self):
-        words = [sys.executable, "-m", "workflows", "run", "--workspace", str(self.workspace), "--until", "teacher"]
-        words += self.more
-        for text in [*SMALL, *self.settings]:
-            words += ["--set", text]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
         environment |= self.environment
         # Tests that run in the background have Ctrl-C ignored, and would pass that on.
         heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
+        return subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
 
-    def disturb(self, images, how, timeout=120, of=IMAGES):
-        """`how(process)` once that many images are logged: (exit code, what it said)."""
-        process = self.start()
-        wait_for(self.workspace, images, of=of)
+    def disturb(self, when, how, timeout=180):
+        """`how(process)` as soon as `when()`: (exit code, what it said)."""
+        process, end = self.start(), time.monotonic() + 300
+        while not when():
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < end
+            time.sleep(0.02)
         how(process)
         _, shown = process.communicate(timeout=timeout)
         return process.returncode, shown
@@ -149,3 +156,16 @@ class Command:
         _, shown = process.communicate(timeout=400)
         assert process.returncode == 0, shown
         return shown
+
+
+class Training(Command):
+    """`mmdistill run` up to its teacher."""
+
+    def __init__(self, workspace, *more, settings=LONG, **environment):
+        words = ("run", "--workspace", str(workspace), "--until", "teacher", *more)
+        super().__init__(*words, settings=[*SMALL, *settings], **environment)
+        self.workspace = workspace
+
+    def disturb_at(self, images, how, timeout=180, of=IMAGES):
+        """`how(process)` once that many images are logged."""
+        return self.disturb(lambda: has_logged(self.workspace, images, of), how, timeout)

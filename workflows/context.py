@@ -294,6 +294,7 @@ def _republish(context: Context, folder: StageFolder, config: dict[str, Any], re
 def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], None]:
     """Takes a training's rows: to the metrics or the events, and to its bar."""
     distance: list[str] = []
+    latest = 0
 
     def listen(row: dict[str, Any]) -> None:
         if "event" in row:
@@ -303,8 +304,11 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
             if "cause" in row:
                 bar.update(row["n_images"], "resumed from its checkpoint")
             return
-        n = row["n_images"]
+        nonlocal latest
+        n, before, latest = row["n_images"], latest, max(latest, row["time"])
         run.log(int(n), row)
+        if row["time"] <= before:
+            return  # said again, from the checkpoint
         if "score" in row:
             distance[:] = [f"distance {row['score']:.3g} (best {row['best/score']:.3g})"]
         losses = [f"{key.split('/')[1]} {value:.3g}" for key, value in row.items() if key.startswith("loss/")]

@@ -89,13 +89,23 @@ def test_the_screen_tells_of_it_whatever_gloo_has_to_say(events):
     out = StringIO()
     screen = Screen(Console(file=out, width=200))
     run = SimpleNamespace(
-        happened=events.take, folder=SimpleNamespace(name="teacher"), context=SimpleNamespace(screen=screen)
+        happened=events.take,
+        log=lambda *_: None,
+        folder=SimpleNamespace(name="teacher"),
+        context=SimpleNamespace(screen=screen),
     )
-    hear = training_listener(run, SimpleNamespace(update=lambda *_: None))
+    updates = []
+    hear = training_listener(run, SimpleNamespace(update=lambda n, *_: updates.append(n)))
+    metrics = [{"n_images": n, "images_per_second": 100.0, "time": 1_000_000 + 10 * n} for n in (500, 1500, 2500)]
+    for one in metrics[:2]:
+        hear(one)
     hear(row(AT, 17, n_images=1700))
     hear(row("lost", 20, why="[/__w/pytorch/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.3]:1"))
     hear(row("begun", 26, n_images=1000, workers=2))
     hear(row("checkpoint", 30, n_images=2000, stalled=0.1, written=0.4))
+    for one in (metrics[0], metrics[2]):  # the first is said again, from the checkpoint
+        hear(one)
+    assert updates == [500, 1500, 1000, 2500]
     first, second = out.getvalue().splitlines()
     assert first.endswith(
         "workers were lost: [/__w/pytorch/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.3]:1"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from clusters import LocalCluster, temporary_folder
-from disturbed import Command, assert_alike, events, newest_checkpoint, outcome, wait_for, wait_for_event
+from disturbed import Training, assert_alike, events, newest_checkpoint, outcome, wait_for, wait_for_event
 from faults import Faults
 from stores import KEYS, bucket
 
@@ -32,7 +32,7 @@ def cluster():
 
 
 def command(cluster, workspace, *more, **environment):
-    return Command(workspace, *more, settings=SETTINGS, **cluster.environment, **environment)
+    return Training(workspace, *more, settings=SETTINGS, **cluster.environment, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def alone(cluster, tmp_path_factory):
 
 def test_a_stopped_training_ends_with_a_checkpoint_and_goes_on_with_more_workers(cluster, alone, tmp_path):
     first = command(cluster, tmp_path, "--workers", "1", "--checkpoint-every", "1000000")
-    code, shown = first.disturb(30_000, lambda process: process.send_signal(signal.SIGTERM), of=IMAGES)
+    code, shown = first.disturb_at(30_000, lambda process: process.send_signal(signal.SIGTERM), of=IMAGES)
     assert code == 143, shown
     assert "stopping: each training writes a checkpoint first" in shown
     assert "Traceback" not in shown
@@ -98,10 +98,10 @@ def test_a_worker_is_killed_while_a_checkpoint_is_written(cluster, alone, tmp_pa
 
 def workers_of(cluster):
     from clusters import _session
-    from disturbed import processes_of_train
+    from disturbed import processes_of
 
     own = {pid for node in cluster.nodes for pid in _session(node.pid)}
-    found = own & set(processes_of_train(b"RayTrainWorker"))
+    found = own & set(processes_of(b"RayTrainWorker"))
     assert found
     return found
 

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from disturbed import Command, assert_same, wait_for
+from disturbed import Training, assert_same, wait_for
 from servers import PostgreSQL, TrackingServer
 from test_recovery import undisturbed  # noqa: F401
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.services]
 def test_a_minute_without(tmp_path, undisturbed, what):  # noqa: F811
     database = PostgreSQL()
     server = TrackingServer(tmp_path, database.uri)
-    command = Command(tmp_path / "workspace", "--tracking-uri", server.uri)
+    command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     try:
         server.start()
         process = command.start()

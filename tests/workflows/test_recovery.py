@@ -9,14 +9,15 @@ import threading
 import pytest
 from disturbed import (
     LONG,
-    Command,
+    TRAIN,
+    Training,
     assert_same,
     newest_checkpoint,
     outcome,
-    processes_of_train,
+    processes_of,
     teacher_folder,
     wait_for,
-    wait_until_ray_train_is_gone,
+    wait_until_gone,
 )
 from servers import TrackingServer
 from small import Runner
@@ -58,7 +59,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
     thread = threading.Thread(target=work)
     thread.start()
     wait_for(runner.workspace, 60_000)
-    workers = processes_of_train(b"RayTrainWorker")
+    workers = processes_of(b"RayTrainWorker")
     assert len(workers) == 2
     os.kill(workers[-1], signal.SIGKILL)
     thread.join(timeout=300)
@@ -71,8 +72,8 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
 
 @pytest.mark.slow
 def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
-    command = Command(tmp_path / "workspace")
-    code, shown = command.disturb(40_000, lambda process: process.send_signal(signal.SIGINT))
+    command = Training(tmp_path / "workspace")
+    code, shown = command.disturb_at(40_000, lambda process: process.send_signal(signal.SIGINT))
     assert code == 130
     assert "stopping: each training writes a checkpoint first" in shown
     assert "interrupted: finished stages and the last checkpoints are kept; run the same command again" in shown
@@ -80,9 +81,9 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     stopped = newest_checkpoint(command.workspace)
     assert 40_000 <= stopped < 60_000  # where it was told to, and not at the checkpoint before
 
-    code, _ = command.disturb(100_000, lambda process: process.kill())
+    code, _ = command.disturb_at(100_000, lambda process: process.kill())
     assert code == -signal.SIGKILL
-    wait_until_ray_train_is_gone()
+    wait_until_gone(*TRAIN)
 
     kept = sorted((command.workspace / "ray").glob("teacher-*/checkpoint-*"))
     assert len(kept) == 2
@@ -101,19 +102,19 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
 @pytest.mark.slow
 def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
     """The kernel's own "no space left on device", from /dev/full in the place of the metrics' file."""
-    command = Command(tmp_path / "workspace")
+    command = Training(tmp_path / "workspace")
 
     def fill(_):
         metrics = teacher_folder(command.workspace) / METRICS
         metrics.rename(metrics.with_suffix(".kept"))
         metrics.symlink_to("/dev/full")
 
-    code, shown = command.disturb(60_000, fill)
+    code, shown = command.disturb_at(60_000, fill)
     assert code == 1
     assert "the disk is full" in shown
     assert "kept" in shown
     assert "Traceback" not in shown
-    wait_until_ray_train_is_gone()
+    wait_until_gone(*TRAIN)
     metrics = teacher_folder(command.workspace) / METRICS
     metrics.with_suffix(".kept").replace(metrics)
     assert "goes on from" in command.finish()
@@ -124,7 +125,7 @@ def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
 def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undisturbed):
     """The training goes on without it, and it has every step once when the run ends."""
     server = TrackingServer(tmp_path)
-    command = Command(tmp_path / "workspace", "--tracking-uri", server.uri)
+    command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
     try:
         process = command.start()
@@ -146,10 +147,10 @@ def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undi
 def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_delivers(tmp_path, undisturbed, monkeypatch):
     monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", "2")
     server = TrackingServer(tmp_path)
-    command = Command(tmp_path / "workspace", "--tracking-uri", server.uri)
+    command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
     try:
-        code, shown = command.disturb(60_000, lambda _: server.kill(), timeout=400)
+        code, shown = command.disturb_at(60_000, lambda _: server.kill(), timeout=400)
         assert code == 0, shown
         assert "are queued in the workspace; its next run delivers them, or: mmdistill deliver" in shown
         refused = command.start()

@@ -1,19 +1,15 @@
 """Sweeps on Ray Tune, small but whole: every point measured once, registered through the gate, resumed after a kill."""
 
-import functools
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
+from disturbed import Command, wait_until_gone
 from rich.console import Console
-from small import ROOT, SMALL
+from small import SMALL
 from stores import PLANTED, bucket, use
 
 from workflows.config import load_config
@@ -227,62 +223,19 @@ LONG = ["distill.images=12800", "distill.validate_every=1280", "distill.log_ever
 SPACE = ["optimiser.lr=loguniform(1e-4,1e-3)", "pairing=grid,uniform", "k=2,1"]
 
 
-class Command:
-    """`mmdistill sweep` in a process of its own."""
+class Sweep(Command):
+    """`mmdistill sweep`."""
 
     def __init__(self, workspace):
+        words = ("sweep", "--workspace", str(workspace), "--trials", "6", "--no-register")
+        super().__init__(*words, *(w for text in SPACE for w in ("--space", text)), settings=[*TINY, *LONG])
         self.workspace = workspace
-        self.words = [sys.executable, "-m", "workflows", "sweep", "--workspace", str(workspace), "--trials", "6"]
-        self.words += ["--no-register", *(w for text in SPACE for w in ("--space", text))]
-        self.words += [w for text in [*TINY, *LONG] for w in ("--set", text)]
-
-    def start(self):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
-        # Tests that run in the background have Ctrl-C ignored, and would pass that on.
-        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
 
     def ended(self):
         return sorted(p.parent.name for p in (self.workspace / "stages").glob("trial-*/result.json"))
 
     def halfway(self):
         return list((self.workspace / "ray").glob("trial-*/checkpoint_*/manifest.json"))
-
-    def disturb(self, how, when):
-        """`how(process)` as soon as `when()`: (exit code, what it said)."""
-        process, end = self.start(), time.monotonic() + 240
-        while not when():
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < end
-            time.sleep(0.02)
-        how(process)
-        _, shown = process.communicate(timeout=120)
-        return process.returncode, shown
-
-    def finish(self):
-        process = self.start()
-        _, shown = process.communicate(timeout=400)
-        assert process.returncode == 0, shown
-        return shown
-
-
-def wait_until_its_workers_are_gone():
-    """A killed driver's workers go on for a moment, and may still write a checkpoint."""
-    end = time.monotonic() + 90
-    while any(b"ImplicitFunc" in title for title in titles()):
-        assert time.monotonic() < end, "a trial outlived its driver"
-        time.sleep(0.2)
-
-
-def titles():
-    for folder in os.listdir("/proc"):
-        if folder.isdigit():
-            try:
-                with open(f"/proc/{folder}/cmdline", "rb") as file:
-                    yield file.read().split(b"\0")[0]
-            except OSError:
-                continue
 
 
 def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
@@ -294,19 +247,19 @@ def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
     undisturbed = Swept(tmp_path / "undisturbed", *SPACE, overrides=LONG, trials=6, register=False)
     undisturbed()
 
-    command = Command(tmp_path / "disturbed")
-    code, shown = command.disturb(lambda p: p.send_signal(signal.SIGINT), lambda: command.ended() and command.halfway())
+    command = Sweep(tmp_path / "disturbed")
+    code, shown = command.disturb(lambda: command.ended() and command.halfway(), lambda p: p.send_signal(signal.SIGINT))
     assert code == 130, shown
     assert "of 6 trials are kept" in shown
     assert "to go on: mmdistill sweep --workspace" in shown
     assert "Traceback" not in shown
-    wait_until_its_workers_are_gone()
+    wait_until_gone(b"ImplicitFunc")
 
     first = {name: (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns for name in command.ended()}
     assert 1 <= len(first) < 6
-    code, _ = command.disturb(lambda p: p.kill(), lambda: len(command.ended()) > len(first) and command.halfway())
+    code, _ = command.disturb(lambda: len(command.ended()) > len(first) and command.halfway(), lambda p: p.kill())
     assert code == -signal.SIGKILL
-    wait_until_its_workers_are_gone()
+    wait_until_gone(b"ImplicitFunc")
     assert len(command.ended()) < 6
 
     shown = command.finish()

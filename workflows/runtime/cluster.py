@@ -19,6 +19,8 @@ from workflows.runtime.s3 import told
 QUIET = {
     # Ray Train takes in one report per interval; its default of 2 s would make short trainings wait for their checkpoints.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Workers are first asked for on a node that is gone and not yet missed; the next try counts the nodes anew.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",

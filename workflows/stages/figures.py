@@ -11,7 +11,7 @@ STUDENT, TEACHER, DDIM, FLOOR, INK = "#d1495b", "#2b6f9e", "#7fb2d1", "#8a8f98",
 History = list[tuple[int, dict[str, float]]]
 
 
-def _figure(columns: int, *, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+def blank(columns: int, *, width: float, height: float, **options: Any) -> tuple[Any, Any]:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -40,7 +40,7 @@ def _figure(columns: int, *, width: float, height: float, **options: Any) -> tup
     return plt.subplots(1, columns, figsize=(width, height), squeeze=False, layout="constrained", **options)
 
 
-def _svg(figure: Any) -> str:
+def svg(figure: Any) -> str:
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
@@ -50,7 +50,7 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def _plain(axis: Any, values: list[int]) -> None:
+def steps_axis(axis: Any, values: list[int]) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(values, [str(v) for v in values])
     axis.minorticks_off()
@@ -62,7 +62,7 @@ def distance_against_steps(table: dict[str, Any]) -> str:
 
     titles = {"frechet": f"in {table['features']} features", "frechet_pixels": "in raw pixels"}
     titles = {measure: title for measure, title in titles.items() if measure in table["measures"]}
-    figure, axes = _figure(len(titles), width=10.4, height=4.3)
+    figure, axes = blank(len(titles), width=10.4, height=4.3)
     styles = {
         ("teacher", "ancestral"): (TEACHER, "-", "o"),
         ("teacher", "ddim"): (DDIM, "--", "s"),
@@ -106,26 +106,26 @@ def distance_against_steps(table: dict[str, Any]) -> str:
             fontsize=8.5,
         )
         axis.set_yscale("log")
-        _plain(axis, sorted({r["nfe"] for r in table["rows"]}))
+        steps_axis(axis, sorted({r["nfe"] for r in table["rows"]}))
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("network evaluations per sample")
         axis.set_title(f"Frechet distance {title}")
     axes[0, 0].legend(loc="upper right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _each_k(
     histories: dict[int, History], draw: Callable[[Any, int, History], None], height: float, *, sharey: bool = True
 ) -> str:
-    figure, axes = _figure(len(histories), width=10.4, height=height, sharey=sharey)
+    figure, axes = blank(len(histories), width=10.4, height=height, sharey=sharey)
     for axis, (k, history) in zip(axes[0], histories.items(), strict=True):
         axis.set_yscale("log")
         draw(axis, k, history)
         axis.set_title(f"k = {k}")
         axis.set_xlabel("images seen, thousands")
-    return _svg(figure)
+    return svg(figure)
 
 
 def moment_gap(histories: dict[int, History]) -> str:
@@ -204,7 +204,7 @@ class Course:
 
 def timeline(courses: dict[str, Course]) -> str:
     """Images trained on against time, of each training: its checkpoints, what was lost, and how many workers went on."""
-    figure, axes = _figure(len(courses), width=10.4, height=3.6)
+    figure, axes = blank(len(courses), width=10.4, height=3.6)
     for axis, (name, course) in zip(axes[0], courses.items(), strict=True):
         since = course.events[0]["time"]
 
@@ -231,4 +231,4 @@ def timeline(courses: dict[str, Course]) -> str:
         axis.set_xlabel("minutes since it began")
         axis.set_ylim(bottom=0)
     axes[0, 0].set_ylabel("images seen, thousands")
-    return _svg(figure)
+    return svg(figure)

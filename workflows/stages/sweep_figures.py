@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from workflows.stages.figures import FLOOR, INK, STUDENT, TEACHER, _figure, _plain, _svg
+from workflows.stages.figures import FLOOR, INK, STUDENT, TEACHER, blank, steps_axis, svg
 from workflows.stages.sweep_table import front, short_value
 
 COLOURS = ("#d1495b", "#e28413", "#3f8f5f", "#2b6f9e", "#7a5aa6", "#8a8f98")
@@ -16,7 +16,7 @@ COLUMNS = 4
 
 def pareto(rows: list[dict[str, Any]], teacher: dict[int, float]) -> str:
     """Log-log: every trial at its k, the front through the best of them, the teacher with as many steps."""
-    figure, axes = _figure(1, width=10.4, height=4.6)
+    figure, axes = blank(1, width=10.4, height=4.6)
     axis, ks = axes[0, 0], {row["point"]["k"] for row in rows}
     for outcome, marker, label in (("finished", "o", "a trial"), ("stopped", "x", "stopped early")):
         points = [_at(row) for row in rows if row["outcome"] == outcome]
@@ -30,11 +30,11 @@ def pareto(rows: list[dict[str, Any]], teacher: dict[int, float]) -> str:
         _teacher(axis, beside, teacher)
     axis.set_yscale("log")
     _decimal(axis.yaxis)
-    _plain(axis, sorted({*ks, *beside}))
+    steps_axis(axis, sorted({*ks, *beside}))
     axis.set_xlabel("k, steps of a sample")
     axis.set_ylabel("Frechet distance")
     axis.legend(loc="upper right")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _front(axis: Any, on: list[tuple[int, float]]) -> None:
@@ -72,7 +72,7 @@ def by_field(rows: list[dict[str, Any]], fields: list[str]) -> str:
     out = []
     for first in range(0, len(names), COLUMNS):
         part = names[first : first + COLUMNS]
-        figure, axes = _figure(COLUMNS, width=10.4, height=2.9, sharey=True)
+        figure, axes = blank(COLUMNS, width=10.4, height=2.9, sharey=True)
         for axis, field in zip(axes[0], part, strict=False):
             _field(axis, shown, field, ks)
         for axis in axes[0][len(part) :]:
@@ -82,7 +82,7 @@ def by_field(rows: list[dict[str, Any]], fields: list[str]) -> str:
         axes[0, 0].set_ylabel("Frechet distance")
         if first == 0:
             figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=len(ks))
-        out.append(_svg(figure))
+        out.append(svg(figure))
     return "".join(out)
 
 
