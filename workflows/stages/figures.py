@@ -216,9 +216,8 @@ def timeline(courses: dict[str, Course]) -> str:
             axis.annotate(
                 f"{row['workers']} worker{'s' * (row['workers'] > 1)}",
                 ((row["time"] - since) / 60e3, row["n_images"] / 1e3),
-                xytext=(8, -2),
+                xytext=(14, 3),
                 textcoords="offset points",
-                va="top",
                 fontsize=9,
             )
             if after:
