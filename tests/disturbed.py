@@ -49,7 +49,7 @@ def has_logged(workspace, images, of=IMAGES):
     return True
 
 
-def wait_for(workspace, images, timeout=300, of=IMAGES):
+def wait_for(workspace, images, timeout=600, of=IMAGES):
     end = time.monotonic() + timeout
     while not has_logged(workspace, images, of):
         assert time.monotonic() < end, f"no {images} images after {timeout} s"
@@ -60,7 +60,7 @@ def events(workspace):
     return list(lines.read(teacher_folder(workspace) / EVENTS))
 
 
-def wait_for_event(workspace, wanted, timeout=240):
+def wait_for_event(workspace, wanted, timeout=600):
     end = time.monotonic() + timeout
     while not any(wanted(row) for row in events(workspace)):
         assert time.monotonic() < end, events(workspace)
@@ -140,9 +140,9 @@ class Command:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         return subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
 
-    def disturb(self, when, how, timeout=180):
+    def disturb(self, when, how, timeout=600):
         """`how(process)` as soon as `when()`: (exit code, what it said)."""
-        process, end = self.start(), time.monotonic() + 300
+        process, end = self.start(), time.monotonic() + 600
         while not when():
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < end
@@ -153,7 +153,7 @@ class Command:
 
     def finish(self):
         process = self.start()
-        _, shown = process.communicate(timeout=400)
+        _, shown = process.communicate(timeout=900)
         assert process.returncode == 0, shown
         return shown
 
@@ -166,6 +166,6 @@ class Training(Command):
         super().__init__(*words, settings=[*SMALL, *settings], **environment)
         self.workspace = workspace
 
-    def disturb_at(self, images, how, timeout=180, of=IMAGES):
+    def disturb_at(self, images, how, timeout=600, of=IMAGES):
         """`how(process)` once that many images are logged."""
         return self.disturb(lambda: has_logged(self.workspace, images, of), how, timeout)

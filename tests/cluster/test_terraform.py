@@ -38,7 +38,7 @@ class Terraform:
 
     def __call__(self, verb: str, *words: str) -> subprocess.CompletedProcess[str]:
         line = ["terraform", verb, "-no-color", *words]
-        return subprocess.run(line, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=900)
+        return subprocess.run(line, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=1500)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def applied(terraform: Terraform) -> Iterator[dict[str, object]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 def test_made_and_unmade_against_moto(terraform: Terraform, applied: dict, tmp_path: Path) -> None:
     client = applied["client"]
     bucket(client("s3"), applied["bucket"].removeprefix("s3://"))

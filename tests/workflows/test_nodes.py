@@ -15,7 +15,7 @@ from stores import KEYS, bucket
 
 from workflows.runtime.events import interruptions
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 IMAGES = 102_400
 SETTINGS = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560"]
 
@@ -66,7 +66,7 @@ def test_a_node_is_lost_and_another_comes(cluster, alone, tmp_path):
     cluster.kill(spot)
     wait_for_event(tmp_path, lambda row: row.get("cause") == "lost")
     cluster.add(cpus=1)
-    _, shown = process.communicate(timeout=500)
+    _, shown = process.communicate(timeout=900)
     assert process.returncode == 0, shown
     assert_alike(tmp_path, alone, images=IMAGES)
 
@@ -90,7 +90,7 @@ def test_a_worker_is_killed_while_a_checkpoint_is_written(cluster, alone, tmp_pa
     for worker in workers_of(cluster):
         os.kill(worker, signal.SIGKILL)
     assert halfway
-    _, shown = process.communicate(timeout=400)
+    _, shown = process.communicate(timeout=900)
     assert process.returncode == 0, shown
     assert "goes on from" in shown
     assert_alike(tmp_path, alone, images=IMAGES)
@@ -122,7 +122,7 @@ def test_the_store_is_away_while_a_checkpoint_is_due(cluster, alone, tmp_path, m
         faults.shares["refused"] = 1.0
         time.sleep(30)
         faults.shares["refused"] = 0.0
-        _, shown = process.communicate(timeout=400)
+        _, shown = process.communicate(timeout=900)
         assert process.returncode == 0, shown
         assert faults.counts["refused"] > 3
     assert_alike(copy, alone, images=IMAGES)

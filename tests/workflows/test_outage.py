@@ -22,7 +22,7 @@ def test_a_minute_without(tmp_path, undisturbed, what):  # noqa: F811
         (server.kill if what == "server" else database.stop)()
         time.sleep(60)
         (server if what == "server" else database).start()
-        _, shown = process.communicate(timeout=400)
+        _, shown = process.communicate(timeout=900)
         assert process.returncode == 0, shown
         assert shown.count(f"tracking: {server.uri} does not answer") == 1
         assert shown.count("answers again, and everything that was queued was delivered") == 1

@@ -63,7 +63,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
     workers = processes_of(b"RayTrainWorker")
     assert len(workers) == 2
     os.kill(workers[-1], signal.SIGKILL)
-    thread.join(timeout=300)
+    thread.join(timeout=900)
     assert not thread.is_alive()
     assert not errors
     assert len(seen) == 4
@@ -134,7 +134,7 @@ def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undi
         server.kill()
         wait_for(command.workspace, 120_000)
         server.start()
-        _, shown = process.communicate(timeout=400)
+        _, shown = process.communicate(timeout=900)
         assert process.returncode == 0, shown
         assert shown.count(f"tracking: {server.uri} does not answer") == 1
         assert shown.count("answers again, and everything that was queued was delivered") == 1
@@ -151,11 +151,11 @@ def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_deliver
     command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
     try:
-        code, shown = command.disturb_at(60_000, lambda _: server.kill(), timeout=400)
+        code, shown = command.disturb_at(60_000, lambda _: server.kill(), timeout=900)
         assert code == 0, shown
         assert "are queued in the workspace; its next run delivers them, or: mmdistill deliver" in shown
         refused = command.start()
-        _, shown = refused.communicate(timeout=120)
+        _, shown = refused.communicate(timeout=600)
         assert refused.returncode == 1
         assert f"tracking: {server.uri} failed: Connection refused" in shown
         server.start()
