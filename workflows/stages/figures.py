@@ -216,8 +216,9 @@ def timeline(courses: dict[str, Course]) -> str:
             axis.annotate(
                 f"{row['workers']} worker{'s' * (row['workers'] > 1)}",
                 ((row["time"] - since) / 60e3, row["n_images"] / 1e3),
-                xytext=(14, 3),
+                xytext=(4, -4),
                 textcoords="offset points",
+                va="top",
                 fontsize=9,
             )
             if after:
@@ -228,6 +229,6 @@ def timeline(courses: dict[str, Course]) -> str:
         drawn(kept, color=TEACHER, linestyle="none", marker="o", markersize=4.5, markerfacecolor="white", zorder=4)
         axis.set_title(name)
         axis.set_xlabel("minutes since it began")
-        axis.set_ylim(bottom=0)
+        axis.margins(y=0.12)  # for what stands below a beginning
     axes[0, 0].set_ylabel("images seen, thousands")
     return svg(figure)
