@@ -60,9 +60,11 @@ def events(workspace):
     return list(lines.read(teacher_folder(workspace) / EVENTS))
 
 
-def wait_for_event(workspace, wanted, timeout=600):
+def wait_for_event(workspace, wanted, process, timeout=600):
+    """While the process goes on."""
     end = time.monotonic() + timeout
     while not any(wanted(row) for row in events(workspace)):
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, events(workspace)
         time.sleep(0.05)
 

@@ -64,7 +64,7 @@ def test_a_node_is_lost_and_another_comes(cluster, alone, tmp_path):
     wait_for(tmp_path, 20_000, of=IMAGES)
     kept = newest_checkpoint(tmp_path)
     cluster.kill(spot)
-    wait_for_event(tmp_path, lambda row: row.get("cause") == "lost")
+    wait_for_event(tmp_path, lambda row: row.get("cause") == "lost", process)
     cluster.add(cpus=1)
     _, shown = process.communicate(timeout=900)
     assert process.returncode == 0, shown

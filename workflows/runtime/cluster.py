@@ -119,6 +119,7 @@ class Monitor:
 
     def __init__(self) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         class Mailbox:
             def __init__(self) -> None:
@@ -144,7 +145,9 @@ class Monitor:
                 self.rows, self.notes = [], []
                 return out
 
-        self.actor: Any = ray.remote(num_cpus=0)(Mailbox).remote()
+        # Beside the driver: Ray would as soon put it on a machine that goes away, and the run with it.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.actor: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
 
     def stop(self) -> None:
         """Asks the workers of all trainings for a checkpoint each, and to end there."""
