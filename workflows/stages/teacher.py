@@ -204,6 +204,7 @@ def training_result(run: StageRun, summary: str) -> dict[str, Any]:
     run.context.tracker.log_artifact(run.run_id, run.events.path)
     stops = interruptions(run.events.rows)
     if stops["times"]:
-        summary += f"; interrupted {stops['times']} times, {stops['again']:,} images trained again"
+        times = f"{stops['times']} time{'s' * (stops['times'] > 1)}"
+        summary += f"; interrupted {times}, {stops['again']:,} images trained again"
     artifacts = ["model", EVENTS]
     return {"identity": identity, "artifacts": artifacts, "summary": summary, "interruptions": stops, **counts}
