@@ -57,7 +57,7 @@ def test_a_stopped_training_ends_with_a_checkpoint_and_goes_on_with_more_workers
 
 
 def test_a_node_is_lost_and_another_comes(cluster, alone, tmp_path):
-    """From three workers to two, and to three again."""
+    """From three workers to two, and to three again if the training is not over by then."""
     spot = cluster.add(cpus=1)
     run = command(cluster, tmp_path, "--workers", "1:3", MMDISTILL_RESIZED_EVERY="5")
     process = run.start()
