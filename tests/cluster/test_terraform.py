@@ -197,6 +197,7 @@ esac
 """
 DOCKER = """#!/bin/bash
 echo "$*" >>FOLDER/told
+[ "$1" != login ] || cat >/dev/null
 [ "$1" != run ] || cat FOLDER/secrets/* >>FOLDER/mounted
 """
 

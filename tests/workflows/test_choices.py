@@ -79,7 +79,7 @@ def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatc
 
     folders = {k: next((chosen[0].workspace / "stages").glob(f"distill-k{k}-*")) for k in (1, 2)}
     drawn = {}
-    monkeypatch.setattr(figures, "_svg", lambda figure: drawn.update(axes=figure.axes))
+    monkeypatch.setattr(figures, "svg", lambda figure: drawn.update(axes=figure.axes))
     histories = {k: read_metrics(folder) for k, folder in folders.items()}
     (n, last), *_ = histories[2][-1:]
     histories[2] = [*histories[2][:-1], (n, last | {"squared_moments": -last["squared_moments"]})]
