@@ -117,7 +117,8 @@ def fit(
             report(window.flush(state.averaged_over_workers) | validated | counters)
             since, seen = time.perf_counter(), state.n_images
         wanted = asked()
-        if save is not None and (wanted or due(options.checkpoint_every, before)):
+        ends = state.n_images >= state.total_images
+        if save is not None and (wanted or ends or due(options.checkpoint_every, before)):
             save(state)
         if wanted == "stop":
             break

@@ -91,8 +91,10 @@ def parts_of(n: int, count: int) -> list[slice]:
 
 
 def _parts(state: TrainState, each: float) -> int:
-    """How often a worker goes forward for its part of a batch, `each` images on the mean worker: all of them as often."""
-    return math.ceil(math.ceil(each) / state.micro_batch) if state.micro_batch else 1
+    """How often a worker goes forward for its part of a batch, `each` images on the mean worker: all of them as often, so no more
+    often than the worker with the fewest has images.
+    """
+    return min(math.ceil(math.ceil(each) / state.micro_batch), max(1, math.floor(each))) if state.micro_batch else 1
 
 
 def _mean_statistic(state: TrainState, phase: Phase, batch: Batch, rng: Draws, each: float) -> Statistic:

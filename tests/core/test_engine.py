@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from mmdistill_core.engine import (
     fit,
     train_step,
 )
+from mmdistill_core.engine.batches import share_of
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
 from mmdistill_core.engine.fit import LogWindow
 from mmdistill_core.engine.optim import averaged
 from mmdistill_core.engine.second_moments import collected, of_optimiser
-from mmdistill_core.engine.step import PATIENCE, PhaseLog, parts_of
+from mmdistill_core.engine.step import PATIENCE, PhaseLog, _parts, parts_of
 from mmdistill_core.methods import METHODS, Batch, Denoising, Losses, Method, MomentMatching, Phase, Role
 from mmdistill_core.rng import derive_seed, generator
 
@@ -295,6 +297,16 @@ class TestAccumulation:
         torch.testing.assert_close(whole[1].losses.by_level["l"].detach(), in_parts[1].losses.by_level["l"])
         assert torch.equal(whole[1].losses.logsnr, in_parts[1].losses.logsnr)
         assert whole[0].forwards == in_parts[0].forwards == images
+
+    @pytest.mark.parametrize("micro_batch", [1, 2, 3, 16])
+    @pytest.mark.parametrize("world", [2, 3, 5, 7])
+    def test_all_workers_go_forward_as_often(self, world, micro_batch):
+        """As they exchange parameters in each, where these are cut among them."""
+        shares = [share_of(128, rank=rank, world=world) for rank in range(world)]
+        count = _parts(SimpleNamespace(micro_batch=micro_batch), 128 / world)
+        parts = [parts_of(len(share), count) for share in shares]
+        assert len({len(own) for own in parts}) == 1
+        assert max(part.stop - part.start for own in parts for part in own) <= micro_batch + 1
 
     def test_labels_go_with_their_images(self):
         batch = Batch(torch.arange(10.0)[:, None], torch.arange(10))
