@@ -68,11 +68,42 @@ def test_one_without_its_manifest_is_not_there_and_a_damaged_one_is_passed_over(
     assert f"{name_of(200)} is damaged" in notes[0]
     checkpoints.save(300, values(300))
     checkpoints.settle()
-    assert {name.split("/")[0] for name in storage.listing(uri)} == {name_of(200), name_of(300)}
-    storage.write(f"{uri}/{name_of(200)}/state.json", b"{")
+    assert {name.split("/")[0] for name in storage.listing(uri)} == {name_of(100), name_of(300)}
+    storage.write(f"{uri}/{name_of(100)}/state.json", b"{")
     storage.write(f"{uri}/{name_of(300)}/state.json", b"{")
     assert checkpoints.newest() is None
     assert "training starts again" in notes[-1]
+    for n in (30, 60, 90):
+        checkpoints.save(n, values(n))
+    checkpoints.settle()
+    assert checkpoints.newest()[0] == 90, (
+        "those of a training that starts again are not taken for older than the damaged"
+    )
+    assert checkpoints.load(60)["n"] == 60
+
+
+def test_what_a_kill_left_half_written_goes(tmp_path):
+    for n in (100, 300):
+        (tmp_path / f".{name_of(n)}.abc.partial").mkdir()
+        (tmp_path / f".{name_of(n)}.abc.partial" / "state.safetensors").write_bytes(b"half")
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(200, values(200))
+    checkpoints.settle()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f".{name_of(300)}.abc.partial", name_of(200)]
+
+
+def test_one_is_written_though_older_ones_can_not_be_removed(tmp_path, monkeypatch):
+    def refused(uri):
+        raise UserError(f"{uri}: it could not be deleted")
+
+    monkeypatch.setattr(storage, "delete", refused)
+    notes = []
+    checkpoints = Checkpoints(str(tmp_path), notes.append)
+    for n in (100, 200, 300):
+        checkpoints.save(n, values(n))
+        assert checkpoints.settle()
+    assert len(notes) == 1
+    assert f"checkpoints before {name_of(300)} could not be removed" in notes[0]
 
 
 def test_a_store_that_is_away_is_told_and_training_goes_on(uri, monkeypatch):

@@ -22,6 +22,7 @@ from workflows.runtime.uri import is_remote, join
 KEEP = 2
 """The newest, and the one before it, should the newest be damaged. The best weights by measured distance are in each of them."""
 NAME = re.compile(r"checkpoint-(\d{12})")
+PARTIAL = re.compile(r"(\.checkpoint-(\d{12})\.[^/]*)/")
 
 
 def name_of(n_images: int) -> str:
@@ -50,6 +51,7 @@ class Checkpoints:
         self.uri, self.note, self.written = uri, note, written
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._damaged = set[int]()
 
     def save(self, n_images: int, values: dict[str, Any], since: float | None = None) -> None:
         """Takes a copy of the values and goes on; waits first for the checkpoint before, should it still be on its way. `since`,
@@ -84,19 +86,27 @@ class Checkpoints:
         else:
             snapshot.write(there)
         self.written(n_images, stalled, time.monotonic() - since)
-        self._prune()
+        try:
+            self._prune()
+        except UserError as error:
+            self.note(f"checkpoints before {name_of(n_images)} could not be removed: {error}")
 
     def _prune(self) -> None:
-        """Removes all but the newest KEEP, and what was left half written before them."""
+        """Removes all but the newest KEEP, those that are known to be damaged not counted, and what was left half written before
+        them.
+        """
         from mmdistill_core.engine.checkpoint import MANIFEST
 
         names = list(storage.listing(self.uri))
-        kept = complete(names)[:KEEP]
+        kept = [n for n in complete(names) if n not in self._damaged][:KEEP]
         there = {int(match[1]) for name in names if (match := NAME.match(name))}
         for n_images in sorted(n for n in there if n not in kept and n < kept[0]):
             old = join(self.uri, name_of(n_images))
             storage.delete(join(old, MANIFEST))
             storage.delete(old)
+        for left, images in {match.groups() for name in names if (match := PARTIAL.match(name))}:
+            if int(images) < kept[0]:
+                storage.delete(join(self.uri, left))
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """(images, values) of the newest one that is not damaged."""
@@ -108,6 +118,7 @@ class Checkpoints:
                 return n_images, self.load(n_images)
             except (DamagedCheckpoint, FileNotFoundError) as error:
                 self.note(f"{name_of(n_images)} is damaged ({error}); trying the one before it")
+                self._damaged.add(n_images)
         if found:
             self.note("no undamaged checkpoint is left: training starts again")
         return None
