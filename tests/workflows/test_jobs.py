@@ -17,8 +17,9 @@ from small import ROOT
 from stores import KEYS, PLANTED, bucket
 
 from workflows.runtime.errors import UserError
-from workflows.runtime.jobs import Head
-from workflows.stages.submit import environment
+from workflows.runtime.jobs import NAME, Head
+from workflows.runtime.progress import Screen
+from workflows.stages.submit import COMMAND, Submission, environment, submit
 
 pytestmark = pytest.mark.ray
 SHORT = ("run", "--smoke", "-s", "distill.k=[1]")
@@ -118,6 +119,23 @@ def test_plain_ray_job_submit_runs_a_checkout(cluster, tmp_path):
         assert not path.is_file() or path.is_symlink() or b"PLANTEDBESIDE" not in path.read_bytes(), path
 
 
+def test_a_name_that_looks_like_another_attempt_is_kept_apart(jobs):
+    screen, slow = Screen(), {"entrypoint": "sleep 300", "folder": None, "env": {}}
+    jobs.submit("exp-2", **slow, metadata={NAME: "exp-2", COMMAND: "of exp-2"})
+    first = Submission("exp", "of exp", "true", {})
+    assert submit(jobs, first, screen) == "exp"
+    end = time.monotonic() + 120
+    while not jobs.job("exp").ended:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    assert submit(jobs, first, screen) == "exp-3", "exp-2 is another's, though it runs"
+    assert [job.id for job in jobs.attempts("exp")] == ["exp", "exp-3"]
+    assert jobs.newest("exp-2").id == "exp-2"
+    with pytest.raises(UserError, match="--id exp-2: under this name another command runs: sleep 300"):
+        submit(jobs, Submission("exp-2", "of exp", "true", {}), screen)
+    assert jobs.stop("exp-2")
+
+
 TICKS = "import time\nfor n in range(14):\n    print('tick', n, flush=True)\n    time.sleep(0.5)"
 
 
@@ -181,10 +199,14 @@ def test_a_log_is_followed_over_a_connection_that_drops(jobs):
         shown.append(text)
         if "tick 3" in text:
             tunnel.cut()
-            threading.Timer(2, tunnel.mend).start()
+
+    def say(text):
+        said.append(text)
+        if text.endswith("trying again"):
+            tunnel.mend()
 
     try:
-        job = Head(tunnel.address).follow("ticks", show, said.append)
+        job = Head(tunnel.address).follow("ticks", show, say)
     finally:
         tunnel.close()
     assert re.findall(r"tick (\d+)", "".join(shown)) == [str(n) for n in range(14)], "each line once, in order"

@@ -371,7 +371,11 @@ def test_attempts_are_counted():
     ("values", "log", "said"),
     [
         ({}, "ModuleNotFoundError: No module named 'torch'", "has no package torch"),
-        ({}, "No module named 'mlflow.tracking'", "has no package mlflow"),
+        (
+            {},
+            "x\nModuleNotFoundError: No module named 'mlflow.tracking'; 'mlflow' is not a package\n",
+            "has no package mlflow",
+        ),
         ({}, "/usr/bin/python: No module named workflows", "has no package workflows"),
         ({"exit_code": 127}, "/bin/sh: 1: python: not found", "has no `python`"),
         ({"exit_code": None, "message": "runtime_env setup failed: x\ny"}, "", "runtime_env setup failed: x"),

@@ -22,6 +22,8 @@ HEARTBEAT = 20.0
 """Seconds between the pings that tell a followed log's dead connection from a silent job."""
 PATIENCE = 300.0
 """Seconds that a head may be away while a log is followed."""
+NAME = "mmdistill"
+"""Where a job's metadata have the name that it was submitted under."""
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 """Where a job's supervisor reads, from the job's own environment, how long a stop may take before it is a kill; by default 3 s."""
 
@@ -167,8 +169,11 @@ class Head:
             return _job(self._client.get_job_info(name))
 
     def attempts(self, name: str) -> list[Job]:
-        """The job of this name and those that were started again under it, NAME-2, NAME-3, ..., in this order."""
-        numbered = [(attempt_of(job.id, name), job) for job in self.jobs()]
+        """The job of this name and those that were started again under it, NAME-2, NAME-3, ..., in this order. Another's name may
+        look like that as well: those started again tell whose they are.
+        """
+        own = [job for job in self.jobs() if job.id == name or job.metadata.get(NAME) == name]
+        numbered = [(attempt_of(job.id, name), job) for job in own]
         return [job for n, job in sorted((pair for pair in numbered if pair[0]), key=lambda pair: pair[0])]
 
     def newest(self, name: str) -> Job:

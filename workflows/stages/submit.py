@@ -15,12 +15,12 @@ from rich.markup import escape
 
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.runtime.errors import UserError
-from workflows.runtime.jobs import STOP_WAIT, Head, Job, attempt_of
+from workflows.runtime.jobs import NAME, STOP_WAIT, Head, Job, attempt_of
 from workflows.runtime.lease import WAITS
 from workflows.runtime.progress import Screen, clock
 from workflows.runtime.s3 import told
 from workflows.runtime.source import PACKAGES, checkout, working_directory
-from workflows.runtime.uri import is_remote, secrets
+from workflows.runtime.uri import is_remote, secrets, shown
 from workflows.runtime.workspace import code_version, git_commit
 
 STAGES = ("run", "prepare", "sweep", "ablate", "bench")
@@ -36,6 +36,8 @@ SHOWN_ONLY = {"as_json", "debug", "tracking_wait"}
 """Parameters that make no other job."""
 SENT = {".yaml", ".yml", ".json", ".csv"}
 LARGEST = 2**20
+COMMAND, CODE = "mmdistill.command", "mmdistill.code"
+"""Of a job's metadata, beside its NAME: what tells its command from another, and the version of its code."""
 TRACKING = "MLFLOW_TRACKING_URI"
 STOP_SECONDS = "120"
 """A stop waits so long for the checkpoint; after it comes the kill."""
@@ -58,6 +60,7 @@ class Submission:
     """What a head is asked to run. `name` is the same for the same command and configuration; `files`: sent beside the source."""
 
     name: str
+    command: str
     entrypoint: str
     env: dict[str, str]
     files: dict[str, Path] = field(default_factory=dict)
@@ -99,7 +102,7 @@ def compose(
             raise ConfigError(f"{stage}: there is a password in an address; {GIVE}")
     of = re.sub(r"[^A-Za-z0-9_.]+", "-", config.recipe) if config else ""
     made = "-".join(part for part in (stage, of, digest([own, config and config.model_dump(mode="json")])) if part)
-    return Submission(_checked_name(name) if name else made, shlex.join(words), environment(env), files)
+    return Submission(_checked_name(name) if name else made, made, shlex.join(words), environment(env), files)
 
 
 def _checked_name(name: str) -> str:
@@ -173,43 +176,53 @@ def submit(head: Head, job: Submission, screen: Screen) -> str:
         )
     if os.environ.get(TRACKING) and TRACKING not in job.env and "--tracking-uri" not in job.entrypoint:
         screen.line(f"[yellow]![/] {TRACKING} is set here, and not passed on: --env {TRACKING} would do it")
-    code = code_version(*PACKAGES)
+    code, taken = code_version(*PACKAGES), 0
     with working_directory(job.files) as folder:
         while True:
             attempts = head.attempts(job.name)
             if attempts and not attempts[-1].ended:
-                return _joined(attempts[-1], code, screen)
-            n = attempt_of(attempts[-1].id, job.name) + 1 if attempts else 1
+                return _joined(job, attempts[-1], code, screen)
+            n = max(taken, attempt_of(attempts[-1].id, job.name) if attempts else 0) + 1
             name = job.name if n == 1 else f"{job.name}-{n}"
-            # False: another submitter was faster, and its job is joined.
             if head.submit(
                 name,
                 entrypoint=job.entrypoint,
                 folder=folder,
                 env=job.env,
-                metadata={"mmdistill": job.name, "mmdistill.code": code if checkout() else ""},
+                metadata={NAME: job.name, COMMAND: job.command, CODE: code if checkout() else ""},
             ):
                 again = f"  [dim]attempt {n}: goes on from what the workspace has[/]" if n > 1 else ""
                 screen.line(f"[green]submitted[/] [bold]{name}[/]{again}")
                 return name
+            taken = n  # by another submitter, who was faster and is joined; or by a job of another name
 
 
-def _joined(job: Job, code: str, screen: Screen) -> str:
+def _joined(wanted: Submission, job: Job, code: str, screen: Screen) -> str:
+    if job.metadata.get(COMMAND, wanted.command) != wanted.command:
+        raise UserError(
+            f"--id {wanted.name}: under this name another command runs: {shown(job.entrypoint)}",
+            hint=f"give another name, or: mmdistill jobs stop {job.id}",
+        )
     screen.line(f"[green]joined[/] [bold]{job.id}[/], which runs already ({job.status.lower()}, {clock(job.seconds)})")
-    if job.metadata.get("mmdistill.code", "") not in ("", code):
+    if job.metadata.get(CODE, "") not in ("", code):
         screen.line(f"[yellow]![/] it runs other code than there is here; to run this: mmdistill jobs stop {job.id}")
     return job.id
 
 
+LACKING = re.compile(
+    r"^(?:\S*python\S*: |ModuleNotFoundError: )No module named '?([A-Za-z0-9_]+)[^\n]*\Z", re.MULTILINE
+)
+"""As the last line of a log."""
+
+
 def explained(job: Job, log: str) -> UserError | None:
     """Why a job has failed, where its head lacks something; None for errors of its own, which stand in its log."""
-    text = log[-20_000:] + "\n" + job.message
     install = (
         "run the pinned image, or install mmdistill there with infra/constraints.txt before `ray start`: docs/jobs.md"
     )
-    if found := re.search(r"No module named '?([A-Za-z0-9_]+)", text):
+    if found := LACKING.search(log.rstrip()) or LACKING.search(job.message.rstrip()):
         return UserError(f"job {job.id}: the head's Python has no package {found[1]}", hint=install)
-    if re.search(r"python: (command )?not found", text):
+    if re.search(r"python: (command )?not found", log[-20_000:] + job.message):
         return UserError(
             f"job {job.id}: the head has no `python`",
             hint="activate its environment in the shell that runs `ray start`",
