@@ -68,6 +68,7 @@ def sweep(
         from workflows.config import load_config
         from workflows.pipeline import RunOptions, run_sweep
         from workflows.runtime.progress import Screen
+        from workflows.runtime.uri import shown
         from workflows.stages.sweep_options import SweepOptions
         from workflows.stages.sweep_space import read_space
 
@@ -81,7 +82,7 @@ def sweep(
         try:
             run_sweep(config, options, Screen(), space=fields, how=how, out=out)
         except KeyboardInterrupt:
-            say(f"to go on: mmdistill {shlex.join(sys.argv[1:])}")
+            say(f"to go on: mmdistill {shown(shlex.join(sys.argv[1:]))}")
             raise
 
 

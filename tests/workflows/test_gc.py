@@ -25,7 +25,7 @@ from workflows.runtime.registry import Registry
 from workflows.runtime.storage import listing, publish
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace
-from workflows.stages.gc import _swept, make_plan, run_gc
+from workflows.stages.gc import make_plan, run_gc
 from workflows.stages.lineage import lineage
 
 pytestmark = pytest.mark.ray
@@ -401,15 +401,3 @@ def test_what_is_not_in_the_workspace_is_not_removed(workspace, tmp_path):
     with pytest.raises(UserError, match="not in the workspace"):
         Workspace(workspace).remove(tmp_path)
     assert tmp_path.exists()
-
-
-@pytest.mark.parametrize(("states", "ended"), [(["TERMINATED", "ERROR"], True), (["TERMINATED", "RUNNING"], False)])
-def test_a_sweep_goes_when_all_its_trials_ended(workspace, states, ended):
-    folder = workspace / "ray" / "sweep-abc"
-    folder.mkdir()
-    assert not _swept(folder)
-    state = {"trial_data": [[json.dumps({"status": status}), "{}"] for status in states]}
-    (folder / "experiment_state-2026-01-01_00-00-00.json").write_text(json.dumps(state))
-    plan = make_plan(Workspace(workspace), None, None)
-    assert ("ray/sweep-abc" in names(plan)) == ended
-    assert any("sweep-abc" in text for text in plan.kept) != ended

@@ -29,7 +29,8 @@ TINY = [*SMALL, "distill.images=2560", "distill.validate_every=640", "distill.lo
 class Swept:
     """A sweep in a workspace, run as often as wanted; `text` is what the last one showed."""
 
-    def __init__(self, workspace, *space, overrides=(), **how):
+    def __init__(self, workspace, *space, overrides=(), at_once=None, **how):
+        self.at_once = at_once
         self.workspace, self.config = workspace, load_config("digits", [*TINY, *overrides])
         self.space, self.how, self.text = read_space(list(space), self.config), SweepOptions(**how), ""
 
@@ -38,7 +39,13 @@ class Swept:
         try:
             how = SweepOptions(**{**vars(self.how), **options})
             screen = Screen(Console(file=shown, width=220, highlight=False))
-            return run_sweep(self.config, RunOptions(workspace=self.workspace), screen, space=self.space, how=how)
+            return run_sweep(
+                self.config,
+                RunOptions(workspace=self.workspace, at_once=self.at_once),
+                screen,
+                space=self.space,
+                how=how,
+            )
         finally:
             self.text = shown.getvalue()
 
@@ -146,6 +153,7 @@ def test_tpe_asha_and_warm_starts(swept):
     sweep = Swept(
         workspace, "k=2,1", "pairing=grid,uniform", "optimiser.lr=loguniform(1e-4,3e-1)", overrides=["gate.recall=0"],
         search="tpe", scheduler="asha", trials=6, warm_start=True,
+        at_once=1,  # so that it is the same each time which trials are behind others
     )  # fmt: skip
     sweep()
     rows, tracker = trials(workspace), tracker_of(workspace)
@@ -182,8 +190,36 @@ def test_a_trial_that_diverges_is_a_row(swept):
     assert tracker_of(workspace).client.get_run(failed["run_id"]).info.status == "FAILED"
 
 
+def test_a_trial_that_an_error_ends_costs_none_of_the_others(swept, monkeypatch):
+    """Its checkpoints can't be written, as a file is in their place. Students of 1 step wait for those of 2, and begin."""
+    from pathlib import Path
+
+    from workflows.stages.sweep_ledger import Ledger
+
+    workspace, trial_of, broken = swept[0].workspace, Ledger.trial_of, []
+
+    def in_the_way(ledger, point, start):
+        trial = trial_of(ledger, point, start)
+        if point["k"] == 2 and point["eta"] == 0.25:
+            broken.append(Path(trial.storage))
+            Path(trial.storage).touch()
+        return trial
+
+    monkeypatch.setattr(Ledger, "trial_of", in_the_way)
+    sweep = Swept(workspace, "k=2,1", "eta=0,0.25", warm_start=True, register=False)
+    with pytest.raises(UserError, match=r"a trial failed: .*trial-k2"):
+        sweep()
+    rows = trials(workspace).values()
+    assert sorted((row["point"]["k"], row["point"]["eta"]) for row in rows) == [(1, 0), (1, 0.25), (2, 0)]
+    assert "Report:" in sweep.text
+    monkeypatch.undo()
+    broken[0].unlink()
+    sweep()
+    assert len(trials(workspace)) == 4
+
+
 def test_a_trial_that_could_never_be_placed_is_told_at_once(swept):
-    with pytest.raises(UserError, match=r"a trial asks for 0\.25 GPUs, the cluster has 0 in all"):
+    with pytest.raises(UserError, match=r"a trial asks for 0\.25 GPUs, no machine has more than 0"):
         Swept(swept[0].workspace, "k=1", gpus=0.25)()
 
 
@@ -235,7 +271,7 @@ class Sweep(Command):
         return sorted(p.parent.name for p in (self.workspace / "stages").glob("trial-*/result.json"))
 
     def halfway(self):
-        return list((self.workspace / "ray").glob("trial-*/checkpoint_*/manifest.json"))
+        return list((self.workspace / "ray").glob("trial-*/checkpoint-*/manifest.json"))
 
 
 def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
@@ -253,13 +289,13 @@ def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
     assert "of 6 trials are kept" in shown
     assert "to go on: mmdistill sweep --workspace" in shown
     assert "Traceback" not in shown
-    wait_until_gone(b"ImplicitFunc")
+    wait_until_gone(command.pid, b"ImplicitFunc")
 
     first = {name: (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns for name in command.ended()}
     assert 1 <= len(first) < 6
     code, _ = command.disturb(lambda: len(command.ended()) > len(first) and command.halfway(), lambda p: p.kill())
     assert code == -signal.SIGKILL
-    wait_until_gone(b"ImplicitFunc")
+    wait_until_gone(command.pid, b"ImplicitFunc")
     assert len(command.ended()) < 6
 
     shown = command.finish()

@@ -6,18 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from stores import bucket, use
 
 from mmdistill_core.artifact import build_denoiser
 from mmdistill_core.networks.dit import DiTConfig
 from workflows.config import load_config
-from workflows.runtime.storage import listing
 from workflows.stages.sweep_asha import Asha
 from workflows.stages.sweep_search import Listed, Search, Tpe
 from workflows.stages.sweep_shelf import Shelf
 from workflows.stages.sweep_space import Domain, read_space
 from workflows.stages.sweep_table import front, summarise, varied
-from workflows.stages.sweep_trial import keep, kept, newest
 
 FINISHED = "FINISHED"
 
@@ -25,7 +22,7 @@ FINISHED = "FINISHED"
 # Searches
 
 
-def search_of(sources, *, known=(), may_begin=lambda k: True):
+def search_of(sources, *, known=(), may_begin=lambda k: True, broken=lambda name: None):
     """A Search, and the points that it offered; those known have the distance 1."""
     offered = []
 
@@ -33,7 +30,7 @@ def search_of(sources, *, known=(), may_begin=lambda k: True):
         offered.append(point)
         return 1.0 if point["p"] in known else {"k": point["k"], "name": f"{point['p']}"}
 
-    return Search(sources, offer=offer, may_begin=may_begin), offered
+    return Search(sources, offer=offer, may_begin=may_begin, broken=broken), offered
 
 
 def points(k, *names):
@@ -178,31 +175,6 @@ def test_a_held_teacher_is_not_read_from_its_folder():
     assert student.data_ptr() != next(teacher.parameters()).data_ptr()
     with pytest.raises(Exception, match="nowhere"):
         build_state(job)
-
-
-# Checkpoints
-
-
-def test_the_newest_undamaged_checkpoint_counts_and_older_ones_go(tmp_path):
-    storage = str(tmp_path / "ray" / "trial")
-    assert newest(storage) is None
-    for n in (100, 2000):
-        keep(storage, n, {"state": torch.full((3,), n), "reported": [{"n_images": float(n)}]})
-    assert kept(storage) == ["checkpoint_000000002000"]
-    assert newest(storage)["reported"] == [{"n_images": 2000.0}]
-    keep(str(tmp_path / "other"), 100, {"state": torch.zeros(3)})
-    (tmp_path / "other" / "checkpoint_000000000100").rename(tmp_path / "ray" / "trial" / "checkpoint_000000000100")
-    (tmp_path / "ray" / "trial" / "checkpoint_000000002000" / "state.safetensors").write_bytes(b"half")
-    assert torch.equal(newest(storage)["state"], torch.zeros(3))
-
-
-def test_checkpoints_in_a_store(moto_server, monkeypatch):
-    use(monkeypatch, moto_server)
-    storage = bucket(moto_server, "trials") + "/w/ray/trial"
-    for n in (100, 2000):
-        keep(storage, n, {"state": torch.full((3,), n)})
-    assert {name.split("/")[0] for name in listing(storage)} == {"checkpoint_000000002000"}
-    assert torch.equal(newest(storage)["state"], torch.full((3,), 2000))
 
 
 # The table

@@ -17,7 +17,7 @@ from workflows.runtime.launch import possible
 from workflows.runtime.s3 import told
 
 QUIET = {
-    # Ray Train takes in one report per interval; its default of 2 s would make short trainings wait for their checkpoints.
+    # Ray Train looks so often whether its workers live, or have ended; by default every 2 s.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Workers are first asked for on a node that is gone and not yet missed; the next try counts the nodes anew.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
@@ -38,6 +38,7 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
+    from ray.exceptions import AuthenticationError, RayError
 
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -55,11 +56,11 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
         options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 512 * 1024**2}
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
-        raise UserError(
-            f"ray: {str(error).splitlines()[0]}",
-            hint="check RAY_ADDRESS, or unset it to use this machine alone",
-        ) from error
+    except (ConnectionError, RuntimeError, TimeoutError, RayError) as error:
+        hint = "check RAY_ADDRESS, or unset it to use this machine alone"
+        if isinstance(error, AuthenticationError):
+            hint = "set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with"
+        raise UserError(f"ray: {str(error).strip().splitlines()[0]}", hint=hint) from error
     try:
         yield room()
     finally:
@@ -74,6 +75,16 @@ def room() -> dict[str, float]:
     # Nothing in open Ray tells its state: on a cluster of `ray up` the answer is None.
     there, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or possible()
     return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
+
+
+def largest_node(resources: dict[str, float]) -> dict[str, float]:
+    """What a single machine has at most, of the room there is: all of it, where machines may yet come that Ray does not know."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in resources}
+    there = ray.cluster_resources()
+    return {name: most[name] if have <= there.get(name, 0.0) else have for name, have in resources.items()}
 
 
 def _check_address(address: str) -> None:

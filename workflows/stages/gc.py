@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,12 +111,7 @@ def _trainings(space: Workspace, stages: list[StageFolder], trainings: dict[str,
     by_name = {stage.path.name: stage for stage in stages}
     for name, path in trainings.items():
         stage = by_name.get(name)
-        if name.startswith("sweep-"):
-            if _swept(path):
-                plan.add(space, path, "Ray Tune's records of a sweep that ended; its figures are in the tracking store")
-            else:
-                plan.kept.append(f"{name}: a sweep that did not end, {_size(size_of(path))}")
-        elif stage is None:
+        if stage is None:
             plan.add(space, path, "checkpoints of a stage that is not there")
         elif stage.result is not None:
             plan.add(space, path, "checkpoints of a training that ended; its model is kept")
@@ -125,14 +119,6 @@ def _trainings(space: Workspace, stages: list[StageFolder], trainings: dict[str,
 
 def _checkpoints(training: Path | None) -> list[Path]:
     return [p for p in sorted(training.glob("checkpoint-*")) if p.is_dir()] if training else []
-
-
-def _swept(folder: Path) -> bool:
-    """Whether all trials of a Ray Tune folder came to their end."""
-    with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
-        state = json.loads(max(folder.glob("experiment_state-*.json"), default=folder).read_text())
-        return all(json.loads(trial[0])["status"] in ("TERMINATED", "ERROR") for trial in state["trial_data"])
-    return False
 
 
 def _referenced(

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def sweep(
     context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions, at_once: int | None
 ) -> Ledger:
-    """Runs the trials that are left, `at_once` together; by default as many as fit. Raises ConfigError for values that can't be
-    together, UserError where a trial can't be run; one that diverges is a row like others.
+    """Runs the trials that are left, `at_once` together; by default as many as fit. One that diverges is a row like others; one
+    that an error ended is none, and `ledger.error` tells of it. Raises ConfigError for values that can't be together.
     """
     from workflows.stages.sweep_search import Search
 
@@ -39,7 +39,7 @@ def sweep(
     at_once = at_once or _fit_at_once(context.resources, options)
     sources, total = sources_of(ledger)
     _introduce(ledger, total, at_once)
-    search = Search(sources, offer=ledger.offer, may_begin=ledger.may_begin)
+    search = Search(sources, offer=ledger.offer, may_begin=ledger.may_begin, broken=ledger.broke)
     with context.screen.bars() as screen, _guarded(ledger, total):
         bar = screen.bar("sweep", total, unit="trials")
 
@@ -169,12 +169,14 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
 
         try:
             run_together([fit], at_once=1, tick=ledger.context.tick, done=lambda _: None)
-        except KeyboardInterrupt:  # Ray must not be shut down below a thread that uses it
+        except BaseException:  # Ray must not be shut down below a thread that uses it
             End.asked = True
             ended.wait(30)
             raise
-    if found[0].errors:
-        raise UserError(f"a trial failed: {root_cause(found[0].errors[0])}") from found[0].errors[0]
+    if errors := found[0].errors:
+        trials = f"{len(errors)} trials" if len(errors) > 1 else "a trial"
+        ledger.error = UserError(f"{trials} failed: {root_cause(errors[0])}", hint="the same command tries again")
+        ledger.context.tick()
 
 
 def _scheduler(ledger: Ledger) -> Any:

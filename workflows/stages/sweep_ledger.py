@@ -15,6 +15,7 @@ from rich.markup import escape
 from workflows.config import ConfigError, digest
 from workflows.context import Context, Done, StageRun, identity_of, open_stage, read_metrics
 from workflows.reference import ABOUT, TENSORS, check_reference
+from workflows.runtime.errors import UserError
 from workflows.runtime.storage import exists
 from workflows.runtime.uri import join
 from workflows.runtime.workspace import RESULT, code_version
@@ -51,9 +52,9 @@ class Open:
 
 
 class Ledger:
-    """`rows` and `done`: the trials that ended, by name; `order`: the names of all, as they were begun. Trials are opened in Tune's
-    thread, and finished in that of the driver. `progress` is called when something has gone on, `found` with the row of a trial
-    that an earlier run had ended.
+    """`rows` and `done`: the trials that ended, by name; `order`: the names of all, as they were begun; `error` of a trial, if one
+    met with any. Trials are opened in Tune's thread, and finished in that of the driver. `progress` is called when something has
+    gone on, `found` with the row of a trial that an earlier run had ended.
     """
 
     def __init__(self, context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions) -> None:
@@ -63,6 +64,7 @@ class Ledger:
         self.running: dict[str, Open] = {}
         self.order: list[str] = []
         self.closed = False
+        self.error: UserError | None = None
         self.progress: Callable[[], None] = lambda: None
         self.found: Callable[[Row], None] = lambda row: None
         self._note = f"pipelines/{context.pipeline}.json"
@@ -166,6 +168,7 @@ class Ledger:
         if self.options.search == "tpe":
             self._note_begun(point)
         if isinstance(opened, Done):
+            self._remove_checkpoints(opened.folder.name)  # who was killed had not come to it
             self._end(opened)
             self.found(opened.result["row"])
             return _distance(opened.result["row"])
@@ -182,7 +185,10 @@ class Ledger:
         opened = self.running.get(name)
         if opened is None:
             return
-        if "done" in row:
+        if "broken" in row:
+            opened.run.abandon(RuntimeError())
+            self._forget(name)
+        elif "done" in row:
             self._finish(opened, row["done"])
         elif "resumed" in row:
             self.context.screen.line(f"  {name}: goes on from {int(row['resumed']):,} images")
@@ -192,10 +198,18 @@ class Ledger:
         self.progress()
 
     def stopped(self, name: str) -> None:
-        """By the scheduler, in Tune's thread: the word goes the way of the trial's own, behind all of these."""
+        """By the scheduler."""
+        self._push(name, {"done": {"outcome": "stopped"}})
+
+    def broke(self, name: str) -> None:
+        """By an error: for another run of the sweep to try again."""
+        self._push(name, {"broken": True})
+
+    def _push(self, name: str, row: Row) -> None:
+        """In Tune's thread: the word goes the way of the trial's own, behind all of these."""
         import ray
 
-        ray.get(self.context.monitor.actor.push.remote(name, {"done": {"outcome": "stopped"}}))
+        ray.get(self.context.monitor.actor.push.remote(name, row))
 
     def _finish(self, opened: Open, told: Row) -> None:
         run, trial, tracker = opened.run, opened.trial, self.context.tracker
@@ -210,13 +224,19 @@ class Ledger:
         tracker.set_tags(run.run_id, {"mmdistill.outcome": row["outcome"]})
         result = {"identity": identity, "summary": described(row, self.space.fields), "row": row}
         done = run.finish(result, ENDED[row["outcome"]])
-        self.context.workspace.remove(self.context.workspace.root / "ray" / run.path.name)
+        self._remove_checkpoints(run.path.name)
         self._end(done)
+
+    def _remove_checkpoints(self, name: str) -> None:
+        self.context.workspace.remove(self.context.workspace.root / "ray" / name)
 
     def _end(self, done: Done) -> None:
         self.rows[done.name], self.done[done.name] = done.result["row"], done
-        self.running.pop(done.name, None)
-        self.context.listeners.pop(done.name, None)
+        self._forget(done.name)
+
+    def _forget(self, name: str) -> None:
+        self.running.pop(name, None)
+        self.context.listeners.pop(name, None)
 
     def abandon(self, error: BaseException) -> None:
         """The trials under way are left as they are, for another run of the sweep to go on with."""

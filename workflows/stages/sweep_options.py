@@ -55,12 +55,12 @@ def check_sweep(space: Space, options: SweepOptions) -> SweepOptions:
 
 
 def check_room(options: SweepOptions, resources: dict[str, float]) -> None:
-    """Raises UserError for a trial that the cluster could never place: Ray would wait for ever."""
+    """Raises UserError for a trial that no machine, of at most these `resources`, could take: Ray would wait for ever."""
     for option, name, need in (("cpus", "CPU", options.cpus), ("gpus", "GPU", options.gpus)):
         if need > (have := resources.get(name, 0)):
             raise UserError(
-                f"--{option}-per-trial: a trial asks for {need:g} {name}s, the cluster has {have:g} in all",
-                hint="ask for fewer, or start a larger cluster and name it in RAY_ADDRESS",
+                f"--{option}-per-trial: a trial asks for {need:g} {name}s, no machine has more than {have:g}",
+                hint="ask for fewer, or start a cluster of larger machines and name it in RAY_ADDRESS",
             )
 
 

@@ -93,6 +93,7 @@ class Search(Searcher):
     """
     offer     point -> the configuration of a new trial; or of one that is there already its distance, None while it has none
     may_begin k -> whether trials of that k may begin
+    broken    is told the name of a trial that an error ended
     """
 
     def __init__(
@@ -101,12 +102,13 @@ class Search(Searcher):
         *,
         offer: Callable[[Point], Config | float | None],
         may_begin: Callable[[int], bool],
+        broken: Callable[[str], None],
     ) -> None:
         super().__init__(metric="score", mode="min")
-        self._sources, self._offer, self._may_begin = sources, offer, may_begin
+        self._sources, self._offer, self._may_begin, self._broken = sources, offer, may_begin, broken
         self._configs = self._all()
         self._first: Config | None = None
-        self._tickets: dict[str, tuple[int, str]] = {}
+        self._tickets: dict[str, tuple[int, str, str]] = {}
 
     def begin(self) -> bool:
         """Whether there is anything to run."""
@@ -132,11 +134,13 @@ class Search(Searcher):
             return None
         if not config:
             return Searcher.FINISHED  # type: ignore[return-value]  # as Ray has it
-        self._tickets[trial_id] = config["k"], config["ticket"]
+        self._tickets[trial_id] = config["k"], config["ticket"], config["name"]
         return config
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        k, ticket = self._tickets.pop(trial_id)
+        k, ticket, name = self._tickets.pop(trial_id)
+        if error:
+            self._broken(name)
         self._sources[k].told(ticket, None if error or not result else result["score"])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:

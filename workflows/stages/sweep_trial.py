@@ -6,16 +6,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from workflows.config import RunConfig
 from workflows.context import Done
-from workflows.runtime.storage import delete, fetch, listing, publish
-from workflows.runtime.uri import is_remote, join
+from workflows.runtime.checkpoints import Checkpoints
+from workflows.runtime.storage import fetch
 from workflows.stages.sweep_shelf import Shelf, tensor
 from workflows.stages.sweep_space import Point, section
 
@@ -137,7 +135,8 @@ def run_trial(trial: Trial, shared: Shared) -> None:
 
     job, device = job_of_trial(shared, trial), "cuda" if shared.use_gpu else "cpu"
     torch.set_num_threads(job.threads)
-    before = newest(job.storage)
+    checkpoints = Checkpoints(job.storage, lambda text: None)
+    before = (checkpoints.newest() or (0, None))[1]
     state, batches, labels = build(shared, job, before, device)
     diary = Diary(trial, job.images, shared.mailbox, before)
     if before:
@@ -147,7 +146,8 @@ def run_trial(trial: Trial, shared: Shared) -> None:
         held = {"state": state.state_dict(), "reported": diary.rows, "seconds": diary.seconds}
         if job.preconditioner and job.preconditioner["kind"] == "collected":
             held["collected"] = state.networks["preconditioner"].state_dict()
-        keep(job.storage, state.n_images, held)
+        checkpoints.save(state.n_images, held)
+        checkpoints.settle()  # before Tune hears more, who may stop the trial then
 
     options = FitOptions(log_every=job.log_every, validate_every=job.validate["every"] if job.validate else 0,
                          checkpoint_every=job.checkpoint_every, seed=job.seed)  # fmt: skip
@@ -168,9 +168,11 @@ def run_trial(trial: Trial, shared: Shared) -> None:
 def build(shared: Shared, job: Any, before: dict[str, Any] | None, device: str) -> tuple[Any, Any, Any]:
     """(state, batches, labels): of the checkpoint, or at the start. Images and teacher are not copied but to a GPU."""
     import ray
+    import torch
 
     from mmdistill_core.engine import InMemoryBatches
     from workflows.runtime.job import build_state
+    from workflows.runtime.parallel import Compute, lay
 
     images, labels, _ = (tensor(array) for array in ray.get(shared.data))
     batches = InMemoryBatches(x=images, label=labels if job.network["num_classes"] else None,
@@ -179,6 +181,7 @@ def build(shared: Shared, job: Any, before: dict[str, Any] | None, device: str) 
     state = build_state(job, batches, collected=before and before.get("collected"), held={"teacher": teacher})
     for network in state.networks.values():
         network.to(device)
+    lay(state, Compute(**job.compute), world=1, device=torch.device(device))
     if before:
         state.load_state_dict(before["state"])
     return state, batches, labels
@@ -205,39 +208,3 @@ def measured(config: RunConfig, job: Any, network: Any, shared: Shared, device: 
         values.append(measure(real, fake, label, options, seed))
     means = {name: statistics.mean(v[name] for v in values) for name in MEASURED if name in values[0]}
     return means | {"frechet_spread": statistics.pstdev(v["frechet"] for v in values)}
-
-
-# Checkpoints: folders checkpoint_<images> below the trial's storage; one counts when its manifest is whole
-
-
-def keep(storage: str, n_images: int, held: dict[str, Any]) -> None:
-    """Writes a checkpoint, and then removes those before it."""
-    from mmdistill_core.engine.checkpoint import MANIFEST, save_checkpoint
-
-    name = f"checkpoint_{n_images:012d}"
-    if is_remote(storage):
-        with tempfile.TemporaryDirectory() as scratch:
-            save_checkpoint(Path(scratch) / name, held)
-            publish(Path(scratch) / name, join(storage, name), last=MANIFEST)
-    else:
-        save_checkpoint(Path(storage) / name, held)
-    for older in kept(storage):
-        if older < name:
-            delete(join(storage, older))
-
-
-def kept(storage: str) -> list[str]:
-    """The names of the checkpoints there, the oldest first."""
-    return sorted({name.split("/")[0] for name in listing(storage) if name.startswith("checkpoint_")})
-
-
-def newest(storage: str) -> dict[str, Any] | None:
-    """The newest undamaged checkpoint's values, or None."""
-    from mmdistill_core.engine.checkpoint import DamagedCheckpoint, load_checkpoint
-
-    for name in reversed(kept(storage)):
-        try:
-            return load_checkpoint(fetch(join(storage, name)))
-        except DamagedCheckpoint:
-            continue
-    return None
