@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from rich.markup import escape
 from workflows.config import RunConfig, digest
 from workflows.runtime import lines
 from workflows.runtime.cluster import Monitor, Workers, task_options
-from workflows.runtime.events import AT, CAUSES, EVENTS, Events
+from workflows.runtime.errors import UserError, training_failed
+from workflows.runtime.events import AT, CAUSES, EVENTS, FATAL, Events
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.stopping import Stopping
@@ -119,7 +120,7 @@ class StageRun:
         self._since = time.monotonic()
         clocked = _read(self.path / CLOCK, {"seconds": 0.0})
         self._spent, self._began = clocked["seconds"], clocked.get("began") or now()
-        self.resumed = began
+        self._waits: float | None = None
         self.run_id = self._run(config)
         rows = read_timed_metrics(self.path)
         self._steps = {step for step, _, _ in rows}
@@ -129,6 +130,7 @@ class StageRun:
         # Begun on another machine, its rows are in the tracking store and not here.
         names = {next(iter(row)) for _, row, _ in rows} | (EVERY_ROW if began else set())
         self._tracked = context.tracker.steps(self.run_id, *sorted(names))
+        self.events.reached(max(self._tracked, default=0), now())
         self._send(rows)
         self.flush()
         if not began:
@@ -157,7 +159,11 @@ class StageRun:
 
     def begin(self) -> None:
         """The work begins now: time in a queue does not count."""
-        self._since = time.monotonic()
+        self._since = self._waits = time.monotonic()
+
+    def waits_for_workers(self) -> float:
+        """Seconds since a training began, or lost workers, without any since."""
+        return time.monotonic() - self._waits if self._waits is not None else 0.0
 
     @property
     def seconds(self) -> float:
@@ -183,7 +189,9 @@ class StageRun:
         """Keeps an event of the training, where another machine finds it too if it matters; gives it as it was kept."""
         row = self.events.take(row)
         if row["event"] not in (AT, "checkpoint"):
-            self.folder.keep(EVENTS)
+            self._waits = None if row["event"] == "begun" else time.monotonic()
+            with suppress(UserError):  # the store may be what was lost; the next event takes this one with it
+                self.folder.keep(EVENTS)
         return row
 
     def log_at(self, step: int, metrics: dict[str, float]) -> None:
@@ -303,6 +311,8 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
                 run.context.screen.line(f"  {run.folder.name}: {text}")
             if "cause" in row:
                 bar.update(row["n_images"], "resumed from its checkpoint")
+            if row["event"] == "failed" and FATAL.search(row["why"]):
+                raise training_failed(run.folder.path.name, row["why"])
             return
         nonlocal latest
         n, before, latest = row["n_images"], latest, max(latest, row["time"])

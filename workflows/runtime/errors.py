@@ -9,3 +9,11 @@ class UserError(RuntimeError):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+def training_failed(name: str, why: str) -> UserError:
+    """Of a training, whose checkpoints stay."""
+    return UserError(
+        f"{name}: training failed: {why}",
+        hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
+    )

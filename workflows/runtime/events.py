@@ -12,6 +12,7 @@ stopped     as it was asked to, with a checkpoint
 
 from __future__ import annotations
 
+import re
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,10 @@ CAUSES = {
     "driver": "the run was killed",
     "resized": "the number of workers changed",
 }
+
+
+FATAL = re.compile(r"No space left on device|was not finite for")
+"""Errors of a worker that no other try mends."""
 
 
 def event(name: str, **more: Any) -> dict[str, Any]:

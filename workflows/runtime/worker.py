@@ -15,7 +15,7 @@ from typing import Any
 
 from workflows.runtime.checkpoints import Checkpoints
 from workflows.runtime.cluster import Workers
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, training_failed
 from workflows.runtime.events import AT, event
 from workflows.runtime.job import Job, build_state, export, validator
 from workflows.runtime.s3 import arrow_filesystem
@@ -334,10 +334,7 @@ def train(
         except ray.train.TrainingFailedError as error:
             if checkpoints.images() > before:
                 continue  # nodes come and go: as long as it gets anywhere, it goes on
-            raise UserError(
-                f"{job.name}: training failed: {root_cause(error)}",
-                hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
-            ) from error
+            raise training_failed(job.name, root_cause(error)) from error
 
 
 def root_cause(error: BaseException) -> str:

@@ -19,6 +19,8 @@ from workflows.sources import source_of
 
 FITTED = "fitted"
 """Folder beside an exact teacher: the network from which its students start."""
+WITHOUT_WORKERS = 30.0
+"""Seconds without workers after which a training says that it waits, and a stop waits for it no longer."""
 STEPS = 256
 """With which a teacher is sampled where nothing else is said."""
 TRAINING_CODE = (
@@ -31,6 +33,7 @@ TRAINING_CODE = (
     "mmdistill_core/methods/parts.py",
     "workflows/runtime/job.py",
     "workflows/runtime/worker.py",
+    "workflows/runtime/parallel.py",
     "workflows/runtime/data.py",
     "workflows/runtime/shards.py",
 )
@@ -148,7 +151,7 @@ def run_trainings(
     Asked to stop, they write a checkpoint each, and Stopped is raised.
     """
 
-    unfinished, told = set[int](), False
+    unfinished, going, said, told = set[int](), set[int](), set[str](), False
 
     def start(i: int) -> Callable[[], None]:
         job, run = trainings[i]
@@ -162,9 +165,11 @@ def run_trainings(
                 unfinished.add(i)
                 return
             run.begin()
+            going.add(i)
             mailbox, use_gpu = context.monitor.actor, context.placement.use_gpu
             if train(job, mailbox=mailbox, workers=workers, use_gpu=use_gpu) < job.images:
                 unfinished.add(i)
+            going.discard(i)
 
         return work
 
@@ -175,6 +180,8 @@ def run_trainings(
             context.screen.line("stopping: each training writes a checkpoint first; once more to stop at once")
             context.monitor.stop()
         context.tick()
+        if _all_wait(context, [trainings[i][1] for i in list(going)], workers, said):
+            context.stopping.end()  # nobody is there to hear of it; the newest checkpoint is what a stop would leave
 
     for job, run in trainings:
         bar = context.screen.bar(run.folder.name, job.images, unit="images")
@@ -191,6 +198,19 @@ def run_trainings(
     finally:
         for job, _ in trainings:
             context.listeners.pop(job.name, None)
+
+
+def _all_wait(context: Context, runs: list[StageRun], workers: Workers, said: set[str]) -> bool:
+    """Whether all these trainings have long been without workers; says so of each, once: `said`."""
+    waiting = [run for run in runs if run.waits_for_workers() > WITHOUT_WORKERS]
+    for name in {run.folder.name for run in waiting} - said:
+        context.screen.line(
+            f"[yellow]![/] {name}: its workers ({workers}) have not begun for {WITHOUT_WORKERS:.0f} s; it waits, as where the "
+            "cluster has no room for them"
+        )
+    said.clear()
+    said |= {run.folder.name for run in waiting}
+    return bool(runs) and waiting == runs
 
 
 def training_result(run: StageRun, summary: str) -> dict[str, Any]:
