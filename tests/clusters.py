@@ -12,8 +12,11 @@ QUICK = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "15",
 }
-"""So that a node that is gone is missed within seconds; Ray's own numbers make it half a minute and more."""
+"""So that a node that is gone is missed within seconds, where Ray's own numbers make it half a minute and more; and one that is
+told to go does.
+"""
 
 
 class LocalCluster:

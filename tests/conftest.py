@@ -23,6 +23,19 @@ def _own_tracking_store(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_left_running():
+    """A test that failed half way must not take the machine from those after it."""
+    from disturbed import STARTED
+
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     import torch
 

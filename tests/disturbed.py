@@ -37,6 +37,7 @@ def outcome(workspace):
 def newest_checkpoint(workspace):
     """Its images."""
     names = sorted(path.name for path in (workspace / "ray").glob("teacher-*/checkpoint-*"))
+    assert names, "there is no checkpoint yet"
     return int(names[-1].removeprefix("checkpoint-"))
 
 
@@ -105,30 +106,39 @@ def assert_each_step_once(workspace, tracking_uri=None, images=IMAGES):
 TRAIN = (b"RayTrainWorker", b"TrainController")
 
 
-def processes_of(*kinds):
-    """Ids of the processes of Ray's actors of these kinds, on this machine."""
+def processes_of(owner, *kinds):
+    """Ids of the processes of Ray's actors of these kinds, in the session of Ray that the process `owner` began: other tests may
+    run beside this one.
+    """
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
                 title = (folder / "cmdline").read_bytes().split(b"\0")[0]
+                log = os.readlink(folder / "fd" / "1")
             except OSError:
                 continue
-            if any(kind in title for kind in kinds):
+            if any(kind in title for kind in kinds) and f"_{owner}/logs/" in log:
                 found.append(int(folder.name))
     return found
 
 
-def wait_until_gone(*kinds):
+def wait_until_gone(owner, *kinds):
     """A killed driver's workers go on for a moment, and may still write a checkpoint."""
     end = time.monotonic() + 90
-    while processes_of(*kinds):
+    while processes_of(owner, *kinds):
         assert time.monotonic() < end, "workers outlived their driver"
         time.sleep(0.2)
 
 
+STARTED: list[subprocess.Popen] = []
+"""By a test: what it leaves, as it failed, is killed (conftest.py)."""
+
+
 class Command:
-    """`mmdistill` with these words and settings, in a process of its own."""
+    """`mmdistill` with these words and settings, in a process of its own; `pid` of the last one."""
+
+    pid = 0
 
     def __init__(self, *words, settings=(), **environment):
         self.words = [sys.executable, "-m", "workflows", *words, *(w for text in settings for w in ("--set", text))]
@@ -140,7 +150,10 @@ class Command:
         # Tests that run in the background have Ctrl-C ignored, and would pass that on.
         heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
+        process = subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
+        STARTED.append(process)
+        self.pid = process.pid
+        return process
 
     def disturb(self, when, how, timeout=600):
         """`how(process)` as soon as `when()`: (exit code, what it said)."""

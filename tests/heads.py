@@ -27,7 +27,7 @@ class RayHead:
         self.folder, self.address = Path(folder), f"http://127.0.0.1:{port}"
         self.environment = environment | {"RAY_API_SERVER_ADDRESS": self.address}
 
-    def call(self, *words: str, timeout: float = 300, **more: str) -> subprocess.CompletedProcess[str]:
+    def call(self, *words: str, timeout: float = 600, **more: str) -> subprocess.CompletedProcess[str]:
         """`mmdistill WORDS` as from another machine."""
         return subprocess.run(
             [sys.executable, "-m", "workflows", *words], env=self.environment | more, capture_output=True, text=True,
@@ -116,6 +116,6 @@ def _below(pid: int) -> list[int]:
             for task in Path(f"/proc/{pid}/task").iterdir()
             for child in (task / "children").read_text().split()
         ]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return []
     return own + [below for child in own for below in _below(child)]

