@@ -80,7 +80,7 @@ resource "aws_s3_bucket_policy" "this" {
 resource "aws_ecr_repository" "this" {
   for_each             = toset([var.name, "${var.name}-mlflow"])
   name                 = each.key
-  image_tag_mutability = "IMMUTABLE"
+  image_tag_mutability = "MUTABLE" # a tag is a version, which is built again while it is worked on
   force_delete         = var.throw_away
   image_scanning_configuration {
     scan_on_push = true
