@@ -3,6 +3,7 @@ Each time the run ends with the very weights and metrics of an undisturbed one.
 """
 
 import os
+import re
 import signal
 import threading
 
@@ -69,6 +70,17 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
     assert len(seen) == 4
     assert "goes on from" in runner.text
     assert_same(runner.workspace, undisturbed)
+
+
+def test_losses_that_are_no_numbers_end_the_run(tmp_path):
+    """At once: another try would come to the same."""
+    process = Training(tmp_path, settings=["teacher.optimiser.lr=1e30"]).start()
+    _, shown = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert re.search(r"error: teacher-\w+: training failed: .* was not finite for 20 steps in a row", shown)
+    assert "the last checkpoint is kept" in shown
+    assert shown.count("a worker failed") == 1
+    assert "Traceback" not in shown
 
 
 @pytest.mark.slow

@@ -232,14 +232,18 @@ def run_together(
     for i in range(len(jobs)):
         threading.Thread(target=work, args=(i,), daemon=True).start()
     left = len(jobs)
-    while left:
-        tick()
-        try:
-            i, error = ended.get(timeout=interval)
-        except queue.Empty:
-            continue
-        tick()
-        if error is not None:
-            raise error
-        done(i)
-        left -= 1
+    try:
+        while left:
+            tick()
+            try:
+                i, error = ended.get(timeout=interval)
+            except queue.Empty:
+                continue
+            tick()
+            if error is not None:
+                raise error
+            done(i)
+            left -= 1
+    except BaseException:
+        stop.set()  # those that wait for their turn do not begin
+        raise

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -335,6 +337,20 @@ def train(
             if checkpoints.images() > before:
                 continue  # nodes come and go: as long as it gets anywhere, it goes on
             raise training_failed(job.name, root_cause(error)) from error
+
+
+def abort() -> None:
+    """Ends the trainings of this driver where they are: `train` raises in its threads. Ray has no call for it; the controllers run
+    on the driver's own machine.
+    """
+    import ray
+    from ray._private.state import actors
+
+    own = ray.get_runtime_context().get_job_id()
+    for actor in actors().values():
+        if (actor["ActorClassName"], actor["JobID"], actor["State"]) == ("TrainController", own, "ALIVE"):
+            with suppress(ProcessLookupError):
+                os.kill(actor["Pid"], signal.SIGKILL)
 
 
 def root_cause(error: BaseException) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from workflows.context import Context, Done, StageRun, identity_of, run_stage, t
 from workflows.runtime.cluster import Workers, run_together
 from workflows.runtime.events import EVENTS, interruptions
 from workflows.runtime.job import Job
-from workflows.runtime.worker import train
+from workflows.runtime.worker import abort, train
 from workflows.runtime.workspace import code_version
 from workflows.sources import source_of
 
@@ -166,10 +168,12 @@ def run_trainings(
                 return
             run.begin()
             going.add(i)
-            mailbox, use_gpu = context.monitor.actor, context.placement.use_gpu
-            if train(job, mailbox=mailbox, workers=workers, use_gpu=use_gpu) < job.images:
-                unfinished.add(i)
-            going.discard(i)
+            try:
+                mailbox, use_gpu = context.monitor.actor, context.placement.use_gpu
+                if train(job, mailbox=mailbox, workers=workers, use_gpu=use_gpu) < job.images:
+                    unfinished.add(i)
+            finally:
+                going.discard(i)
 
         return work
 
@@ -195,9 +199,21 @@ def run_trainings(
                 done=lambda i: None if i in unfinished else done(i),
             )
         context.stopping.end()
+    except BaseException:
+        _abort(going)
+        raise
     finally:
         for job, _ in trainings:
             context.listeners.pop(job.name, None)
+
+
+def _abort(going: set[int]) -> None:
+    """Ends the trainings that still go on, and waits for their threads: Ray must not be shut down below one that uses it."""
+    end = time.monotonic() + 20
+    while going and time.monotonic() < end:
+        with suppress(Exception):  # it is on the way up of an error
+            abort()  # again, as one may just begin
+        time.sleep(0.2)
 
 
 def _all_wait(context: Context, runs: list[StageRun], workers: Workers, said: set[str]) -> bool:
