@@ -1,14 +1,13 @@
 """A training long enough to be disturbed, what came of it, and the means to disturb it."""
 
-import functools
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from heads import heed_ctrl_c
 from small import ROOT, SMALL
 
 from workflows.context import read_metrics
@@ -147,10 +146,8 @@ class Command:
     def start(self):
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
         environment |= self.environment
-        # Tests that run in the background have Ctrl-C ignored, and would pass that on.
-        heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heeds, **pipes)
+        process = subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heed_ctrl_c, **pipes)
         STARTED.append(process)
         self.pid = process.pid
         return process

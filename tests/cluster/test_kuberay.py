@@ -11,6 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from services import ROOT
 
+from workflows.runtime.launch import ROOM
+from workflows.runtime.lease import WAITS
+
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install 'mmdistill[dev]'")
 FOLDER = ROOT / "cluster/kuberay"
 KUBERNETES = "1.34"
@@ -181,9 +184,10 @@ def test_the_head_knows_what_there_can_be():
         for g in cluster["workerGroupSpecs"]
     }
     most = {g["groupName"]: g["maxReplicas"] for g in cluster["workerGroupSpecs"]}
-    (told,) = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]
+    told = {v["name"]: v["value"] for v in cluster["headGroupSpec"]["template"]["spec"]["containers"][0]["env"]}
     cpus = sum(most[name] * int(limits[name]["cpu"]) for name in most)
-    assert (told["name"], json.loads(told["value"])) == ("MMDISTILL_ROOM", {"CPU": cpus, "GPU": most["gpu"]})
+    assert json.loads(told[ROOM]) == {"CPU": cpus, "GPU": most["gpu"]}
+    assert told[WAITS] == "1"
 
 
 def test_ray_is_the_version_that_the_image_has():

@@ -173,10 +173,16 @@ def test_tpe_asha_and_warm_starts(swept):
     assert started.run_id == first["run_id"]
 
     more = Swept(workspace, "k=2,1", "pairing=grid,uniform", "optimiser.lr=loguniform(1e-4,3e-1)",
-                 overrides=["gate.recall=0"], search="tpe", scheduler="asha", trials=8, warm_start=True)  # fmt: skip
+                 overrides=["gate.recall=0"], search="tpe", scheduler="asha", trials=8, warm_start=True, at_once=1)  # fmt: skip
     more(register=False)
-    assert without_times(rows).items() <= without_times(trials(workspace)).items()
-    assert len(trials(workspace)) == 8
+    after = trials(workspace)
+    assert len(after) == 8
+    best = min((r for r in after.values() if "frechet" in r and r["point"]["k"] == 2), key=lambda r: r["frechet"])
+    # A better one of 2 steps starts those of 1 step anew.
+    kept = {name: row for name, row in rows.items() if row["point"]["k"] == 2 or best["name"] == first["name"]}
+    assert without_times(kept) == {name: row for name, row in without_times(after).items() if name in kept}
+    of_1 = [tracker.client.get_run(row["run_id"]) for row in after.values() if row["point"]["k"] == 1]
+    assert {run.data.params["start"] for run in of_1} == {best["name"]}
 
 
 def test_a_trial_that_diverges_is_a_row(swept):
