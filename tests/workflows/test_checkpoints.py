@@ -80,6 +80,11 @@ def test_one_without_its_manifest_is_not_there_and_a_damaged_one_is_passed_over(
         "those of a training that starts again are not taken for older than the damaged"
     )
     assert checkpoints.load(60)["n"] == 60
+    for n in (100, 300):
+        checkpoints.save(n, values(n))
+        assert checkpoints.settle(), "one that was damaged is written anew"
+    assert checkpoints.newest()[0] == 300
+    assert {name.split("/")[0] for name in storage.listing(uri)} == {name_of(100), name_of(300)}
 
 
 def test_what_a_kill_left_half_written_goes(tmp_path):
@@ -92,9 +97,10 @@ def test_what_a_kill_left_half_written_goes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".{name_of(300)}.abc.partial", name_of(200)]
 
 
-def test_one_is_written_though_older_ones_can_not_be_removed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [UserError("it could not be deleted"), OSError(39, "Directory not empty")])
+def test_one_is_written_though_older_ones_can_not_be_removed(tmp_path, monkeypatch, error):
     def refused(uri):
-        raise UserError(f"{uri}: it could not be deleted")
+        raise error
 
     monkeypatch.setattr(storage, "delete", refused)
     notes = []

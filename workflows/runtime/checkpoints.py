@@ -86,9 +86,10 @@ class Checkpoints:
         else:
             snapshot.write(there)
         self.written(n_images, stalled, time.monotonic() - since)
+        self._damaged.discard(n_images)
         try:
             self._prune()
-        except UserError as error:
+        except (UserError, OSError) as error:
             self.note(f"checkpoints before {name_of(n_images)} could not be removed: {error}")
 
     def _prune(self) -> None:
