@@ -19,7 +19,7 @@ from rich.markup import escape
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
-from workflows.runtime.cluster import Monitor, Workers, largest_node, ray_session, require
+from workflows.runtime.cluster import Monitor, Workers, ray_session, require
 from workflows.runtime.errors import UserError
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Screen
@@ -121,7 +121,7 @@ def run_sweep(
     check_inputs(config)
     apart = (space.described, how.search, how.scheduler, how.warm_start)
     with open_context(config, options, screen, kind=name, apart=apart) as context:
-        check_room(how, largest_node(context.resources))
+        check_room(how, context.resources)
         stages = _stages(context)
         (_, [prepared]), (_, [taught]) = next(stages), next(stages)
         ledger = sweep(context, prepared, taught, space, how, options.at_once)
@@ -130,10 +130,10 @@ def run_sweep(
         if where and out:
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(context.workspace.report(f"{config.recipe}-{name}") / "trials.json", out)
-    show(rows_of(ledger), screen)
-    screen.line(f"Report: [bold]{where}[/]" if where else "No trial has ended yet.")
-    if ledger.error:
-        raise ledger.error
+        show(rows_of(ledger), screen)
+        screen.line(f"Report: [bold]{where}[/]" if where else "No trial has ended yet.")
+        if ledger.error:
+            raise ledger.error
     return summarise(rows_of(ledger))
 
 

@@ -211,21 +211,23 @@ def test_a_trial_that_an_error_ends_costs_none_of_the_others(swept, monkeypatch)
             Path(trial.storage).touch()
         return trial
 
-    monkeypatch.setattr(Ledger, "trial_of", in_the_way)
     sweep = Swept(workspace, "k=2,1", "eta=0,0.25", warm_start=True, register=False)
-    with pytest.raises(UserError, match=r"a trial failed: .*trial-k2"):
-        sweep()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "trial_of", in_the_way)
+        with pytest.raises(UserError, match=r"a trial failed: .*trial-k2"):
+            sweep()
+    newest = tracker_of(workspace).client.search_runs([tracker_of(workspace).experiment])
+    assert next(run for run in newest if "mlflow.parentRunId" not in run.data.tags).info.status == "FAILED"
     rows = trials(workspace).values()
     assert sorted((row["point"]["k"], row["point"]["eta"]) for row in rows) == [(1, 0), (1, 0.25), (2, 0)]
     assert "Report:" in sweep.text
-    monkeypatch.undo()
     broken[0].unlink()
     sweep()
     assert len(trials(workspace)) == 4
 
 
 def test_a_trial_that_could_never_be_placed_is_told_at_once(swept):
-    with pytest.raises(UserError, match=r"a trial asks for 0\.25 GPUs, no machine has more than 0"):
+    with pytest.raises(UserError, match=r"a trial asks for 0\.25 GPUs, the cluster has 0 in all"):
         Swept(swept[0].workspace, "k=1", gpus=0.25)()
 
 

@@ -77,14 +77,15 @@ def room() -> dict[str, float]:
     return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
 
 
-def largest_node(resources: dict[str, float]) -> dict[str, float]:
-    """What a single machine has at most, of the room there is: all of it, where machines may yet come that Ray does not know."""
+def fits_a_machine(needs: dict[str, float], room: dict[str, float]) -> bool:
+    """Whether some machine has all of it together. Of those that may yet come Ray does not tell what each has: one of them may."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in resources}
     there = ray.cluster_resources()
-    return {name: most[name] if have <= there.get(name, 0.0) else have for name, have in resources.items()}
+    if any(have > there.get(name, 0.0) for name, have in room.items() if needs.get(name)):
+        return True
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return any(all(machine.get(name, 0.0) >= need for name, need in needs.items()) for machine in machines)
 
 
 def _check_address(address: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from workflows.config import ConfigError, RunConfig
+from workflows.runtime.cluster import fits_a_machine
 from workflows.runtime.errors import UserError
 from workflows.stages.sweep_space import Space
 
@@ -55,13 +56,19 @@ def check_sweep(space: Space, options: SweepOptions) -> SweepOptions:
 
 
 def check_room(options: SweepOptions, resources: dict[str, float]) -> None:
-    """Raises UserError for a trial that no machine, of at most these `resources`, could take: Ray would wait for ever."""
+    """Raises UserError for a trial that the cluster could never place, on one of its machines: Ray would wait for ever."""
     for option, name, need in (("cpus", "CPU", options.cpus), ("gpus", "GPU", options.gpus)):
         if need > (have := resources.get(name, 0)):
             raise UserError(
-                f"--{option}-per-trial: a trial asks for {need:g} {name}s, no machine has more than {have:g}",
-                hint="ask for fewer, or start a cluster of larger machines and name it in RAY_ADDRESS",
+                f"--{option}-per-trial: a trial asks for {need:g} {name}s, the cluster has {have:g} in all",
+                hint="ask for fewer, or start a larger cluster and name it in RAY_ADDRESS",
             )
+    if not fits_a_machine({"CPU": options.cpus, "GPU": options.gpus}, resources):
+        gpus = f" and {options.gpus:g} GPUs" if options.gpus else ""
+        raise UserError(
+            f"--cpus-per-trial: a trial asks for {options.cpus:g} CPUs{gpus} of one machine, and none has them",
+            hint="ask for fewer, or start a cluster of larger machines and name it in RAY_ADDRESS",
+        )
 
 
 def warmed(config: RunConfig, start: bool) -> RunConfig:

@@ -135,7 +135,7 @@ def run_trial(trial: Trial, shared: Shared) -> None:
 
     job, device = job_of_trial(shared, trial), "cuda" if shared.use_gpu else "cpu"
     torch.set_num_threads(job.threads)
-    checkpoints = Checkpoints(job.storage, lambda text: None)
+    checkpoints = Checkpoints(job.storage, lambda text: shared.mailbox.note.remote(f"{trial.name}: {text}"))
     before = (checkpoints.newest() or (0, None))[1]
     state, batches, labels = build(shared, job, before, device)
     diary = Diary(trial, job.images, shared.mailbox, before)
