@@ -17,7 +17,7 @@ from workflows.config import RunConfig, digest
 from workflows.runtime import lines
 from workflows.runtime.cluster import Monitor, Workers, task_options
 from workflows.runtime.errors import UserError, training_failed
-from workflows.runtime.events import AT, CAUSES, EVENTS, FATAL, Events
+from workflows.runtime.events import AT, CAUSES, DOWN, EVENTS, FAILED, FATAL, Events
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.stopping import Stopping
@@ -104,9 +104,15 @@ class Context:
         rows, notes = self.monitor.drain()
         for text in notes:
             self.screen.line(f"[yellow]![/] {escape(text)}")
+        errors = []
         for topic, row in rows:
-            if topic in self.listeners:
-                self.listeners[topic](row)
+            try:
+                if topic in self.listeners:
+                    self.listeners[topic](row)
+            except UserError as error:  # of one training; what others sent is taken in first
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 class StageRun:
@@ -185,11 +191,18 @@ class StageRun:
         if time.monotonic() - self._flushed > 3:
             self.flush()
 
-    def happened(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keeps an event of the training, where another machine finds it too if it matters; gives it as it was kept."""
+    def happened(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """Keeps an event of the training, where another machine finds it too if it matters; gives it as it was kept, None if it is
+        none or tells of nothing new.
+        """
+        if row["event"] in (DOWN, *FAILED):
+            self._waits = self._waits or time.monotonic()
+        elif row["event"] == "begun":
+            self._waits = None
+        if row["event"] == DOWN or self.events.repeated(row):
+            return None
         row = self.events.take(row)
         if row["event"] not in (AT, "checkpoint"):
-            self._waits = None if row["event"] == "begun" else time.monotonic()
             with suppress(UserError):  # the store may be what was lost; the next event takes this one with it
                 self.folder.keep(EVENTS)
         return row
@@ -306,12 +319,12 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
 
     def listen(row: dict[str, Any]) -> None:
         if "event" in row:
-            row = run.happened(row)
-            if text := _told(row):
+            kept = run.happened(row)
+            if kept and (text := _told(kept)):
                 run.context.screen.line(f"  {run.folder.name}: {text}")
-            if "cause" in row:
-                bar.update(row["n_images"], "resumed from its checkpoint")
-            if row["event"] == "failed" and FATAL.search(row["why"]):
+            if kept and "cause" in kept:
+                bar.update(kept["n_images"], "resumed from its checkpoint")
+            if row["event"] in FAILED and FATAL.search(row["why"]):
                 raise training_failed(run.folder.path.name, row["why"])
             return
         nonlocal latest
@@ -329,7 +342,7 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
 
 def _told(row: dict[str, Any]) -> str:
     """An event in words, if the user is to hear of it."""
-    if row["event"] in ("lost", "failed"):
+    if row["event"] in FAILED:
         return f"{CAUSES[row['event']]}: {escape(row['why'])}"
     if "cause" not in row:
         return ""

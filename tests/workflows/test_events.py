@@ -43,6 +43,16 @@ def test_a_lost_worker(events):
     assert interruptions(kept) == sums
 
 
+def test_what_is_said_again_and_again_is_kept_once(events):
+    lost = row("lost", 20, why="its node died")
+    assert not events.repeated(lost)
+    events.take(lost)
+    assert events.repeated(row("lost", 21, why="its node died"))
+    assert not events.repeated(row("failed", 21, why="another"))
+    events.take(row("begun", 26, n_images=1000, workers=2))
+    assert not events.repeated(row("lost", 30, why="its node died"))
+
+
 def test_a_driver_that_was_killed_and_one_that_was_stopped(events):
     events.take(row(AT, 12, n_images=1200))
     later = Events(events.path)  # what was said and not kept is lost with the driver

@@ -21,6 +21,7 @@ from disturbed import (
     wait_for_event,
 )
 from faults import Faults
+from heads import Shown
 from stores import KEYS, bucket
 
 from workflows.context import read_metrics
@@ -29,6 +30,7 @@ from workflows.runtime.events import interruptions
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 IMAGES = 204_800
 ENDLESS = 100_000_000
+WAITS = r"teacher: its workers \(3\) have not begun for 30 s"
 
 
 @pytest.fixture(scope="module")
@@ -138,23 +140,23 @@ def test_a_node_is_announced_to_go(cluster, tmp_path):
     assert process.returncode == 143, shown
 
 
-def test_without_room_it_says_so_and_can_be_stopped(cluster, tmp_path):
+@pytest.mark.parametrize("announced", [False, True])
+def test_without_room_it_says_so_and_can_be_stopped(cluster, tmp_path, announced):
     """It wants three workers, no more and no fewer, and a node goes."""
     spot = cluster.add(cpus=1)
     try:
         process = command(cluster, tmp_path, "--workers", "3", images=ENDLESS).start()
         wait_for(tmp_path, 20_000, of=ENDLESS)
+        shown = Shown(process)
+        if announced:
+            cluster.nodes[spot].send_signal(signal.SIGTERM)
+            shown.until(WAITS, 300)
     finally:
         cluster.kill(spot)
-    said = ""
-    while "teacher: its workers (3) have not begun for 30 s" not in said:
-        line = process.stderr.readline()
-        assert line, said
-        said += line
+    shown.until(WAITS, 300)
     process.send_signal(signal.SIGTERM)
-    _, shown = process.communicate(timeout=120)
-    assert process.returncode == 143, shown
-    assert "Traceback" not in shown
+    assert shown.wait(120) == 143, shown.err
+    assert "Traceback" not in shown.err
     assert newest_checkpoint(tmp_path) >= 12_800
 
 

@@ -23,6 +23,8 @@ from workflows.runtime import lines
 EVENTS = "events.jsonl"
 AT = "at"
 """Not an event: how far a training is, every half second, so that it is known how far it was when it was lost."""
+DOWN = "down"
+"""Not an event either: there are no workers from now on until it begins again, for whatever reason."""
 CAUSES = {
     "lost": "workers were lost",
     "failed": "a worker failed",
@@ -32,6 +34,7 @@ CAUSES = {
 }
 
 
+FAILED = ("lost", "failed")
 FATAL = re.compile(r"No space left on device|was not finite for")
 """Errors of a worker that no other try mends."""
 
@@ -72,6 +75,11 @@ class Events:
         self.rows.append(row)
         self._follow(row)
         return row
+
+    def repeated(self, row: dict[str, Any]) -> bool:
+        """Whether it says again, of workers that did not begin since, what the last event said: as often as Ray Train looks."""
+        last = self.rows[-1] if self.rows else {}
+        return row["event"] in FAILED and (row["event"], row["why"]) == (last.get("event"), last.get("why"))
 
     def _follow(self, row: dict[str, Any]) -> None:
         if row["event"] == "begun":

@@ -18,7 +18,7 @@ from typing import Any
 from workflows.runtime.checkpoints import Checkpoints
 from workflows.runtime.cluster import Workers
 from workflows.runtime.errors import UserError, training_failed
-from workflows.runtime.events import AT, event
+from workflows.runtime.events import AT, DOWN, event
 from workflows.runtime.job import Job, build_state, export, validator
 from workflows.runtime.s3 import arrow_filesystem
 from workflows.runtime.uri import is_remote, join
@@ -299,6 +299,13 @@ def train(
     import ray.train
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class Down(WorkerGroupCallback):
+        """Tells that there are no workers now: a group that ends as its node is to go meets with no exception."""
+
+        def before_worker_group_shutdown(self, worker_group: Any) -> None:
+            mailbox.push.remote(job.name, event(DOWN))
 
     class Losses(ray.train.UserCallback):
         """Tells of workers that went away as soon as Ray Train knows: of them, or of what the others met with."""
@@ -325,7 +332,7 @@ def train(
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=FAILURES),
-            callbacks=[Losses()],  # type: ignore[list-item]
+            callbacks=[Losses(), Down()],  # type: ignore[list-item]
         ),
     )
     while True:

@@ -1,0 +1,76 @@
+"""Trainings at once: what becomes of the others when an error ends the run."""
+
+import threading
+import time
+
+import pytest
+
+from workflows.runtime.cluster import fits_a_machine, run_together
+from workflows.runtime.errors import UserError
+
+
+def test_those_that_wait_for_their_turn_do_not_begin_after_an_error():
+    begun, release = [], threading.Event()
+
+    def job(i):
+        begun.append(i)
+        release.wait(30)
+
+    def tick():
+        if begun:
+            raise UserError("the workspace was taken over")
+
+    with pytest.raises(UserError, match="taken over"):
+        run_together([lambda i=i: job(i) for i in range(2)], at_once=1, tick=tick, done=lambda i: None)
+    release.set()
+    time.sleep(0.5)
+    assert len(begun) == 1
+
+
+@pytest.mark.ray
+def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
+    """Ray must not be shut down below them; and on a cluster that goes on they would hold their workers."""
+    from ray._private.state import actors
+
+    from workflows.stages import teacher
+
+    def listener(run, bar):
+        def listen(row):
+            if run.folder.name == "distill-k1" and "n_images" in row and "event" not in row:
+                raise UserError("an error of one")
+
+        return listen if run.folder.name.startswith("distill") else listens(run, bar)
+
+    def controllers():
+        return [a for a in actors().values() if a["ActorClassName"] == "TrainController" and a["State"] == "ALIVE"]
+
+    runner(until="teacher")
+    before, listens = threading.active_count(), teacher.training_listener
+    monkeypatch.setattr(teacher, "training_listener", listener)
+    with pytest.raises(UserError, match="an error of one"):
+        runner("distill.images=6400000", until="distill")
+    assert not controllers()
+    assert threading.active_count() <= before + 1
+
+
+class Cluster:
+    """Of machines with these resources, as Ray tells of them."""
+
+    def __init__(self, monkeypatch, *machines):
+        import ray
+
+        total = {name: sum(machine.get(name, 0.0) for machine in machines) for name in ("CPU", "GPU")}
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": machine} for machine in machines])
+        monkeypatch.setattr(ray, "cluster_resources", lambda: total)
+        self.total = total
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "fits"), [(64, 0, True), (65, 0, False), (8, 1, True), (16, 1, False), (1, 2, False)]
+)
+def test_a_trial_is_of_one_machine(monkeypatch, cpus, gpus, fits):
+    cluster = Cluster(monkeypatch, {"CPU": 64.0}, {"CPU": 8.0, "GPU": 1.0})
+    assert fits_a_machine({"CPU": cpus, "GPU": gpus}, cluster.total) == fits
+    assert fits_a_machine({"CPU": cpus, "GPU": gpus}, {"CPU": 200.0, "GPU": 8.0}), (
+        "a machine that may yet come may have it"
+    )
