@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from heads import heed_ctrl_c
 from small import ROOT, SMALL
 
 from workflows.context import read_metrics
@@ -147,7 +146,7 @@ class Command:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
         environment |= self.environment
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, preexec_fn=heed_ctrl_c, **pipes)
+        process = subprocess.Popen(self.words, cwd=ROOT, text=True, env=environment, **pipes)
         STARTED.append(process)
         self.pid = process.pid
         return process

@@ -39,14 +39,9 @@ class RayHead:
         return Shown(
             subprocess.Popen(
                 [sys.executable, "-m", "workflows", *words], env=self.environment | more, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_ctrl_c,
+                stderr=subprocess.PIPE, text=True, start_new_session=True,
             )
         )  # fmt: skip
-
-
-def heed_ctrl_c() -> None:
-    """Tests that run in the background have Ctrl-C ignored, and would pass that on."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Shown:
