@@ -29,28 +29,53 @@ def test_those_that_wait_for_their_turn_do_not_begin_after_an_error():
 
 @pytest.mark.ray
 def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
-    """Ray must not be shut down below them; and on a cluster that goes on they would hold their workers."""
+    """Ray must not be shut down below them; and on a cluster that goes on they would hold their workers' CPUs, or take them as soon
+    as there is room.
+    """
+    import ray
     from ray._private.state import actors
 
-    from workflows.stages import teacher
+    from workflows.context import Context
 
-    def listener(run, bar):
-        def listen(row):
-            if run.folder.name == "distill-k1" and "n_images" in row and "event" not in row:
-                raise UserError("an error of one")
-
-        return listen if run.folder.name.startswith("distill") else listens(run, bar)
+    def tick(self):
+        ticks(self)
+        if controllers() and time.monotonic() > begun[0] + 10:
+            raise UserError("an error of the run")
+        begun[0] = begun[0] if controllers() else time.monotonic()
 
     def controllers():
         return [a for a in actors().values() if a["ActorClassName"] == "TrainController" and a["State"] == "ALIVE"]
 
     runner(until="teacher")
-    before, listens = threading.active_count(), teacher.training_listener
-    monkeypatch.setattr(teacher, "training_listener", listener)
-    with pytest.raises(UserError, match="an error of one"):
-        runner("distill.images=6400000", until="distill")
-    assert not controllers()
-    assert threading.active_count() <= before + 1
+    before, ticks, begun = threading.active_count(), Context.tick, [time.monotonic()]
+    monkeypatch.setattr(Context, "tick", tick)
+    for room in (True, False):
+        wait_for_cpus(2)
+        taken = None if room else ray.remote(num_cpus=2)(Holder).remote()
+        assert room or ray.get(taken.there.remote())
+        with pytest.raises(UserError, match="an error of the run"):
+            runner("distill.images=6400000", until="distill")
+        assert not controllers()
+        assert threading.active_count() <= before + 1
+        if taken:
+            ray.kill(taken)
+    wait_for_cpus(2)
+
+
+class Holder:
+    """Of CPUs."""
+
+    def there(self):
+        return True
+
+
+def wait_for_cpus(n):
+    import ray
+
+    end = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != n:
+        assert time.monotonic() < end, "workers, or room for them, are still held"
+        time.sleep(0.1)
 
 
 class Cluster:

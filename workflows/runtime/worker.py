@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -346,18 +344,33 @@ def train(
             raise training_failed(job.name, root_cause(error)) from error
 
 
-def abort() -> None:
-    """Ends the trainings of this driver where they are: `train` raises in its threads. Ray has no call for it; the controllers run
-    on the driver's own machine.
+def abort(*, kill: bool = False) -> None:
+    """Ends the trainings of this driver where they are: `train` raises in its threads. Asked to, a controller ends its workers
+    first; `kill` is for one that does not answer, as it waits for room. Ray has no call for either.
     """
     import ray
     from ray._private.state import actors
+    from ray._private.worker import global_worker
 
+    driver: Any = global_worker
     own = ray.get_runtime_context().get_job_id()
-    for actor in actors().values():
+    for name, actor in actors().items():
         if (actor["ActorClassName"], actor["JobID"], actor["State"]) == ("TrainController", own, "ALIVE"):
-            with suppress(ProcessLookupError):
-                os.kill(actor["Pid"], signal.SIGKILL)
+            controller = driver.core_worker.get_actor_handle(ray.ActorID.from_hex(name))
+            ray.kill(controller) if kill else controller.abort.remote()
+
+
+def let_go() -> None:
+    """Gives back what trainings of this driver that were ended may still hold of the cluster: without its dashboard, Ray keeps the
+    placement groups of a dead controller for as long as the driver is there.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    own = ray.get_runtime_context().get_job_id()  # with it end the names of its groups
+    for name, group in placement_group_table().items():
+        if name.endswith(own) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
 
 
 def root_cause(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from workflows.context import Context, Done, StageRun, identity_of, run_stage, t
 from workflows.runtime.cluster import Workers, run_together
 from workflows.runtime.events import EVENTS, interruptions
 from workflows.runtime.job import Job
-from workflows.runtime.worker import abort, train
+from workflows.runtime.worker import abort, let_go, train
 from workflows.runtime.workspace import code_version
 from workflows.sources import source_of
 
@@ -209,11 +209,13 @@ def run_trainings(
 
 def _abort(going: set[int]) -> None:
     """Ends the trainings that still go on, and waits for their threads: Ray must not be shut down below one that uses it."""
-    end = time.monotonic() + 20
-    while going and time.monotonic() < end:
+    begun = time.monotonic()
+    while going and (waited := time.monotonic() - begun) < 20:
         with suppress(Exception):  # it is on the way up of an error
-            abort()  # again, as one may just begin
+            abort(kill=waited > 5)  # again, as one may just begin
         time.sleep(0.2)
+    with suppress(Exception):
+        let_go()
 
 
 def _all_wait(context: Context, runs: list[StageRun], workers: Workers, said: set[str]) -> bool:
