@@ -1,5 +1,7 @@
 """Trainings at once: what becomes of the others when an error ends the run."""
 
+import os
+import signal
 import threading
 import time
 
@@ -37,36 +39,49 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
 
     from workflows.context import Context
 
-    def tick(self):
-        ticks(self)
-        if controllers() and time.monotonic() > begun[0] + 10:
-            raise UserError("an error of the run")
-        begun[0] = begun[0] if controllers() else time.monotonic()
+    class Holder:
+        def there(self):
+            return True
+
+    def an_error(controllers):
+        raise UserError("an error of the run")
+
+    def a_kill(controllers):
+        os.kill(controllers[0]["Pid"], signal.SIGKILL)
+
+    def ticking(disturb):
+        begun = [time.monotonic()]
+
+        def tick(self):
+            ticks(self)
+            if not controllers():
+                begun[0] = time.monotonic()
+            elif time.monotonic() > begun[0] + 6:
+                disturb(controllers())
+
+        return tick
 
     def controllers():
         return [a for a in actors().values() if a["ActorClassName"] == "TrainController" and a["State"] == "ALIVE"]
 
     runner(until="teacher")
-    before, ticks, begun = threading.active_count(), Context.tick, [time.monotonic()]
-    monkeypatch.setattr(Context, "tick", tick)
-    for room in (True, False):
+    before, ticks = threading.active_count(), Context.tick
+    for room, disturb, said in (
+        (True, an_error, "an error of the run"),
+        (True, a_kill, "the process that leads its workers died"),
+        (False, an_error, "an error of the run"),
+    ):
         wait_for_cpus(2)
+        monkeypatch.setattr(Context, "tick", ticking(disturb))
         taken = None if room else ray.remote(num_cpus=2)(Holder).remote()
         assert room or ray.get(taken.there.remote())
-        with pytest.raises(UserError, match="an error of the run"):
+        with pytest.raises(UserError, match=said):
             runner("distill.images=6400000", until="distill")
         assert not controllers()
         assert threading.active_count() <= before + 1
         if taken:
             ray.kill(taken)
     wait_for_cpus(2)
-
-
-class Holder:
-    """Of CPUs."""
-
-    def there(self):
-        return True
 
 
 def wait_for_cpus(n):

@@ -342,6 +342,8 @@ def train(
             if checkpoints.images() > before:
                 continue  # nodes come and go: as long as it gets anywhere, it goes on
             raise training_failed(job.name, root_cause(error)) from error
+        except ray.exceptions.RayActorError as error:
+            raise training_failed(job.name, "the process that leads its workers died") from error
 
 
 def abort(*, kill: bool = False) -> None:
