@@ -17,7 +17,7 @@ from services import clean_environment
 from small import ROOT, SMALL
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
-IMAGES = 307_200
+IMAGES = 204_800
 LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560", "distill.k=[1]"]
 names = itertools.count()
 
@@ -41,10 +41,10 @@ class Machine:
         assert process.returncode == 0, text[-3000:]
         return text
 
-    def run(self, workspace, *overrides, start=False):
+    def run(self, workspace, *overrides, start=False, until="report"):
         sets = [word for override in [*SMALL, *overrides] for word in ("--set", override)]
         how = self.start if start else self
-        return how("run", "--recipe", "digits", "--workspace", workspace, "--workers", "2", *sets)
+        return how("run", "--recipe", "digits", "--workspace", workspace, "--workers", "2", "--until", until, *sets)
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_driver_killed_on_one_machine_is_gone_on_with_on_another(stack, here, 
     from workflows.runtime import storage
 
     undisturbed = Machine(stack, tmp_path / "quiet")
-    undisturbed.run(f"{place}/quiet", *LONG)
+    undisturbed.run(f"{place}/quiet", *LONG, until="distill")
     first = Machine(stack, tmp_path / "first")
     driver = first.run(f"{place}/killed", *LONG, start=True)
     until = time.monotonic() + 600
@@ -151,7 +151,7 @@ def test_a_bad_network_loses_nothing_and_doubles_nothing(stack, here, place, tmp
     )
     train = ["data.extractor=pixels", "teacher.images=19200", "teacher.checkpoint_every=3840", "data.memory_gib=0",
              "distill.k=[1]", "distill.images=1280", "distill.validate_every=1280", "network.patch=4"]  # fmt: skip
-    quiet.run(f"{place}/good", f"data.source=dataset://{place}/set", *train)
+    quiet.run(f"{place}/good", f"data.source=dataset://{place}/set", *train, until="teacher")
     with Faults(stack["AWS_ENDPOINT_URL"], refused=0.10, cut=0.02, lost=0.01, delayed=0.01, delay=10.0) as faults:
         bad = Machine(stack, tmp_path / "bad", AWS_ENDPOINT_URL=faults.url, MMDISTILL_S3_TIMEOUT="5")
         bad("prepare", f"{place}/raw", f"{place}/set-bad", "--size", "16", "--channels", "1", "--shard-mb", "0.1",
