@@ -77,6 +77,28 @@ def room() -> dict[str, float]:
     return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
 
 
+def groups() -> set[str]:
+    """Names of the placement groups of this driver, by which Ray holds CPUs and GPUs for it."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    own = ray.get_runtime_context().get_job_id()  # with it end the names of its groups
+    return {
+        name for name, group in placement_group_table().items() if name.endswith(own) and group["state"] != "REMOVED"
+    }
+
+
+def let_go(names: set[str]) -> None:
+    """Gives back what these placement groups hold: without its dashboard, Ray keeps those of a dead controller for as long as the
+    driver is there.
+    """
+    import ray
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    for name in names:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
+
+
 def fits_a_machine(needs: dict[str, float], room: dict[str, float]) -> bool:
     """Whether some machine has all of it together. Of those that may yet come Ray does not tell what each has: one of them may."""
     import ray

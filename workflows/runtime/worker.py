@@ -362,19 +362,6 @@ def abort(*, kill: bool = False) -> None:
             ray.kill(controller) if kill else controller.abort.remote()
 
 
-def let_go() -> None:
-    """Gives back what trainings of this driver that were ended may still hold of the cluster: without its dashboard, Ray keeps the
-    placement groups of a dead controller for as long as the driver is there.
-    """
-    import ray
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    own = ray.get_runtime_context().get_job_id()  # with it end the names of its groups
-    for name, group in placement_group_table().items():
-        if name.endswith(own) and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex(name)))
-
-
 def root_cause(error: BaseException) -> str:
     """The last line of the innermost cause, without Ray's frames."""
     failures = getattr(error, "worker_failures", None)

@@ -12,10 +12,10 @@ from typing import Any
 
 from workflows.config import RunConfig
 from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
-from workflows.runtime.cluster import Workers, run_together
+from workflows.runtime.cluster import Workers, groups, let_go, run_together
 from workflows.runtime.events import EVENTS, interruptions
 from workflows.runtime.job import Job
-from workflows.runtime.worker import abort, let_go, train
+from workflows.runtime.worker import abort, train
 from workflows.runtime.workspace import code_version
 from workflows.sources import source_of
 
@@ -154,6 +154,7 @@ def run_trainings(
     """
 
     unfinished, going, said, told = set[int](), set[int](), set[str](), False
+    held = groups()
 
     def start(i: int) -> Callable[[], None]:
         job, run = trainings[i]
@@ -200,22 +201,24 @@ def run_trainings(
             )
         context.stopping.end()
     except BaseException:
-        _abort(going)
+        _abort(going, held)
         raise
     finally:
         for job, _ in trainings:
             context.listeners.pop(job.name, None)
 
 
-def _abort(going: set[int]) -> None:
-    """Ends the trainings that still go on, and waits for their threads: Ray must not be shut down below one that uses it."""
+def _abort(going: set[int], held: set[str]) -> None:
+    """Ends the trainings that still go on, and waits for their threads: Ray must not be shut down below one that uses it. Of what
+    the driver holds of the cluster it keeps what it `held` before.
+    """
     begun = time.monotonic()
     while going and (waited := time.monotonic() - begun) < 20:
         with suppress(Exception):  # it is on the way up of an error
             abort(kill=waited > 5)  # again, as one may just begin
         time.sleep(0.2)
     with suppress(Exception):
-        let_go()
+        let_go(groups() - held)
 
 
 def _all_wait(context: Context, runs: list[StageRun], workers: Workers, said: set[str]) -> bool:
