@@ -7,7 +7,9 @@ import pytest
 from workflows.cli import main
 from workflows.config import ConfigError, load_config, recipe_names
 from workflows.runtime.errors import UserError
-from workflows.stages.plan import RESERVE, UPDATES, Counted, Training, count, notes, plan
+from workflows.stages import plan_count
+from workflows.stages.plan import RESERVE, notes, plan
+from workflows.stages.plan_count import UPDATES, Counted, Training, count
 
 SIZES = ["network.width=64", "network.depth=2", "network.heads=4", "distill.ema=true"]
 
@@ -34,6 +36,13 @@ def test_parameters_and_fixed_bytes_are_those_of_the_networks(cifar):
     for name, wanted in sizes.items():
         found = [b / 4 / count for b in figures["memory"][name]["bytes"].values()]
         assert found == pytest.approx(wanted, rel=0.01), name
+
+
+def test_deep_networks_cost_what_two_shallow_ones_tell(monkeypatch):
+    config = load_config("cifar10", [*SIZES, "network.depth=4", "distill.k=[8]"])
+    told = count(config)
+    monkeypatch.setattr(plan_count, "MORE", 4)
+    assert told == count(config)
 
 
 @pytest.mark.parametrize("gpus", [1, 4, 8])

@@ -25,7 +25,7 @@ from workflows.stages.bench_data import bench_data
 from workflows.stages.bench_scaling import bench_scaling
 from workflows.stages.bench_tracking import bench_tracking
 from workflows.stages.memory import bench_memory
-from workflows.stages.plan import pair_flops
+from workflows.stages.plan_count import pair_flops
 
 PARTS = ("engine", "sampler", "ray", "scaling", "tracking", "memory", "data")
 STEPS, K = 10, 8
