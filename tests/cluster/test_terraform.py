@@ -50,7 +50,8 @@ def terraform(tmp_path_factory: pytest.TempPathFactory) -> Terraform:
     shutil.copytree(FOLDER, folder / "code", ignore=shutil.ignore_patterns(".terraform*", "*.tfstate*"))
     one = Terraform(folder / "code")
     done = one("init", "-input=false", *plugins())
-    if "Failed to query available provider packages" in done.stderr:
+    said = " ".join(done.stderr.split())
+    if "Failed to query available provider packages" in said and "no available releases match" not in said:
         pytest.skip(f"terraform finds no provider hashicorp/aws (TF_PLUGIN_DIR names a folder): {done.stderr[-300:]}")
     assert done.returncode == 0, done.stderr
     return one

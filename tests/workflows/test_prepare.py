@@ -8,25 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 from small import ROOT, SMALL, Runner
 from stores import bucket, use
 
-from workflows import extractors
 from workflows.config import ConfigError, load_config
 from workflows.ingest.decode import decode
-from workflows.ingest.spread import evenly
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import is_data_set, read_manifest
 from workflows.runtime.progress import Screen
 from workflows.runtime.shards import decode as decode_shard
-from workflows.runtime.shards import held_out, load_shard, read_all, write_shards
+from workflows.runtime.shards import held_out, load_shard, read_all
 from workflows.runtime.storage import listing, write
 from workflows.runtime.uri import join
 from workflows.stages import ingest
@@ -325,28 +321,6 @@ def test_a_folder_of_classes_is_mixed_over_the_shards(source, prepare, tmp_path)
     for shard in manifest.shards:
         labels = decode_shard(load_shard(tmp_path / "set", shard), manifest, ["label"])["label"]
         assert len(set(labels.tolist())) > 1, shard.file
-
-
-def test_a_classifier_is_fitted_to_rows_of_all_shards(tmp_path, monkeypatch):
-    images, labels = np.random.default_rng(0).random((200, 1, 4, 4), np.float32), np.arange(200) // 20
-    manifest = write_shards(tmp_path, source="x", images=images, labels=labels, num_classes=10, holdout=0.1, rows=20)
-    monkeypatch.setattr(extractors, "CLASSIFIED", 50)
-    some = extractors.some_rows(str(tmp_path), manifest)
-    assert (len(some.labels), set(some.labels.tolist())) == (50, set(range(10)))
-    assert np.array_equal(some.images, read_all(tmp_path).images[evenly(200, 50)])
-    monkeypatch.setattr(extractors, "MEMORY", 30 * manifest.image_bytes)
-    assert len(extractors.some_rows(str(tmp_path), manifest).labels) == 30
-
-
-def test_a_classifier_sees_bytes_as_it_sees_floats_and_knows_when_it_can_not_be_tested():
-    values = np.random.default_rng(0).integers(0, 256, (120, 1, 8, 8), np.uint8)
-    labels, held = np.arange(120) % 3, np.arange(120) < 30
-    fit = partial(extractors.train_classifier, num_classes=3, epochs=1, seed=0, tick=lambda *_: None)
-    bytes_, floats = torch.from_numpy(values), torch.from_numpy(values).float() / 127.5 - 1
-    assert fit(bytes_, labels, held)[0].fingerprint() == fit(floats, labels, held)[0].fingerprint()
-    assert fit(bytes_, labels, held & False)[1] is None
-    with pytest.raises(UserError, match="all are held out"):
-        fit(bytes_, labels, held | True)
 
 
 def test_paths_of_here_mean_the_same_elsewhere(source, prepare, tmp_path, monkeypatch):
