@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,19 +149,14 @@ def open_context(
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())
         screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {shown(workspace.uri)}[/]")
-        uri = tracking_uri_of(workspace, options.tracking_uri)
-        with screen.status("opening the tracking store"):
-            tracker = stack.enter_context(open_tracker(workspace, uri, screen))
-        if tracker.pending:
-            screen.line(f"  tracking: delivering {tracker.pending} entries that an earlier run had queued")
-            settle(tracker, screen, wait)
-        with screen.status("starting the tracking run"):
-            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
-            parent = _parent_run(config, workspace, tracker, kind, pipeline)
-        stack.enter_context(_ended(tracker, parent, screen, options.workspace, wait))
-        with screen.status("starting Ray"):
+        opened = stack.enter_context(_tracked(config, options, screen, workspace, kind, apart))
+        with screen.status("starting Ray and opening the tracking store"):
             resources = stack.enter_context(ray_session())
             monitor = Monitor()
+            queued, tracker, parent, pipeline = opened()
+        if queued:
+            screen.line(f"  tracking: delivering {queued} entries that an earlier run had queued")
+            settle(tracker, screen, wait)
         stopping = stack.enter_context(listening())  # after Ray, which has a handler of its own
         placement = place(config, options, resources)
         fewest = max(placement.teacher_workers.fewest, placement.student_workers.fewest)
@@ -182,6 +178,42 @@ def open_context(
         )
 
 
+Opened = tuple[int, Tracker, str, str]
+"""How much an earlier run had queued, the tracking store, the parent run, and the name by which the workspace knows it."""
+
+
+@contextmanager
+def _tracked(
+    config: RunConfig, options: RunOptions, screen: Screen, workspace: Workspace, kind: str, apart: tuple[Any, ...]
+) -> Iterator[Callable[[], Opened]]:
+    """The tracking store is opened while the block starts Ray, which takes as long; the block calls what it is given to wait for
+    the store. At the block's end the run is marked by how that ended, and waits for the delivery.
+    """
+    with ExitStack() as stack, ThreadPoolExecutor(1, thread_name_prefix="tracking") as thread:
+
+        def begin() -> Opened:
+            uri = tracking_uri_of(workspace, options.tracking_uri)
+            tracker = stack.enter_context(open_tracker(workspace, uri, screen))
+            queued = tracker.pending
+            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
+            return queued, tracker, _parent_run(config, workspace, tracker, kind, pipeline), pipeline
+
+        opening = thread.submit(begin)
+        try:
+            yield opening.result
+        except BaseException as error:
+            if opening.exception() is None:  # waits for it
+                _, tracker, parent, _ = opening.result()
+                _ended_by(error, tracker, parent, screen, options)
+            raise
+        _, tracker, parent, _ = opening.result()
+        try:
+            tracker.end_run(parent)
+            settle(tracker, screen, wait_of(options))
+        finally:
+            say_what_is_queued(tracker, screen, options.workspace)
+
+
 @contextmanager
 def open_tracker(workspace: Workspace, uri: str, screen: Screen) -> Iterator[Tracker]:
     """The tracking store with the workspace's outbox for it; the workspace has to be locked."""
@@ -196,25 +228,13 @@ def open_tracker(workspace: Workspace, uri: str, screen: Screen) -> Iterator[Tra
         tracker.close()
 
 
-@contextmanager
-def _ended(tracker: Tracker, run_id: str, screen: Screen, workspace: str | Path, wait: float) -> Iterator[None]:
-    """Marks the run by how the block ends, and waits until the store has all of it. A store that stays away fails nothing; on the
-    way up of an error it must not hide that one, nor hold it up for long.
-    """
-    try:
-        yield
-    except BaseException as error:
-        with suppress(UserError):
-            tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        with suppress(UserError):
-            settle(tracker, screen, 0 if tracker.away else min(wait, A_WHILE))
-        say_what_is_queued(tracker, screen, workspace)
-        raise
-    try:
-        tracker.end_run(run_id)
-        settle(tracker, screen, wait)
-    finally:
-        say_what_is_queued(tracker, screen, workspace)
+def _ended_by(error: BaseException, tracker: Tracker, run_id: str, screen: Screen, options: RunOptions) -> None:
+    """A store that stays away must not hide the error, nor hold it up for long."""
+    with suppress(UserError):
+        tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    with suppress(UserError):
+        settle(tracker, screen, 0 if tracker.away else min(wait_of(options), A_WHILE))
+    say_what_is_queued(tracker, screen, options.workspace)
 
 
 def wait_of(options: RunOptions) -> float:

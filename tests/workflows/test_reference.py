@@ -291,8 +291,9 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
     from workflows.runtime.cluster import Monitor, Workers
+    from workflows.runtime.crew import train
     from workflows.runtime.shards import write_shards
-    from workflows.runtime.worker import set_up, train
+    from workflows.runtime.worker import set_up
 
     pixels = (images(120, size=8) + 1) / 2
     write_shards(
@@ -338,8 +339,9 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
 @pytest.mark.ray
 def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     """What the loop of a worker is handed: the images not held out, and a validation against their statistics."""
+    from workflows.runtime.crew import train
     from workflows.runtime.shards import read_all, write_shards
-    from workflows.runtime.worker import set_up, train
+    from workflows.runtime.worker import set_up
 
     pixels = (images(120, size=8) + 1) / 2
     write_shards(

@@ -14,6 +14,7 @@ from typing import Any
 
 from workflows.runtime.errors import UserError
 from workflows.runtime.launch import possible
+from workflows.runtime.mailbox import Mailbox
 from workflows.runtime.s3 import told
 
 QUIET = {
@@ -22,6 +23,7 @@ QUIET = {
     # Workers are first asked for on a node that is gone and not yet missed; the next try counts the nodes anew.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own screen; the old one is silent at verbosity 0
@@ -30,6 +32,10 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
+
+
+OWN = "mmdistill"
+"""A resource by which a Ray of our own, on this machine alone, is known."""
 
 
 @contextmanager
@@ -45,15 +51,15 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
     if ray.is_initialized():
         yield room()
         return
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": {name: os.environ[name] for name in QUIET} | told()},
-    }
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address := os.environ.get("RAY_ADDRESS"):
         _check_address(address)
+        options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in QUIET} | told()}
     else:
+        # Its processes have the environment of this one: to be told it again would cost each of them another start of Python.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not taken away from itself
         options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 512 * 1024**2}
+        options["resources"] = {OWN: 1}
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, TimeoutError, RayError) as error:
@@ -64,7 +70,18 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
     try:
         yield room()
     finally:
+        while _before_shutdown:
+            _before_shutdown.pop()()
         ray.shutdown()
+
+
+_before_shutdown: list[Callable[[], None]] = []
+
+
+def before_shutdown(call: Callable[[], None]) -> None:
+    """Is called before Ray is shut down, once."""
+    if call not in _before_shutdown:
+        _before_shutdown.append(call)
 
 
 def room() -> dict[str, float]:
@@ -149,35 +166,11 @@ class Workers:
 
 
 class Monitor:
-    """Where workers put their progress and the driver takes it: an actor of no weight. Rows are metrics, or events."""
+    """The driver's end of a `Mailbox`, an actor of no weight."""
 
     def __init__(self) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        class Mailbox:
-            def __init__(self) -> None:
-                self.rows: list[tuple[str, dict[str, Any]]] = []
-                self.notes: list[str] = []
-                self.asked_to_stop = False
-
-            def push(self, topic: str, row: dict[str, Any]) -> None:
-                self.rows.append((topic, row))
-
-            def note(self, text: str) -> None:
-                self.notes.append(text)
-
-            def stop(self) -> None:
-                self.asked_to_stop = True
-
-            def stopping(self, topic: str, row: dict[str, Any]) -> bool:
-                self.push(topic, row)
-                return self.asked_to_stop
-
-            def drain(self) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-                out = self.rows, self.notes
-                self.rows, self.notes = [], []
-                return out
 
         # Beside the driver: Ray would as soon put it on a machine that goes away, and the run with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

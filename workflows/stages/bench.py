@@ -329,8 +329,8 @@ def batches_of(config: RunConfig) -> Any:
 
 def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
     from workflows.runtime.cluster import Monitor, Workers, ray_session
+    from workflows.runtime.crew import train
     from workflows.runtime.shards import write_shards
-    from workflows.runtime.worker import train
 
     source = source_of(config.data)
     images, labels = loaded(source)
