@@ -331,7 +331,9 @@ def ui(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="engine, sampler, ray, scaling, tracking, memory, data, or all.")] = "all",
+    what: Annotated[
+        str, typer.Argument(help="engine, sampler, start, ray, scaling, tracking, memory, data, or all.")
+    ] = "all",
     recipe: Recipe = "digits",
     repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,

@@ -23,11 +23,12 @@ from workflows.runtime.errors import UserError
 from workflows.sources import Source, source_of
 from workflows.stages.bench_data import bench_data
 from workflows.stages.bench_scaling import bench_scaling
+from workflows.stages.bench_start import bench_start
 from workflows.stages.bench_tracking import bench_tracking
 from workflows.stages.memory import bench_memory
 from workflows.stages.plan_count import pair_flops
 
-PARTS = ("engine", "sampler", "ray", "scaling", "tracking", "memory", "data")
+PARTS = ("engine", "sampler", "start", "ray", "scaling", "tracking", "memory", "data")
 STEPS, K = 10, 8
 """Updates timed together in a round."""
 
@@ -48,6 +49,7 @@ def run_bench(
     measure: dict[str, Callable[..., dict[str, Any]]] = {
         "engine": bench_engine,
         "sampler": bench_sampler,
+        "start": lambda config, repeats: bench_start(config, max(3, repeats // 5)),
         "ray": bench_ray,
         "scaling": lambda config, repeats: bench_scaling(_joint(config), max(3, repeats // 5), workers=numbers),
         "tracking": bench_tracking,
@@ -375,6 +377,16 @@ def _table(figures: dict[str, Any]) -> Table:
         for name, rate in s["samples_per_second"].items():
             table.add_row(f"samples/s at k = {s['k']}, {name}", f"{rate:,.0f}", "")
         table.add_row("  mmdistill / diffusers", f"{s['mmdistill_over_diffusers']:.2f}", "")
+    if b := figures.get("start"):
+        for name, said in (
+            ("to_the_first_update", "from the command to the first update"),
+            ("to_a_further_training", "to that of a further training"),
+            ("to_the_end", "a whole smoke run"),
+            ("cpu_seconds", "  CPU seconds, of all processes"),
+            ("cpu_to_the_first_update", "  of these to the first update"),
+        ):
+            goal = f"{b['targets'][name]:.0f} s" if name in b["targets"] else ""
+            table.add_row(said, f"{b[name]['median']:.1f} s", goal)
     if r := figures.get("ray"):
         table.add_row("under Ray, over the floor", f"{r['ray_over_floor']:.3f}", f"{r['target']:.2f}")
         table.add_row("  lost to data", f"{r['share_of_data']:.2%}", "")
