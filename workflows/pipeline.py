@@ -19,12 +19,13 @@ from rich.markup import escape
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
+from workflows.runtime.addresses import check_environment
 from workflows.runtime.cluster import Monitor, Workers, ray_session, require
 from workflows.runtime.errors import UserError
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Screen
 from workflows.runtime.stopping import listening
-from workflows.runtime.tracking import Tracker
+from workflows.runtime.tracking import Tracker, address_of, origin
 from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import Workspace, git_commit, write_json
 
@@ -144,11 +145,15 @@ def open_context(
     """The workspace locked, the tracking store open with a parent run of this `kind`, and Ray up, for the length of the block.
     `apart`: what beside the configuration makes it another run.
     """
+    check_environment()
     workspace, wait = Workspace(options.workspace), wait_of(options)
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())
-        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {shown(workspace.uri)}[/]")
-        uri = tracking_uri_of(workspace, options.tracking_uri)
+        uri = address_of(options.tracking_uri, workspace.default_tracking_uri)
+        told = f"  tracking {shown(uri)}{origin(uri)}" if origin(uri) else ""
+        screen.line(
+            f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {escape(shown(workspace.uri) + told)}[/]"
+        )
         with screen.status("opening the tracking store"):
             tracker = stack.enter_context(open_tracker(workspace, uri, screen))
         if tracker.pending:
@@ -159,7 +164,7 @@ def open_context(
             parent = _parent_run(config, workspace, tracker, kind, pipeline)
         stack.enter_context(_ended(tracker, parent, screen, options.workspace, wait))
         with screen.status("starting Ray"):
-            resources = stack.enter_context(ray_session())
+            resources = stack.enter_context(ray_session(say=lambda text: screen.line(f"  [dim]{escape(text)}[/]")))
             monitor = Monitor()
         stopping = stack.enter_context(listening())  # after Ray, which has a handler of its own
         placement = place(config, options, resources)
@@ -226,10 +231,6 @@ def wait_of(options: RunOptions) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds") from None
-
-
-def tracking_uri_of(workspace: Workspace, given: str | None) -> str:
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
 
 
 def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from workflows.runtime.checkpoints import Checkpoints
 from workflows.runtime.cluster import Workers
-from workflows.runtime.errors import UserError, training_failed
+from workflows.runtime.errors import UserError, in_a_line, training_failed
 from workflows.runtime.events import AT, DOWN, event
 from workflows.runtime.job import Job, build_state, export, validator
 from workflows.runtime.s3 import arrow_filesystem
@@ -311,7 +311,7 @@ def train(
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             gone = [error for error in worker_exceptions.values() if hasattr(error, "health_check_failure")]
             errors = gone or list(worker_exceptions.values())
-            why = root_cause(errors[0])[:200]
+            why = root_cause(errors[0])
             mailbox.push.remote(job.name, event("lost" if gone or BROKEN.search(why) else "failed", why=why))
 
     filesystem, path = arrow_filesystem(job.storage) if is_remote(job.storage) else (None, job.storage)
@@ -363,10 +363,10 @@ def abort(*, kill: bool = False) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """The last line of the innermost cause, without Ray's frames."""
+    """The last line of the innermost cause, without Ray's frames, and no more of it than a line on the screen."""
     failures = getattr(error, "worker_failures", None)
     inner: BaseException = next(iter(failures.values())) if failures else error
     while getattr(inner, "cause", None) is not None or inner.__cause__ is not None:
         inner = getattr(inner, "cause", None) or inner.__cause__  # type: ignore[assignment]
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return lines[-1] if lines else type(inner).__name__
+    return in_a_line(lines[-1]) if lines else type(inner).__name__
