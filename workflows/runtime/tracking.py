@@ -226,14 +226,20 @@ class Tracker:
                 self._outbox.wait(number, seconds=A_MOMENT, patient=False)
         return self.resolve(own)
 
-    def resume_run(self, run_id: str) -> bool:
-        """Marks the run as running again; False if this store does not know it (or it was deleted)."""
+    def has(self, run_id: str) -> bool:
+        """Whether the store has the run, or will have it; False if it does not know it, or it was deleted. One that is away is
+        taken to have it.
+        """
         if not self.expects(run_id):
             return False
         run_id = self.resolve(run_id)
-        if not run_id.startswith(QUEUED) and not self.away and not self._active(run_id):
+        return run_id.startswith(QUEUED) or self.away or self._active(run_id)
+
+    def resume_run(self, run_id: str) -> bool:
+        """Marks the run as running again; False if this store does not have it."""
+        if not self.has(run_id):
             return False
-        self._put({"kind": "resume", "run": run_id})
+        self._put({"kind": "resume", "run": self.resolve(run_id)})
         return True
 
     def knows(self, run_id: str) -> bool:
