@@ -76,7 +76,7 @@ def checked(config: RunConfig | None = None) -> None:
 @contextmanager
 def errors(debug: bool, continues: bool = False) -> Iterator[None]:
     """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C,
-    143 for SIGTERM.
+    143 for SIGTERM, 129 for SIGHUP.
     """
     from workflows.config import ConfigError
     from workflows.runtime.errors import UserError

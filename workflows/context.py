@@ -18,14 +18,15 @@ from workflows.runtime import lines
 from workflows.runtime.cluster import Monitor, Workers, task_options
 from workflows.runtime.errors import UserError, training_failed
 from workflows.runtime.events import AT, CAUSES, DOWN, EVENTS, FAILED, FATAL, Events
+from workflows.runtime.intact import damage, files_of
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Bar, Screen, clock, short
 from workflows.runtime.stopping import Stopping
 from workflows.runtime.tracking import Tracker, now, own_id
 from workflows.runtime.uri import is_remote, join
-from workflows.runtime.workspace import RUNS, StageFolder, Workspace, git_commit, write_json
+from workflows.runtime.workspace import RESULT, RUNS, StageFolder, Workspace, git_commit, write_json
 
-METRICS, CLOCK = "metrics.jsonl", "clock.json"
+METRICS, FIGURES, CLOCK = "metrics.jsonl", "figures.jsonl", "clock.json"
 EVERY_ROW = {"n_images", "step"}
 """One of these is in every row of a training, and of prepare's classifier."""
 
@@ -211,6 +212,15 @@ class StageRun:
         """For metrics whose step is not a time (a number of sampling steps): logged whatever their order, as of the stage's
         beginning, so that an interrupted stage that measures them anew leaves them there once.
         """
+        lines.append(self.path / FIGURES, {"step": step} | metrics)
+        self._log_at(step, metrics)
+
+    def log_figures(self) -> None:
+        """What `log_at` was given, to a store that lacks it."""
+        for row in lines.read(self.path / FIGURES):
+            self._log_at(int(row.pop("step")), row)
+
+    def _log_at(self, step: int, metrics: dict[str, float]) -> None:
         self.context.tracker.log_metrics(self.run_id, [(step, metrics)], times=[self._began])
 
     def _send(self, rows: list[TimedRow]) -> None:
@@ -229,7 +239,7 @@ class StageRun:
         seconds = self.seconds
         # First: a stage that is done is not looked at again, and who is killed in between does both again.
         self.context.tracker.end_run(self.run_id, status)
-        self.folder.finish(result | {"seconds": seconds})
+        self.folder.finish(result | {"seconds": seconds, "files": files_of(self.path, skip=_recorded)})
         summary = result.get("summary", "")
         self.context.screen.line(
             f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{escape(summary)}[/]"
@@ -252,23 +262,36 @@ class StageRun:
         _quietly(lambda: self.context.tracker.end_run(self.run_id, status))
 
 
-def open_stage(context: Context, name: str, *, depends: dict[str, Any], config: dict[str, Any]) -> Done | StageRun:
+def open_stage(
+    context: Context,
+    name: str,
+    *,
+    depends: dict[str, Any],
+    config: dict[str, Any],
+    lacks: Callable[[dict[str, Any]], str | None] = lambda result: None,
+) -> Done | StageRun:
     """The stage as it was finished before with these dependencies, or a run of it to be done now.
 
-    `depends` makes the key; `config` is what is shown as the run's parameters.
+    `depends` makes the key; `config` is what is shown as the run's parameters. `lacks` says of its result what is no longer there
+    of what it had made outside of its folder: then it is done again. Raises UserError for files of it that are not as they were.
     """
     folder = context.workspace.stage(name, digest(depends))
     context.workspace.refer(context.pipeline, folder)
     if name in context.force or name.rsplit("-", 1)[0] in context.force:
         context.workspace.discard(folder)
     result = folder.result
+    if result is not None and (missing := lacks(result)):
+        context.screen.line(f"[yellow]![/] {name}: {escape(missing)}: it is done again")
+        context.workspace.discard(folder)
+        result = None
     if result is None:
         began = (folder.path / RUNS).exists()
         write_json(folder.path / "depends.json", depends)
         folder.keep("depends.json")
         return StageRun(context, folder, config, began)
+    check_files(folder, result)
     known = _read(folder.path / RUNS, {}).get(context.tracker.uri)
-    if known is not None and context.tracker.expects(known) and not _lost(context, folder, known):
+    if known is not None and context.tracker.has(known) and not _lost(context, folder, known):
         run_id = context.tracker.resolve(known)
     else:
         run_id = _republish(context, folder, config, result)
@@ -283,13 +306,37 @@ def run_stage(
     depends: dict[str, Any],
     config: dict[str, Any],
     body: Callable[[StageRun], Any],
+    lacks: Callable[[dict[str, Any]], str | None] = lambda result: None,
 ) -> Done:
     """`open_stage`, and `body` if it is to be done. `body` returns plain JSON with "identity", the hash of what was made."""
-    opened = open_stage(context, name, depends=depends, config=config)
+    opened = open_stage(context, name, depends=depends, config=config, lacks=lacks)
     if isinstance(opened, Done):
         return opened
     with opened.guarded():
         return opened.finish(body(opened))
+
+
+def _recorded(name: str) -> bool:
+    """Of a stage's files, those that tell of it and may be written when it is done, and its shards, which have hashes of their
+    own in their manifest.
+    """
+    return name in (RESULT, RUNS, CLOCK, METRICS, EVENTS, "depends.json") or name.startswith("data/shards/")
+
+
+def check_files(folder: StageFolder, result: dict[str, Any]) -> None:
+    """Raises UserError for a finished stage whose files are not as it had made them. Stages of before this was recorded have no
+    hashes. A working copy of what is in a store is fetched anew first.
+    """
+    files = result.get("files", {})
+    why = damage(folder.path, files)
+    if why and is_remote(folder.uri):
+        folder.fetch_again()
+        why = damage(folder.path, files)
+    if why:
+        raise UserError(
+            f"{folder.name}: {why}",
+            hint=f"put it back, or make it anew: --force {folder.name}, or remove {folder.uri}",
+        )
 
 
 def _lost(context: Context, folder: StageFolder, run_id: str) -> bool:
@@ -306,6 +353,7 @@ def _lost(context: Context, folder: StageFolder, run_id: str) -> bool:
 def _republish(context: Context, folder: StageFolder, config: dict[str, Any], result: dict[str, Any]) -> str:
     """A stage that this tracking store does not know, or not whole: what it lacks of the metrics is logged to it, and the files."""
     run = StageRun(context, folder, config, began=True)
+    run.log_figures()
     for name in result.get("artifacts", []):
         context.tracker.log_artifact(run.run_id, folder.path / name, None)
     context.tracker.end_run(run.run_id)

@@ -20,12 +20,13 @@ from rich.markup import escape
 from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
+from workflows.runtime.addresses import check_environment
 from workflows.runtime.cluster import Monitor, Workers, ray_session, require
 from workflows.runtime.errors import UserError
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Screen
 from workflows.runtime.stopping import listening
-from workflows.runtime.tracking import Tracker
+from workflows.runtime.tracking import Tracker, address_of, origin
 from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import Workspace, git_commit, write_json
 
@@ -145,13 +146,18 @@ def open_context(
     """The workspace locked, the tracking store open with a parent run of this `kind`, and Ray up, for the length of the block.
     `apart`: what beside the configuration makes it another run.
     """
+    check_environment()
     workspace, wait = Workspace(options.workspace), wait_of(options)
     with ExitStack() as stack:
         stack.enter_context(workspace.lock())
-        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {shown(workspace.uri)}[/]")
-        opened = stack.enter_context(_tracked(config, options, screen, workspace, kind, apart))
+        uri = address_of(options.tracking_uri, workspace.default_tracking_uri)
+        told = f"  tracking {shown(uri)}{origin(uri)}" if origin(uri) else ""
+        screen.line(
+            f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {escape(shown(workspace.uri) + told)}[/]"
+        )
+        opened = stack.enter_context(_tracked(config, options, screen, workspace, uri, kind, apart))
         with screen.status("starting Ray and opening the tracking store"):
-            resources = stack.enter_context(ray_session())
+            resources = stack.enter_context(ray_session(say=lambda text: screen.line(f"  [dim]{escape(text)}[/]")))
             monitor = Monitor()
             queued, tracker, parent, pipeline = opened()
         if queued:
@@ -184,7 +190,13 @@ Opened = tuple[int, Tracker, str, str]
 
 @contextmanager
 def _tracked(
-    config: RunConfig, options: RunOptions, screen: Screen, workspace: Workspace, kind: str, apart: tuple[Any, ...]
+    config: RunConfig,
+    options: RunOptions,
+    screen: Screen,
+    workspace: Workspace,
+    uri: str,
+    kind: str,
+    apart: tuple[Any, ...],
 ) -> Iterator[Callable[[], Opened]]:
     """The tracking store is opened while the block starts Ray, which takes as long; the block calls what it is given to wait for
     the store. At the block's end the run is marked by how that ended, and waits for the delivery.
@@ -192,7 +204,6 @@ def _tracked(
     with ExitStack() as stack, ThreadPoolExecutor(1, thread_name_prefix="tracking") as thread:
 
         def begin() -> Opened:
-            uri = tracking_uri_of(workspace, options.tracking_uri)
             tracker = stack.enter_context(open_tracker(workspace, uri, screen))
             queued = tracker.pending
             pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
@@ -246,10 +257,6 @@ def wait_of(options: RunOptions) -> float:
         return float(text)
     except ValueError:
         raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds") from None
-
-
-def tracking_uri_of(workspace: Workspace, given: str | None) -> str:
-    return given or os.environ.get("MLFLOW_TRACKING_URI") or workspace.default_tracking_uri
 
 
 def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) -> None:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def head(tmp_path):
-    """(address, environment) of a head node of its own, with two CPUs and token authentication, on the loopback."""
+    """(address, environment, process) of a head node of its own, with two CPUs and token authentication, on the loopback."""
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 2)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_TRACKING"))}
@@ -24,7 +24,7 @@ def head(tmp_path):
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # Ray's sockets need a short path
         words = "start --head --block --node-ip-address 127.0.0.1 --port 0 --num-cpus 2 --include-dashboard false"
         process = subprocess.Popen(
-            [f"{os.path.dirname(sys.executable)}/ray", *words.split(), "--temp-dir", folder],
+            [f"{os.path.dirname(sys.executable)}/ray", *words.split(), "--temp-dir", f"{folder}/ray"],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
         shown = ""
@@ -35,14 +35,15 @@ def head(tmp_path):
                 break
         else:
             raise AssertionError(shown)
-        yield found[1], environment
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
+        yield found[1], environment | {"RAY_TMPDIR": folder}, process
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=60)
 
 
 @pytest.mark.slow
 def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
-    address, environment = head
+    address, environment, _ = head
 
     def run(**more):
         words = [
@@ -68,6 +69,26 @@ def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
         [sys.executable, "-c", script], env=environment | {"RAY_ADDRESS": address}, capture_output=True, text=True
     )
     assert still.stdout.split() == ["2.0"], still.stderr
+
+
+@pytest.mark.slow
+def test_a_ray_of_this_machine_is_joined_and_one_that_was_killed_is_not_waited_for(head, tmp_path):
+    address, environment, process = head
+
+    def doctor():
+        words = [sys.executable, "-m", "workflows", "doctor", "--workspace", str(tmp_path / "w")]
+        env = environment | {"COLUMNS": "300"}
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        (line,) = [line for line in done.stdout.splitlines() if "CPUs, " in line]
+        assert "Traceback" not in done.stderr
+        return line
+
+    assert f"joins the one that was started on this machine, at {address}" in doctor()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    line = doctor()
+    assert f"does not answer at {address} (Connection refused): starts its own" in line
+    assert line.startswith("OK")
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path):

@@ -1,6 +1,7 @@
 """Files by path or URI: whole or not at all, verified, tried again; errors in a line; no secret in them."""
 
 import itertools
+import json
 import os
 import threading
 import time
@@ -191,7 +192,8 @@ def test_one_holder_at_a_time(place):
         assert not lease.lost
     with Lease(uri, "workspace").held():
         pass
-    assert storage.read_tagged(uri) is None
+    (body, _) = storage.read_tagged(uri)
+    assert json.loads(body)["until"] == 0, "nobody's"
 
 
 def test_of_many_who_want_it_one_gets_it(place):
@@ -237,6 +239,20 @@ def test_a_holder_notices_that_it_was_taken_over(place):
                 break
         assert lease.lost
     assert storage.read_tagged(uri) is not None, "the other's is left"
+
+
+def test_who_takes_it_at_the_very_end_keeps_it(place, monkeypatch):
+    """Between the holder's last look and its release another may have taken over what had run out."""
+    uri = join(place, ".lock")
+    with Lease(uri, "workspace").held() as lease:
+        theirs = replace(lease, holder="other", _id="other")._body(time.time() + 9)
+
+        def late(at, data, tag, put_if=storage.put_if):
+            storage.write(uri, theirs)
+            return put_if(at, data, tag)
+
+        monkeypatch.setattr("workflows.runtime.lease.put_if", late)
+    assert storage.read_tagged(uri)[0] == theirs
 
 
 def test_a_hold_that_was_not_renewed_in_time_is_lost(place, monkeypatch):

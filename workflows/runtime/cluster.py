@@ -1,21 +1,23 @@
-"""Ray itself: joins the cluster that RAY_ADDRESS names, or starts one on this machine for the length of a run."""
+"""Ray itself: joins the cluster that RAY_ADDRESS names, or starts one on this machine for the length of a run (addresses.py)."""
 
 from __future__ import annotations
 
 import logging
 import os
 import queue
-import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from workflows.runtime.addresses import explained, find_place, ray_folder
 from workflows.runtime.errors import UserError
 from workflows.runtime.launch import possible
 from workflows.runtime.mailbox import Mailbox
 from workflows.runtime.s3 import told
+from workflows.runtime.sessions import end_orphans, noted
+from workflows.runtime.stopping import hangups_kept_from_children
 
 QUIET = {
     # Ray Train looks so often whether its workers live, or have ended; by default every 2 s.
@@ -28,6 +30,7 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own screen; the old one is silent at verbosity 0
     "RAY_DEDUP_LOGS": "1",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # what a raylet has to say at length, in colours, on stdout: events.py tells it in a line
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",  # what a job was submitted with, and ours beside it
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
@@ -39,12 +42,17 @@ OWN = "mmdistill"
 
 
 @contextmanager
-def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
-    """Ray for the length of the block; gives the `room` there is. A cluster that was there before is left running."""
+def ray_session(
+    *, cpus: int | None = None, say: Callable[[str], None] = lambda text: None
+) -> Iterator[dict[str, float]]:
+    """Ray for the length of the block; gives the `room` there is. A cluster that was there before is left running. `cpus`: of one
+    that is started in any case. `say` shows a line where it may be another Ray than the user thinks of.
+
+    Raises ConfigError or UserError where there is none to be had.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
-    from ray.exceptions import AuthenticationError, RayError
 
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -52,27 +60,31 @@ def ray_session(*, cpus: int | None = None) -> Iterator[dict[str, float]]:
         yield room()
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := os.environ.get("RAY_ADDRESS"):
-        _check_address(address)
-        options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in QUIET} | told()}
-    else:
-        # Its processes have the environment of this one: to be told it again would cost each of them another start of Python.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not taken away from itself
-        options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 512 * 1024**2}
-        options["resources"] = {OWN: 1}
-    try:
-        ray.init(**options)
-    except (ConnectionError, RuntimeError, TimeoutError, RayError) as error:
-        hint = "check RAY_ADDRESS, or unset it to use this machine alone"
-        if isinstance(error, AuthenticationError):
-            hint = "set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with"
-        raise UserError(f"ray: {str(error).strip().splitlines()[0]}", hint=hint) from error
-    try:
-        yield room()
-    finally:
-        while _before_shutdown:
-            _before_shutdown.pop()()
-        ray.shutdown()
+    place = find_place(own=cpus is not None)
+    if place.said:
+        say(f"ray: {place.said}")
+    with ExitStack() as stack:
+        if place.own:
+            if ended := end_orphans(ray_folder()):
+                say(f"ray: {ended} processes that a killed run had left were ended")
+            stack.enter_context(noted(ray_folder()))
+            # Its processes have the environment of this one: to be told it again would cost each another start of Python.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not taken from itself
+            options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 512 * 1024**2}
+            options["resources"] = {OWN: 1}
+        else:
+            options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in QUIET} | told()}
+        try:
+            with hangups_kept_from_children():
+                ray.init(place.address, **options)
+        except Exception as error:  # Ray raises bare ones too
+            raise explained(error, place) from error
+        try:
+            yield room()
+        finally:
+            while _before_shutdown:
+                _before_shutdown.pop()()
+            ray.shutdown()
 
 
 _before_shutdown: list[Callable[[], None]] = []
@@ -125,20 +137,6 @@ def fits_a_machine(needs: dict[str, float], room: dict[str, float]) -> bool:
         return True
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(all(machine.get(name, 0.0) >= need for name, need in needs.items()) for machine in machines)
-
-
-def _check_address(address: str) -> None:
-    """Raises UserError where nothing listens: Ray itself would try for minutes. Words such as "auto" are Ray's to resolve."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except OSError as error:
-        raise UserError(
-            f"ray: no cluster answers at {address} ({error.strerror or error})",
-            hint="check RAY_ADDRESS, or unset it to use this machine alone",
-        ) from error
 
 
 @dataclass(frozen=True)

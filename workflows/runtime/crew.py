@@ -190,7 +190,7 @@ class Crew:
 
 def _told(error: Exception) -> dict[str, Any]:
     """An error of a worker as an event."""
-    why = root_cause(error)[:200]
+    why = root_cause(error)
     lost = hasattr(error, "health_check_failure") or BROKEN.search(why)
     return event(LOST if lost else FAILURE, why=why)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from workflows.runtime.errors import in_a_line
 from workflows.runtime.outbox import MOST, Away, Operation, Refused
 
 OWN_ID = "mmdistill.run"
@@ -21,6 +22,8 @@ LATER = {404, 408, 425, 429}
 """Statuses below 500 after which the same request may succeed; a 404 that is not MLflow's own is a proxy's without its server."""
 ABSENT = ("ConnectionError", "Timeout", "RetryError", "ChunkedEncodingError", "TimeoutError")
 """Classes of requests and of Python: no answer, or half of one."""
+AT_LENGTH = 500
+"""Characters of a reason. MLflow's own, such as of a schema that is out of date, end with the command that helps."""
 AMISS = ("InvalidURL", "InvalidSchema", "MissingSchema", "NoCredentialsError")
 DATABASE = re.compile(
     r"^\((psycopg2?|sqlite3|pymysql|MySQLdb)[\w.]*\.(OperationalError|InterfaceError|DatabaseError)\)"
@@ -133,12 +136,11 @@ class Delivery:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what an error came from, cut where it is long."""
+    """The first line of what an error came from; what a store says at length is a page, and not its reason."""
     chain = _chain(error)
     inner = [part for cause in reversed(chain) for part in (cause, *cause.args) if getattr(part, "strerror", None)]
     text = inner[0].strerror if inner else str(chain[-1])
-    reason = (text.splitlines() or [type(chain[-1]).__name__])[0]
-    return reason if len(reason) <= 160 else reason[:157] + "..."
+    return in_a_line((text.splitlines() or [type(chain[-1]).__name__])[0], AT_LENGTH)
 
 
 def meaning(error: BaseException) -> str | None:

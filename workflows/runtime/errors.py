@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+MOST = 300
+"""Characters of another program's reason, in a line of ours."""
+
 
 class UserError(RuntimeError):
     """What went wrong, what was saved, and what to do: for the screen. Exit code 1 (2 for a wrong option)."""
@@ -17,3 +23,15 @@ def training_failed(name: str, why: str) -> UserError:
         f"{name}: training failed: {why}",
         hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
     )
+
+
+def in_a_line(text: str, most: int = MOST) -> str:
+    """A text of another program's as a line without colours: as many whole sentences of it as fit, or, of a first one that is
+    longer, as many words.
+    """
+    line = " ".join(COLOURS.sub("", text).split())
+    if len(line) <= most:
+        return line
+    ends = [found.start() for found in re.finditer(r"(?<=[.!?])\s+(?=[A-Z(])", line)]
+    whole = max((end for end in ends if end <= most), default=0)
+    return line[:whole] if whole else line[: most - 3].rsplit(" ", 1)[0].rstrip(" ,;:(") + "..."

@@ -9,12 +9,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from workflows.runtime.errors import UserError
-from workflows.runtime.storage import delete, put_if, read_tagged
+from workflows.runtime.storage import put_if, read_tagged
 from workflows.runtime.uri import shown
 
 SECONDS = 60.0
@@ -79,7 +79,7 @@ class Lease:
             if tag := self._put(None):
                 return tag
             found = read_tagged(self.uri)
-            if found is None:  # released in between
+            if found is None:  # deleted in between, by hand
                 continue
             about, tag = _about(found[0]), found[1]
             left, holder = about["until"] - time.time(), about["holder"]
@@ -108,12 +108,9 @@ class Lease:
             self._tag = tag
 
     def _release(self) -> None:
-        try:
-            found = read_tagged(self.uri)
-            if found and found[1] == self._tag:
-                delete(self.uri)
-        except (UserError, OSError):
-            return  # it runs out
+        """Leaves it run out, if it is still this one: no store but a few deletes an object on the condition that it is."""
+        with suppress(UserError, OSError):  # then it runs out
+            put_if(self.uri, self._body(0), self._tag)
 
 
 def _about(body: bytes) -> dict[str, Any]:

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from workflows.runtime.errors import UserError
+from workflows.runtime.intact import sha256_of
 from workflows.runtime.tracking import EXPERIMENT, Tracker
 
+WEIGHTS, WEIGHTS_FILE = "weights_sha256", "weights.safetensors"
+"""The tag of a version, and the file of its model that the tag is the hash of."""
 MOVE, EXPORT = "mmdistill.move.", "mmdistill.export."
 MOST_TEXT = 1000
 """Characters of a `why`: a tag of a registered model holds 5,000."""
@@ -111,6 +114,7 @@ class Registry:
             params=ParamSchema([ParamSpec("seed", DataType.long, 0), ParamSpec("guidance", DataType.double, -1.0)]),
         )
         root = Path(__file__).resolve().parents[2]
+        tags = tags | {WEIGHTS: sha256_of(folder / WEIGHTS_FILE)}
         with self.tracker.reachable(), _silent():
             self.tracker.make_current()
             with mlflow.start_run(run_id=run_id, log_system_metrics=False):
@@ -222,7 +226,19 @@ class Registry:
         folders = [p.parent for p in Path(local).rglob("model.json")]
         if not folders:
             raise UserError(f"{model_uri}: is in the registry, but is not a model of mmdistill's")
+        self._check_weights(model_uri, folders[0])
         return folders[0]
+
+    def _check_weights(self, model_uri: str, folder: Path) -> None:
+        """Raises UserError where they are not those that the version was registered with."""
+        if not model_uri.startswith("models:/") or model_uri.count("/") + model_uri.count("@") == 1:
+            return
+        version, weights = self.one(model_uri), folder / WEIGHTS_FILE
+        if WEIGHTS in version.tags and not (weights.exists() and sha256_of(weights) == version.tags[WEIGHTS]):
+            raise UserError(
+                f"{version.title}: its weights in the store are not those that were registered",
+                hint="the stage that made them has them still, where it is kept: delete the version, and run the recipe again",
+            )
 
     # Aliases and their moves
 

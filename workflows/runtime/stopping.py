@@ -1,14 +1,18 @@
-"""SIGTERM and Ctrl-C: the first asks trainings for a checkpoint and ends the run when they have written it, the second ends it."""
+"""SIGTERM, SIGHUP (a terminal that is gone, as of a lost ssh) and Ctrl-C: the first asks trainings for a checkpoint and ends the
+run when they have written it, the second ends it.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,6 +49,8 @@ class Stopping:
             raise Stopped(self.number)
 
     def _heard(self, number: int, frame: Any) -> None:
+        if number == signal.SIGHUP:
+            _let_go_of_a_lost_terminal()
         again, self.number = self.asked, number
         if again or not self._waits:
             raise Stopped(number)
@@ -59,10 +65,35 @@ def listening() -> Iterator[Stopping]:
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as of a command in the background
+        if handler is not signal.SIG_IGN:  # as of a command in the background, or of nohup
             signal.signal(number, stopping._heard)
     try:
         yield stopping
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def hangups_kept_from_children() -> Iterator[None]:
+    """What is started within the block does not hear SIGHUP: a terminal that is lost tells all processes, and a training's workers
+    have a checkpoint to write.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _let_go_of_a_lost_terminal() -> None:
+    """What is written to it would be an error from now on, and end the run before its checkpoint."""
+    for stream in (0, 1, 2):
+        try:
+            lost = stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream)
+        except OSError:
+            continue
+        if lost:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, stream)
+            os.close(nowhere)

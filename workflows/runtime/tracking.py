@@ -34,6 +34,8 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 EXPERIMENT = "mmdistill"
+NAMED = "MLFLOW_TRACKING_URI"
+NOTHING = ("there is no such file, or nothing in it", "the database has no tables of MLflow's")
 A_MOMENT = 5.0
 """Seconds that a new run waits for the store's id, before it goes on with one of its own."""
 
@@ -66,11 +68,14 @@ class Tracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # the error is told, in a line
         self.uri, self._mlflow, self._secrets = shown(uri), mlflow, _secrets(uri)
+        self._named = f"{self.uri}{origin(uri)}"
         self._outbox: Outbox | None = None
         self._runs: dict[str, str] = {}
-        if looks and (path := _file(uri)) is not None and not path.exists():
-            raise UserError(f"tracking: {self.uri}: there is no such file", hint="name the store with --tracking-uri")
-        with self.reachable(), _an_address(self.uri):
+        with self.reachable(), _an_address(self._named):
+            if looks and not made(uri):
+                raise UserError(
+                    f"tracking: {self._named}: {NOTHING[_file(uri) is None]}", hint="name the store with --tracking-uri"
+                )
             self._address = _with_credentials_aside(uri)
             self.make_current()
             self.client = MlflowClient(tracking_uri=self._address, registry_uri=self._address)
@@ -117,7 +122,7 @@ class Tracker:
             reason = str(error) if told else self._hide(brief(error))
             when = "the store is back" if isinstance(error, Away) or meaning(error) == "away" else "that is mended"
             raise UserError(
-                f"tracking: {self.uri} failed: {reason}",
+                f"tracking: {self._named} failed: {reason}",
                 hint=f"finished stages and the last checkpoints are kept in the workspace: when {when}, "
                 "run the same command again (or give another --tracking-uri); it goes on where it was",
             ) from (None if self._secrets else error)
@@ -221,14 +226,20 @@ class Tracker:
                 self._outbox.wait(number, seconds=A_MOMENT, patient=False)
         return self.resolve(own)
 
-    def resume_run(self, run_id: str) -> bool:
-        """Marks the run as running again; False if this store does not know it (or it was deleted)."""
+    def has(self, run_id: str) -> bool:
+        """Whether the store has the run, or will have it; False if it does not know it, or it was deleted. One that is away is
+        taken to have it.
+        """
         if not self.expects(run_id):
             return False
         run_id = self.resolve(run_id)
-        if not run_id.startswith(QUEUED) and not self.away and not self._active(run_id):
+        return run_id.startswith(QUEUED) or self.away or self._active(run_id)
+
+    def resume_run(self, run_id: str) -> bool:
+        """Marks the run as running again; False if this store does not have it."""
+        if not self.has(run_id):
             return False
-        self._put({"kind": "resume", "run": run_id})
+        self._put({"kind": "resume", "run": self.resolve(run_id)})
         return True
 
     def knows(self, run_id: str) -> bool:
@@ -319,6 +330,31 @@ def now() -> int:
 def outbox_of(folder: Path, uri: str) -> Path:
     """Where what is queued for a store lies, below a workspace's folder of outboxes."""
     return folder / sha256(shown(uri).encode()).hexdigest()[:12]
+
+
+def address_of(given: str | None, default: str) -> str:
+    """The store of a command: as given, or of the environment, or the workspace's own."""
+    return given or os.environ.get(NAMED) or default
+
+
+def origin(uri: str) -> str:
+    """Where an address comes from, as it may be shown after it, if not from the command line: it may be there by accident."""
+    return f" (of {NAMED})" if uri == os.environ.get(NAMED) else ""
+
+
+def made(uri: str) -> bool:
+    """Whether there is a store at this address, without making one: MLflow's own client writes its tables to an empty database. A
+    server is taken to be one.
+    """
+    path = _file(uri)
+    if path is not None:
+        return path.is_file() and path.stat().st_size > 0
+    if uri.startswith(("http://", "https://")) or "://" not in uri:
+        return True
+    from sqlalchemy import create_engine, inspect
+    from sqlalchemy.pool import NullPool
+
+    return bool(inspect(create_engine(uri, poolclass=NullPool)).has_table("experiments"))
 
 
 def _file(uri: str) -> Path | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workflows.runtime.checkpoints import Checkpoints
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, in_a_line
 from workflows.runtime.events import AT, event
 from workflows.runtime.job import Job, build_state, export, validator
 from workflows.runtime.uri import join
@@ -275,10 +275,10 @@ def train_worker(config: dict[str, Any]) -> int:
 
 
 def root_cause(error: BaseException) -> str:
-    """The last line of the innermost cause, without Ray's frames."""
+    """The last line of the innermost cause, without Ray's frames, and no more of it than a line on the screen."""
     failures = getattr(error, "worker_failures", None)
     inner: BaseException = next(iter(failures.values())) if failures else error
     while getattr(inner, "cause", None) is not None or inner.__cause__ is not None:
         inner = getattr(inner, "cause", None) or inner.__cause__  # type: ignore[assignment]
     lines = [line.strip() for line in str(inner).splitlines() if line.strip()]
-    return lines[-1] if lines else type(inner).__name__
+    return in_a_line(lines[-1]) if lines else type(inner).__name__

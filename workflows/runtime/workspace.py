@@ -124,10 +124,15 @@ class StageFolder:
                 storage.pull(self.uri, self.path, skip=_heavy)
             return
         if not (self.path / RESULT).is_file() or (self.path / RESULT).read_bytes() != stored:
-            shutil.rmtree(self.path)
-            self.path.mkdir()
-            storage.pull(self.uri, self.path, skip=lambda name: _heavy(name) or name == RESULT)
-            (self.path / RESULT).write_bytes(stored)
+            self.fetch_again()
+
+    def fetch_again(self) -> None:
+        """The working copy of a finished stage, from the store; the result comes last."""
+        stored = storage.read(self.at(RESULT))
+        shutil.rmtree(self.path)
+        self.path.mkdir()
+        storage.pull(self.uri, self.path, skip=lambda name: _heavy(name) or name == RESULT)
+        (self.path / RESULT).write_bytes(stored)
 
 
 def _heavy(name: str) -> bool:

@@ -7,10 +7,10 @@ from pathlib import Path
 from rich.markup import escape
 
 from workflows.context import settle
-from workflows.pipeline import RunOptions, open_tracker, say_what_is_queued, tracking_uri_of, wait_of
+from workflows.pipeline import RunOptions, open_tracker, say_what_is_queued, wait_of
 from workflows.runtime.outbox import REFUSED, queued
 from workflows.runtime.progress import Screen
-from workflows.runtime.tracking import outbox_of
+from workflows.runtime.tracking import address_of, outbox_of
 from workflows.runtime.workspace import Workspace
 
 
@@ -22,7 +22,7 @@ def deliver(workspace: str | Path, tracking_uri: str | None, screen: Screen, *, 
     """
     space = Workspace(workspace)
     with space.lock():
-        uri = tracking_uri_of(space, tracking_uri)
+        uri = address_of(tracking_uri, space.default_tracking_uri)
         folder = outbox_of(space.outbox, uri)
         left, refused = queued(folder), 0
         if left:

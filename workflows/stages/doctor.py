@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from workflows.config import ConfigError
 from workflows.runtime.errors import UserError
 
 PACKAGES = (
@@ -93,31 +94,40 @@ def _workspace(path: str) -> Iterator[Line]:
         space = Workspace(path)
         yield True, "workspace", f"{space.uri}, {shutil.disk_usage(space.root).free / 2**30:.0f} GiB free"
     except UserError as error:
-        yield False, "workspace", f"{error}; {error.hint}"
+        yield False, "workspace", _told(error)
 
 
 def _ray() -> Iterator[Line]:
     from workflows.runtime.cluster import ray_session
 
-    where = os.environ.get("RAY_ADDRESS", "a cluster of its own on this machine")
+    told: list[str] = []
+    where = os.environ.get("RAY_ADDRESS") or "one of its own on this machine"
     try:
-        with ray_session() as resources:
+        with ray_session(say=lambda text: told.append(text.removeprefix("ray: "))) as resources:
             have = ", ".join(f"{resources.get(n, 0):g} {n}s" for n in ("CPU", "GPU"))
-            yield True, "ray", f"{where}: {have}"
-    except UserError as error:
-        yield False, "ray", f"{error}; {error.hint}"
+            yield True, "ray", f"{'; '.join(told) or where}: {have}"
+    except (ConfigError, UserError) as error:
+        yield False, "ray", _told(error)
 
 
-def _tracking(workspace: str, uri: str | None) -> Iterator[Line]:
-    from workflows.runtime.tracking import Tracker
+def _tracking(workspace: str, given: str | None) -> Iterator[Line]:
+    """Looks only: nothing is made in the store."""
+    from workflows.runtime.tracking import Tracker, address_of, made, origin
     from workflows.runtime.workspace import Workspace
 
     try:
         space = Workspace(workspace)
-        uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or space.default_tracking_uri
-        yield True, "tracking", f"{Tracker(uri, artifacts=space.default_artifacts).uri} answers"
-    except UserError as error:
-        yield False, "tracking", f"{error}"
+        uri = address_of(given, space.default_tracking_uri)
+        if uri == space.default_tracking_uri and not made(uri):
+            yield None, "tracking", f"{uri}: not there yet; the first run makes it"
+            return
+        yield True, "tracking", f"{Tracker(uri, looks=True).uri}{origin(uri)} answers"
+    except (ConfigError, UserError) as error:
+        yield False, "tracking", _told(error)
+
+
+def _told(error: Exception) -> str:
+    return "; ".join(filter(None, (str(error), getattr(error, "hint", ""))))
 
 
 def _object_store() -> Iterator[Line]:

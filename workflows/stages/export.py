@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from workflows.runtime.errors import UserError
+from workflows.runtime.intact import sha256_of
 from workflows.runtime.registry import Export, Registry, now
 from workflows.stages.promote import user
 
@@ -27,17 +28,9 @@ def run_export(registry: Registry, model: str, destination: Path, *, who: str | 
         destination.mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copyfile(file, destination / file.name)
-    sums = "".join(f"{_sha256(destination / file.name)}  {file.name}\n" for file in files)
+    sums = "".join(f"{sha256_of(destination / file.name)}  {file.name}\n" for file in files)
     (destination / SUMS).write_text(sums)
     digest = hashlib.sha256(sums.encode()).hexdigest()
     where = f"{platform.node()}:{destination.resolve()}"
     registry.record_export(version, Export(FORMAT, where, digest, now(), user(who)))
     return f"{version.title}: {len(files)} files and {SUMS} in {destination}, sha256 {digest[:16]}; recorded in the registry"
-
-
-def _sha256(path: Path) -> str:
-    content = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()

@@ -9,6 +9,7 @@ from typing import Any
 
 from workflows.config import Gate, digest
 from workflows.context import Context, Done, StageRun, run_stage
+from workflows.runtime.errors import UserError
 from workflows.runtime.registry import Registry, Version
 from workflows.runtime.workspace import code_version, git_commit
 from workflows.stages.promote import gate_tag, promote, user
@@ -31,13 +32,32 @@ def register(context: Context, prepared: Done, taught: Done, students: dict[int,
         "code": code_version(*CODE),
     }
     shown = {"tracking": context.tracker.uri}
+    made = {0: taught.identity} | {k: student.identity for k, student in students.items()}
     return run_stage(
         context,
         "register",
         depends=depends,
         config=shown,
         body=lambda run: _body(run, prepared, taught, students, measured),
+        lacks=lambda result: _lacks(context, result, made),
     )
+
+
+def _lacks(context: Context, result: dict[str, Any], made: dict[int, str]) -> str | None:
+    """Which of the versions that were registered this store's registry no longer has, as where it was made anew: `made` are the
+    identities of the teacher (0) and of the students by k. A store that is away is not asked.
+    """
+    registry = Registry(context.tracker)
+    for k, identity in made.items():
+        uri = str(result["students"].get(str(k)) if k else result["teacher"])
+        name, _, number = uri.removeprefix("models:/").rpartition("/")
+        try:
+            version = registry.version(name, number)
+        except UserError:
+            return None
+        if version is None or version.tags.get("identity") != identity:
+            return f"the registry of {context.tracker.uri} has no {name} v{number} of this run"
+    return None
 
 
 def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""Other programs' reasons, in a line of ours."""
+
+import pytest
+
+from workflows.runtime.delivery import brief
+from workflows.runtime.errors import in_a_line
+from workflows.runtime.worker import root_cause
+
+DIED = (
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
+    "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed by "
+    "the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly due to "
+    "SIGSEGV or another unexpected error."
+)
+
+
+def test_of_a_killed_worker_whole_sentences_are_told():
+    told = root_cause(RuntimeError(f"The actor died.\n\tclass_name: RayTrainWorker\n\x1b[33m{DIED}\x1b[0m"))
+    assert told == DIED.partition(" Some common")[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "told"),
+    [
+        ("short", 10, "short"),
+        ("two\n  lines\x1b[0m", 20, "two lines"),
+        ("One. Two. Three.", 11, "One. Two."),
+        ("a sentence without an end (such as", 20, "a sentence..."),
+        ("v1.2 is not. A sentence.", 13, "v1.2 is not."),
+        ("x" * 40, 10, "x" * 7 + "..."),
+    ],
+)
+def test_no_word_is_cut(text, most, told):
+    assert in_a_line(text, most) == told
+    assert len(told) <= most
+
+
+def test_a_schema_that_is_out_of_date_is_told_with_its_command(tmp_path):
+    """MLflow's own error, of a store that an older one made."""
+    import sqlite3
+    from contextlib import closing
+
+    from mlflow.store.db.base_sql_model import Base
+    from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  whose tables are known then
+
+    from workflows.runtime.errors import UserError
+    from workflows.runtime.tracking import Tracker
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store, store:
+        for table in {*Base.metadata.tables, "alembic_version"}:
+            store.execute(f"create table {table} (version_num text)")
+        store.execute("insert into alembic_version values ('451aebb31d03')")
+    with pytest.raises(UserError) as caught:
+        Tracker(uri, looks=True)
+    assert "out-of-date database schema" in str(caught.value)
+    assert "mlflow db upgrade" in str(caught.value)
+    assert str(caught.value).endswith(".")
+
+
+def test_a_page_is_not_told_whole():
+    assert len(brief(RuntimeError("<html>" + "word " * 1000))) <= 500

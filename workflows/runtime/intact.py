@@ -1,0 +1,41 @@
+"""Whether files are as they were when their stage was finished: its result holds the size and the hash of each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+AT_ONCE = 2**20
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(AT_ONCE):
+            content.update(part)
+    return content.hexdigest()
+
+
+def files_of(folder: Path, *, skip: Callable[[str], bool]) -> dict[str, dict[str, Any]]:
+    """All files below a folder by their path from there, hidden ones aside: {"bytes", "sha256"}."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    seen = [name for name in names if not any(part.startswith(".") for part in Path(name).parts) and not skip(name)]
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in seen}
+
+
+def damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """Of the first file that is not as `files_of` found it, its path and what is wrong with it. Sizes are looked at first."""
+    for name, was in files.items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            return f"{folder / name} is gone"
+        if size != was["bytes"]:
+            return f"{folder / name} has {size:,} bytes, and had {was['bytes']:,} when it was made"
+    for name, was in files.items():
+        if sha256_of(folder / name) != was["sha256"]:
+            return f"{folder / name} has another content than when it was made"
+    return None
