@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from workflows.ingest.spread import evenly
-from workflows.runtime.manifest import read_manifest
+from workflows.runtime.manifest import known_manifest
 from workflows.runtime.uri import resolved
 from workflows.sources.drawn import RING, gmm, made, ring
 from workflows.sources.folder import load_folder
@@ -60,7 +60,7 @@ def _folder(data: Data) -> Source:
 
 
 def _dataset(data: Data) -> Source:
-    manifest = read_manifest(data_set(data))
+    manifest = known_manifest(data_set(data))
     return Source(manifest.shape, manifest.num_classes, None, preprocessing=manifest.preprocessing)
 
 
