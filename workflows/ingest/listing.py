@@ -39,6 +39,7 @@ class Unit:
     size      bytes, estimated
     sizes     images: of each file. None where the store doesn't tell
     labels, captions   images and zip: of each item that is taken; () where there are none
+    asides    images and zip: the file beside each item that holds its caption, if one does; () where none do
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Unit:
     sizes: tuple[int | None, ...] = ()
     labels: tuple[int | None, ...] = ()
     captions: tuple[str | None, ...] = ()
+    asides: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class Listing:
     labelled       where labels come from, in words; "" without labels. `captioned` likewise
     available      items of the whole source, where known; `limit` takes some of them
     image_column, label_column, caption_column     parquet, arrow; tar: the siblings or fields of a sample's JSON
+    caption_columns                                tar, and files beside images: those that may hold a caption, the first first
+    class_depth                                    tar: which folder of a member's name is its class
     label_file, caption_file                       tar: files of labels and captions, by the members' names
+    label_names                                    tar: labels are names, also those that look like numbers
+    left_out       (what, why, how many) of the files and columns that are not taken, as far as the listing tells
     notes          what the user should be told, a line each
     """
 
@@ -83,8 +89,12 @@ class Listing:
     image_column: str | None = None
     label_column: str | None = None
     caption_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    class_depth: int | None = None
+    label_names: bool = False
     label_file: str | None = None
     caption_file: str | None = None
+    left_out: tuple[tuple[str, str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
 
