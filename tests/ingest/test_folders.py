@@ -156,7 +156,11 @@ def test_captions_in_a_file(folder, tmp_path):
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),
         ("l.csv", "a,b,c\nx.png,1,2\n", "no column of paths among a, b, c"),
         ("l.csv", "file_name,label\ncats/0.png,a\ncats/0.png,b\n", "two values for cats/0.png: a and b"),
-        ("l.csv", "file_name,label\ncats/0.png,\xe9\n", r"l.csv can't be read: it is no UTF-8 text \(byte 0xe9 in line 2\)"),
+        (
+            "l.csv",
+            "file_name,label\ncats/0.png,\xe9\n",
+            r"l.csv can't be read: it is no UTF-8 text \(byte 0xe9 in line 2\)",
+        ),
         ("l.csv", "\xff\xfe", "l.csv: there are no labels in it"),
         ("missing.json", None, "missing.json is not there, neither below .* nor by itself"),
         ("l.xlsx", None, "l.xlsx is no file of labels"),

@@ -79,12 +79,18 @@ def test_fields_of_json(tmp_path):
     text = json.dumps({"label": "kind {c}", "caption": "number {i}", "other": None})
     tarred(tmp_path / "x.tar", samples(0, 6, cls=None, json=text))
     listing, items = load(tmp_path)
-    assert (listing.labelled, listing.captioned, listing.classes) == ("label", "caption", ("kind 0", "kind 1", "kind 2"))
+    assert (listing.labelled, listing.captioned, listing.classes) == (
+        "label",
+        "caption",
+        ("kind 0", "kind 1", "kind 2"),
+    )
     assert [item.label for item in items] == [i % 3 for i in range(6)]
     (tmp_path / "classes.json").write_text('["kind 2", "kind 1", "kind 0"]')
     listing, items = load(tmp_path / "x.tar", labels=str(tmp_path / "classes.json"), label_column="label")
     assert [(item.label, item.caption) for item in items] == [(2 - i % 3, f"number {i}") for i in range(6)]
-    assert "no label kind in the first 6 samples, 0000 to 0005, which have json" in refused(tmp_path, label_column="kind")
+    assert "no label kind in the first 6 samples, 0000 to 0005, which have json" in refused(
+        tmp_path, label_column="kind"
+    )
 
 
 def test_a_caption_in_json_with_half_an_emoji_can_be_written(tmp_path):
@@ -162,11 +168,11 @@ def test_samples_that_are_not_whole(tmp_path):
     ]
     tarred(tmp_path / "x.tar", members)
     _, items = load(tmp_path)
-    assert sorted(good(items)) == ["x.tar#0000.png", "x.tar#0001.png"]
+    assert sorted(good(items)) == ["x.tar#0000.png", "x.tar#0001.png", "x.tar#bare.png"]
+    assert good(items)["x.tar#bare.png"].label is None
     assert errors(items) == {
         "x.tar#text": "no image beside cls: a sample's files lie next to each other",
         "x.tar#two.jpg": "which is the image? jpg, png: name one as the image column",
-        "x.tar#bare.png": "no cls beside the image",
         "x.tar#word.png": "label cat is not in the class list",
         "x.tar#again.png": "again.png is there twice",
         "x.tar#link": "link.png is a link, or no plain file",

@@ -72,7 +72,9 @@ def find_asides(
     caption_ends = (f".{ask.caption_column.lower()}", ".json") if ask.caption_column else CAPTION_FILES
     wanted = labels and ask.labels not in ("none", "folders")
     by_json = wanted or not any(end != ".json" and end in caption_ends for _, end in by_end)
-    fields = _fields([n for n in (_beside(by_end, image, (".json",)) for image in images) if n] if by_json else [], read)
+    fields = _fields(
+        [n for n in (_beside(by_end, image, (".json",)) for image in images) if n] if by_json else [], read
+    )
     told = {n for n, values in fields.items() if caption_in(values, ask.caption_columns)}
     captions = tuple(_beside(by_end, image, caption_ends, told) for image in images)
     out = Asides(captions=captions, captioned=_said(captions)) if any(captions) else Asides()

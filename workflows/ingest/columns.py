@@ -85,8 +85,8 @@ def is_bytes(kind: Any) -> bool:
 
 
 def merged(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
-    """The schema of several files (by name): that of the first, in which a column that is empty there has the type of the first file
-    that has values in it.
+    """The schema of several files (by name): that of the first, in which a column that is empty there has the type of the first
+    file that has values in it.
     """
     import pyarrow as pa
     import pyarrow.types as t

@@ -46,7 +46,22 @@ BY_NAME = {
 }
 """Formats that other bytes may be taken for, by the suffixes by which alone they are known."""
 SUFFIXES = (
-    *(".apng", ".avif", ".avifs", ".bmp", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg"),
+    *(
+        ".apng",
+        ".avif",
+        ".avifs",
+        ".bmp",
+        ".gif",
+        ".j2c",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpc",
+        ".jpe",
+        ".jpeg",
+        ".jpf",
+        ".jpg",
+    ),
     *(".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".tif", ".tiff", ".webp"),
     *BY_NAME,
 )
@@ -97,8 +112,8 @@ def decode(
     (3 channels) or grey (1), cut to its largest square, and scaled by `square`.
 
     The square lies in the centre, or (`random`) where `rng_key` puts it: the same key gives the same place. Smaller images are
-    enlarged. Colour profiles are not applied. `name` is the file's, by whose suffix some formats are known. Raises BadImage for what is no image, cut off, of more than 8 bits a channel, of
-    more than MAX_PIXELS, or of absurd sides.
+    enlarged. Colour profiles are not applied. `name` is the file's, by whose suffix some formats are known. Raises BadImage for
+    what is no image, cut off, of more than 8 bits a channel, of more than MAX_PIXELS, or of absurd sides.
     """
     import numpy as np
     from PIL import ImageOps

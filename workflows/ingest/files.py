@@ -225,9 +225,9 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
                 yield entry.path, info
 
 
-def fingerprint(files: Sequence[File]) -> str:
+def fingerprint(files: Sequence[File], *, versions: bool = True) -> str:
     """Of names, sizes and versions."""
-    lines = "".join(f"{file.name!r} {file.size} {file.version}\n" for file in files)
+    lines = "".join(f"{file.name!r} {file.size} {file.version if versions else ''}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 

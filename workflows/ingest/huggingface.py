@@ -11,7 +11,7 @@ import yaml
 
 from workflows.ingest.asides import CAPTIONS, LABELS, Ask
 from workflows.ingest.files import File, Files, clean
-from workflows.ingest.tables import Table, columns_in, parse_table
+from workflows.ingest.tables import Table, What, columns_in, parse_table
 from workflows.runtime.errors import UserError
 
 INFO, CARD, STATE = "dataset_info.json", "README.md", "state.json"
@@ -82,10 +82,11 @@ def metadata(
         content = whole(name)
         folder = "".join(name.rpartition("/")[:2])
         columns = columns_in(clean(name), content)
-        for into, column, usual, what in (
+        kinds: tuple[tuple[dict[str, str | int | None], str | None, Sequence[str], What], ...] = (
             (labels, ask.label_column, LABELS, "label"),
             (captions, ask.caption_column, CAPTIONS, "caption"),
-        ):
+        )
+        for into, column, usual, what in kinds:
             wanted = column or next((c for c in usual if c in columns), None)
             if wanted:
                 table = parse_table(clean(name), content, column=wanted, defaults=usual, what=what)

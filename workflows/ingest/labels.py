@@ -51,7 +51,7 @@ def label_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
         return None, b""
     name, content = open_table(files, str(ask.labels))
     table = parse_table(name, content, column=ask.label_column, defaults=LABELS)
-    if not table.values and not table.classes:
+    if not table.classes and all(value is None for value in table.values.values()):
         raise UserError(f"{name}: there are no labels in it")
     return table, content
 
@@ -76,7 +76,7 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
     asides = find_asides(own.others, names, ask, own.read, labels=given is None or not given.values)
     classes, labels, labelled, notes = class_list, tuple[int | None, ...](), "", tuple[str, ...]()
     table = given if given and given.values else None if ask.labels in ("none", "folders") else own.labels
-    if table and table.values:
+    if table and any(value not in (None, -1) for value in table.values.values()):
         values = _matched(files, names, table, "label", must=True)
         classes, labels = numbered(values, class_list or table.classes, table.name)
         labelled = table.name
@@ -105,7 +105,9 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
         captions=captions,
         captioned=captioned,
         asides=beside,
-        used=frozenset(name for name in (*beside, *(asides.label_files if labelled == asides.labelled else ())) if name),
+        used=frozenset(
+            name for name in (*beside, *(asides.label_files if labelled == asides.labelled else ())) if name
+        ),
         tables=(label_bytes, caption_bytes),
         notes=notes,
     )
@@ -179,7 +181,7 @@ def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, mus
 
 
 def class_depth(files: Files, names: Sequence[str], *, must: bool) -> tuple[int | None, tuple[str, ...]]:
-    """Which of its folders is the class of each name: the first in which they differ. (None, notes) where folders are no classes."""
+    """Which of its folders is each name's class: the first in which they differ. (None, notes) where folders are no classes."""
     parents = [name.split("/")[:-1] for name in names]
     low, high = min(parents), max(parents)
     common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))

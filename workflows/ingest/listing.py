@@ -64,6 +64,7 @@ class Listing:
     classes        names in label order. () with `labelled`: labels are the source's own numbers, not known before all is read
     fingerprint    changes with names, sizes and versions (ETag, time of change) of the files, those of labels and captions
                    included; not with the options
+    content        as the fingerprint, but for the versions: a copy of the source has the same, and so may other images
     labelled       where labels come from, in words; "" without labels. `captioned` likewise
     available      items of the whole source, where known; `limit` takes some of them
     image_column, label_column, caption_column     parquet, arrow; tar: the siblings or fields of a sample's JSON
@@ -82,6 +83,7 @@ class Listing:
     count: int | None
     classes: tuple[str, ...]
     fingerprint: str
+    content: str = ""
     labelled: str = ""
     captioned: str = ""
     available: int | None = None

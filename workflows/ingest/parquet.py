@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflows.ingest.asides import Ask
 from workflows.ingest.columns import Columns, check_same, columns_of, items, merged
@@ -66,11 +66,13 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
     columns = columns_of(clean(whole[0][0].name), merged(schemas), ask, names)
     check_same(schemas, columns)
     classes, table = class_list(files, ask, columns)
+    notes: tuple[str, ...] = ()
     if columns.label is not None and not classes:
         with ThreadPoolExecutor(READERS) as pool:
             parts = pool.map(lambda pair: _distinct(files, pair[0].name, str(columns.label)), whole)
             found = sorted({value for part in parts for value in part if value is not None}, key=str)
         classes, _ = numbered(found, (), f"column {columns.label}")
+        columns, notes = _labelled(files, columns, ask, bool(classes))
     units: list[Unit] = []
     footers, offset = _with_lost_rows(chosen, footers), 0
     available = sum(sum(footer.rows) for footer in footers)
@@ -83,7 +85,17 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
                 units.append(Unit("parquet", (file.name,), first=start, last=start + rows, offset=offset, size=size))
             start, offset = start + rows, offset + rows
     labelled = f"column {columns.label}" if columns.label else ""
-    return Tables(tuple(units), available, columns, classes, labelled, table)
+    return Tables(tuple(units), available, columns, classes, labelled, table, notes)
+
+
+def _labelled(files: Files, columns: Columns, ask: Ask, labelled: bool) -> tuple[Columns, tuple[str, ...]]:
+    """The columns without that of labels where no row has one, and what is said of it. Raises UserError if the user named it."""
+    if labelled:
+        return columns, ()
+    said = f"column {columns.label} holds none: all are empty or -1"
+    if ask.label_column:
+        raise UserError(f"{files.source}: no labels: {said}", hint="--labels none: no classes")
+    return replace(columns, label=None, others=(*columns.others, str(columns.label))), (f"no labels: {said}",)
 
 
 def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[Footer]:
@@ -147,7 +159,9 @@ def _row_group(
             for batch in file.iter_batches(ROWS, [group], columns, use_threads=False):
                 stop = start + len(batch)
                 rows = [i for i in wanted if start <= i < stop]
-                for item in items(batch, [i - start for i in rows], [f"{clean(name)}#{i}" for i in rows], listing, files):
+                for item in items(
+                    batch, [i - start for i in rows], [f"{clean(name)}#{i}" for i in rows], listing, files
+                ):
                     done += 1
                     yield item
                 start = stop

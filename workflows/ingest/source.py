@@ -50,8 +50,9 @@ def list_source(
 ) -> Listing:
     """What `source` holds: a folder, a store's prefix, a file, or a pattern, of images, zips, Parquet, Arrow or tar files.
 
-    labels       None: what the source brings (its own files or columns; else two or more folders), "none", "folders", or a file
-                 (.json, .jsonl, .csv, .tsv) of labels by path; one that only lists classes (or .txt) gives names to the source's labels
+    labels       None: what the source brings (its own files or columns, files beside the images; else two or more folders),
+                 "none", "folders", or a file (.json, .jsonl, .csv, .tsv) of labels by path; one that only lists classes (or .txt)
+                 gives names to the source's labels
     captions     None: what the source brings, "none", or a file of captions by path
     *_column     where they are in a table, in a tar's samples (an extension, or a field of the JSON), or in those files
     unit_bytes   about so much is read by a unit; a tar, an Arrow file or a Parquet file's row group is not divided
@@ -66,7 +67,8 @@ def list_source(
     files = Files(source, filesystem)
     found = files.find()
     reader, chosen = _detect(files, found)
-    listing = Listing(files.source, files.root, reader, (), None, (), fingerprint(found), limit=limit)
+    content = fingerprint(found, versions=False)
+    listing = Listing(files.source, files.root, reader, (), None, (), fingerprint(found), content, limit=limit)
     if reader in ("parquet", "arrow"):
         listing = _tables(listing, reader, files, found, chosen, ask)
     elif reader == "tar":
@@ -198,6 +200,7 @@ def _tables(listing: Listing, reader: str, files: Files, found: list[File], chos
         label_column=tables.columns.label,
         caption_column=tables.columns.caption,
         fingerprint=_with(listing, (tables.table,)),
+        notes=tables.notes,
     )
 
 

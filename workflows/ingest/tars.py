@@ -112,8 +112,8 @@ def _opened(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
 
 
 def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
-    """The samples of a tar, one in memory at a time. A tar that is cut, or not one, ends with a sample that is an error. `image`: the
-    extension of the image that is wanted, where samples have several.
+    """The samples of a tar, one in memory at a time. A tar that is cut, or not one, ends with a sample that is an error. `image`:
+    the extension of the image that is wanted, where samples have several.
     """
     sample: Sample | None = None
     stop = ""
@@ -227,7 +227,13 @@ def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str,
 
 
 def _labels_within(
-    files: Files, chosen: Sequence[File], first: Sequence[Sample], ask: Ask, classes: tuple[str, ...], *, captioned: bool
+    files: Files,
+    chosen: Sequence[File],
+    first: Sequence[Sample],
+    ask: Ask,
+    classes: tuple[str, ...],
+    *,
+    captioned: bool,
 ) -> dict[str, Any]:
     column = None if ask.labels == "folders" else _column(first, ask.label_column, LABELS, "label", label_of)
     if column is not None:
@@ -251,7 +257,11 @@ def _labels_within(
     if len(folders) < 2:
         return {}
     shown = ", ".join(clean(folder) for folder in folders[:2])
-    return {"notes": (f"no labels: the images have captions; if their folders ({shown}, ...) are classes: --labels folders",)}
+    return {
+        "notes": (
+            f"no labels: the images have captions; if their folders ({shown}, ...) are classes: --labels folders",
+        )
+    }
 
 
 def _folders_within(files: Files, chosen: Sequence[File], classes: tuple[str, ...], *, must: bool) -> dict[str, Any]:
@@ -315,7 +325,7 @@ def _item(
             number = label_number(key.split("/")[listing.class_depth], of, listing)
         elif listing.labelled:
             column = str(listing.label_column)
-            value = _value(sample, column, "label") if labels is None else _by_name(labels, key, sample.key)
+            value = _looked_up(sample, column) if labels is None else _by_name(labels, key, sample.key)
             number = label_number(value, of, listing)
         if captions is not None:
             texts = captions_of(_by_name(captions, key, sample.key))
@@ -361,6 +371,14 @@ def _value(sample: Sample, column: str, what: str) -> Any:
         raise KeyError(f"no {column} beside the image")
     value = fields[column]
     return written_label(value) if what == "label" and isinstance(value, str) else value
+
+
+def _looked_up(sample: Sample, column: str) -> Any:
+    """The label as it stands there, None where there is none."""
+    try:
+        return _value(sample, column, "label")
+    except KeyError:
+        return None
 
 
 def _looked(sample: Sample, column: str, taken: Callable[[Any], Any]) -> Any:

@@ -52,7 +52,9 @@ def label_of(value: Any) -> str | int | None:
     """
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
-            raise ValueError(f"a list of {len(value)} values, such as one-hot or several classes; an image has one label")
+            raise ValueError(
+                f"a list of {len(value)} values, such as one-hot or several classes; an image has one label"
+            )
         return label_of(value[0]) if value else None
     if value is None or isinstance(value, str):
         return value if value and value.strip() else None

@@ -54,6 +54,8 @@ class Manifest:
     columns          further columns by name: latent, text, caption; shape, dtype, and what made them
     statistics       extractor, weights (their hash), accuracy on rows held out, and of each set of rows count, near (features
                      that are kept) and identity (hash of the files); empty: none were asked for
+    taken            what was taken for labels and captions, and what was left out: {"labels", "captions", "left_out", "said"}
+                     (stages/taken.py); empty: images that no preparation read
     skipped          {"count", "listed": [{"path", "reason"}]}: images that could not be read
     """
 
@@ -71,6 +73,7 @@ class Manifest:
     preprocessing: str = "whole images"
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    taken: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, Any] = field(default_factory=lambda: {"count": 0, "listed": []})
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
