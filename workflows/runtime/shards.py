@@ -300,6 +300,7 @@ def write_shards(
     num_classes: int,
     holdout: float,
     rows: int,
+    classes: Sequence[str] = (),
     preprocessing: str = "whole images",
 ) -> Manifest:
     """Images in memory, [n, c, h, w] in [0, 1], and labels [n] as a data set of shards of at most `rows`. `holdout`: the share
@@ -324,7 +325,7 @@ def write_shards(
             )
         )
     manifest = manifest_of(
-        made, source=source, shape=images.shape[1:], encoding="float32", num_classes=num_classes,
+        made, source=source, shape=images.shape[1:], encoding="float32", num_classes=num_classes, classes=tuple(classes),
         preprocessing=preprocessing,
     )  # fmt: skip
     write_manifest(root, manifest)

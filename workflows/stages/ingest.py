@@ -149,7 +149,7 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
         raise UserError(f"{shown(p.dest)}: another preparation wrote there meanwhile", hint="name another folder")
     write_manifest(p.dest, manifest)
     _tidy(p.dest, manifest)
-    said = f", {tally.bad:,} could not be read" if tally.bad else ""
+    said = f", {tally.bad:,} left out" if tally.bad else ""
     screen.line(
         f"[green]✓[/] [bold]{shown(p.dest)}[/]  {manifest.count:,} images "
         f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{said}  [dim]{manifest.fingerprint}[/]"
