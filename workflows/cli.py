@@ -214,7 +214,7 @@ def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False, de
     with errors(debug):
         from workflows.config import load_config
 
-        print(load_config(recipe, set_, smoke=smoke).yaml(), end="")
+        print(load_config(recipe, set_, smoke=smoke, only_shown=True).yaml(), end="")
 
 
 @app.command()

@@ -14,14 +14,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from workflows.smoke import smoke_values
-from workflows.sources import SHAPED, SOURCES, source_of
+from workflows.sources import SHAPED, SOURCES, Source, source_of
 from workflows.values import merge, nested, without
 
 RECIPES = Path(__file__).parent / "recipes"
 DATA_SET = "dataset://"
+ONLY_SHOWN = {"only_shown": True}
+"""The context of a validation that looks at no data set."""
+OF_THE_DATA = ("path", "image_size", "channels", "num_classes", "extractor", "extractor_weights")
+"""What a recipe says of its own data, which does not hold for others that have a shape of their own."""
 
 
 class ConfigError(ValueError):
@@ -46,7 +50,8 @@ class Data(Section):
     channels: Literal[1, 3] | None = Field(None, description="folder and made; by default 3")
     num_classes: int | None = Field(None, ge=0, description="folder and made; by default 0: no labels")
     limit: int | None = Field(None, ge=10, description="use at most so many images, spread over all")
-    holdout: float = Field(0.2, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
+    # 52/256: the images that published figures were made with, from when shares were rounded up to whole 1/256.
+    holdout: float = Field(0.203125, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
     reference: Literal["all", "holdout"] = Field(
         "all", description="what samples are measured against. holdout: the share held out, which no training then sees"
     )
@@ -334,7 +339,7 @@ class RunConfig(Section):
     gate: Gate = Gate()
 
     @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
+    def _consistent(self, info: ValidationInfo) -> RunConfig:
         for k in self.distill.overrides:
             try:
                 self.distill.for_k(k)
@@ -345,8 +350,10 @@ class RunConfig(Section):
                 self.gate.for_k(k)
             except ValidationError as error:
                 raise ValueError(f"gate.overrides.{k}.{one_line(error, Gate)}") from None
+        # Of a data set that lies elsewhere nothing is asked if the configuration is only to be shown.
+        source = None if info.context == ONLY_SHOWN and self.data.source == "dataset" else source_of(self.data)
         exact = self.teacher.kind == "exact"
-        if exact and source_of(self.data).exact is None:
+        if exact and (source is None or source.exact is None):
             raise ValueError(f"teacher.kind: exact is not known for {self.data.source}; it is for gmm")
         for k in self.distill.k:
             own = self.distill.for_k(k)
@@ -360,7 +367,7 @@ class RunConfig(Section):
                     f"distill.overrides: of {2 * k} and {k} steps one is told its guidance, so neither can start the other"
                 )
             if own.guided:
-                if not source_of(self.data).num_classes:
+                if source is not None and not source.num_classes:
                     raise ValueError(
                         f"distill.guidance: {self.data.source} has no labels, so there is nothing to guide by"
                     )
@@ -369,7 +376,8 @@ class RunConfig(Section):
                         "distill.guidance: teacher.label_dropout is 0, so the teacher never learns the null label that guidance "
                         "needs; 0.1 is usual"
                     )
-        if self.evaluate.guidance and not (source_of(self.data).num_classes and (self.teacher.label_dropout or exact)):
+        labelled = source is None or bool(source.num_classes)
+        if self.evaluate.guidance and not (labelled and (self.teacher.label_dropout or exact)):
             raise ValueError(
                 "evaluate.guidance: the teacher can't be guided: it needs labels, and teacher.label_dropout"
             )
@@ -379,13 +387,15 @@ class RunConfig(Section):
             )
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
-        self._check_extractor()
-        if (size := source_of(self.data).shape[1]) % self.network.patch:
+        if source is None:
+            return self
+        self._check_extractor(source)
+        if (size := source.shape[1]) % self.network.patch:
             raise ValueError(f"network.patch: {self.network.patch} does not divide the image size {size}")
         return self
 
-    def _check_extractor(self) -> None:
-        kind, source = self.data.extractor, source_of(self.data)
+    def _check_extractor(self, source: Source) -> None:
+        kind = self.data.extractor
         if kind in ("classifier", "mixture") and not source.num_classes:
             raise ValueError(
                 f"data.extractor: {kind} needs labels, which {self.data.source} has not; use pixels, or inception and a file "
@@ -405,6 +415,20 @@ def _for_all_k(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(section, dict) and isinstance(said, dict) and isinstance(section.get("overrides"), dict):
             of_k = {k: without(own, said) if isinstance(own, dict) else own for k, own in section["overrides"].items()}
             recipe = recipe | {name: section | {"overrides": of_k}}
+    return recipe
+
+
+def _for_its_data(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe less what it says of its own data, if the command line names a data set, or a source with a shape of its own."""
+    own, said = recipe.get("data"), given.get("data")
+    source = str(said.get("source", "")) if isinstance(said, dict) else ""
+    if not (source in SOURCES or source == "dataset" or source.startswith(DATA_SET)):
+        return recipe
+    if isinstance(own, dict) and own.get("source") != source:
+        recipe = recipe | {"data": {name: value for name, value in own.items() if name not in OF_THE_DATA}}
+    teacher = recipe.get("teacher")
+    if isinstance(teacher, dict) and (source not in SOURCES or SOURCES[source].exact is None):
+        recipe = recipe | {"teacher": without(teacher, {"kind": None})}
     return recipe
 
 
@@ -475,21 +499,25 @@ def one_line(error: ValidationError, model: type[Section]) -> str:
     return f"{where}: {value!r} {message}"
 
 
-def load_config(recipe: str, overrides: list[str] | None = None, *, smoke: bool = False) -> RunConfig:
-    """The resolved configuration of a recipe (a name, or a path to a YAML file); `smoke`: made small. Raises ConfigError, in one
-    line.
+def load_config(
+    recipe: str, overrides: list[str] | None = None, *, smoke: bool = False, only_shown: bool = False
+) -> RunConfig:
+    """The resolved configuration of a recipe (a name, or a path to a YAML file); `smoke`: made small; `only_shown`: what depends on
+    a data set is not checked, so that none is looked for. Raises ConfigError, in one line.
     """
     given: dict[str, Any] = reduce(merge, map(_parse_override, overrides or []), dict[str, Any]())
-    config = _resolve({"recipe": Path(recipe).stem} | merge(_for_all_k(_read_recipe(recipe), given), given))
+    own = _for_its_data(_for_all_k(_read_recipe(recipe), given), given)
+    context = ONLY_SHOWN if only_shown else None
+    config = _resolve({"recipe": Path(recipe).stem} | merge(own, given), context)
     # What the command line says holds for the small run too.
-    return _resolve(merge(smoke_values(config), given)) if smoke else config
+    return _resolve(merge(smoke_values(config), given), context) if smoke else config
 
 
-def _resolve(values: dict[str, Any]) -> RunConfig:
+def _resolve(values: dict[str, Any], context: dict[str, Any] | None = None) -> RunConfig:
     # Merged over the defaults as values: a recipe that names one field of a section leaves that section's others as they are.
     values = merge(RunConfig(recipe=values["recipe"]).model_dump(), values)
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(values, context=context)
     except ValidationError as error:
         raise ConfigError(one_line(error, RunConfig)) from None
 
