@@ -324,7 +324,7 @@ def outbox_of(folder: Path, uri: str) -> Path:
 def _file(uri: str) -> Path | None:
     """The file of a store in SQLite."""
     kind, _, path = uri.partition(":///")
-    return Path(path.partition("?")[0]) if kind.startswith("sqlite") and path else None
+    return Path(unquote(path.partition("?")[0])) if kind.startswith("sqlite") and path else None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.markup import escape
 
 from workflows.config import Distill, Evaluate, RunConfig, digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
@@ -199,7 +200,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     }
     write_json(run.path / "table.json", result)
     for text in result["warnings"]:
-        screen.line(f"[yellow]![/] {text}")
+        screen.line(f"[yellow]![/] {escape(text)}")
     for line in table:
         how = line["sampler"].replace(", ", "_").replace(" ", "_")
         prefix = line["who"] + ("" if (line["who"], how) == ("student", "ancestral") else f"_{how}")
