@@ -266,9 +266,16 @@ def sample(
         str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
     ],
     n: Annotated[int, typer.Option(help="How many images.", min=1)] = 64,
-    labels: Annotated[str | None, typer.Option(help="Classes to draw, such as 3,5; by default all in turn.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1)] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes to draw, such as 3,5, or by name, as far as the data had names; by default all in turn."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i depends on it, on i and on its class.", min=0, max=2**63 - 1)] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1, max=2**24)
+    ] = None,
     out: Annotated[Path, typer.Option(help="A .png for a grid, or a .npy for the images.")] = Path("grid.png"),
     columns: Annotated[int | None, typer.Option(help="Images in a row of the grid.", min=1)] = None,
     guidance: Annotated[
@@ -283,22 +290,11 @@ def sample(
 ) -> None:
     """Draw samples from a teacher or a student."""
     with errors(debug):
-        from workflows.stages.sample import draw
+        from workflows.runtime.progress import Screen
+        from workflows.stages.sample import Wanted, draw
 
-        print(
-            draw(
-                model=model,
-                n=n,
-                labels=labels,
-                seed=seed,
-                steps=steps,
-                out=out,
-                columns=columns,
-                guidance=guidance,
-                workspace=workspace,
-                tracking_uri=tracking_uri,
-            )
-        )
+        wanted = Wanted(n, labels, seed, steps, columns, guidance)
+        print(draw(model, wanted, out=out, workspace=workspace, tracking_uri=tracking_uri, screen=Screen()))
 
 
 @app.command()

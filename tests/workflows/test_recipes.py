@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmdistill_core.artifact import load_model
 from workflows.cli import main
 from workflows.config import load_config, recipe_names
+from workflows.stages.sample import fetch_model
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -80,5 +82,5 @@ def test_colour_images_from_a_folder_to_the_report(labels, tmp_path, ray_cluster
     assert (space / "reports/cifar10-smoke/report.html").exists()
     assert (space / "mlflow.db").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"images", space.name}
-    folder = download(summary["students"][0]["model_uri"], tmp_path / "loaded", str(space), None)
+    folder = fetch_model(summary["students"][0]["model_uri"], tmp_path / "loaded", str(space), None)
     assert load_model(folder).k == 2

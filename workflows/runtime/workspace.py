@@ -146,12 +146,15 @@ class Workspace:
     written, or the disk is full.
     """
 
-    def __init__(self, root: str | Path, *, minimum_free: int | None = None) -> None:
-        """`minimum_free`: bytes that must be free on its disk; by default what a run may need."""
+    def __init__(self, root: str | Path, *, minimum_free: int | None = None, looks: bool = False) -> None:
+        """`minimum_free`: bytes that must be free on its disk; by default what a run may need. `looks`: to read only, so that
+        nothing is made, and whether anything could be is not asked.
+        """
         self.remote = is_remote(root)
         if self.remote:
             self.uri = str(root).rstrip("/")
-            storage.check(self.uri)
+            if not looks:
+                storage.check(self.uri)
             self.root = storage.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
         else:
             self.root = Path(str(root).removeprefix("file://")).expanduser().resolve()
@@ -161,6 +164,8 @@ class Workspace:
                 f"workspace: {str(root)!r} is no name of a folder: empty, or with characters that can't be shown"
             )
         self._lease: Lease | None = None
+        if looks:
+            return
         try:
             for folder in ("stages", "reports", "ray"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)

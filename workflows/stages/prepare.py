@@ -99,6 +99,7 @@ def _body(run: StageRun) -> dict[str, Any]:
         "count": manifest.count,
         "shape": list(manifest.shape),
         "num_classes": manifest.num_classes,
+        "classes": list(manifest.classes),
         "fingerprint": manifest.fingerprint,
         "extractor": about["weights"],
         "classifier_accuracy": accuracy,
