@@ -5,6 +5,7 @@ prepare -> teacher -> distill (each k) -> evaluate -> register -> report
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -13,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -133,7 +135,7 @@ def run_sweep(
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(context.workspace.report(f"{config.recipe}-{name}") / "trials.json", out)
         show(rows_of(ledger), screen)
-        screen.line(f"Report: [bold]{where}[/]" if where else "No trial has ended yet.")
+        screen.line(f"Report: [bold]{escape(where)}[/]" if where else "No trial has ended yet.")
         if ledger.error:
             raise ledger.error
     return summarise(rows_of(ledger))
@@ -254,17 +256,20 @@ def wait_of(options: RunOptions) -> float:
         return options.tracking_wait
     text = os.environ.get("MMDISTILL_TRACKING_WAIT") or str(WAIT)
     try:
-        return float(text)
+        wait = float(text)
     except ValueError:
-        raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds") from None
+        wait = math.nan
+    if not 0 <= wait < math.inf:
+        raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds")
+    return wait
 
 
 def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) -> None:
     if tracker.pending:
-        where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
+        where = f" --workspace {quote(str(workspace))}" if str(workspace) != ".mmdistill" else ""
         screen.line(
             f"[yellow]![/] tracking: {tracker.pending} entries for {escape(tracker.uri)} are queued in the workspace; "
-            f"its next run delivers them, or: mmdistill deliver{escape(where)} --tracking-uri {escape(tracker.uri)}"
+            f"its next run delivers them, or: mmdistill deliver{escape(where)} --tracking-uri {escape(quote(tracker.uri))}"
         )
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
+from workflows.runtime.progress import show_table
 from workflows.sources import Source, source_of
 from workflows.stages.bench_data import bench_data
 from workflows.stages.bench_scaling import bench_scaling
@@ -64,7 +65,7 @@ def run_bench(
                 )
             else:
                 figures[part] = measure[part](config, repeats)
-    console.print(_table(figures))
+    show_table(console, _table(figures))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -95,7 +95,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         provenance={
             "role": "teacher",
             "recipe": c.recipe,
-            "data_fingerprint": prepared.result["fingerprint"],
+            **data_provenance(prepared.result),
         },
     )
     with context.screen.bars():
@@ -121,6 +121,12 @@ def _save_exact(run: StageRun, job: Job) -> None:
 def data_of(prepared: Done) -> str:
     """Where workers find the data set: of the stage's own, or the one that the recipe names."""
     return str(prepared.result["data"] or prepared.at("data"))
+
+
+def data_provenance(prepared: dict[str, Any]) -> dict[str, Any]:
+    """What a model keeps of its data: their fingerprint, and the names of their classes, if they have any."""
+    names = {"classes": prepared["classes"]} if prepared.get("classes") else {}
+    return {"data_fingerprint": prepared["fingerprint"], **names}
 
 
 def window_of(config: RunConfig, prepared: dict[str, Any]) -> int | None:
