@@ -45,15 +45,17 @@ class Expected:
     def gradients(self, nets: Mapping[str, nn.Module], step: int = 0) -> dict[str, Tensor]:
         """role -> the gradient of its loss by all its parameters, for those that the phase of this step trains."""
         (phase,) = self.method.phases(step)
-        given = () if phase.statistic is None else (phase.statistic(nets, self.batch, self._draws()),)
-        losses = phase.loss(nets, self.batch, self._draws(), *given).per_sample
+        given = () if phase.statistic is None else (phase.statistic(nets, self.batch, self.draws()),)
+        losses = phase.loss(nets, self.batch, self.draws(), *given).per_sample
         return {
             role: torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), list(nets[role].parameters()))])
             for role, loss in losses.items()
         }
 
-    def _draws(self) -> Points:
-        return Points(self.uniforms, self.normals)
+    def draws(self, row: int | None = None) -> Points:
+        """Of all rows, or of one."""
+        some = slice(None) if row is None else slice(row, row + 1)
+        return Points([u[some] for u in self.uniforms], [n[some] for n in self.normals])
 
 
 def one_pair(method: MomentMatching, t: float, s: float) -> Expected:
