@@ -61,9 +61,10 @@ class Crew:
     def __init__(self, shape: Shape, desk: Any) -> None:
         """`desk`: the mailbox that has its orders."""
         self.shape, self.desk, self.name = shape, desk, f"crew-{uuid.uuid4().hex[:12]}"
-        self.error = ""
         self.busy: set[int | None] = set()
         """The ranks of workers that have an order of their own; None: all have one together."""
+        self._why = "its workers ended before it"
+        self._error: Exception | None = None
         self._finished = 0
         self._storage: dict[str, tuple[str, int]] = {}
         """Of each training: where its checkpoints are, and the images of the newest one when it was given to workers."""
@@ -99,7 +100,7 @@ class Crew:
                     self._finished += 1
                     return answer[0]
                 if ended:
-                    raise training_failed(job.name, self.error or "its workers ended before it")
+                    raise training_failed(job.name, self._why) from self._error
                 time.sleep(0.05)
         finally:
             del self._storage[job.name]
@@ -129,13 +130,13 @@ class Crew:
                 before = list(self._storage.values())
                 if self._finished > finished or any(Checkpoints(s).images() > images for s, images in before):
                     continue
-                self.error = root_cause(error)
+                self._why, self._error = root_cause(error), error
                 return
-            except ray.exceptions.RayActorError:
-                self.error = "the process that leads its workers died"
+            except ray.exceptions.RayActorError as error:
+                self._why, self._error = "the process that leads its workers died", error
                 return
             except Exception as error:
-                self.error = root_cause(error)
+                self._why, self._error = root_cause(error), error
                 return
 
     def _trainer(self) -> Any:
