@@ -50,7 +50,9 @@ def test_text_is_a_number_only_as_programs_write_them():
     assert are_names(["001", "099", 100])
     assert are_names(["cat", "dog"])
     assert not are_names([1, 2])
-    assert not are_names(["cat", 2])
+    assert are_names(["cat", "dog", 10])
+    assert not are_names(["cat", 1, 2])
+    assert not are_names([])
 
 
 def test_captions_stay_as_they_are_written():
