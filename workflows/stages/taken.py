@@ -76,4 +76,4 @@ def kind_of(reason: str) -> str:
     """A reason without what is of one image alone: names, sizes, what a decoder said."""
     text = re.sub(r"^\S*[\d.]\S*: ", "", reason)
     text = re.sub(r"\(.*?\)", "", text).partition(":")[0]
-    return " ".join(re.sub(r"\S*\d\S*", "...", text).split())
+    return " ".join(re.sub(r"(?<![\w-])\d[\d,.]*(?![\w-])", "...", text).split())
