@@ -310,7 +310,8 @@ def write_part(
 ) -> dict[str, Any]:
     """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
     encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
-    may_have = bool(listing.captioned or listing.caption_columns)
+    # Of tars that is known when they are read.
+    may_have = bool(listing.captioned or (listing.kind == "webdataset" and listing.caption_columns))
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=may_have, encoders=encoders)
     denied, captioned, listed = 0, 0, list[dict[str, str]]()
     reasons, left_out, content = Counter[str](), LeftOut(), Sum()
