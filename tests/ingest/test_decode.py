@@ -252,7 +252,7 @@ def test_bytes_that_are_too_many_are_not_looked_at(monkeypatch):
 
 
 def test_the_limit_of_pixels(recwarn, monkeypatch):
-    large = encoded(Image.new("L", (13_500, 13_500)))  # more than twice Pillow's limit, at which it refuses
+    large = header_of(13_500, 13_500)  # more than twice Pillow's limit, at which it refuses
     with pytest.raises(BadImage, match="more than 89,478,485 pixels"):
         decode(large, size=8, channels=1)
     monkeypatch.setattr("workflows.ingest.decode.MAX_PIXELS", 1199)

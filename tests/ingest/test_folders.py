@@ -532,6 +532,12 @@ def test_metadata_of_other_images_alone_is_refused(tmp_path):
     assert "metadata.csv can't be read: metadata.csv is no UTF-8 text (byte 0xe9 in line 2)" in refused(tmp_path)
 
 
+def test_metadata_with_old_line_ends_and_paths_from_where_it_lies(tmp_path):
+    flat(tmp_path / "a", 3)
+    (tmp_path / "a" / "metadata.csv").write_bytes(b"file_name;text\r./000.png;x\r.\\001.png;y\r/002.png;z\r")
+    assert [item.caption for item in load(tmp_path)[1]] == ["x", "y", "z"]
+
+
 @pytest.mark.parametrize("there", ["NFC", "NFD"])
 def test_names_with_accents_and_of_windows_are_matched(tmp_path, there):
     names = [f"é/ü{i}.png" for i in range(4)] + ["é/ lead.png"]

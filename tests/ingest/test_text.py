@@ -70,4 +70,6 @@ def test_classes_are_in_the_order_of_their_numbers():
 
 
 def test_paths_that_are_alike():
-    assert {alike(p) for p in ("./é/a.png", "e\u0301\\a.png", "/é/a.png", " é/a.png ")} == {"é/a.png"}
+    assert {
+        alike(p) for p in ("./é/a.png", "e\u0301\\a.png", "/é/a.png", " é/a.png ", "b/../é/./a.png", "é//a.png")
+    } == {"é/a.png"}

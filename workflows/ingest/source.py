@@ -74,7 +74,6 @@ def list_source(
     elif reader == "tar":
         fields, contents = list_tars(files, chosen, ask)
         listing = replace(listing, kind="webdataset", fingerprint=_with(listing, contents), **fields)
-        files.left_out.clear()  # of what was looked at; all of it is counted when it is read
         taken = {file.name for file in chosen}
         _leave(files, [file.name for file in found if file.name not in taken], {ask.labels, ask.captions}, reader)
     else:

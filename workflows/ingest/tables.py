@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def _json_rows(text: str) -> list[Any]:
 
 def _csv_rows(text: str) -> list[Any]:
     csv.field_size_limit(MAX_TABLE)
-    head = text[: text.find("\n")] if "\n" in text else text
+    head = re.split(r"[\r\n]", text, maxsplit=1)[0]
     rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(head)) if row]
     header = [cell.strip() for cell in rows[0]] if rows else []
     if not any(cell in PATHS for cell in header) and len(header) == 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import posixpath
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -106,6 +107,6 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def alike(name: str) -> str:
-    """A path in the form in which the same one may be written elsewhere: composed accents, slashes, no spaces around it."""
+    """A path in the form in which the same one may be written elsewhere: composed accents, slashes, no spaces around, no "./"."""
     path = unicodedata.normalize("NFC", name).replace("\\", "/").strip()
-    return path.removeprefix("./").lstrip("/")
+    return posixpath.normpath(path).lstrip("/")
