@@ -481,6 +481,8 @@ def json_lines(*rows):
         ("metadata.tsv", "file_name\ttext\n000.png\ta\n001.png\tb\n002.png\tc\n", ["a", "b", "c"], None),
         ("metadata.csv", 'file_name,text\r\n000.png,"a\nb"\r\n001.png,"a ""c"""\r\n', ["a\nb", 'a "c"', None], None),
         ("metadata.csv", "file_name,label\n000.png,1.0\n001.png,0.0\n002.png,\n", None, [1, 0, None]),
+        ("metadata.csv", "file_name,label\n000.png,1\n001.png,0\n002.png,NaN\n", None, [1, 0, None]),
+        ("metadata.csv", "file_name,label\n000.png,None\n001.png,a\n002.png,b\n", None, [0, 1, 2]),
         ("metadata.csv", "file_name,label\n000.png,010\n001.png,002\n002.png,001\n", None, [2, 1, 0]),
         ("metadata.csv", "file_name,label\n000.png,10 cm\n001.png,a dog\n002.png,10 cm\n", None, [0, 1, 0]),
         (
@@ -530,6 +532,14 @@ def test_metadata_of_other_images_alone_is_refused(tmp_path):
     assert "metadata.csv: 2 of its 2 images are not in" in refused(tmp_path)
     (tmp_path / "metadata.csv").write_bytes("file_name,text\n000.png,caf\xe9\n".encode("latin-1"))
     assert "metadata.csv can't be read: metadata.csv is no UTF-8 text (byte 0xe9 in line 2)" in refused(tmp_path)
+
+
+def test_metadata_that_tell_neither_label_nor_caption_are_left_out_like_any_file(tmp_path):
+    flat(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text("file_name,author\n000.png,me\n")
+    listing, items = load(tmp_path)
+    assert ({item.caption for item in items}, left(listing)) == ({None}, {(".csv", "not images"): 1})
+    assert [item.caption for item in load(tmp_path, caption_column="author")[1]] == ["me", None, None]
 
 
 def test_metadata_with_old_line_ends_and_paths_from_where_it_lies(tmp_path):

@@ -160,8 +160,8 @@ def test_a_file_that_is_no_zip_is_a_line(tmp_path, content, said):
 
 
 def test_a_zip_without_images_is_a_line(tmp_path):
-    zipped(tmp_path / "x.zip", {"a.txt": "x"})
-    with pytest.raises(UserError, match="has no images"):
+    zipped(tmp_path / "x.zip", {"a.txt": "x", "b.npy": "x", "c.npy": "x"})
+    with pytest.raises(UserError, match=r"has no images; in the zip files are \.npy \(2\), \.txt \(1\)"):
         list_source(str(tmp_path / "x.zip"))
 
 

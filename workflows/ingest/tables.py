@@ -19,6 +19,8 @@ PATHS = ("file_name", "filename", "path", "file", "image", "name", "key")
 """What the column of the images' names may be called."""
 MAX_TABLE = 2**30
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+MISSING = ("nan", "NaN", "NA", "<NA>", "null", "NULL", "None")
+"""What programs write among numbers where one is missing."""
 DELIMITERS = ",;\t|"
 What = Literal["label", "caption"]
 
@@ -148,14 +150,16 @@ class _Parser:
     def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
         """`written`: as text, which doesn't tell numbers from names: they are numbers if all are."""
         pairs = list(pairs)
-        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1]]
-        numbers = written and self.what == "label" and all(NUMBER.fullmatch(text.strip()) for text in texts)
+        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1] not in MISSING]
+        numbers = (
+            written and self.what == "label" and bool(texts) and all(NUMBER.fullmatch(text.strip()) for text in texts)
+        )
         out: dict[str, str | int | None] = {}
         for pair in pairs:
             if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise UserError(f"{self.name}: a path and a value are expected, not {clean(str(pair))[:60]}")
             path, value = pair
-            value = written_label(value) if numbers and value else self._value(path, value)
+            value = _number(value) if numbers and value else self._value(path, value)
             if path in out and self.what == "caption":
                 self.further += value is not None and out[path] is not None
                 value = value if out[path] is None else out[path]
@@ -174,6 +178,10 @@ class _Parser:
             raise UserError(f"{self.name}: {expected} is expected for {clean(path)}, not {error}") from error
         self.further += max(0, len(found) - 1)
         return found[0] if found else None
+
+
+def _number(text: str) -> str | int | None:
+    return None if text in MISSING else written_label(text)
 
 
 def _nested(values: dict[str, Any]) -> bool:
