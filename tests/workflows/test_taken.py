@@ -136,12 +136,12 @@ def test_files_with_new_times_are_the_same_source_and_other_bytes_are_not(tmp_pa
 def test_long_lists_are_cut():
     taken = {
         "labels": {"by": "column label", "classes": 7},
-        "captions": {"by": "", "images": 0},
+        "captions": {"by": "column text", "images": 9},
         "left_out": [{"what": f".{c}", "why": "not images", "count": 1000} for c in "abcdefg"]
         + [{"what": "column url", "why": "not asked for", "count": 1}],
     }
     assert said_of(taken, list("tuvwxyz"), 10) == (
-        "labels: 7 classes by column label (t, u, v, w, x, and 2 more); captions: none; "
+        "labels: 7 classes by column label (t, u, v, w, x, and 2 more); captions: 9 by column text, 1 image has none; "
         "left out: 1,000 .a, 1,000 .b, 1,000 .c, 1,000 .d, 1,000 .e, and 2 more (not images); column url (not asked for)"
     )
 

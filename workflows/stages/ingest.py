@@ -207,13 +207,14 @@ def _there(p: Preparation, listing: Listing, columns: dict[str, Any], screen: Sc
         storage.delete(join(p.dest, MANIFEST))
         return None
     screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
-    _say_taken(there, screen)
     if p.extractor is None or (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
+        _say_taken(there, screen)
         return there
     write_manifest(p.dest, replace(there, statistics={}))  # who reads it meanwhile takes none for others
     there = replace(there, statistics=statistics_for(p, there, screen))
     write_manifest(p.dest, there)
     screen.line(f"[green]✓[/] its reference statistics are in features of {p.extractor}")
+    _say_taken(there, screen)
     return there
 
 

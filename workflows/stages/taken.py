@@ -49,7 +49,8 @@ def said_of(taken: Mapping[str, Any], classes: Sequence[str], images: int) -> st
     names = f" ({_few(classes)})" if classes else ""
     labels = f"{count:,} class{'es' if count > 1 else ''} by {by}{names}" if by else "none"
     by, captioned = taken["captions"]["by"], taken["captions"]["images"]
-    lacking = f", {images - captioned:,} images have none" if captioned < images else ""
+    without = images - captioned
+    lacking = f", {without:,} image{'s have' if without > 1 else ' has'} none" if without else ""
     captions = f"{captioned:,} by {by}{lacking}" if captioned else "none"
     return f"labels: {labels}; captions: {captions}; left out: {_left_out(taken['left_out']) or 'nothing'}"
 
