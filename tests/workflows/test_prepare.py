@@ -250,7 +250,7 @@ def test_a_part_whose_shard_is_gone_is_made_again(source, prepare, plain, tmp_pa
 def test_killed_and_started_again_it_goes_on(tmp_path, prepare):
     """SIGKILL in the middle: no manifest; again: the parts that were there are not made again, and the result is the same."""
     source = tmp_path / "source"
-    pictures(source, n=1200, width=300, height=300)
+    pictures(source, n=600, width=300, height=300)
     words = [sys.executable, "-c", "import sys; from workflows.stages import ingest; ingest.UNIT = 200_000; "
              "ingest.SMALL = 20; from workflows.cli import main; main(sys.argv[1:])",
              "prepare", str(source), str(tmp_path / "set"), "--size", "32", "--shard-mb", "0.1"]  # fmt: skip
@@ -272,7 +272,7 @@ def test_killed_and_started_again_it_goes_on(tmp_path, prepare):
     assert done.returncode == 0, done.stderr
     assert "goes on:" in done.stdout + done.stderr
     manifest = read_manifest(tmp_path / "set")
-    assert manifest.count == 1200
+    assert manifest.count == 600
     assert manifest.fingerprint == prepare(source, tmp_path / "whole", size=32).fingerprint
 
 
