@@ -445,6 +445,12 @@ def test_labels_and_captions_in_json_beside_the_images(tmp_path):
     assert left(listing) == {}
     items = load(tmp_path, caption_column="url", labels="none")[1]
     assert [(item.caption, item.label) for item in items] == [("x", None)] * 6
+    (tmp_path / "002.json").write_text('{"caption": ')
+    (tmp_path / "004.json").write_text('["no object"]')
+    assert "002.json: the label can't be taken: it is no JSON (Expecting value" in refused(tmp_path)
+    listing, items = load(tmp_path, labels="none")
+    assert errors(items)["002.png"].startswith("002.json: the caption is no JSON (Expecting value")
+    assert (items[4].caption, left(listing)) == (None, {(".json", "not images"): 2})
 
 
 def test_labels_in_files_beside_the_images(tmp_path):
@@ -455,7 +461,7 @@ def test_labels_in_files_beside_the_images(tmp_path):
     assert (listing.labelled, listing.classes) == (".cls files", ("001", "010", "100"))
     assert [item.label for item in items] == [0, 1, 2] * 2
     (tmp_path / "003.cls").write_bytes(b"\xff")
-    assert "003.cls: the label can't be taken: the label is no UTF-8 text" in refused(tmp_path)
+    assert "003.cls: the label can't be taken: it is no UTF-8 text" in refused(tmp_path)
 
 
 def test_class_folders_that_are_numbers(tmp_path):
