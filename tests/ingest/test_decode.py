@@ -9,7 +9,7 @@ import pytest
 from pictures import array, encoded
 from PIL import Image, ImageOps
 
-from workflows.ingest.decode import MAX_BYTES, BadImage, decode
+from workflows.ingest.decode import BY_NAME, MAX_BYTES, START, SUFFIXES, BadImage, decode, starts_as_image
 
 
 def formula(content, size, channels):
@@ -88,6 +88,59 @@ def test_the_first_frame_of_an_animation():
         options = {"lossless": True} if kind == "WEBP" else {}
         content = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
         assert decode(content, size=5, channels=3)[:, 2, 2].tolist() == [255, 0, 0]
+
+
+READ = {
+    "AVIF": {"quality": 100},
+    "JPEG2000": {},
+    "QOI": {},
+    "BMP": {},
+    "TIFF": {},
+    "WEBP": {"lossless": True},
+    "GIF": {},
+}
+BY_SUFFIX = {
+    "TGA": ".tga",
+    "ICO": ".ico",
+    "PCX": ".PCX",
+    "SGI": ".sgi",
+    "DDS": ".dds",
+    "DIB": ".dib",
+    "PPM": ".pnm",
+}
+
+
+@pytest.mark.parametrize("kind", [*READ, *BY_SUFFIX])
+def test_other_kinds_of_files_are_read(kind):
+    """By their content, whatever they are called; those that have no mark of their own by their suffix."""
+    image = Image.new("RGB", (16, 16), (200, 30, 90))
+    content = encoded(image, kind, **READ.get(kind, {}))
+    pixels = decode(content, size=4, channels=3, name=f"a{BY_SUFFIX.get(kind, '.jpg')}")
+    assert abs(pixels.astype(int)[:, 1, 1] - [200, 30, 90]).max() < 4
+    assert starts_as_image(content[:START]) == (kind in READ or kind == "PPM")
+
+
+def test_every_suffix_of_pillow_is_known_or_left_out_on_purpose():
+    from PIL import Image as pillow
+
+    programs_or_no_pictures = {"EPS", "WMF", "FITS", "GRIB", "HDF5", "BUFR", "MPEG", "IPTC", "IM"}
+    for suffix, kind in pillow.registered_extensions().items():
+        if kind in pillow.OPEN and kind not in programs_or_no_pictures:
+            assert suffix in SUFFIXES, (suffix, kind)
+    assert {pillow.registered_extensions()[suffix] for suffix in BY_NAME} == set(BY_NAME.values())
+
+
+@pytest.mark.parametrize(
+    "text", [b"GIF is a format", b"BM is short for", b"P6 of the list", b"II. Part", b"{}", b"", b"RIFF WAVEfmt"]
+)
+def test_text_does_not_start_as_an_image(text):
+    assert not starts_as_image(text)
+
+
+def test_a_raw_photograph_or_heic_does_not_pass_for_an_image():
+    assert not starts_as_image(b"\0\0\0\x18ftypheic" + bytes(20))
+    with pytest.raises(BadImage, match="not an image that can be read"):
+        decode(b"\0\0\0\x18ftypheic" + bytes(200), size=8, channels=3)
 
 
 def test_a_random_square_is_the_keys_and_lies_anywhere():
@@ -173,6 +226,7 @@ JPEG = encoded(array(4, 64, 64), "JPEG")
         (b"P6 2 2 65535\n" + bytes(24), "more than 8 bits a channel"),
         (b"P6 2 2 1023\n" + bytes(24), "more than 8 bits a channel"),
         (b"P3 1 1 65535 1 2 3\n", "more than 8 bits a channel"),
+        (encoded(Image.fromarray(np.zeros((9, 9), np.uint16)), "JPEG2000"), "more than 8 bits a channel"),
     ],
 )
 def test_what_is_no_image_is_refused_in_a_line(content, said):
@@ -198,7 +252,7 @@ def test_bytes_that_are_too_many_are_not_looked_at(monkeypatch):
 
 
 def test_the_limit_of_pixels(recwarn, monkeypatch):
-    large = encoded(Image.new("L", (13_500, 13_500)))  # more than twice Pillow's limit, at which it refuses
+    large = header_of(13_500, 13_500)  # more than twice Pillow's limit, at which it refuses
     with pytest.raises(BadImage, match="more than 89,478,485 pixels"):
         decode(large, size=8, channels=1)
     monkeypatch.setattr("workflows.ingest.decode.MAX_PIXELS", 1199)
@@ -212,7 +266,7 @@ def test_no_decoder_gets_away_with_broken_bytes():
     """Any damage of any format is an image or a BadImage, never another error."""
     rng = np.random.default_rng(0)
     refused = 0
-    for kind in ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP"):
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "QOI"):
         whole = np.frombuffer(encoded(array(6, 24, 24), kind), np.uint8)
         for _ in range(60):
             content = whole.copy()

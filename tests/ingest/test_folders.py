@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from pictures import errors, good, load, png
+from pictures import array, encoded, errors, good, load, png
+from PIL import Image
 
 from workflows.ingest import list_source, read_unit
 from workflows.runtime.errors import UserError
@@ -355,3 +358,233 @@ def test_another_filesystem_of_fsspec(folder):
             assert len(good(items)) == 10
     finally:
         memory.rm("/box", recursive=True)
+
+
+# What the world's folders hold besides images
+
+
+def flat(root, n=6):
+    """n images in one folder, each of its own."""
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        (root / f"{i:03}.png").write_bytes(png(i))
+    return root
+
+
+def left(listing):
+    return {(what, why): count for what, why, count in listing.left_out}
+
+
+def test_images_are_known_by_their_content_where_their_names_say_nothing(tmp_path):
+    flat(tmp_path)
+    jpeg = encoded(Image.fromarray(array(7)), "JPEG")
+    names = [
+        "a.JPG",
+        "b.jfif",
+        "c.jpe",
+        "d.jpg_large",
+        "no_suffix",
+        "e.jpg.download",
+        "f.JPG.part",
+        "2024.01.02 at noon",
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(jpeg)
+    for i, name in enumerate(("x.HEIC", "y.heic", "z.dng", "LICENSE", "notes.TXT", "t.unknown")):
+        (tmp_path / name).write_bytes(b"II*\0" * 9 if name == "z.dng" else b"text %d" % i)
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(png(1))
+    listing, items = load(tmp_path)
+    assert sorted(good(items)) == sorted([f"{i:03}.png" for i in range(6)] + names)
+    counts = {".heic": 2, ".dng": 1, "no suffix": 1, ".txt": 1, ".unknown": 1}
+    assert left(listing) == {(what, "not images"): n for what, n in counts.items()}
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "photo").write_bytes(jpeg)
+    assert list(good(load(only)[1])) == ["photo"]
+
+
+@pytest.mark.parametrize("end", [".txt", ".TXT", ".png.txt", ".caption", ".prompt"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_in_files_beside_the_images(tmp_path, end, encoding):
+    flat(tmp_path)
+    for i in range(5):
+        (tmp_path / f"{i:03}{end}").write_text(f"a bëar, number {i}\n", encoding=encoding)
+    (tmp_path / "README.md").write_text("a word")
+    listing, items = load(tmp_path, unit_bytes=700)
+    assert [item.caption for item in items] == [f"a bëar, number {i}" for i in range(5)] + [None]
+    assert listing.captioned == f"{Path('a' + end).suffix.lower()} files"
+    assert left(listing) == {(".md", "not images"): 1}
+    assert {item.caption for item in load(tmp_path, captions="none")[1]} == {None}
+    assert [item.caption for item in load(tmp_path, limit=2)[1]] == ["a bëar, number 0", "a bëar, number 3"]
+
+
+def test_a_caption_beside_an_image_that_is_no_text_names_its_file(tmp_path):
+    flat(tmp_path)
+    (tmp_path / "002.txt").write_bytes("it\x92s one".encode("latin-1"))
+    (tmp_path / "003.txt").write_text(" \n")
+    (tmp_path / "004.txt").write_text("four")
+    _, items = load(tmp_path)
+    assert errors(items) == {"002.png": "002.txt: the caption is no UTF-8 text (byte 0x92 in line 1)"}
+    assert [item.caption for item in items] == [None] * 4 + ["four", None]
+
+
+def test_labels_and_captions_in_json_beside_the_images(tmp_path):
+    flat(tmp_path)
+    for i in range(6):
+        fields = {"caption": None if i == 1 else [f"one {i}", f"two {i}"], "label": float(i % 2), "url": "x"}
+        (tmp_path / f"{i:03}.json").write_text(json.dumps(fields))
+    listing = list_source(str(tmp_path))
+    counted = Counter()
+    items = [item for unit in listing.units for item in read_unit(listing, unit, left_out=counted)]
+    assert (listing.labelled, listing.classes, listing.captioned) == (".json files", ("0", "1"), ".json files")
+    assert [item.label for item in items] == [0, 1] * 3
+    assert [item.caption for item in items] == [None if i == 1 else f"one {i}" for i in range(6)]
+    assert counted == {("captions", "an image has one"): 5}
+    assert left(listing) == {}
+    items = load(tmp_path, caption_column="url", labels="none")[1]
+    assert [(item.caption, item.label) for item in items] == [("x", None)] * 6
+    (tmp_path / "002.json").write_text('{"caption": ')
+    (tmp_path / "004.json").write_text('["no object"]')
+    assert "002.json: the label can't be taken: it is no JSON (Expecting value" in refused(tmp_path)
+    listing, items = load(tmp_path, labels="none")
+    assert errors(items)["002.png"].startswith("002.json: the caption is no JSON (Expecting value")
+    assert (items[4].caption, left(listing)) == (None, {(".json", "not images"): 2})
+
+
+def test_labels_in_files_beside_the_images(tmp_path):
+    flat(tmp_path)
+    for i in range(6):
+        (tmp_path / f"{i:03}.cls").write_text(f"{['001', '010', '100'][i % 3]}\n", encoding="utf-8-sig")
+    listing, items = load(tmp_path)
+    assert (listing.labelled, listing.classes) == (".cls files", ("001", "010", "100"))
+    assert [item.label for item in items] == [0, 1, 2] * 2
+    (tmp_path / "003.cls").write_bytes(b"\xff")
+    assert "003.cls: the label can't be taken: it is no UTF-8 text" in refused(tmp_path)
+
+
+def test_class_folders_that_are_numbers(tmp_path):
+    for c in (0, 1, 2, 10, 11):
+        flat(tmp_path / str(c), 1)
+    listing, items = load(tmp_path)
+    assert listing.classes == ("0", "1", "2", "10", "11")
+    assert {item.key.partition("/")[0]: listing.classes[item.label] for item in items} == {
+        c: c for c in listing.classes
+    }
+
+
+def json_lines(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "captions", "labels"),
+    [
+        ("metadata.csv", "file_name,text\n000.png,00001\n001.png,\n002.png,2\n", ["00001", None, "2"], None),
+        ("metadata.csv", "file_name;text\n000.png;a, b\n001.png;c\n002.png;d\n", ["a, b", "c", "d"], None),
+        ("metadata.csv", "file_name\ttext\n000.png\ta\n001.png\tb\n002.png\tc\n", ["a", "b", "c"], None),
+        ("metadata.tsv", "file_name\ttext\n000.png\ta\n001.png\tb\n002.png\tc\n", ["a", "b", "c"], None),
+        ("metadata.csv", 'file_name,text\r\n000.png,"a\nb"\r\n001.png,"a ""c"""\r\n', ["a\nb", 'a "c"', None], None),
+        ("metadata.csv", "file_name,label\n000.png,1.0\n001.png,0.0\n002.png,\n", None, [1, 0, None]),
+        ("metadata.csv", "file_name,label\n000.png,1\n001.png,0\n002.png,NaN\n", None, [1, 0, None]),
+        ("metadata.csv", "file_name,label\n000.png,None\n001.png,a\n002.png,b\n", None, [0, 1, 2]),
+        ("metadata.csv", "file_name,label\n000.png,010\n001.png,002\n002.png,001\n", None, [2, 1, 0]),
+        ("metadata.csv", "file_name,label\n000.png,10 cm\n001.png,a dog\n002.png,10 cm\n", None, [0, 1, 0]),
+        (
+            "metadata.jsonl",
+            json_lines({"file_name": "000.png", "text": "a\u2028b\x85c"})
+            + "\n \n"
+            + json_lines({"file_name": "001.png", "text": None}),
+            ["a\u2028b\x85c", None, None],
+            None,
+        ),
+        (
+            "metadata.jsonl",
+            json_lines({"file_name": "000.png"}, {"file_name": "001.png", "text": ["b", "c"]}),
+            [None, "b", None],
+            None,
+        ),
+        ("metadata.jsonl", json_lines(*({"file_name": "000.png", "text": t} for t in "ab")), ["a", None, None], None),
+        (
+            "metadata.jsonl",
+            json_lines(*({"file_name": n, "text": "a"} for n in ("000.png", "gone.png"))),
+            ["a", None, None],
+            None,
+        ),
+        (
+            "metadata.jsonl",
+            json_lines(*({"file_name": f"{i:03}.png", "label": v} for i, v in enumerate((True, False, [1])))),
+            None,
+            [1, 0, 1],
+        ),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_metadata_as_it_is_written(tmp_path, name, text, captions, labels, encoding):
+    flat(tmp_path, 3)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    listing, items = load(tmp_path)
+    assert [item.caption for item in items] == (captions or [None] * 3)
+    assert [item.label for item in items] == (labels or [None] * 3)
+    further = ("captions", "an image has one") in left(listing)
+    gone = (f"rows of {name}", "their images are not there") in left(listing)
+    assert (further, gone) == ('["b", "c"]' in text or text.count("000.png") == 2, "gone.png" in text)
+
+
+def test_metadata_of_other_images_alone_is_refused(tmp_path):
+    flat(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,x\nb.png,y\n")
+    assert "metadata.csv: 2 of its 2 images are not in" in refused(tmp_path)
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\n000.png,caf\xe9\n".encode("latin-1"))
+    assert "metadata.csv can't be read: metadata.csv is no UTF-8 text (byte 0xe9 in line 2)" in refused(tmp_path)
+
+
+def test_metadata_that_tell_neither_label_nor_caption_are_left_out_like_any_file(tmp_path):
+    flat(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text("file_name,author\n000.png,me\n")
+    listing, items = load(tmp_path)
+    assert ({item.caption for item in items}, left(listing)) == ({None}, {(".csv", "not images"): 1})
+    assert [item.caption for item in load(tmp_path, caption_column="author")[1]] == ["me", None, None]
+
+
+def test_metadata_with_old_line_ends_and_paths_from_where_it_lies(tmp_path):
+    flat(tmp_path / "a", 3)
+    (tmp_path / "a" / "metadata.csv").write_bytes(b"file_name;text\r./000.png;x\r.\\001.png;y\r/002.png;z\r")
+    assert [item.caption for item in load(tmp_path)[1]] == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("there", ["NFC", "NFD"])
+def test_names_with_accents_and_of_windows_are_matched(tmp_path, there):
+    names = [f"é/ü{i}.png" for i in range(4)] + ["é/ lead.png"]
+    for i, name in enumerate(names):
+        path = tmp_path / unicodedata.normalize(there, name)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(png(i))
+    for form in ("NFC", "NFD"):
+        for slash in ("/", "\\"):
+            told = {unicodedata.normalize(form, name).replace("/", slash): i % 2 for i, name in enumerate(names)}
+            (tmp_path / "labels.json").write_text(json.dumps(told))
+            listing, items = load(tmp_path, labels="labels.json")
+            expected = {unicodedata.normalize(there, name): i % 2 for i, name in enumerate(names)}
+            assert {item.key: item.label for item in items} == expected
+            assert listing.left_out == ()
+
+
+def test_dataset_json_below_a_top_folder(tmp_path):
+    names = [f"0000{i % 2}/{i // 2:03}.png" for i in range(6)]
+    flat(tmp_path / "top" / "00000", 3)
+    flat(tmp_path / "top" / "00001", 3)
+    labels = {"labels": [[name, float(i % 3)] for i, name in enumerate(names)]}
+    (tmp_path / "top" / "dataset.json").write_text(json.dumps(labels))
+    listing, items = load(tmp_path)
+    assert (listing.labelled, listing.classes, listing.left_out) == ("dataset.json", ("0", "1", "2"), ())
+    assert {item.key: item.label for item in items} == {f"top/{name}": i % 3 for i, name in enumerate(names)}
+
+
+def test_a_copy_has_other_times_and_the_same_content(folder):
+    before = load(folder)[0]
+    os.utime(folder / "cats" / "0.png", (1, 1))
+    after = load(folder)[0]
+    assert before.fingerprint != after.fingerprint
+    assert before.content == after.content

@@ -68,6 +68,19 @@ def test_a_prefix_of_images(bucket, tmp_path):
         list_source(source, filesystem=filesystem, labels=f"s3://{name}/deep/labels.json")
 
 
+def test_files_beside_images_and_without_suffixes(bucket):
+    filesystem, name = bucket
+    for i in range(40):
+        filesystem.pipe({f"{name}/{i:02}.png": png(i), f"{name}/{i:02}.txt": f"number {i}".encode()})
+    for i in range(3):
+        filesystem.pipe({f"{name}/raw{i}": png(50 + i), f"{name}/x{i}.unknown": b"x", f"{name}/e{i}": b""})
+    listing, items = load(f"s3://{name}", filesystem, unit_bytes=2000)
+    assert {item.key: item.caption for item in items} == {f"{i:02}.png": f"number {i}" for i in range(40)} | {
+        f"raw{i}": None for i in range(3)
+    }
+    assert listing.left_out == ((".unknown", "not images", 3), ("no suffix", "not images", 3))
+
+
 def test_tars_zips_and_tables(bucket, moto_server, tmp_path, monkeypatch):
     """By the filesystem that everything else here reads stores with."""
     filesystem, name = bucket

@@ -2,13 +2,15 @@
 
 import json
 import re
+from collections import Counter
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pictures import errors, load, png, read
 
-from workflows.ingest import list_source
+from workflows.ingest import list_source, read_unit
 from workflows.runtime.errors import UserError
 
 
@@ -214,3 +216,105 @@ def test_files_of_different_columns(tmp_path):
     assert "b.parquet has no column label, which a.parquet has" in refused(tmp_path)
     written(tmp_path / "b.parquet", table(0, 3, label=["a", "b", "c"]))
     assert "column label is string in b.parquet and int64 in a.parquet" in refused(tmp_path)
+
+
+# As pandas, polars and datasets write them
+
+
+def test_a_column_that_is_empty_in_one_file_is_not_so_in_all(tmp_path):
+    for empty in (0, 1):
+        parts = [[None] * 4, [f"number {i}" for i in range(4)]]
+        labels = [[None] * 4, [i % 2 for i in range(4)]]
+        if empty:
+            parts, labels = parts[::-1], labels[::-1]
+        for part in (0, 1):
+            rows = table(4 * part, 4 * part + 4, caption=parts[part], label=labels[part])
+            written(tmp_path / f"{part}.parquet", rows)
+        listing, items = load(tmp_path)
+        assert (listing.captioned, listing.labelled, listing.classes) == ("column caption", "column label", ("0", "1"))
+        assert [item.caption for item in items] == parts[0] + parts[1]
+        assert [item.label for item in items] == labels[0] + labels[1]
+
+
+def test_a_column_that_is_empty_in_all_is_told(tmp_path):
+    written(tmp_path / "a.parquet", table(0, 4, caption=[None] * 4, label=pa.array([-1, None, -1, -1])))
+    listing, items = load(tmp_path)
+    assert (listing.captioned, listing.labelled, {item.label for item in items}) == ("", "", {None})
+    assert listing.notes == ("no labels: column label holds none: all are empty or -1",)
+    assert [what for what, _, _ in listing.left_out] == ["column caption", "column label"]
+    assert "no labels: column label holds none" in refused(tmp_path, label_column="label")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        (pa.array([0.0, 1.0, 2.0, None]), "012", [0, 1, 2, None]),
+        (pa.array([0.0, 1.0, 2.0, float("nan")]), "012", [0, 1, 2, None]),
+        (pa.array([1.0, 0.0, 2.0, 1.0], pa.float16()), "012", [1, 0, 2, 1]),
+        (pa.array([True, False, None, True]), "01", [1, 0, None, 1]),
+        (pa.array([2, 0, 1, None], pa.uint64()), "012", [2, 0, 1, None]),
+        (pa.array([2, 0, 1, 0], pa.int8()), "012", [2, 0, 1, 0]),
+        (pa.array([Decimal("2.00"), Decimal("0.00"), Decimal("1.00"), None]), "012", [2, 0, 1, None]),
+        (pa.array([2, 0, 1, None]).dictionary_encode(), "012", [2, 0, 1, None]),
+        (pa.array(["b c", None, "a", "b c"]).dictionary_encode(), ("a", "b c"), [1, None, 0, 1]),
+        (pa.array(["10", "9", "", "2"]), ("2", "9", "10"), [2, 1, None, 0]),
+        (pa.array(["b", "a", None, "b"], pa.string_view()), "ab", [1, 0, None, 1]),
+        (pa.array([[2], [0], [1], []]), "012", [2, 0, 1, None]),
+        (pa.array([[1.0], [0.0], None, [1.0]], pa.large_list(pa.float32())), "01", [1, 0, None, 1]),
+        (pa.array([["b"], ["a"], ["b"], ["a"]], pa.list_(pa.string(), 1)), "ab", [1, 0, 1, 0]),
+    ],
+)
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_labels_of_any_type(tmp_path, labels, classes, numbers, column):
+    written(tmp_path / "a.parquet", table(0, 4, **{column: labels}))
+    listing, items = load(tmp_path)
+    assert listing.classes == tuple(classes)
+    assert [item.label for item in items] == numbers
+    assert not errors(items)
+
+
+def test_types_that_differ_between_files_are_read_as_one(tmp_path):
+    kinds = [pa.int64(), pa.int32(), pa.uint8(), pa.float64()]
+    for part, kind in enumerate(kinds):
+        rows = table(3 * part, 3 * part + 3, label=pa.array([0, 1, 2]).cast(kind))
+        written(tmp_path / f"{part}.parquet", rows)
+    listing, items = load(tmp_path)
+    assert (listing.classes, [item.label for item in items]) == (("0", "1", "2"), [0, 1, 2] * 4)
+    texts = [pa.string(), pa.large_string(), pa.string_view()]
+    for part, kind in enumerate(texts):
+        rows = pa.table({"image": pa.array([png(part)], [pa.binary(), pa.large_binary(), pa.binary_view()][part])})
+        written(tmp_path / f"{part}.parquet", rows.append_column("text", pa.array(["a"]).cast(kind)))
+    (tmp_path / "3.parquet").unlink()
+    _, items = load(tmp_path)
+    assert [(item.image, item.caption) for item in items] == [(png(i), "a") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            pa.array([[0.0, 1.0], [1.0, 0.0]]),
+            "in column label is a list of 2 values, such as one-hot or several classes",
+        ),
+        (pa.array([0.25, 1.0]), "in column label is 0.25, which is neither a name nor a whole number"),
+    ],
+)
+def test_labels_that_are_none_are_refused_for_what_they_are(tmp_path, labels, said):
+    written(tmp_path / "a.parquet", table(0, 2, label=labels))
+    assert said in refused(tmp_path)
+
+
+def test_captions_in_lists_and_columns_that_are_not_taken(tmp_path):
+    rows = table(0, 3, caption=[["", "a", "b"], [], ["c"]], url=["x"] * 3, **{"second caption": ["y"] * 3})
+    written(tmp_path / "a.parquet", rows)
+    (tmp_path / "notes.txt").write_text("x")
+    listing = list_source(str(tmp_path))
+    left = Counter()
+    items = [item for unit in listing.units for item in read_unit(listing, unit, left_out=left)]
+    assert [item.caption for item in items] == ["a", None, "c"]
+    assert left == {("captions", "an image has one"): 1}
+    assert listing.left_out == (
+        (".txt", "beside the Parquet files", 1),
+        ("column second caption", "neither image, label nor caption", 1),
+        ("column url", "neither image, label nor caption", 1),
+    )

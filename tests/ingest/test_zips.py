@@ -5,7 +5,8 @@ import struct
 import zipfile
 
 import pytest
-from pictures import errors, good, load, png, read
+from pictures import array, encoded, errors, good, load, png, read
+from PIL import Image
 
 from workflows.ingest import list_source
 from workflows.runtime.errors import UserError
@@ -159,8 +160,8 @@ def test_a_file_that_is_no_zip_is_a_line(tmp_path, content, said):
 
 
 def test_a_zip_without_images_is_a_line(tmp_path):
-    zipped(tmp_path / "x.zip", {"a.txt": "x"})
-    with pytest.raises(UserError, match="has no images"):
+    zipped(tmp_path / "x.zip", {"a.txt": "x", "b.npy": "x", "c.npy": "x"})
+    with pytest.raises(UserError, match=r"has no images; in the zip files are \.npy \(2\), \.txt \(1\)"):
         list_source(str(tmp_path / "x.zip"))
 
 
@@ -173,3 +174,53 @@ def test_a_zip_that_is_gone_or_another_when_it_is_read(tmp_path):
     listing = list_source(str(edm(tmp_path / "y.zip")))
     (tmp_path / "y.zip").unlink()
     assert set(errors(read(listing)).values()) == {"it is no longer there"}
+
+
+def test_edms_labels_below_a_top_folder(tmp_path):
+    names = [f"0000{i // 5}/img{i:08}.png" for i in range(10)]
+    members = {f"mydata/{name}": png(i) for i, name in enumerate(names)}
+    told = json.dumps({"labels": [[name, i % 3] for i, name in enumerate(names)]})
+    zipped(tmp_path / "x.zip", members | {"mydata/dataset.json": told, "__MACOSX/mydata/._dataset.json": b"\0"})
+    listing, items = load(tmp_path / "x.zip")
+    assert (listing.labelled, listing.classes, listing.left_out) == ("dataset.json", ("0", "1", "2"), ())
+    assert [item.label for item in items] == [i % 3 for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (lambda i: [float(i == c) for c in range(3)], "not a list of 3 values, such as one-hot or several classes"),
+        (lambda i: i / 2, "not 0.5, which is neither a name nor a whole number"),
+        (lambda i: {"cat": 1}, "which is neither a name nor a whole number"),
+    ],
+)
+def test_labels_that_are_none_are_refused_for_what_they_are(tmp_path, label, said):
+    names = [f"{i}.png" for i in range(6)]
+    told = json.dumps({"labels": [[name, label(i)] for i, name in enumerate(names)]})
+    zipped(tmp_path / "x.zip", {name: png(i) for i, name in enumerate(names)} | {"dataset.json": told})
+    with pytest.raises(UserError, match="a name or a whole number is expected for ") as caught:
+        list_source(str(tmp_path / "x.zip"))
+    assert said in str(caught.value)
+
+
+def test_captions_metadata_and_other_files_in_a_zip(tmp_path):
+    jpeg = encoded(Image.fromarray(array(3)), "JPEG")
+    members = {f"top/{c}/{i}.PNG": png(i) for c in "ab" for i in range(3)} | {"top/a/no_suffix": jpeg}
+    others = {"top/readme.md": b"x", "top/a/x.heic": b"x", ".DS_Store": b"x", "top/b/tool": b"#!/bin/sh"}
+    asides = {f"top/{c}/{i}.txt": f"\ufeff{c} {i}" for c in "ab" for i in range(2)}
+    for part in "pq":
+        zipped(tmp_path / f"{part}.zip", members | others | asides)
+    for source, expected in ((tmp_path / "p.zip", 1), (tmp_path, 2)):
+        listing, items = load(source, unit_bytes=700, labels="none")
+        captions = [item.caption for item in items]
+        assert captions == (["a 0", "a 1", None, "b 0", "b 1", None, None]) * expected
+        assert listing.captioned == ".txt files"
+        counts = {".md": expected, ".heic": expected, "no suffix": expected}
+        assert {what: n for what, _, n in listing.left_out} == counts
+    assert load(tmp_path / "p.zip")[0].classes == ("a", "b")
+    rows = "file_name,label,text\n" + "".join(f"{i}.PNG,c {i % 2},{i:03}\n" for i in range(3))
+    zipped(tmp_path / "m.zip", {f"a/{i}.PNG": png(i) for i in range(3)} | {"a/metadata.csv": rows})
+    listing, items = load(tmp_path / "m.zip")
+    assert [(listing.classes[item.label], item.caption) for item in items] == [
+        (f"c {i % 2}", f"{i:03}") for i in range(3)
+    ]

@@ -1,11 +1,15 @@
 """Data sets of shards: what goes in comes out, damage is found, and a stream is a function of its position."""
 
+import hashlib
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+import workflows.runtime.manifest as manifests
+from workflows.config import ConfigError, load_config, recipe_names
 from workflows.runtime.data import Ahead, Plan, StreamedBatches, spread
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import MANIFEST, Shard, is_data_set, read_manifest, write_manifest
@@ -303,3 +307,92 @@ def test_work_is_spread_and_all_of_it_comes(ray_cluster):
 
     got = list(spread(list(range(9)), work, at_once=2, options={"num_cpus": 1}))
     assert sorted((row["item"], row["i"]) for row in got) == [(n, i) for n in range(9) for i in range(n)]
+
+
+def test_who_is_held_out_is_as_fine_as_the_share_and_stays_for_whole_256ths():
+    keys = [f"image {i}" for i in range(40_000)]
+    first = np.array([hashlib.blake2b(key.encode(), digest_size=4).digest()[0] for key in keys])
+    for k in (1, 26, 52, 128, 255):
+        assert np.array_equal(held_out(keys, k / 256), first < k)
+    assert not held_out(keys, 0.0).any()
+    before = held_out(keys, 0.0)
+    for share in (0.0005, 0.001, 0.003, 0.01, 0.1, 0.35):
+        now = held_out(keys, share)
+        assert now.mean() == pytest.approx(share, abs=4 * np.sqrt(share / len(keys)))
+        assert now[before].all(), "who is held out with a smaller share is so with a larger one"
+        before = now
+
+
+def test_the_default_holds_out_the_images_that_figures_were_made_with():
+    """Before, a share was rounded up to whole 1/256, and the default was .2."""
+    keys = [str(i) for i in range(2000)]
+    first = np.array([hashlib.blake2b(key.encode(), digest_size=4).digest()[0] for key in keys])
+    assert np.array_equal(held_out(keys, load_config("digits").data.holdout), first / 256 < 0.2)
+
+
+@pytest.mark.parametrize("encoding", ["float32", "png"])
+@pytest.mark.parametrize("which", ["all", "holdout", "rest"])
+def test_labels_to_draw_come_from_their_column_alone(tmp_path, monkeypatch, encoding, which):
+    manifest = data_set(tmp_path, encoding=encoding)
+    expected = read_all(tmp_path, which).labels
+    monkeypatch.setattr("workflows.runtime.shards.decode", pytest.fail)
+    monkeypatch.setattr("workflows.runtime.shards.load_shard", pytest.fail)
+    assert label_pool(tmp_path, which, most=2**30).tolist() == expected.tolist()
+    (tmp_path / manifest.shards[1].file).write_bytes(b"no Parquet")
+    with pytest.raises(UserError, match=r"1\.parquet: the shard differs from its manifest"):
+        label_pool(tmp_path, which, most=2**30)
+    (tmp_path / manifest.shards[1].file).unlink()
+    with pytest.raises(UserError, match=r"1\.parquet: the shard is missing"):
+        label_pool(tmp_path, which, most=2**30)
+
+
+@pytest.mark.parametrize("place", ["here", "memory://known/set"])
+def test_a_manifest_is_read_once_for_a_configuration_and_again_when_it_is_another(tmp_path, monkeypatch, place):
+    root = str(tmp_path) if place == "here" else place
+    manifest = data_set(root)
+    reads = []
+    read = manifests.read
+    monkeypatch.setattr(manifests, "read", lambda uri: reads.append(uri) or read(uri))
+    asked = [f"data.source=dataset://{root}", "data.extractor=pixels"]
+    for _ in range(3):
+        assert load_config("digits", asked).data.source == "dataset"
+    assert len(reads) == 1
+    write_manifest(root, replace(manifest, num_classes=0))
+    assert manifests.known_manifest(root).num_classes == 0
+    assert len(reads) == 2
+    if place == "here":  # by another process
+        path = tmp_path / MANIFEST
+        path.write_text(path.read_text().replace('"num_classes": 0', '"num_classes": 125'))
+    else:
+        clock = time.monotonic() + 2 * manifests.KNOWN
+        monkeypatch.setattr(manifests.time, "monotonic", lambda: clock)
+    assert manifests.known_manifest(root) == read_manifest(root)
+    assert len(reads) == 4
+
+
+def test_a_data_set_serves_any_recipe_in_small(tmp_path):
+    """What a recipe says of its own data says nothing of it, and nobody set a limit."""
+    images = np.random.default_rng(0).random((120, 3, 24, 24))
+    write_shards(tmp_path, source="x", images=images, labels=np.arange(120) % 4, num_classes=4, holdout=0.1, rows=60)
+    for recipe in recipe_names():
+        config = load_config(recipe, [f"data.source=dataset://{tmp_path}"], smoke=True)
+        assert (config.data.source, config.data.limit, config.data.image_size) == ("dataset", None, None)
+        assert config.data.extractor == "classifier"
+    with pytest.raises(ConfigError, match="limit: belongs to the preparation"):
+        load_config("digits", [f"data.source=dataset://{tmp_path}", "data.limit=100"], smoke=True)
+    with pytest.raises(ConfigError, match="exact is not known for dataset"):
+        load_config("gmm", [f"data.source=dataset://{tmp_path}", "teacher.kind=exact"])
+
+
+def test_a_configuration_is_shown_without_its_data_set(monkeypatch, capsys):
+    from workflows.cli import main
+
+    monkeypatch.setattr(manifests, "read", pytest.fail)
+    for recipe in recipe_names():
+        with pytest.raises(SystemExit) as ended:
+            main(["config", "-r", recipe, "--set", "data.source=dataset://s3://nowhere/set"])
+        assert ended.value.code == 0
+        assert "path: s3://nowhere/set" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["config", "--set", "data.source=dataset://s3://nowhere/set", "--set", "network.heads=5"])
+    assert (ended.value.code, "network.heads: 5 does not divide" in capsys.readouterr().err) == (2, True)

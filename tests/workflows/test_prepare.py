@@ -68,11 +68,48 @@ class Prepare:
             self.text = shown.getvalue()
 
 
+@pytest.fixture(scope="module")
+def prepare(ray_cluster):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ingest, "UNIT", 4000)
+        patch.setattr(ingest, "SMALL", 20)
+        yield Prepare()
+
+
+# Prepared once for all tests that look at them, or change a copy of them
+
+
+@pytest.fixture(scope="module")
+def plain(source, prepare, tmp_path_factory):
+    """(folder, manifest) of the source as it is prepared without options."""
+    folder = tmp_path_factory.mktemp("plain") / "set"
+    return folder, prepare(source[0], folder)
+
+
+@pytest.fixture(scope="module")
+def grey(source, prepare, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grey") / "set"
+    return folder, prepare(source[0], folder, channels=1)
+
+
+@pytest.fixture(scope="module")
+def measured(source, prepare, grey, tmp_path_factory):
+    """`grey` with statistics in features of pixels."""
+    folder = shutil.copytree(grey[0], tmp_path_factory.mktemp("measured") / "set")
+    return folder, prepare(source[0], folder, channels=1, extractor="pixels")
+
+
+@pytest.fixture(scope="module")
+def classified(source, prepare, grey, tmp_path_factory):
+    """`grey` with a classifier, and statistics in its features."""
+    folder = shutil.copytree(grey[0], tmp_path_factory.mktemp("classified") / "set")
+    return folder, prepare(source[0], folder, channels=1, extractor="classifier")
+
+
 @pytest.fixture
-def prepare(ray_cluster, monkeypatch):
-    monkeypatch.setattr(ingest, "UNIT", 4000)
-    monkeypatch.setattr(ingest, "SMALL", 20)
-    return Prepare()
+def copied(tmp_path):
+    """A copy of one of these, for a test to change."""
+    return lambda made, name="set": shutil.copytree(made[0], tmp_path / name)
 
 
 def all_rows(dest, *names):
@@ -85,10 +122,14 @@ def all_rows(dest, *names):
 
 
 @pytest.mark.parametrize("encoding", ["png", "uint8"])
-def test_every_image_is_there_once_as_decoding_gives_it(source, prepare, tmp_path, encoding):
-    folder, content = source
-    manifest = prepare(folder, tmp_path / "set", encoding=encoding)
-    rows = all_rows(tmp_path / "set", "key", "image", "label", "holdout")
+def test_every_image_is_there_once_as_decoding_gives_it(source, prepare, plain, tmp_path, encoding):
+    _, content = source
+    if encoding == "png":
+        there, manifest = plain
+    else:
+        there, manifest = tmp_path / "set", prepare(source[0], tmp_path / "set", encoding=encoding)
+        assert manifest.fingerprint == plain[1].fingerprint
+    rows = all_rows(there, "key", "image", "label", "holdout")
     assert sorted(rows["key"]) == sorted(content)
     for key, image, label in zip(rows["key"], rows["image"], rows["label"], strict=True):
         assert np.array_equal(image, decode(content[key], size=8, channels=3))
@@ -100,19 +141,24 @@ def test_every_image_is_there_once_as_decoding_gives_it(source, prepare, tmp_pat
     assert len(manifest.shards) > 5
     assert manifest.skipped == {"count": 0, "listed": []}
     assert {"python", "mmdistill", "pillow"} <= manifest.versions.keys()
-    left = {name.split("/")[0] for name in listing(tmp_path / "set")}
+    left = {name.split("/")[0] for name in listing(there)}
     assert left == {"shards", "manifest.json"}
 
 
-def test_prepared_again_it_is_left_and_anything_else_refused(source, prepare, tmp_path):
-    first = prepare(source[0], tmp_path / "set")
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*")}
-    assert prepare(source[0], tmp_path / "set") == first
-    assert "is this data set already" in prepare.text
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "set").rglob("*")} == times
+def test_prepared_again_it_is_left_and_anything_else_refused(source, prepare, plain):
+    there, first = plain
+    times = {p: p.stat().st_mtime_ns for p in there.rglob("*")}
+    said = "labels: 3 classes by folders (class0, class1, class2); captions: none; left out: nothing"
+    for touched in (False, True):
+        if touched:
+            for key in source[1]:
+                os.utime(source[0] / key)
+        assert prepare(source[0], there) == first
+        assert "is this data set already" in prepare.text
+        assert prepare.text.splitlines()[-1].strip() == first.taken["said"] == said
+        assert {p: p.stat().st_mtime_ns for p in there.rglob("*")} == times
     with pytest.raises(UserError, match="holds another data set, of 240 images"):
-        prepare(source[0], tmp_path / "set", size=4)
-    assert prepare(source[0], tmp_path / "other", encoding="uint8").fingerprint == first.fingerprint
+        prepare(source[0], there, size=4)
 
 
 def test_a_picture_and_its_mirror(source, prepare, tmp_path):
@@ -183,9 +229,9 @@ def test_too_few_images_are_refused(prepare, tmp_path):
         prepare(tmp_path / "source", tmp_path / "set")
 
 
-def test_a_part_whose_shard_is_gone_is_made_again(source, prepare, tmp_path, monkeypatch):
+def test_a_part_whose_shard_is_gone_is_made_again(source, prepare, plain, tmp_path, monkeypatch):
     """The notes of parts say that they are whole; what they say is looked at."""
-    expected = prepare(source[0], tmp_path / "expected")
+    expected = plain[1]
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -196,6 +242,7 @@ def test_a_part_whose_shard_is_gone_is_made_again(source, prepare, tmp_path, mon
     (tmp_path / "set/shards/litter-of-before.parquet").write_bytes(b"x")
     again = prepare(source[0], tmp_path / "set")
     assert again.fingerprint == expected.fingerprint
+    assert prepare.text.splitlines()[-1].strip() == expected.taken["said"]
     assert len(read_all(tmp_path / "set").labels) == 240
     assert not (tmp_path / "set/shards/litter-of-before.parquet").exists()
 
@@ -203,7 +250,7 @@ def test_a_part_whose_shard_is_gone_is_made_again(source, prepare, tmp_path, mon
 def test_killed_and_started_again_it_goes_on(tmp_path, prepare):
     """SIGKILL in the middle: no manifest; again: the parts that were there are not made again, and the result is the same."""
     source = tmp_path / "source"
-    pictures(source, n=1200, width=300, height=300)
+    pictures(source, n=600, width=300, height=300)
     words = [sys.executable, "-c", "import sys; from workflows.stages import ingest; ingest.UNIT = 200_000; "
              "ingest.SMALL = 20; from workflows.cli import main; main(sys.argv[1:])",
              "prepare", str(source), str(tmp_path / "set"), "--size", "32", "--shard-mb", "0.1"]  # fmt: skip
@@ -225,7 +272,7 @@ def test_killed_and_started_again_it_goes_on(tmp_path, prepare):
     assert done.returncode == 0, done.stderr
     assert "goes on:" in done.stdout + done.stderr
     manifest = read_manifest(tmp_path / "set")
-    assert manifest.count == 1200
+    assert manifest.count == 600
     assert manifest.fingerprint == prepare(source, tmp_path / "whole", size=32).fingerprint
 
 
@@ -246,14 +293,14 @@ def test_options_that_can_not_be():
 # Trained on
 
 
-def test_a_run_on_a_data_set_held_in_memory_and_streamed(source, prepare, tmp_path, ray_cluster):
+def test_a_run_on_a_data_set_held_in_memory_and_streamed(grey, tmp_path, ray_cluster):
     """From the manifest alone: shape and classes are its own. Streamed, two workers each decode what they are to see."""
-    prepare(source[0], tmp_path / "set", channels=1)
-    data = [f"data.source=dataset://{tmp_path}/set", "data.extractor=pixels", "distill.k=[1]", "teacher.images=3840"]
+    data = [f"data.source=dataset://{grey[0]}", "data.extractor=pixels", "distill.k=[1]", "teacher.images=3840"]
     runner = Runner(tmp_path / "workspace")
     summary = runner(*data, until="evaluate")
     assert summary["counts"] == "100 samples against 240 images"
     prepared = next((runner.workspace / "stages").glob("prepare-*"))
+    assert json.loads((prepared / "result.json").read_text())["classes"] == ["class0", "class1", "class2"]
     assert not (prepared / "data").exists(), "the data set is used where it is"
     held = json.loads(next((runner.workspace / "stages").glob("teacher-*/result.json")).read_text())
     streamed = runner(*data, "data.memory_gib=0", "data.window=2", until="distill", workers=2)
@@ -264,39 +311,38 @@ def test_a_run_on_a_data_set_held_in_memory_and_streamed(source, prepare, tmp_pa
     assert {r["images"] for r in results} == {held["images"]} == {3840}
 
 
-def test_statistics_of_a_data_set_are_those_that_a_run_would_build(source, prepare, tmp_path, ray_cluster):
+def test_statistics_of_a_data_set_are_those_that_a_run_would_build(
+    source, prepare, grey, measured, copied, tmp_path, ray_cluster
+):
     """Asked for later, the shards are left; runs take them as they are, and refuse others than the manifest names."""
-    bare = prepare(source[0], tmp_path / "bare", channels=1)
-    assert bare.statistics == {}
-    prepare(source[0], tmp_path / "set", channels=1)
-    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "set/shards").iterdir()}
-    manifest = prepare(source[0], tmp_path / "set", channels=1, extractor="pixels")
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "set/shards").iterdir()} == times
-    assert manifest == read_manifest(tmp_path / "set")
+    assert grey[1].statistics == {}
+    there, manifest = measured
+    shards = [{p.name: p.read_bytes() for p in (folder / "shards").iterdir()} for folder in (grey[0], there)]
+    assert shards[0] == shards[1]
+    assert manifest == read_manifest(there)
     assert {name: about["count"] for name, about in manifest.statistics["rows"].items()} == {
         "all": 240, "holdout": manifest.held_out, "rest": 240 - manifest.held_out,
     }  # fmt: skip
     identities = []
-    for name in ("bare", "set"):
+    for name, folder in (("bare", grey[0]), ("set", there)):
         runner = Runner(tmp_path / f"runs-{name}")
-        runner(f"data.source=dataset://{tmp_path}/{name}", "data.extractor=pixels", until="prepare")
+        runner(f"data.source=dataset://{folder}", "data.extractor=pixels", until="prepare")
         result = json.loads(next((runner.workspace / "stages").glob("prepare-*/result.json")).read_text())
         identities.append(result["statistics"]["all"]["identity"])
     assert identities == [manifest.statistics["rows"]["all"]["identity"]] * 2
-    path = tmp_path / "set/statistics/all/statistics.safetensors"
+    there = copied(measured)
+    path = there / "statistics/all/statistics.safetensors"
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-1] + b"x"), path.unlink):
         damage()
         with pytest.raises(UserError, match="statistics differ from the manifest"):
-            Runner(tmp_path / "again")(
-                f"data.source=dataset://{tmp_path}/set", "data.extractor=pixels", until="prepare"
-            )
+            Runner(tmp_path / "again")(f"data.source=dataset://{there}", "data.extractor=pixels", until="prepare")
 
 
-def test_runs_on_a_data_set_measure_in_its_own_features(source, prepare, tmp_path, ray_cluster):
-    manifest = prepare(source[0], tmp_path / "set", channels=1, extractor="classifier", seed=3)
+def test_runs_on_a_data_set_measure_in_its_own_features(source, prepare, classified, tmp_path, ray_cluster):
+    there, manifest = classified
     assert 0 <= manifest.statistics["accuracy"] <= 1
     runner = Runner(tmp_path / "runs")
-    runner(f"data.source=dataset://{tmp_path}/set", "seed=5", until="prepare")
+    runner(f"data.source=dataset://{there}", "seed=5", until="prepare")
     result = json.loads(next((runner.workspace / "stages").glob("prepare-*/result.json")).read_text())
     assert result["extractor"] == manifest.statistics["weights"]
     assert result["statistics"]["all"]["identity"] == manifest.statistics["rows"]["all"]["identity"]
@@ -315,11 +361,11 @@ def test_a_data_set_that_is_not_there(tmp_path):
     assert SMALL
 
 
-def test_a_folder_of_classes_is_mixed_over_the_shards(source, prepare, tmp_path):
+def test_a_folder_of_classes_is_mixed_over_the_shards(plain):
     """Names are in the order of classes; who reads a few shards at a time sees all of them."""
-    manifest = prepare(source[0], tmp_path / "set")
+    there, manifest = plain
     for shard in manifest.shards:
-        labels = decode_shard(load_shard(tmp_path / "set", shard), manifest, ["label"])["label"]
+        labels = decode_shard(load_shard(there, shard), manifest, ["label"])["label"]
         assert len(set(labels.tolist())) > 1, shard.file
 
 
@@ -336,8 +382,9 @@ def test_paths_of_here_mean_the_same_elsewhere(source, prepare, tmp_path, monkey
             prepare(source[0], dest)
 
 
-def test_what_is_gone_is_made_again(source, prepare, tmp_path):
-    first = prepare(source[0], tmp_path / "set", channels=1, extractor="pixels")
+def test_what_is_gone_is_made_again(source, prepare, measured, copied, tmp_path):
+    first = measured[1]
+    copied(measured)
     (tmp_path / "set" / first.shards[0].file).unlink()
     again = prepare(source[0], tmp_path / "set", channels=1, extractor="pixels")
     assert "shards are missing: it is made again" in prepare.text
@@ -355,14 +402,13 @@ def test_notes_that_are_half_or_lacked_rights_do_not_count(tmp_path):
     assert list(ingest._done(str(tmp_path / "notes"), str(tmp_path))) == [1]
 
 
-def test_an_extractor_that_is_not_the_manifests_is_refused(source, prepare, tmp_path, ray_cluster):
-    prepare(source[0], tmp_path / "set", channels=1, extractor="classifier")
-    prepare(source[0], tmp_path / "other", channels=1, extractor="classifier", seed=1)
+def test_an_extractor_that_is_not_the_manifests_is_refused(measured, classified, copied, tmp_path):
+    copied(classified)
     shutil.rmtree(tmp_path / "set/extractor")
     data = f"data.source=dataset://{tmp_path}/set"
     with pytest.raises(UserError, match="extractor: "):
         Runner(tmp_path / "runs")(data, until="prepare")
-    shutil.copytree(tmp_path / "other/extractor", tmp_path / "set/extractor")
+    shutil.copytree(measured[0] / "extractor", tmp_path / "set/extractor")
     with pytest.raises(UserError, match="another one than the manifest names"):
         Runner(tmp_path / "runs")(data, until="prepare")
 
@@ -381,12 +427,12 @@ def test_few_rows_held_out_have_no_statistics_of_their_own(source, prepare, tmp_
 
 
 @pytest.mark.parametrize("kind", ["moto"])
-def test_from_a_bucket_to_a_bucket(source, prepare, tmp_path, moto_server, monkeypatch, kind):
+def test_from_a_bucket_to_a_bucket(source, prepare, plain, tmp_path, moto_server, monkeypatch, kind):
     monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
     use(monkeypatch, moto_server)
     place = bucket(moto_server, "prepare-there")
     for key, content in source[1].items():
         write(join(place, "raw", key), content)
     manifest = prepare(join(place, "raw"), join(place, "set"))
-    assert manifest.fingerprint == prepare(source[0], tmp_path / "set").fingerprint
-    assert np.array_equal(np.sort(read_all(join(place, "set")).labels), np.sort(read_all(tmp_path / "set").labels))
+    assert manifest.fingerprint == plain[1].fingerprint
+    assert np.array_equal(np.sort(read_all(join(place, "set")).labels), np.sort(read_all(plain[0]).labels))

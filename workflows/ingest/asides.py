@@ -68,20 +68,23 @@ def find_asides(
             by_end[os.path.splitext(name)[0], end] = name
     if not by_end:
         return Asides()
-    label_ends = (f".{ask.label_column.lower()}", ".json") if ask.label_column else LABEL_FILES
-    caption_ends = (f".{ask.caption_column.lower()}", ".json") if ask.caption_column else CAPTION_FILES
+    there = {end for _, end in by_end}
+    label_ends = _ends(ask.label_column, LABEL_FILES, there)
+    caption_ends = _ends(ask.caption_column, CAPTION_FILES, there)
     wanted = labels and ask.labels not in ("none", "folders")
-    by_json = wanted or not any(end != ".json" and end in caption_ends for _, end in by_end)
+    by_json = ".json" in there and (wanted or caption_ends == (".json",))
     fields = _fields(
         [n for n in (_beside(by_end, image, (".json",)) for image in images) if n] if by_json else [], read
     )
-    told = {n for n, values in fields.items() if caption_in(values, ask.caption_columns)}
+    # One that is broken has its say when it is read, with its image.
+    told = {n for n, values in fields.items() if values is None or caption_in(values, ask.caption_columns)}
     captions = tuple(_beside(by_end, image, caption_ends, told) for image in images)
     out = Asides(captions=captions, captioned=_said(captions)) if any(captions) else Asides()
     if not wanted:
         return out
     usual = (ask.label_column,) if ask.label_column else LABELS
-    labelled = {n for n, values in fields.items() if any(values.get(c) is not None for c in usual)}
+    labelled = {n for n, values in fields.items() if values and any(values.get(c) is not None for c in usual)}
+    labelled |= {n for n, values in fields.items() if values is None} if labelled else set()
     files = tuple(_beside(by_end, image, label_ends, labelled) for image in images)
     if not any(files):
         return out
@@ -93,6 +96,12 @@ def find_asides(
         captions=out.captions,
         captioned=out.captioned,
     )
+
+
+def _ends(column: str | None, usual: tuple[str, ...], there: set[str]) -> tuple[str, ...]:
+    """Suffixes of the files that may hold it, of those that there are."""
+    ends = (f".{column.lower()}", ".json") if column else usual
+    return tuple(end for end in ends if end in there)
 
 
 def _beside(
@@ -107,37 +116,41 @@ def _beside(
     return None
 
 
-def _fields(names: Sequence[str], read: Callable[[Sequence[str]], Iterator[bytes | str]]) -> dict[str, dict[str, Any]]:
-    """The objects in JSON files; what is none is left out, and counted as a file that is not taken."""
-    out = {}
+def _fields(
+    names: Sequence[str], read: Callable[[Sequence[str]], Iterator[bytes | str]]
+) -> dict[str, dict[str, Any] | None]:
+    """The objects in JSON files; None of a file that can't be read. What is no object says nothing."""
+    out: dict[str, dict[str, Any] | None] = {}
     for name, content in zip(names, read(names), strict=True):
         try:
-            values = json_of(content, clean(name)) if isinstance(content, bytes) else None
+            values = json_of(content, "it") if isinstance(content, bytes) else None
         except NotText:
-            continue
-        if isinstance(values, dict):
+            values = None
+        if values is None or isinstance(values, dict):
             out[name] = values
     return out
 
 
 def _labels(
     names: Sequence[str],
-    fields: dict[str, dict[str, Any]],
+    fields: dict[str, dict[str, Any] | None],
     usual: Sequence[str],
     read: Callable[[Sequence[str]], Iterator[bytes | str]],
 ) -> dict[str, str | int | None]:
     out: dict[str, str | int | None] = {}
-    texts = [name for name in names if name not in fields]
+    texts = [name for name in names if not fields.get(name)]
     contents = dict(zip(texts, read(texts), strict=True))
     for name in names:
-        content = contents.get(name, b"")
+        content, values = contents.get(name, b""), fields.get(name)
         try:
             if isinstance(content, str):
                 raise ValueError(content)
-            if name in fields:
-                out[name] = label_of(next((v for c in usual if (v := fields[name].get(c)) is not None), None))
+            if values:
+                out[name] = label_of(next((v for c in usual if (v := values.get(c)) is not None), None))
+            elif name in fields:
+                json_of(content, "it")
             else:
-                out[name] = written_label(text_of(content, "the label"))
+                out[name] = written_label(text_of(content, "it"))
         except ValueError as error:
             raise UserError(f"{clean(name)}: the label can't be taken: {error}") from error
     if are_names(set(out.values()) - {None, -1}):

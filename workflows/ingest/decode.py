@@ -29,7 +29,6 @@ BY_NAME = {
     ".icb": "TGA",
     ".icns": "ICNS",
     ".ico": "ICO",
-    ".im": "IM",
     ".msp": "MSP",
     ".pcd": "PCD",
     ".pcx": "PCX",
@@ -65,8 +64,8 @@ SUFFIXES = (
     *(".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".tif", ".tiff", ".webp"),
     *BY_NAME,
 )
-"""Of all formats that Pillow reads, but for those that are no pictures of a scene (FITS, GRIB, HDF5, BUFR, MPEG), or that it hands
-to another program or library (EPS, WMF, FPX).
+"""Of all formats that Pillow reads, but for those that hold no pictures (FITS, GRIB, HDF5, BUFR, MPEG), that it gives up (IM), or
+that it hands to another program or library (EPS, WMF, FPX).
 """
 STARTS = (
     re.compile(rb"\xff\xd8\xff"),

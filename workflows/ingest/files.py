@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -270,6 +270,11 @@ def hidden(name: str) -> bool:
 def called(name: str) -> str:
     """What a file that is left out is counted as: its suffix, if it has one."""
     return clean(suffix(name)) or NO_SUFFIX
+
+
+def kinds(names: Iterable[str]) -> str:
+    """The most frequent suffixes, in words."""
+    return ", ".join(f"{what} ({n:,})" for what, n in Counter(map(called, names)).most_common(3))
 
 
 def _local(name: str, info: os.stat_result | None) -> File:

@@ -77,11 +77,14 @@ def metadata(
     """
     labels: dict[str, str | int | None] = {}
     captions: dict[str, str | int | None] = {}
-    found, further = [name for name in names if is_metadata(name)], 0
+    found, used, further = [name for name in names if is_metadata(name)], set[str](), 0
     for name in found:
         content = whole(name)
         folder = "".join(name.rpartition("/")[:2])
         columns = columns_in(clean(name), content)
+        if {*LABELS, *CAPTIONS, ask.label_column, ask.caption_column}.isdisjoint(columns):
+            continue
+        used.add(name)
         kinds: tuple[tuple[dict[str, str | int | None], str | None, Sequence[str], What], ...] = (
             (labels, ask.label_column, LABELS, "label"),
             (captions, ask.caption_column, CAPTIONS, "caption"),
@@ -96,7 +99,7 @@ def metadata(
     return (
         Table(shown, labels) if labels else None,
         Table(shown, captions, further=further) if captions else None,
-        frozenset(found),
+        frozenset(used),
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from workflows.ingest.arrow import list_arrow, read_arrow
 from workflows.ingest.asides import Ask
-from workflows.ingest.files import File, Files, LeftOut, called, clean, fingerprint, suffix
+from workflows.ingest.files import File, Files, LeftOut, called, clean, fingerprint, kinds, suffix
 from workflows.ingest.huggingface import DESCRIBED, arrow_files, class_names, is_huggingface, is_metadata, one_split
 from workflows.ingest.images import NOT_IMAGES, image_units, images_among, is_image, read_images
 from workflows.ingest.labels import Described, Own, describe
@@ -74,7 +74,6 @@ def list_source(
     elif reader == "tar":
         fields, contents = list_tars(files, chosen, ask)
         listing = replace(listing, kind="webdataset", fingerprint=_with(listing, contents), **fields)
-        files.left_out.clear()  # of what was looked at; all of it is counted when it is read
         taken = {file.name for file in chosen}
         _leave(files, [file.name for file in found if file.name not in taken], {ask.labels, ask.captions}, reader)
     else:
@@ -113,10 +112,9 @@ def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
     if set(of) <= {"images"} and (images := images_among(files, found)):
         of = {"images": images}
     if not of:
-        counts = Counter(called(file.name) for file in found).most_common(3)
-        shown = ", ".join(f"{name} ({n:,})" for name, n in counts)
         raise UserError(
-            f"{files.source} has no images; its files are {shown}", hint=f"known: {', '.join(SAID.values())}"
+            f"{files.source} has no images; its files are {kinds(file.name for file in found)}",
+            hint=f"known: {', '.join(SAID.values())}",
         )
     if len(of) > 1:
         first, second, *_ = sorted(of)

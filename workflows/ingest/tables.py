@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ PATHS = ("file_name", "filename", "path", "file", "image", "name", "key")
 """What the column of the images' names may be called."""
 MAX_TABLE = 2**30
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+MISSING = ("nan", "NaN", "NA", "<NA>", "null", "NULL", "None")
+"""What programs write among numbers where one is missing."""
 DELIMITERS = ",;\t|"
 What = Literal["label", "caption"]
 
@@ -147,14 +150,16 @@ class _Parser:
     def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
         """`written`: as text, which doesn't tell numbers from names: they are numbers if all are."""
         pairs = list(pairs)
-        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1]]
-        numbers = written and self.what == "label" and all(NUMBER.fullmatch(text.strip()) for text in texts)
+        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1] not in MISSING]
+        numbers = (
+            written and self.what == "label" and bool(texts) and all(NUMBER.fullmatch(text.strip()) for text in texts)
+        )
         out: dict[str, str | int | None] = {}
         for pair in pairs:
             if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise UserError(f"{self.name}: a path and a value are expected, not {clean(str(pair))[:60]}")
             path, value = pair
-            value = written_label(value) if numbers and value else self._value(path, value)
+            value = _number(value) if numbers and value else self._value(path, value)
             if path in out and self.what == "caption":
                 self.further += value is not None and out[path] is not None
                 value = value if out[path] is None else out[path]
@@ -175,6 +180,10 @@ class _Parser:
         return found[0] if found else None
 
 
+def _number(text: str) -> str | int | None:
+    return None if text in MISSING else written_label(text)
+
+
 def _nested(values: dict[str, Any]) -> bool:
     """Whether `labels` and `classes` are sections, and not the names of images."""
     return all(value is None or isinstance(value, (dict, list)) for value in values.values())
@@ -193,7 +202,7 @@ def _json_rows(text: str) -> list[Any]:
 
 def _csv_rows(text: str) -> list[Any]:
     csv.field_size_limit(MAX_TABLE)
-    head = text[: text.find("\n")] if "\n" in text else text
+    head = re.split(r"[\r\n]", text, maxsplit=1)[0]
     rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(head)) if row]
     header = [cell.strip() for cell in rows[0]] if rows else []
     if not any(cell in PATHS for cell in header) and len(header) == 2:

@@ -17,11 +17,11 @@ from workflows.ingest.columns import label_number
 from workflows.ingest.decode import MAX_BYTES, START, SUFFIXES, starts_as_image
 from workflows.ingest.files import NO_SUFFIX, File, Files, clean, hidden, inside, line
 from workflows.ingest.images import NOT_IMAGES, may_be_image, one_of
-from workflows.ingest.labels import MOST_CLASSES, caption_table, class_depth, label_table, numbered
+from workflows.ingest.labels import FURTHER, MOST_CLASSES, caption_table, class_depth, label_table, numbered
 from workflows.ingest.listing import Item, Listing, Unit
 from workflows.ingest.spread import grouped
 from workflows.ingest.tables import Table, What, open_table, parse_table
-from workflows.ingest.text import are_names, captions_of, json_of, label_of, text_of, written_label
+from workflows.ingest.text import alike, are_names, captions_of, json_of, label_of, text_of, written_label
 from workflows.runtime.errors import UserError
 
 MAX_SIBLING = 2**20
@@ -218,6 +218,9 @@ def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str,
         out |= {"label_file": ask.labels, "labelled": labels.name, "label_column": ask.label_column}
     elif ask.labels != "none":
         out |= _labels_within(files, chosen, first, ask, out["classes"], captioned=bool(out.get("captioned")))
+    files.left_out.clear()  # of what was looked at: all of it is counted when it is read
+    if captions and captions.further:
+        files.leave("captions", FURTHER, captions.further)
     units = []
     for a, b in grouped([file.size or 0 for file in chosen], ask.unit_bytes):
         part = chosen[a:b]
@@ -320,15 +323,16 @@ def _item(
         return Item(key, None, error=f"which is the image? {', '.join(fit)}: name one as the image column")
     number: int | None = None
     texts: list[str] = []
+    names = (alike(key), alike(sample.key))
     try:
         if listing.class_depth is not None:
             number = label_number(key.split("/")[listing.class_depth], of, listing)
         elif listing.labelled:
             column = str(listing.label_column)
-            value = _looked_up(sample, column) if labels is None else _by_name(labels, key, sample.key)
+            value = _looked_up(sample, column) if labels is None else _by_name(labels, names)
             number = label_number(value, of, listing)
         if captions is not None:
-            texts = captions_of(_by_name(captions, key, sample.key))
+            texts = captions_of(next((captions.values[n] for n in names if n in captions.values), None))
         else:
             texts = _captions(sample, listing.caption_columns)
     except (KeyError, ValueError, IndexError) as error:
@@ -350,7 +354,7 @@ def _captions(sample: Sample, columns: Sequence[str]) -> list[str]:
     return []
 
 
-def _by_name(table: Table, *names: str) -> str | int | None:
+def _by_name(table: Table, names: Sequence[str]) -> str | int | None:
     for name in names:
         if name in table.values:
             return table.values[name]
@@ -438,5 +442,6 @@ def _table(
         name, content = open_table(files, where)
         if len(_tables) > 1:
             _tables.clear()
-        _tables[key] = parse_table(name, content, column=column, defaults=defaults, what=what)
+        table = parse_table(name, content, column=column, defaults=defaults, what=what)
+        _tables[key] = replace(table, values={alike(path): value for path, value in table.values.items()})
     return _tables[key]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import posixpath
 import re
 import unicodedata
 from collections.abc import Collection, Iterable
@@ -75,9 +76,11 @@ def written_label(text: str) -> str | int | None:
 
 
 def are_names(labels: Collection[str | int | None]) -> bool:
-    """Whether labels of a text are names: none is a number, or those that are belong to names such as "001", up to "100"."""
+    """Whether different labels of a text are names: most of them are, or those that aren't belong to names such as "001", up to
+    "100". A word among numbers is a mistake.
+    """
     names = [label for label in labels if isinstance(label, str)]
-    return bool(names) and (len(names) == len(labels) or all(VALUE.fullmatch(name) for name in names))
+    return bool(names) and (2 * len(names) > len(labels) or all(VALUE.fullmatch(name) for name in names))
 
 
 def captions_of(value: Any) -> list[str]:
@@ -104,6 +107,6 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def alike(name: str) -> str:
-    """A path in the form in which the same one may be written elsewhere: composed accents, slashes, no spaces around it."""
+    """A path in the form in which the same one may be written elsewhere: composed accents, slashes, no spaces around, no "./"."""
     path = unicodedata.normalize("NFC", name).replace("\\", "/").strip()
-    return path.removeprefix("./").lstrip("/")
+    return posixpath.normpath(path).lstrip("/")

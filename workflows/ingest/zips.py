@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from workflows.ingest.asides import Ask
 from workflows.ingest.decode import MAX_BYTES, START, starts_as_image
-from workflows.ingest.files import File, Files, called, clean, hidden, inside, line
+from workflows.ingest.files import File, Files, called, clean, hidden, inside, kinds, line
 from workflows.ingest.images import NOT_IMAGES, aside_caption, at, is_image, may_be_image, picked
 from workflows.ingest.labels import Described, Own, describe
 from workflows.ingest.listing import Item, Listing, Unit, taken
@@ -78,7 +78,8 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
         names += [prefix + member.key for member in archive.members]
         others |= {prefix + name: (archive, name) for name in archive.others}
     if not names:
-        raise UserError(f"{files.source} has no images")
+        said = f"; in the zip files are {kinds(others)}" if others else ""
+        raise UserError(f"{files.source} has no images{said}")
 
     def read(wanted: Sequence[str]) -> Iterator[bytes | str]:
         for name in wanted:

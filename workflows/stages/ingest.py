@@ -207,13 +207,14 @@ def _there(p: Preparation, listing: Listing, columns: dict[str, Any], screen: Sc
         storage.delete(join(p.dest, MANIFEST))
         return None
     screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
-    _say_taken(there, screen)
     if p.extractor is None or (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
+        _say_taken(there, screen)
         return there
     write_manifest(p.dest, replace(there, statistics={}))  # who reads it meanwhile takes none for others
     there = replace(there, statistics=statistics_for(p, there, screen))
     write_manifest(p.dest, there)
     screen.line(f"[green]✓[/] its reference statistics are in features of {p.extractor}")
+    _say_taken(there, screen)
     return there
 
 
@@ -310,7 +311,8 @@ def write_part(
 ) -> dict[str, Any]:
     """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
     encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
-    may_have = bool(listing.captioned or listing.caption_columns)
+    # Of tars that is known when they are read.
+    may_have = bool(listing.captioned or (listing.kind == "webdataset" and listing.caption_columns))
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=may_have, encoders=encoders)
     denied, captioned, listed = 0, 0, list[dict[str, str]]()
     reasons, left_out, content = Counter[str](), LeftOut(), Sum()

@@ -38,6 +38,8 @@ CODE = (
     "workflows/runtime/manifest.py",
     "workflows/runtime/shards.py",
     "workflows/ingest/decode.py",
+    "workflows/ingest/images.py",
+    "workflows/ingest/text.py",
     "workflows/ingest/spread.py",
     "mmdistill_core/rng.py",
     "mmdistill_core/diffusion",

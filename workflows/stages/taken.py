@@ -49,7 +49,8 @@ def said_of(taken: Mapping[str, Any], classes: Sequence[str], images: int) -> st
     names = f" ({_few(classes)})" if classes else ""
     labels = f"{count:,} class{'es' if count > 1 else ''} by {by}{names}" if by else "none"
     by, captioned = taken["captions"]["by"], taken["captions"]["images"]
-    lacking = f", {images - captioned:,} images have none" if captioned < images else ""
+    without = images - captioned
+    lacking = f", {without:,} image{'s have' if without > 1 else ' has'} none" if without else ""
     captions = f"{captioned:,} by {by}{lacking}" if captioned else "none"
     return f"labels: {labels}; captions: {captions}; left out: {_left_out(taken['left_out']) or 'nothing'}"
 
@@ -76,4 +77,4 @@ def kind_of(reason: str) -> str:
     """A reason without what is of one image alone: names, sizes, what a decoder said."""
     text = re.sub(r"^\S*[\d.]\S*: ", "", reason)
     text = re.sub(r"\(.*?\)", "", text).partition(":")[0]
-    return " ".join(re.sub(r"\S*\d\S*", "...", text).split())
+    return " ".join(re.sub(r"(?<![\w-])\d[\d,.]*(?![\w-])", "...", text).split())
