@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -94,7 +93,7 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
         if debug or (_only_checking.get() and not isinstance(error, ConfigError)):
             raise
         error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
-        shown = explain_os_error(error, Path(DEFAULT_WORKSPACE)) if isinstance(error, OSError) else error
+        shown = explain_os_error(error) if isinstance(error, OSError) else error
         if shown is None:
             raise
         say(f"error: {shown}")
