@@ -1,8 +1,8 @@
 """A workspace in an object store: the same run, from any machine, by one at a time, and nothing secret left anywhere."""
 
+import json
 import os
 import shutil
-import json
 import sqlite3
 import time
 from contextlib import closing

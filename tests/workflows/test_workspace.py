@@ -94,8 +94,8 @@ def test_a_run_on_a_full_disk_names_its_workspace(tmp_path):
     with (
         pytest.raises(UserError, match=f"the disk is full .{space.uri}.; .* in {space.uri} are kept"),
         space.explained(),
+        open("/dev/full", "w") as file,
     ):
-        with open("/dev/full", "w") as file:
-            file.write("x")
+        file.write("x")
     with pytest.raises(FileNotFoundError), space.explained():
         (tmp_path / "nothing").read_text()

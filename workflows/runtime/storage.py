@@ -31,10 +31,14 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """Where copies of remote files are kept on this machine."""
-    named = os.environ.get("MMDISTILL_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named).expanduser() if named else Path(base) / "mmdistill"
+    """Where copies of remote files are kept on this machine. Raises UserError where there is no such place."""
+    if named := os.environ.get("MMDISTILL_CACHE"):
+        return Path(named).expanduser()
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdistill"
+    except RuntimeError:
+        hint = "set HOME, or MMDISTILL_CACHE to a folder for copies of remote files"
+        raise UserError("HOME is not set, and this user has no home by name", hint=hint) from None
 
 
 # One file
@@ -256,7 +260,9 @@ def fetch(uri: str | Path) -> Path:
         raise UserError(f"{shown(uri)}: there is nothing")
     content = "\n".join(f"{name} {entry.size} {entry.tag}" for name, entry in sorted(entries.items()))
     target = cache_folder() / "copies" / hashlib.sha256(f"{uri}\n{content}".encode()).hexdigest()[:24]
-    if not target.is_dir():
+    try:
+        os.utime(target)  # used now: `mmdistill gc` takes those that nothing uses
+    except FileNotFoundError:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
