@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflows.runtime.errors import UserError, in_a_line
+from workflows.runtime.errors import UserError, home, in_a_line
 
 OWN = "local"
 PATIENCE = 10.0
@@ -125,6 +125,7 @@ def checked(address: str) -> None:
 
 def check_environment() -> None:
     """What can be told without asking anybody. Raises ConfigError, UserError."""
+    home()
     named = _named_address()
     if named not in ("", "auto", OWN):
         checked(named)
@@ -217,17 +218,12 @@ def check_token() -> None:
     env = os.environ
     if env.get("RAY_AUTH_MODE", "token").lower() != "token" or env.get("RAY_AUTH_TOKEN"):
         return
-    hint = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file that holds a token of 32 or more characters"
+    hint = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file with a token, any 32 letters"
     if named := env.get("RAY_AUTH_TOKEN_PATH"):
         if not os.access(named, os.R_OK):
             raise UserError(f"ray: RAY_AUTH_TOKEN_PATH: {named} is no file that can be read", hint=hint)
         return
-    try:
-        token = Path.home() / ".ray" / "auth_token"
-    except RuntimeError:
-        raise UserError(
-            "ray: HOME is not set, and this user has no home by name, where Ray keeps its token", hint=hint
-        ) from None
+    token = home() / ".ray" / "auth_token"
     if os.access(token, os.R_OK):
         return
     try:

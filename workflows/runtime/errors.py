@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 MOST = 300
@@ -23,6 +24,16 @@ def training_failed(name: str, why: str) -> UserError:
         f"{name}: training failed: {why}",
         hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
     )
+
+
+def home() -> Path:
+    """The user's. Raises UserError where there is none by HOME or by name, as of a container's user: MLflow and Ray want one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise UserError(
+            "HOME is not set, and this user has no home by name", hint="set HOME to a folder of yours"
+        ) from None
 
 
 def in_a_line(text: str, most: int = MOST) -> str:

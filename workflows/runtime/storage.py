@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, home
 from workflows.runtime.s3 import PART, Changed, S3Settings, again, client, code_of, explained, filesystem
 from workflows.runtime.uri import is_remote, join, shown
 
@@ -34,11 +34,7 @@ def cache_folder() -> Path:
     """Where copies of remote files are kept on this machine. Raises UserError where there is no such place."""
     if named := os.environ.get("MMDISTILL_CACHE"):
         return Path(named).expanduser()
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdistill"
-    except RuntimeError:
-        hint = "set HOME, or MMDISTILL_CACHE to a folder for copies of remote files"
-        raise UserError("HOME is not set, and this user has no home by name", hint=hint) from None
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "mmdistill"
 
 
 # One file

@@ -21,7 +21,7 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 
 from workflows.runtime import lines
 from workflows.runtime.delivery import QUEUED, Delivery, brief, meaning
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, home
 from workflows.runtime.outbox import MOST, Away, Operation, Outbox, Refused
 from workflows.runtime.uri import secrets, shown
 
@@ -61,6 +61,8 @@ class Tracker:
         `looks`: for the registry alone, without making what is not there: no runs can be begun.
         """
         import logging
+
+        home()  # which MLflow asks for as it is imported
 
         import mlflow
         from mlflow import MlflowClient
