@@ -12,7 +12,7 @@ from tracked import history
 from workflows.context import Done, open_stage, run_stage
 from workflows.runtime import storage
 from workflows.runtime.errors import UserError
-from workflows.runtime.intact import damage, files_of
+from workflows.runtime.intact import check_model, damage, files_of
 from workflows.runtime.progress import Screen
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace
@@ -83,9 +83,19 @@ def test_weights_that_are_others_are_not_used(tmp_path, tracker, content, said):
     with pytest.raises(UserError, match=f"^teacher: {path} {said}") as caught:
         stage(context_in(tmp_path, tracker))
     assert "--force teacher" in caught.value.hint
+    with pytest.raises(UserError, match=f"^teacher: {path} {said}"):
+        check_model(path.parent)
     again = stage(context_in(tmp_path, tracker, "teacher"))
     assert not again.reused
     assert path.read_bytes() == b"weights"
+    assert check_model(path.parent) == path.parent
+
+
+def test_a_model_of_no_stage_is_taken_as_it_is(tmp_path):
+    for text in (None, "[]", '{"files": {"other/x": {"bytes": 1, "sha256": "0"}}}', "{"):
+        if text:
+            (tmp_path / "result.json").write_text(text)
+        assert check_model(tmp_path / "model") == tmp_path / "model"
 
 
 def test_a_stage_of_before_hashes_were_written_down_is_used(tmp_path, tracker):

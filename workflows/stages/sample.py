@@ -8,6 +8,7 @@ from pathlib import Path
 
 from workflows.config import ConfigError
 from workflows.runtime.errors import UserError
+from workflows.runtime.intact import check_model
 
 
 def draw(
@@ -70,7 +71,7 @@ def _labels(text: str | None, n: int):  # type: ignore[no-untyped-def]
 
 def _folder(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
     if "://" not in model and not model.startswith(("models:/", "runs:/")):
-        return Path(model)
+        return check_model(Path(model))
     from workflows.runtime.registry import Registry
     from workflows.runtime.tracking import Tracker
     from workflows.runtime.workspace import Workspace
