@@ -134,6 +134,21 @@ def test_who_answers_as_no_head_does(monkeypatch):
     assert refusal("nobody.invalid:6379", patience=2)
 
 
+def test_a_token_that_is_wanted_and_not_there_is_a_line(monkeypatch):
+    """Ray's own error of that is of ten lines."""
+    from ray.exceptions import AuthenticationError
+
+    def none(address):
+        raise AuthenticationError(
+            "RAY_AUTH_TOKEN_PATH is set but file cannot be opened: /nowhere. " + "And so on. " * 50
+        )
+
+    monkeypatch.setattr("ray._private.grpc_utils.init_grpc_channel", none)
+    with silence() as address:
+        assert "cannot be opened: /nowhere." in (refusal(address) or "")
+        assert len(refusal(address) or "") <= 120
+
+
 def test_a_cluster_without_a_node_here_is_a_line(monkeypatch):
     """Ray itself would look for one for a minute."""
     monkeypatch.setattr("ray._private.services.find_node_ids", lambda: set())

@@ -145,6 +145,7 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    from ray.exceptions import AuthenticationError
 
     request: Any = gcs_service_pb2
 
@@ -155,7 +156,10 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=patience).close()
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
-    channel = init_grpc_channel(place)
+    try:
+        channel = init_grpc_channel(place)
+    except AuthenticationError as error:
+        return in_a_line(str(error), 120)
     try:
         NodeInfoGcsServiceStub(channel).CheckAlive(request.CheckAliveRequest(), timeout=patience)
     except grpc.RpcError as error:
@@ -167,6 +171,8 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return None if scheme == "ray" else "what answers there is not the head of a Ray"
         return "what answers there is not Ray"
+    except AuthenticationError as error:  # there is none to be shown
+        return in_a_line(str(error), 120)
     finally:
         channel.close()
     return None
