@@ -12,10 +12,10 @@ demo: $(DONE)
 	$(BIN)/mmdistill run --recipe digits
 
 test: $(DONE)
-	$(BIN)/python -m pytest -m "not slow and not gpu and not services"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not services"
 
-test-all: $(DONE)
-	$(BIN)/python -m pytest -m "not gpu and not services"
+test-all: test
+	$(BIN)/python -m pytest -m "slow and not gpu and not services"
 
 install: $(DONE)
 $(DONE): pyproject.toml infra/constraints.txt

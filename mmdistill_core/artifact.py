@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ class DiffusionModel:
             denoise = guided_denoiser(self.denoiser, w=guidance)
         return clipped_denoiser(denoise) if clip_x else denoise
 
+    def check_labels(self, labels: Iterable[int]) -> None:
+        """Raises ValueError for a class that the model does not have."""
+        lowest, classes = NULL_LABEL if self.null_label else 0, self.network.num_classes
+        if wrong := sorted({one for one in labels if not lowest <= one < classes}):
+            known = f"0 to {classes - 1}" if classes else "none: it is unconditional"
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise ValueError(f"labels: {wrong[:5]}{more} given; the model's classes are {known}")
+
     def sample(
         self,
         n: int,
@@ -107,10 +116,8 @@ class DiffusionModel:
         c = self.network
         if c.num_classes and label is None:
             label = torch.arange(n) % c.num_classes
-        lowest = NULL_LABEL if self.null_label else 0
-        if label is not None and (int(label.min()) < lowest or int(label.max()) >= c.num_classes):
-            classes = f"0 to {c.num_classes - 1}" if c.num_classes else "none: it is unconditional"
-            raise ValueError(f"labels: {sorted(set(label.tolist()))} given; the model's classes are {classes}")
+        if label is not None:
+            self.check_labels(label.tolist())
         own = self.options if sampler in (None, self.sampler) else {}
         images = sample(
             denoiser=self.steered(guidance=guidance, clip_x=clip_x),

@@ -113,13 +113,8 @@ class AffineInTime(nn.Module):
 
     def basis(self, t: Tensor) -> Tensor:
         """[b, knots + 2]: A(t) = basis(t) @ slope."""
-        place = (t * self.knots).clamp(0, self.knots - 1e-6)
-        low = place.floor().long()
-        part = (place - low)[:, None]
-        hats = (
-            nn.functional.one_hot(low, self.knots + 2) * (1 - part)
-            + nn.functional.one_hot(low + 1, self.knots + 2) * part
-        )
+        knots = torch.arange(self.knots + 1, dtype=t.dtype)
+        hats = nn.functional.pad((1 - (t[:, None] * self.knots - knots).abs()).clamp_min(0), (0, 1))
         return torch.where((t == 1)[:, None], torch.eye(self.knots + 2, dtype=t.dtype)[-1], hats)
 
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from workflows.cli_options import (
     Workspace_,
     checked,
     errors,
+    finite,
 )
 from workflows.cli_registry import app as registry
 from workflows.cli_sweep import app as sweeps
@@ -163,7 +164,9 @@ def prepare(
         typer.Option(help="Add reference statistics for all runs on it: classifier, mixture, inception or pixels."),
     ] = None,
     extractor_weights: Annotated[str | None, typer.Option(help="File of inception's weights.")] = None,
-    shard_mb: Annotated[float, typer.Option(help="MB of a shard's images before compression.", min=0.1)] = 64,
+    shard_mb: Annotated[
+        float, typer.Option(help="MB of a shard's images before compression.", min=0.1, callback=finite)
+    ] = 64,
     seed: Annotated[int, typer.Option(help="Of random crops.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
     debug: Debug = False,
@@ -214,7 +217,7 @@ def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False, de
     with errors(debug):
         from workflows.config import load_config
 
-        print(load_config(recipe, set_, smoke=smoke).yaml(), end="")
+        print(load_config(recipe, set_, smoke=smoke, only_shown=True).yaml(), end="")
 
 
 @app.command()
@@ -222,7 +225,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file.")] = "digits",
     set_: Set = None,
     gpus: Annotated[int, typer.Option(help="GPUs, each with a worker.", min=1)] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="GiB of each.", min=0.1)] = 80,
+    gpu_memory: Annotated[float, typer.Option(help="GiB of each.", min=0.1, callback=finite)] = 80,
     update: Annotated[
         list[str] | None, typer.Option(help="alternating, joint or instant; may be repeated. By default all.")
     ] = None,
@@ -263,14 +266,23 @@ def sample(
         str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
     ],
     n: Annotated[int, typer.Option(help="How many images.", min=1)] = 64,
-    labels: Annotated[str | None, typer.Option(help="Classes to draw, such as 3,5; by default all in turn.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1)] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            help="Classes to draw, such as 3,5, or by name, as far as the data had names; by default all in turn."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i depends on it, on i and on its class.", min=0, max=2**63 - 1)] = 0,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1, max=2**24)
+    ] = None,
     out: Annotated[Path, typer.Option(help="A .png for a grid, or a .npy for the images.")] = Path("grid.png"),
     columns: Annotated[int | None, typer.Option(help="Images in a row of the grid.", min=1)] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(help="Strength of classifier-free guidance; 0 is none. By default the model's own.", min=0),
+        typer.Option(
+            help="Strength of classifier-free guidance; 0 is none. By default the model's own.", min=0, callback=finite
+        ),
     ] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
@@ -278,22 +290,11 @@ def sample(
 ) -> None:
     """Draw samples from a teacher or a student."""
     with errors(debug):
-        from workflows.stages.sample import draw
+        from workflows.runtime.progress import Screen
+        from workflows.stages.sample import Wanted, draw
 
-        print(
-            draw(
-                model=model,
-                n=n,
-                labels=labels,
-                seed=seed,
-                steps=steps,
-                out=out,
-                columns=columns,
-                guidance=guidance,
-                workspace=workspace,
-                tracking_uri=tracking_uri,
-            )
-        )
+        wanted = Wanted(n, labels, seed, steps, columns, guidance)
+        print(draw(model, wanted, out=out, workspace=workspace, tracking_uri=tracking_uri, screen=Screen()))
 
 
 @app.command()
@@ -331,7 +332,9 @@ def ui(
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="engine, sampler, ray, scaling, tracking, memory, data, or all.")] = "all",
+    what: Annotated[
+        str, typer.Argument(help="engine, sampler, start, ray, scaling, tracking, memory, data, or all.")
+    ] = "all",
     recipe: Recipe = "digits",
     repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,

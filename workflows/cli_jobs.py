@@ -91,9 +91,11 @@ def list_(address: Address = None, debug: Debug = False) -> None:
         from rich.console import Console
 
         from workflows.runtime.jobs import Head
+        from workflows.runtime.progress import show_table
         from workflows.stages.watch import table
 
-        Console(highlight=False, width=None if sys.stdout.isatty() else 500).print(table(Head(address).jobs()))
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else 500)
+        show_table(console, table(Head(address).jobs()))
 
 
 @jobs.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,14 @@ import typer
 
 if TYPE_CHECKING:
     from workflows.config import RunConfig
+
+
+def finite(value: float | None) -> float | None:
+    """For an option that is a number: neither nan, which is in no range and fails no comparison, nor infinite."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
 
 Workspace_ = Annotated[
     str,
@@ -27,7 +36,10 @@ Tracking = Annotated[
 TrackingWait = Annotated[
     float | None,
     typer.Option(
-        "--tracking-wait", help="Seconds to wait at the end for a tracking server that is away; by default 120.", min=0
+        "--tracking-wait",
+        help="Seconds to wait at the end for a tracking server that is away; by default 120.",
+        min=0,
+        callback=finite,
     ),
 ]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.")]
@@ -77,8 +89,7 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
     """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C,
     143 for SIGTERM, 129 for SIGHUP.
     """
-    from workflows.config import ConfigError
-    from workflows.runtime.errors import UserError
+    from workflows.runtime.errors import ConfigError, UserError
     from workflows.runtime.workspace import explain_os_error
 
     try:

@@ -19,6 +19,7 @@ from workflows.cli_options import (
     Workspace_,
     checked,
     errors,
+    finite,
     say,
 )
 
@@ -40,7 +41,9 @@ def sweep(
         list[int] | None,
         typer.Option("-k", help="Steps; may be repeated. By default the space's, or the recipe's.", min=1),
     ] = None,
-    trials: Annotated[int, typer.Option(help="In all, shared evenly by the ks; a grid tries everything.", min=1)] = 16,
+    trials: Annotated[
+        int, typer.Option(help="In all, shared evenly by the ks; a grid tries everything.", min=1, max=100_000)
+    ] = 16,
     search: Annotated[
         str | None, typer.Option(help="grid, random or tpe; by default grid, or random if a field is not a list.")
     ] = None,
@@ -50,12 +53,14 @@ def sweep(
         bool, typer.Option("--register/--no-register", help="The best student of each k, through the recipe's gate.")
     ] = True,
     at_once: Annotated[int | None, typer.Option(help="Trials at once; by default as many as fit.", min=1)] = None,
-    cpus: Annotated[float, typer.Option("--cpus-per-trial", help="CPUs of each trial.", min=0.01)] = 1,
+    cpus: Annotated[float, typer.Option("--cpus-per-trial", help="CPUs of each trial.", min=0.01, callback=finite)] = 1,
     gpus: Annotated[
-        float, typer.Option("--gpus-per-trial", help="GPUs of each trial: 0.25 puts four on one.", min=0)
+        float,
+        typer.Option("--gpus-per-trial", help="GPUs of each trial: 0.25 puts four on one.", min=0, callback=finite),
     ] = 0,
     hours: Annotated[
-        float | None, typer.Option(help="After so long what is under way waits for the next sweep.")
+        float | None,
+        typer.Option(help="After so long what is under way waits for the next sweep.", min=0, callback=finite),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the rows and their means as JSON.")] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,

@@ -8,28 +8,62 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from contextlib import suppress
+import re
 from functools import cache, reduce
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from workflows.runtime.errors import ConfigError
 from workflows.smoke import smoke_values
-from workflows.sources import SHAPED, SOURCES, source_of
-from workflows.values import merge, nested, without
+from workflows.sources import SHAPED, SOURCES, Source, source_of
+from workflows.values import DEEPEST, brief, merge, nested, parsed, without
 
 RECIPES = Path(__file__).parent / "recipes"
 DATA_SET = "dataset://"
+ONLY_SHOWN = {"only_shown": True}
+"""The context of a validation that looks at no data set."""
+OF_THE_DATA = ("path", "image_size", "channels", "num_classes", "extractor", "extractor_weights")
+"""What a recipe says of its own data, which does not hold for others that have a shape of their own."""
 
 
-class ConfigError(ValueError):
-    """The user's mistake, in one line: the field, the value and the choices."""
+LARGEST = 2**63 - 1
+"""What a whole number of 64 bits holds."""
+SEEDS = 2**32 - 1
+"""The largest seed that all take, NumPy among them."""
+MOST_STEPS = 2**24
+"""Of sampling: float32 tells no more times apart."""
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+POWER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][+-]?[0-9]+")
+NAME = re.compile(r"\w[\w .+=,~-]*")
+LONGEST = 100
+"""Bytes of a recipe's name: it becomes part of the names of files and of registered models, which hold 255."""
+
+
+def _takes(annotation: Any, kind: type) -> bool:
+    """Whether a field of this type takes values of this kind."""
+    return annotation is kind or any(_takes(part, kind) for part in get_args(annotation))
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    """Numbers are finite, and whole ones of 64 bits; true and false are no numbers; no text is empty."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _sound(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(one, bool) and not _takes(annotation, bool):
+                raise ValueError(f"{str(one).lower()} should be a {'text' if _takes(annotation, str) else 'number'}")
+            if isinstance(one, int) and abs(one) > LARGEST:
+                raise ValueError(f"{brief(one)} is more than a whole number of 64 bits holds")
+            if isinstance(one, str) and (not one.strip() or "\0" in one):
+                raise ValueError(f"{one!r} is no text")
+        return value
 
 
 class Data(Section):
@@ -46,7 +80,8 @@ class Data(Section):
     channels: Literal[1, 3] | None = Field(None, description="folder and made; by default 3")
     num_classes: int | None = Field(None, ge=0, description="folder and made; by default 0: no labels")
     limit: int | None = Field(None, ge=10, description="use at most so many images, spread over all")
-    holdout: float = Field(0.2, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
+    # 52/256: the images that published figures were made with, from when shares were rounded up to whole 1/256.
+    holdout: float = Field(0.203125, gt=0, lt=1, description="share kept from the classifier, to state its accuracy")
     reference: Literal["all", "holdout"] = Field(
         "all", description="what samples are measured against. holdout: the share held out, which no training then sees"
     )
@@ -58,6 +93,7 @@ class Data(Section):
     memory_gib: float = Field(
         4,
         ge=0,
+        le=2**20,
         description="data of at most so many GiB are held by every worker; larger ones are read as they are wanted",
     )
     window: int = Field(4, ge=1, description="shards that are shuffled together, of data that are not held in memory")
@@ -220,13 +256,14 @@ class Distill(Training):
         25_600, ge=0, description="distance of the student so far; the best is kept. 0: keep the last"
     )
     validate_samples: int = Field(1000, ge=2)
-    overrides: dict[int, dict[str, Any]] = {}
+    overrides: dict[Steps, dict[str, Any]] = {}
 
-    @model_validator(mode="after")
-    def _check_k(self) -> Distill:
-        if not self.k or len(set(self.k)) < len(self.k) or min(self.k) < 1:
-            raise ValueError(f"k: {list(self.k)} should be different whole numbers, at least 1")
-        return self
+    @field_validator("k")
+    @classmethod
+    def _different(cls, k: tuple[int, ...]) -> tuple[int, ...]:
+        if not k or len(set(k)) < len(k) or not 1 <= min(k) <= max(k) <= MOST_STEPS:
+            raise ValueError(f"{brief(list(k))} should be different whole numbers, at least 1 and at most {MOST_STEPS}")
+        return k
 
     @model_validator(mode="after")
     def _check_options(self) -> Distill:
@@ -253,7 +290,7 @@ class Distill(Training):
     def for_k(self, k: int) -> Distill:
         """This section as it holds for the k-step student alone."""
         own = self.model_dump(exclude={"overrides"}) | {"k": (k,)}
-        return Distill.model_validate(merge(own, self.overrides.get(k, {})))
+        return Distill.model_validate(merge(own, _of_one(self.overrides.get(k, {}))))
 
 
 class Evaluate(Section):
@@ -261,7 +298,7 @@ class Evaluate(Section):
 
     samples: int = Field(1000, ge=10)
     seeds: int = Field(3, ge=1)
-    teacher_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 4, 8, 16, 64, 256), min_length=1)
+    teacher_steps: tuple[Steps, ...] = Field((1, 2, 4, 8, 16, 64, 256), min_length=1)
     samplers: tuple[Literal["ancestral", "ddim", "heun"], ...] = ("ancestral", "ddim")
     teacher_noise: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (), description="extra noise, up to 1, of the teacher's ancestral steps: to tune it before it is compared with"
@@ -278,6 +315,13 @@ class Evaluate(Section):
     )
     kid_subsets: int = Field(0, ge=0, description="of 1,000 each, as the field has 100 of; 0: all pairs, the same mean")
     inception_splits: int = Field(10, ge=1)
+
+    @field_validator("samplers", "teacher_noise", "guidance")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"{brief(list(values))} has one of them twice")
+        return values
 
     @model_validator(mode="after")
     def _enough(self) -> Evaluate:
@@ -313,16 +357,25 @@ class Gate(Section):
     frechet: float | None = Field(None, gt=0, description="largest distance")
     recall: float = Field(0.3, ge=0, le=1, description="least recall")
     spreads: float = Field(1.0, ge=0, description="how far above the champion's distance, in spreads of the two")
-    overrides: dict[int, dict[str, Any]] = {}
+    overrides: dict[Steps, dict[str, Any]] = {}
 
     def for_k(self, k: int) -> Gate:
         """This section as it holds for the k-step student alone."""
-        return Gate.model_validate(merge(self.model_dump(exclude={"overrides"}), self.overrides.get(k, {})))
+        own = self.model_dump(exclude={"overrides"})
+        return Gate.model_validate(merge(own, _of_one(self.overrides.get(k, {}))))
+
+
+def _of_one(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The settings for one k. Raises ValueError for one that is of all of them."""
+    for name in ("k", "overrides"):
+        if name in overrides:
+            raise ValueError(f"{name}: can't differ for one k")
+    return overrides
 
 
 class RunConfig(Section):
     recipe: str
-    seed: int = 0
+    seed: int = Field(0, ge=0, le=SEEDS)
     prediction: Literal["x", "eps", "v", "flow"] = "v"
     data: Data = Data()
     schedule: Schedule = Schedule()
@@ -333,20 +386,33 @@ class RunConfig(Section):
     evaluate: Evaluate = Evaluate()
     gate: Gate = Gate()
 
+    @field_validator("recipe")
+    @classmethod
+    def _a_name(cls, name: str) -> str:
+        """What the names of files and of MLflow's registered models are made of."""
+        if not NAME.fullmatch(name) or len(name.encode()) > LONGEST:
+            raise ValueError(
+                f"{brief(name)} can't be a recipe's name, which names files and registered models: it takes letters, digits, "
+                f"spaces and _ . + = , ~ -, begins with a letter, a digit or _, and has at most {LONGEST} bytes"
+            )
+        return name
+
     @model_validator(mode="after")
-    def _consistent(self) -> RunConfig:
+    def _consistent(self, info: ValidationInfo) -> RunConfig:
         for k in self.distill.overrides:
             try:
                 self.distill.for_k(k)
-            except ValidationError as error:
+            except ValueError as error:
                 raise ValueError(f"distill.overrides.{k}.{one_line(error, Distill)}") from None
         for k in self.gate.overrides:
             try:
                 self.gate.for_k(k)
-            except ValidationError as error:
+            except ValueError as error:
                 raise ValueError(f"gate.overrides.{k}.{one_line(error, Gate)}") from None
+        # Of a data set that lies elsewhere nothing is asked if the configuration is only to be shown.
+        source = None if info.context == ONLY_SHOWN and self.data.source == "dataset" else source_of(self.data)
         exact = self.teacher.kind == "exact"
-        if exact and source_of(self.data).exact is None:
+        if exact and (source is None or source.exact is None):
             raise ValueError(f"teacher.kind: exact is not known for {self.data.source}; it is for gmm")
         for k in self.distill.k:
             own = self.distill.for_k(k)
@@ -360,7 +426,7 @@ class RunConfig(Section):
                     f"distill.overrides: of {2 * k} and {k} steps one is told its guidance, so neither can start the other"
                 )
             if own.guided:
-                if not source_of(self.data).num_classes:
+                if source is not None and not source.num_classes:
                     raise ValueError(
                         f"distill.guidance: {self.data.source} has no labels, so there is nothing to guide by"
                     )
@@ -369,7 +435,8 @@ class RunConfig(Section):
                         "distill.guidance: teacher.label_dropout is 0, so the teacher never learns the null label that guidance "
                         "needs; 0.1 is usual"
                     )
-        if self.evaluate.guidance and not (source_of(self.data).num_classes and (self.teacher.label_dropout or exact)):
+        labelled = source is None or bool(source.num_classes)
+        if self.evaluate.guidance and not (labelled and (self.teacher.label_dropout or exact)):
             raise ValueError(
                 "evaluate.guidance: the teacher can't be guided: it needs labels, and teacher.label_dropout"
             )
@@ -379,13 +446,15 @@ class RunConfig(Section):
             )
         if self.network.width % self.network.heads:
             raise ValueError(f"network.heads: {self.network.heads} does not divide network.width {self.network.width}")
-        self._check_extractor()
-        if (size := source_of(self.data).shape[1]) % self.network.patch:
+        if source is None:
+            return self
+        self._check_extractor(source)
+        if (size := source.shape[1]) % self.network.patch:
             raise ValueError(f"network.patch: {self.network.patch} does not divide the image size {size}")
         return self
 
-    def _check_extractor(self) -> None:
-        kind, source = self.data.extractor, source_of(self.data)
+    def _check_extractor(self, source: Source) -> None:
+        kind = self.data.extractor
         if kind in ("classifier", "mixture") and not source.num_classes:
             raise ValueError(
                 f"data.extractor: {kind} needs labels, which {self.data.source} has not; use pixels, or inception and a file "
@@ -398,13 +467,46 @@ class RunConfig(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _for_all_k(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The recipe less its settings for one k that the command line has given for all of them."""
+def _over(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, the later, on top of a recipe. A field that it sets for all k holds for all of them: what the recipe has of that
+    field for one k goes, and what `given` has for one k comes before both.
+    """
     for name in ("distill", "gate"):
         section, said = recipe.get(name), given.get(name)
         if isinstance(section, dict) and isinstance(said, dict) and isinstance(section.get("overrides"), dict):
             of_k = {k: without(own, said) if isinstance(own, dict) else own for k, own in section["overrides"].items()}
             recipe = recipe | {name: section | {"overrides": of_k}}
+    return merge(recipe, given)
+
+
+def _by_k(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with each k of `overrides` a whole number: "4" and 4 are one."""
+    for name in ("distill", "gate"):
+        section = values.get(name)
+        if isinstance(section, dict) and isinstance(section.get("overrides"), dict):
+            of_k: dict[Any, Any] = {}
+            for key, own in section["overrides"].items():
+                k = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
+                if k in of_k or isinstance(k, bool):
+                    raise ConfigError(
+                        f"{name}.overrides: {key!r} {'is no k' if isinstance(k, bool) else 'stands twice'}"
+                    )
+                of_k[k] = own
+            values = values | {name: section | {"overrides": of_k}}
+    return values
+
+
+def _for_its_data(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The recipe less what it says of its own data, if the command line names a data set, or a source with a shape of its own."""
+    own, said = recipe.get("data"), given.get("data")
+    source = str(said.get("source", "")) if isinstance(said, dict) else ""
+    if not (source in SOURCES or source == "dataset" or source.startswith(DATA_SET)):
+        return recipe
+    if isinstance(own, dict) and own.get("source") != source:
+        recipe = recipe | {"data": {name: value for name, value in own.items() if name not in OF_THE_DATA}}
+    teacher = recipe.get("teacher")
+    if isinstance(teacher, dict) and (source not in SOURCES or SOURCES[source].exact is None):
+        recipe = recipe | {"teacher": without(teacher, {"kind": None})}
     return recipe
 
 
@@ -413,39 +515,99 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in RECIPES.glob("*.yaml")))
 
 
-def _read_recipe(recipe: str, below: tuple[str, ...] = ()) -> dict[str, Any]:
-    if recipe in below:
-        raise ConfigError(f"recipe: {' extends '.join((*below, recipe))}: in a circle")
-    path = Path(recipe)
+def recipe_file(recipe: str) -> Path:
+    """The file of a recipe: of the house's, by name, or the user's own. Raises ConfigError where there is none."""
+    path = Path(recipe).expanduser()
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
+        if not exists(path):
             raise ConfigError(f"recipe: no such file {recipe}")
-    elif recipe in recipe_names():
-        path = RECIPES / f"{recipe}.yaml"
-    else:
-        raise ConfigError(f"recipe: {recipe!r} does not exist; there are: {', '.join(recipe_names())}, or a .yaml file")
+        return path
+    if recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    raise ConfigError(
+        f"recipe: {brief(recipe)} does not exist; there are: {', '.join(recipe_names())}, or a .yaml file"
+    )
+
+
+def read_mapping(path: Path, what: str, holds: str) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError that begins with `what` the file is, and says what it `holds`."""
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe: {path} is not YAML: {' '.join(str(error).split())}") from error
+        values = parsed(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{what}: {path} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{what}: {path} is {error}") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe: {path} should hold sections, not a {type(values).__name__}")
-    parent = values.pop("extends", None)
-    return merge(_read_recipe(str(parent), (*below, recipe)), values) if parent else values
+        raise ConfigError(f"{what}: {path} should hold {holds}, not a {type(values).__name__}")
+    return values
+
+
+def chain(recipe: str) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe's file with what it says, and before it those that it extends, the first of all first. A file that is named by
+    `extends` lies beside the one that names it, unless its path is absolute. Raises ConfigError.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+    name: str | None = recipe
+    while name is not None:
+        path = recipe_file(name)
+        if any(exists(other) and path.samefile(other) for other, _ in found):
+            names = " extends ".join(str(other) for other in (*(other for other, _ in reversed(found)), path))
+            raise ConfigError(f"recipe: {names}: in a circle")
+        values = _by_k(read_mapping(path, "recipe", "sections"))
+        name = _beside(path, values.pop("extends", None))
+        found.insert(0, (path, values))
+    return found
+
+
+def _beside(path: Path, parent: Any) -> str | None:
+    """The recipe that the one at `path` extends."""
+    if parent is None:
+        return None
+    if not isinstance(parent, str) or not parent.strip():
+        raise ConfigError(
+            f"recipe: {path}: extends: {brief(parent)} should be a recipe's name, or a .yaml file beside it"
+        )
+    if Path(parent).suffix not in (".yaml", ".yml"):
+        return parent
+    return str(path.parent / Path(parent).expanduser())
+
+
+def whole(recipe: str) -> dict[str, Any]:
+    """What a recipe says, with what it extends below it. Raises ConfigError."""
+    return reduce(_over, (values for _, values in chain(recipe)), dict[str, Any]())
+
+
+def sendable(recipe: str) -> bytes:
+    """A recipe's file for another machine: as it is, or, where it extends other files of the user's, with what they say in it.
+    Raises ConfigError.
+    """
+    own = [path for path, _ in chain(recipe) if path.parent != RECIPES]
+    return own[0].read_bytes() if len(own) == 1 else yaml.safe_dump(whole(recipe), sort_keys=False).encode()
+
+
+def exists(path: Path) -> bool:
+    """Whether it is a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _parse_override(text: str) -> dict[str, Any]:
     field, equals, value = text.partition("=")
     if not equals or not field:
-        raise ConfigError(f"--set: {text!r} should read section.field=value")
+        raise ConfigError(f"--set: {brief(text)} should read section.field=value")
+    if field.count(".") >= DEEPEST:
+        raise ConfigError(f"--set: {brief(field)}: no such option")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set: the value of {text!r} is not YAML") from error
-    if isinstance(parsed, str):  # YAML 1.1 reads 1e-3 as text
-        with suppress(ValueError):
-            parsed = float(parsed)
-    return nested(field, parsed)
+        result = parsed(value)
+    except ValueError as error:
+        raise ConfigError(f"--set: the value of {brief(text)} is {error}") from None
+    if isinstance(result, str) and POWER.fullmatch(result):  # YAML 1.1 reads 1e-3 as text
+        result = float(result)
+    return _by_k(nested(field, result))
 
 
 def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
@@ -458,10 +620,26 @@ def _fields_at(model: Any, path: tuple[Any, ...]) -> list[str]:
     return sorted(getattr(model, "model_fields", {}))
 
 
-def one_line(error: ValidationError, model: type[Section]) -> str:
+KIND = re.compile(r"^(float|tuple\[.*\]|\[key\])$")
+"""Of the places that an error names, those that are no field."""
+
+
+def _first(error: ValidationError) -> Any:
+    """The first mistake; of a field that is a number or a list of them, that of what was given."""
+    first, *others = error.errors()
+    if first["loc"] and first["loc"][-1] == "float":
+        others = [e for e in others if e["loc"][: len(first["loc"]) - 1] == first["loc"][:-1]]
+        first = next((e for e in others if isinstance(first["input"], (list, tuple))), first)
+    return first
+
+
+def one_line(error: ValueError, model: type[Section]) -> str:
     """The first mistake: its field, its value, what was expected, and the nearest name if it was misspelt."""
-    first = error.errors()[0]
-    where, value = ".".join(str(p) for p in first["loc"]), first.get("input")
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = _first(error)
+    value, parts = first.get("input"), [p for p in first["loc"] if not KIND.search(str(p))]
+    where = ".".join(" ".join(str(p).split()) for p in parts)
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if first["type"] == "extra_forbidden":
         names = _fields_at(model, first["loc"][:-1])
@@ -469,29 +647,37 @@ def one_line(error: ValidationError, model: type[Section]) -> str:
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{where}: no such option; {hint}valid: {', '.join(names)}"
     if first["type"] == "literal_error":
-        return f"{where}: {value!r} is not one of {first['ctx']['expected']}"
+        return f"{where}: {brief(value)} is not one of {first['ctx']['expected']}"
     if first["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {value!r} {message}"
+    return f"{where}: {brief(value)} {message}"
 
 
-def load_config(recipe: str, overrides: list[str] | None = None, *, smoke: bool = False) -> RunConfig:
-    """The resolved configuration of a recipe (a name, or a path to a YAML file); `smoke`: made small. Raises ConfigError, in one
-    line.
+def load_config(
+    recipe: str, overrides: list[str] | None = None, *, smoke: bool = False, only_shown: bool = False
+) -> RunConfig:
+    """The resolved configuration of a recipe (a name, or a path to a YAML file); `smoke`: made small; `only_shown`: what depends on
+    a data set is not checked, so that none is looked for. Raises ConfigError, in one line.
     """
     given: dict[str, Any] = reduce(merge, map(_parse_override, overrides or []), dict[str, Any]())
-    config = _resolve({"recipe": Path(recipe).stem} | merge(_for_all_k(_read_recipe(recipe), given), given))
+    context = ONLY_SHOWN if only_shown else None
+    own = _over(_for_its_data(whole(recipe), given), given)
+    config = _resolve({"recipe": Path(recipe).stem} | own, context)
     # What the command line says holds for the small run too.
-    return _resolve(merge(smoke_values(config), given)) if smoke else config
+    return _resolve(merge(smoke_values(config), given), context) if smoke else config
 
 
-def _resolve(values: dict[str, Any]) -> RunConfig:
+def _resolve(values: dict[str, Any], context: dict[str, Any] | None = None) -> RunConfig:
     # Merged over the defaults as values: a recipe that names one field of a section leaves that section's others as they are.
-    values = merge(RunConfig(recipe=values["recipe"]).model_dump(), values)
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(merge(_defaults(), values), context=context)
     except ValidationError as error:
         raise ConfigError(one_line(error, RunConfig)) from None
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return RunConfig(recipe="defaults").model_dump()
 
 
 def digest(value: Any, length: int = 12) -> str:

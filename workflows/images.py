@@ -7,6 +7,15 @@ from typing import Any
 import numpy as np
 
 
+def _scale(width: int) -> int:
+    return max(1, round(48 / width))
+
+
+def cell_of(width: int, gap: int = 2) -> int:
+    """Screen pixels from one image of a grid to the next."""
+    return width * _scale(width) + gap
+
+
 def image_grid(images: np.ndarray, *, columns: int, pixel: int | None = None, gap: int = 2) -> Any:
     """images [n, c, h, w] in [-1, 1], c 1 or 3 -> a PIL image of a white-edged grid; each pixel `pixel` screen pixels wide
     (by default as many as make an image about 48 wide).
@@ -14,7 +23,7 @@ def image_grid(images: np.ndarray, *, columns: int, pixel: int | None = None, ga
     from PIL import Image
 
     n, channels, height, width = images.shape
-    scale = pixel or max(1, round(48 / width))
+    scale = pixel or _scale(width)
     bytes_ = ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
     bytes_ = bytes_.repeat(scale, axis=1).repeat(scale, axis=2)
     rows = -(-n // columns)

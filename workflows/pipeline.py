@@ -5,13 +5,16 @@ prepare -> teacher -> distill (each k) -> evaluate -> register -> report
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -132,7 +135,7 @@ def run_sweep(
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(context.workspace.report(f"{config.recipe}-{name}") / "trials.json", out)
         show(rows_of(ledger), screen)
-        screen.line(f"Report: [bold]{where}[/]" if where else "No trial has ended yet.")
+        screen.line(f"Report: [bold]{escape(where)}[/]" if where else "No trial has ended yet.")
         if ledger.error:
             raise ledger.error
     return summarise(rows_of(ledger))
@@ -155,18 +158,14 @@ def open_context(
         screen.line(
             f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {escape(shown(workspace.uri) + told)}[/]"
         )
-        with screen.status("opening the tracking store"):
-            tracker = stack.enter_context(open_tracker(workspace, uri, screen))
-        if tracker.pending:
-            screen.line(f"  tracking: delivering {tracker.pending} entries that an earlier run had queued")
-            settle(tracker, screen, wait)
-        with screen.status("starting the tracking run"):
-            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
-            parent = _parent_run(config, workspace, tracker, kind, pipeline)
-        stack.enter_context(_ended(tracker, parent, screen, options.workspace, wait))
-        with screen.status("starting Ray"):
+        opened = stack.enter_context(_tracked(config, options, screen, workspace, uri, kind, apart))
+        with screen.status("starting Ray and opening the tracking store"):
             resources = stack.enter_context(ray_session(say=lambda text: screen.line(f"  [dim]{escape(text)}[/]")))
             monitor = Monitor()
+            queued, tracker, parent, pipeline = opened()
+        if queued:
+            screen.line(f"  tracking: delivering {queued} entries that an earlier run had queued")
+            settle(tracker, screen, wait)
         stopping = stack.enter_context(listening())  # after Ray, which has a handler of its own
         placement = place(config, options, resources, present())
         _say_room(options, placement, resources, screen)
@@ -189,6 +188,47 @@ def open_context(
         )
 
 
+Opened = tuple[int, Tracker, str, str]
+"""How much an earlier run had queued, the tracking store, the parent run, and the name by which the workspace knows it."""
+
+
+@contextmanager
+def _tracked(
+    config: RunConfig,
+    options: RunOptions,
+    screen: Screen,
+    workspace: Workspace,
+    uri: str,
+    kind: str,
+    apart: tuple[Any, ...],
+) -> Iterator[Callable[[], Opened]]:
+    """The tracking store is opened while the block starts Ray, which takes as long; the block calls what it is given to wait for
+    the store. At the block's end the run is marked by how that ended, and waits for the delivery.
+    """
+    with ExitStack() as stack, ThreadPoolExecutor(1, thread_name_prefix="tracking") as thread:
+
+        def begin() -> Opened:
+            tracker = stack.enter_context(open_tracker(workspace, uri, screen))
+            queued = tracker.pending
+            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
+            return queued, tracker, _parent_run(config, workspace, tracker, kind, pipeline), pipeline
+
+        opening = thread.submit(begin)
+        try:
+            yield opening.result
+        except BaseException as error:
+            if opening.exception() is None:  # waits for it
+                _, tracker, parent, _ = opening.result()
+                _ended_by(error, tracker, parent, screen, options)
+            raise
+        _, tracker, parent, _ = opening.result()
+        try:
+            tracker.end_run(parent)
+            settle(tracker, screen, wait_of(options))
+        finally:
+            say_what_is_queued(tracker, screen, options.workspace)
+
+
 @contextmanager
 def open_tracker(workspace: Workspace, uri: str, screen: Screen) -> Iterator[Tracker]:
     """The tracking store with the workspace's outbox for it; the workspace has to be locked."""
@@ -203,25 +243,13 @@ def open_tracker(workspace: Workspace, uri: str, screen: Screen) -> Iterator[Tra
         tracker.close()
 
 
-@contextmanager
-def _ended(tracker: Tracker, run_id: str, screen: Screen, workspace: str | Path, wait: float) -> Iterator[None]:
-    """Marks the run by how the block ends, and waits until the store has all of it. A store that stays away fails nothing; on the
-    way up of an error it must not hide that one, nor hold it up for long.
-    """
-    try:
-        yield
-    except BaseException as error:
-        with suppress(UserError):
-            tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        with suppress(UserError):
-            settle(tracker, screen, 0 if tracker.away else min(wait, A_WHILE))
-        say_what_is_queued(tracker, screen, workspace)
-        raise
-    try:
-        tracker.end_run(run_id)
-        settle(tracker, screen, wait)
-    finally:
-        say_what_is_queued(tracker, screen, workspace)
+def _ended_by(error: BaseException, tracker: Tracker, run_id: str, screen: Screen, options: RunOptions) -> None:
+    """A store that stays away must not hide the error, nor hold it up for long."""
+    with suppress(UserError):
+        tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    with suppress(UserError):
+        settle(tracker, screen, 0 if tracker.away else min(wait_of(options), A_WHILE))
+    say_what_is_queued(tracker, screen, options.workspace)
 
 
 def wait_of(options: RunOptions) -> float:
@@ -230,17 +258,20 @@ def wait_of(options: RunOptions) -> float:
         return options.tracking_wait
     text = os.environ.get("MMDISTILL_TRACKING_WAIT") or str(WAIT)
     try:
-        return float(text)
+        wait = float(text)
     except ValueError:
-        raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds") from None
+        wait = math.nan
+    if not 0 <= wait < math.inf:
+        raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds")
+    return wait
 
 
 def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) -> None:
     if tracker.pending:
-        where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
+        where = f" --workspace {quote(str(workspace))}" if str(workspace) != ".mmdistill" else ""
         screen.line(
             f"[yellow]![/] tracking: {tracker.pending} entries for {escape(tracker.uri)} are queued in the workspace; "
-            f"its next run delivers them, or: mmdistill deliver{escape(where)} --tracking-uri {escape(tracker.uri)}"
+            f"its next run delivers them, or: mmdistill deliver{escape(where)} --tracking-uri {escape(quote(tracker.uri))}"
         )
 
 

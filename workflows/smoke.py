@@ -43,6 +43,8 @@ def smoke_values(config: RunConfig) -> dict[str, Any]:
         k: without(fields, DISTILL | {"micro_batch": 0}) for k, fields in own.overrides.items()
     }
     values["gate"]["overrides"] = {}
+    if config.data.source == "dataset":
+        values["data"]["limit"] = None  # its size was chosen when it was prepared
     if config.data.source == "folder" and config.data.path is None:
         values["data"]["source"] = "made"
     return values

@@ -1,8 +1,27 @@
-"""Settings as plain values: sections within sections."""
+"""Settings as plain values: sections within sections, and how they are read from YAML."""
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Hashable
 from typing import Any
+
+import yaml
+
+DEEPEST = 20
+"""Levels of values within values; no setting needs as many, and the reading of thousands would break."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlong = 40
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: in one line, and not all of a long one."""
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +46,52 @@ def without(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 def nested(field: str, value: Any) -> dict[str, Any]:
     """("a.b", 1) -> {"a": {"b": 1}}; whole numbers are keys of their own kind."""
     for part in reversed(field.split(".")):
-        value = {int(part) if part.isdigit() else part: value}
+        value = {int(part) if part.isascii() and part.isdigit() else part: value}
     assert isinstance(value, dict)
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values. A key that stands twice in a section is refused: YAML would drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{brief(key)} stands twice", key_node.start_mark)
+            seen.add(key if isinstance(key, Hashable) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def parsed(text: str | bytes) -> Any:
+    """The values of a YAML text. Raises ValueError that says in a line what is wrong with the text: "not YAML: ..."."""
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.reader.ReaderError as error:
+        raise ValueError(f"not text in UTF-8: {_in_a_line(error)}") from None
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a number or a date that can't be
+        raise ValueError(f"not YAML: {_in_a_line(error)}") from None
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    level = [values]
+    for _ in range(DEEPEST):  # each value once, however many aliases name it
+        level = list({id(inner): inner for value in level for inner in _inside(value)}.values())
+    if level:
+        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    return values
+
+
+def _inside(value: Any) -> list[Any]:
+    """The values in a mapping or a list; none in anything else."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _in_a_line(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        text = f"line {error.problem_mark.line + 1}: {error.problem}"
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -158,4 +158,4 @@ def sample(
         out.append(
             SAMPLERS[sampler](denoiser=denoiser, schedule=schedule, z=z, times=times, rng=rng, label=part, **options)
         )
-    return torch.cat(out)
+    return torch.cat(out) if out else torch.empty(shape, device=device)

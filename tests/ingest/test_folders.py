@@ -133,8 +133,8 @@ def test_captions_in_a_file(folder, tmp_path):
     listing, items = load(folder, captions=str(tmp_path / "captions.json"))
     assert (listing.captioned, listing.classes) == (str(tmp_path / "captions.json"), ("cats", "dogs"))
     assert {item.key: item.caption for item in items} == of
-    (tmp_path / "captions.json").write_text(json.dumps(of | {"cats/0.png": None}))
-    assert "a name or a whole number is expected for cats/0.png" in refused(
+    (tmp_path / "captions.json").write_text(json.dumps(of | {"cats/0.png": {"en": "a cat"}}))
+    assert "a text is expected for cats/0.png, not {'en': 'a cat'}, which is no text" in refused(
         folder, captions=str(tmp_path / "captions.json")
     )
 
@@ -149,14 +149,19 @@ def test_captions_in_a_file(folder, tmp_path):
         ),
         ("l.json", '{"cats/0.png": "a"}', "no label for 9 of 10 images of .*, such as cats/1.png"),
         ("l.json", '{"cats/0.png": 1.5}', "a whole number is expected for cats/0.png, not 1.5"),
-        ("l.json", '{"cats/0.png": true}', "a whole number is expected for cats/0.png, not True"),
-        ("l.json", '{"cats/0.png": ', "l.json can't be read: Expecting value"),
+        ("l.json", '{"cats/0.png": [0, 1]}', "is expected for cats/0.png, not a list of 2 values, such as one-hot"),
+        ("l.json", '{"cats/0.png": ', r"l.json can't be read: it is no JSON \(Expecting value"),
         ("l.json", "3", "an object or a list is expected, not int"),
         ("l.json", '["a", "a"]', "the class a is there twice"),
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),
         ("l.csv", "a,b,c\nx.png,1,2\n", "no column of paths among a, b, c"),
         ("l.csv", "file_name,label\ncats/0.png,a\ncats/0.png,b\n", "two values for cats/0.png: a and b"),
-        ("l.csv", "\xff\xfe", "l.csv can't be read"),
+        (
+            "l.csv",
+            "file_name,label\ncats/0.png,\xe9\n",
+            r"l.csv can't be read: it is no UTF-8 text \(byte 0xe9 in line 2\)",
+        ),
+        ("l.csv", "\xff\xfe", "l.csv: there are no labels in it"),
         ("missing.json", None, "missing.json is not there, neither below .* nor by itself"),
         ("l.xlsx", None, "l.xlsx is no file of labels"),
     ],

@@ -188,7 +188,11 @@ def test_files_that_change_after_they_were_listed(tmp_path):
             "column image is string; the bytes of an image's file",
         ),
         (table(0, 1), {"label_column": "kind"}, r"no column kind for labels; there are image \(binary\)"),
-        (table(0, 1, label=[0.5]), {"label_column": "label"}, "column label is double, no label"),
+        (
+            table(0, 1, label=[0.5]),
+            {"label_column": "label"},
+            "in column label is 0.5, which is neither a name nor a whole number",
+        ),
         (table(0, 1, text=[1]), {"caption_column": "text"}, "column text is int64, no text"),
         (table(0, 1), {"labels": "folders"}, "labels by folder are for images in folders"),
         (table(0, 1), {"labels": "{here}/of.json"}, "labels by path are for images that have names"),

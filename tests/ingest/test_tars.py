@@ -78,14 +78,19 @@ def test_compressed_ones_and_long_names(tmp_path, name, mode, form):
 def test_fields_of_json(tmp_path):
     text = json.dumps({"label": "kind {c}", "caption": "number {i}", "other": None})
     tarred(tmp_path / "x.tar", samples(0, 6, cls=None, json=text))
-    listing, _ = load(tmp_path)
-    said = "no labels: the labels of label are names, such as kind 0, and no list of classes is given"
-    assert (listing.labelled, listing.captioned, listing.notes) == ("", "caption", (said,))
-    assert "are names, such as kind 0, and which there are is not told" in refused(tmp_path, label_column="label")
+    listing, items = load(tmp_path)
+    assert (listing.labelled, listing.captioned, listing.classes) == (
+        "label",
+        "caption",
+        ("kind 0", "kind 1", "kind 2"),
+    )
+    assert [item.label for item in items] == [i % 3 for i in range(6)]
     (tmp_path / "classes.json").write_text('["kind 2", "kind 1", "kind 0"]')
     listing, items = load(tmp_path / "x.tar", labels=str(tmp_path / "classes.json"), label_column="label")
     assert [(item.label, item.caption) for item in items] == [(2 - i % 3, f"number {i}") for i in range(6)]
-    assert "no label kind in the first sample, 0000, which has json" in refused(tmp_path, label_column="kind")
+    assert "no label kind in the first 6 samples, 0000 to 0005, which have json" in refused(
+        tmp_path, label_column="kind"
+    )
 
 
 def test_a_caption_in_json_with_half_an_emoji_can_be_written(tmp_path):
@@ -163,11 +168,11 @@ def test_samples_that_are_not_whole(tmp_path):
     ]
     tarred(tmp_path / "x.tar", members)
     _, items = load(tmp_path)
-    assert sorted(good(items)) == ["x.tar#0000.png", "x.tar#0001.png"]
+    assert sorted(good(items)) == ["x.tar#0000.png", "x.tar#0001.png", "x.tar#bare.png"]
+    assert good(items)["x.tar#bare.png"].label is None
     assert errors(items) == {
         "x.tar#text": "no image beside cls: a sample's files lie next to each other",
         "x.tar#two.jpg": "which is the image? jpg, png: name one as the image column",
-        "x.tar#bare.png": "no cls beside the image",
         "x.tar#word.png": "label cat is not in the class list",
         "x.tar#again.png": "again.png is there twice",
         "x.tar#link": "link.png is a link, or no plain file",
@@ -260,7 +265,7 @@ def test_a_sample_is_bounded_however_many_siblings_it_has(tmp_path, monkeypatch,
     """Frames of a video gather in one sample: what is past its bytes or its number is not kept."""
     monkeypatch.setattr("workflows.ingest.tars.MAX_BYTES", 200_000)
     monkeypatch.setattr("workflows.ingest.tars.MOST_IMAGES", images)
-    frames = [(f"video.{i:04}.jpg", bytes([i % 256]) * size) for i in range(400)]
+    frames = [(f"video.f{i:04}.jpg", bytes([i % 256]) * size) for i in range(400)]
     tarred(tmp_path / "x.tar", [*samples(0, 1, cls=None), *frames, *samples(1, 2, cls=None)])
     listing = list_source(str(tmp_path))
     tracemalloc.start()
@@ -269,7 +274,7 @@ def test_a_sample_is_bounded_however_many_siblings_it_has(tmp_path, monkeypatch,
     tracemalloc.stop()
     assert peak < 2_000_000  # the frames are 4 MB
     said = f"the files video.* are more than {images:,} images, or than 200,000 bytes together"
-    assert errors(items) == {"x.tar#video.0000.jpg": said}
+    assert errors(items) == {"x.tar#video.f0000.jpg": said}
     assert len(good(items)) == 2
 
 
@@ -309,7 +314,7 @@ def test_a_tar_that_is_gone(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"labels": "folders"}, "a tar has no list of its folders"),
+        ({"labels": "folders"}, "labels by folder need two folders, and all images lie in one"),
         ({"labels": "{here}/classes.txt"}, "lists classes, but the first sample, a, has no label"),
         ({"caption_column": "txt"}, "no caption txt in the first sample, a, which has none"),
     ],

@@ -60,7 +60,13 @@ BAD = [
     (("sweep", "--search", "gird"), 2, "--search: 'gird' is not one of grid, random, tpe"),
     (("sample", "/nowhere"), 1, "not a model folder"),
     (("sample", "/nowhere", "--out", "x.gif"), 2, ".png"),
-    (("sample", "/nowhere", "--labels", "3,x"), 2, "whole numbers"),
+    (("sample", "/nowhere", "--labels", "3,,5"), 2, "'3,,5' should be classes with commas between, such as 3,5"),
+    (("run", "-s", "seed=-1"), 2, "seed: -1 should be greater than or equal to 0"),
+    (("run", "-s", "teacher.optimiser.lr=.inf"), 2, "teacher.optimiser.lr: inf should be a finite number"),
+    (("run", "-s", "recipe=a/b"), 2, "recipe: 'a/b' can't be a recipe's name"),
+    (("run", "--workspace", ""), 2, "workspace: '' is no name of a folder"),
+    (("run", "--checkpoint-every", "nanm"), 2, "should be images, such as 64000, or minutes, such as 10m"),
+    (("run", "--checkpoint-every", "infm"), 2, "should be images, such as 64000, or minutes, such as 10m"),
     (("bench", "everything"), 2, "engine, sampler, ray, scaling, tracking, memory, data"),
 ]
 
@@ -73,6 +79,36 @@ def test_mistakes_have_a_line_and_a_code(capsys, arguments, code, said):
     assert "Traceback" not in err
     assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("run", "--tracking-wait"),
+        ("sweep", "--hours"),
+        ("sweep", "--cpus-per-trial"),
+        ("sweep", "--gpus-per-trial"),
+        ("plan", "--gpu-memory"),
+        ("prepare", "--shard-mb"),
+    ],
+)
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_number_that_is_none_is_refused(capsys, command, option, value):
+    places = ("a", "b", "--size", "8") if command == "prepare" else ()
+    code, _, err = inside(capsys, command, *places, f"{option}={value}")
+    assert code == 2
+    assert option in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon"])
+def test_a_wait_that_is_none_is_refused(monkeypatch, value):
+    from workflows.config import ConfigError
+    from workflows.pipeline import RunOptions, wait_of
+
+    monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", value)
+    with pytest.raises(ConfigError, match=f"MMDISTILL_TRACKING_WAIT: '{value}' is not a number of seconds"):
+        wait_of(RunOptions("."))
 
 
 def test_debug_shows_the_traceback():
@@ -102,7 +138,8 @@ def test_recipes_are_listed(capsys):
     assert "\ndigits  " in out
 
 
-def test_models_that_are_not_there_are_told_from_stores_that_are_not(tmp_path, capsys):
+def test_a_workspace_without_a_store_is_told_from_a_model_that_is_not_there(tmp_path, capsys):
     code, _, err = inside(capsys, "sample", "models:/nothing@k8-champion", "--workspace", str(tmp_path))
     assert code == 1
-    assert "models in sqlite" in err
+    assert f"{tmp_path}: nothing is registered in this workspace" in err
+    assert not list(tmp_path.iterdir())

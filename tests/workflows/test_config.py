@@ -20,7 +20,7 @@ def test_set_wins_over_recipe_over_defaults(tmp_path):
     config = load_config(str(path), ["teacher.batch=20", "teacher.optimiser.lr=1e-3"])
     assert (config.recipe, config.teacher.images, config.teacher.batch) == ("mine", 1000, 20)
     assert config.teacher.optimiser.lr == 1e-3
-    assert config.teacher.log_every == RunConfig(recipe="").teacher.log_every
+    assert config.teacher.log_every == RunConfig(recipe="defaults").teacher.log_every
 
 
 def test_naming_one_field_leaves_the_sections_others(tmp_path):
@@ -63,6 +63,48 @@ def test_the_command_line_holds_for_every_k():
     assert own.for_k(8).pairing == "grid"
     assert own.for_k(8).auxiliary_lr == recipe.for_k(8).auxiliary_lr == 1e-3
     assert own.for_k(2).w_s == "sigmoid"
+
+
+def written(folder, **files):
+    """Recipes below a folder, by name; the path of the last one."""
+    for name, text in files.items():
+        path = folder / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(path)
+
+
+def test_what_a_recipe_extends_lies_beside_it(tmp_path, monkeypatch):
+    written(tmp_path / "here", base="extends: digits\nseed: 9\n")
+    written(tmp_path / "here/own", mine="extends: ../base.yaml\nprediction: x\n")
+    written(tmp_path / "elsewhere", base="seed: 1\n")
+    absolute = written(tmp_path, absolute=f"extends: {tmp_path}/here/own/mine.yaml\n")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for recipe in ("../here/own/mine.yaml", absolute):
+        config = load_config(recipe)
+        assert (config.seed, config.prediction, config.network.depth) == (9, "x", 3)
+    with pytest.raises(ConfigError, match=r"no such file .*/here/there\.yaml"):
+        load_config(written(tmp_path / "here", lost="extends: there.yaml\n"))
+
+
+def test_a_later_file_holds_for_every_k(tmp_path):
+    """As the command line does; what it says of one k itself comes before."""
+    house = load_config("digits").distill
+    mine = written(
+        tmp_path,
+        base="extends: digits\ndistill: {images: 19200, optimiser: {lr: 1.0e-3}, overrides: {8: {images: 640}}}\n",
+        mine="extends: base.yaml\ngate: {recall: 0.5}\ndistill: {overrides: {'2': {images: 1280}}}\n",
+    )
+    own = load_config(mine).distill
+    assert [own.for_k(k).images for k in (1, 2, 4, 8)] == [19_200, 1_280, 19_200, 640]
+    assert {own.for_k(k).optimiser.lr for k in (1, 2, 4, 8)} == {1e-3}
+    assert own.for_k(2).w_s == house.for_k(2).w_s == "sigmoid"
+    assert own.for_k(8).auxiliary_lr == house.for_k(8).auxiliary_lr == 1e-3
+    assert load_config(mine, ["distill.images=320"]).distill.for_k(2).images == 320
+    above = written(
+        tmp_path, gated="gate: {overrides: {1: {recall: 0.9}}}\n", all="extends: gated.yaml\ngate: {recall: 0.2}\n"
+    )
+    assert load_config(above).gate.for_k(1).recall == 0.2
 
 
 BAD = {
@@ -118,6 +160,49 @@ BAD = {
     "no steps": ("digits", ["evaluate.teacher_steps=[]"], "at least 1"),
     "0 steps": ("digits", ["evaluate.teacher_steps=[0]"], "greater than or equal to 1"),
     "shift of what": ("digits", ["schedule.name=shifted_cosine"], "shifted_cosine needs the images'"),
+    "no number": ("digits", ["teacher.optimiser.lr=.nan"], "teacher.optimiser.lr: nan should be"),
+    "infinite": ("digits", ["teacher.optimiser.lr=.inf"], "teacher.optimiser.lr: inf should be a finite number"),
+    "infinite by a power": ("digits", ["distill.logsnr_shift=1e999"], "inf should be a finite number"),
+    "infinite in a list": ("gmm", ["distill.guidance=[0,.inf]"], "distill.guidance.1: inf should be a finite number"),
+    "infinite for one k": ("digits", ["distill.overrides.4.eta=.inf"], "distill.overrides.4.eta: inf should be"),
+    "infinite gate": ("digits", ["gate.overrides.4.frechet=.nan"], "gate.overrides.4.frechet: nan should be"),
+    "infinite memory": ("digits", ["data.memory_gib=1e300"], "data.memory_gib: 1e+300 should be less than or equal"),
+    "huge seed": ("digits", ["seed=100000000000000000000000"], "seed: 100000000000000000000000 is more than"),
+    "seed of 33 bits": ("digits", [f"seed={2**32}"], "seed: 4294967296 should be less than or equal to 4294967295"),
+    "negative seed": ("digits", ["seed=-1"], "seed: -1 should be greater than or equal to 0"),
+    "huge count": ("digits", [f"teacher.images={10**20}"], "teacher.images: 100000000000000000000 is more than"),
+    "huge width": ("digits", [f"network.width=0x{'f' * 9000}"], "network.width: a number of thousands of digits"),
+    "huge steps": ("digits", ["evaluate.teacher_steps=[1,100000000]"], "teacher_steps.1: 100000000 should be less"),
+    "huge k": ("digits", ["distill.k=[100000000]"], "distill.k: [100000000] should be"),
+    "true for a number": ("digits", ["teacher.batch=true"], "teacher.batch: true should be a number"),
+    "yes in a list": ("digits", ["distill.k=[1,yes]"], "distill.k: true should be a number"),
+    "off for one k": ("digits", ["distill.overrides.4.images=off"], "distill.overrides.4.images: false should be"),
+    "true for a text": ("digits", ["data.path=true"], "data.path: true should be a text"),
+    "empty": ("digits", ["data.path=''"], "data.path: '' is no text"),
+    "of nothing": ("digits", ["recipe="], "recipe: None should be a valid string"),
+    "a number for a name": ("digits", ["recipe=5"], "recipe: 5 should be a valid string"),
+    "a path for a name": ("digits", ["recipe=a/b"], "recipe: 'a/b' can't be a recipe's name"),
+    "a hidden name": ("digits", ["recipe=.a"], "recipe: '.a' can't be a recipe's name"),
+    "an alias for a name": ("digits", ["recipe=a@b"], "recipe: 'a@b' can't be a recipe's name"),
+    "a quoted name": ("digits", ['recipe="it\'s"'], "can't be a recipe's name"),
+    "a long name": ("digits", [f"recipe={'é' * 51}"], "at most 100 bytes"),
+    "no section": ("digits", ["data=5"], "data: 5 should be a valid dictionary"),
+    "no overrides": ("digits", ["distill.overrides={4: 5}"], "distill.overrides.4: 5 should be a valid dictionary"),
+    "no k, in another script": (
+        "digits",
+        ["distill.overrides.²=5"],
+        "distill.overrides.²: '²' should be a valid integer",
+    ),
+    "k of 0": ("digits", ["distill.overrides.0.eta=1"], "distill.overrides.0: 0 should be greater than or equal to 1"),
+    "k of yes": ("digits", ["distill.overrides={yes: {eta: 1}}"], "distill.overrides: True is no k"),
+    "k twice": ("digits", ["distill.overrides={4: {eta: 1}, '4': {eta: 0}}"], "distill.overrides: '4' stands twice"),
+    "k of a k": ("digits", ["distill.overrides.4.k=[2]"], "distill.overrides.4.k: can't differ for one k"),
+    "no date": ("digits", ["seed=2020-99-99"], "is not YAML: month must be in 1..12"),
+    "deep": ("digits", ["distill.overrides=" + "[" * 3000], "is nested deeper than 20 levels"),
+    "deep field": ("digits", [".".join("a" * 3000) + "=1"], "no such option"),
+    "a line break": ("digits", ['data={"a\\nb": 1}'], "data.a b: no such option"),
+    "a long value": ("digits", ["prediction=" + "x" * 9999], "is not one of 'x', 'eps'"),
+    "samplers twice": ("digits", ["evaluate.samplers=[ancestral,ancestral]"], "has one of them twice"),
     "patch": ("digits", ["network.patch=3"], "network.patch: 3 does not divide the image size 8"),
 }
 
@@ -130,6 +215,79 @@ def test_mistakes_are_one_line_with_field_value_and_choices(case):
     message = str(caught.value)
     assert said in message
     assert "\n" not in message
+    assert len(message) < 500
+
+
+BAD_FILES = {
+    "Latin-1": ("seed: 1  # caf\xe9".encode("latin-1"), "is not text in UTF-8"),
+    "bytes": (b"seed: \x00", "is not text in UTF-8"),
+    "a list": (b"- seed", "should hold sections, not a list"),
+    "a text": (b"seed", "should hold sections, not a str"),
+    "two documents": (b"seed: 1\n---\nseed: 2\n", "is not YAML: line 2: but found another document"),
+    "a key twice": (
+        b"teacher: {images: 9}\nseed: 1\nteacher: {batch: 5}\n",
+        "is not YAML: line 3: 'teacher' stands twice",
+    ),
+    "no key": (b"[1, 2]: 3", "is not YAML: line 1: found unhashable key"),
+    "no name": (b"null: 3", "None: "),
+    "an object": (b"seed: !!python/object:os.system x", "is not YAML: line 1: could not determine a constructor"),
+    "a long number": (b"seed: " + b"9" * 9000, "is not YAML: Exceeds the limit"),
+    "deep": (b"[" * 3000, "is nested deeper than 20 levels"),
+    "deep sections": (
+        b"distill: {overrides: {1: " + b"{a: " * 200 + b"1" + b"}" * 202,
+        "is nested deeper than 20 levels",
+    ),
+    "itself": (b"data: &a {b: *a}", "is nested deeper than 20 levels"),
+    "much of little": (
+        b"a: &a [x, x]\n"
+        + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 9)) for c in b"bcdefgh"),
+        "a: no such option",
+    ),
+    "extends what": (b"extends: [digits]", "extends: ['digits'] should be a recipe's name"),
+    "extends nothing": (b"extends: ''", "extends: '' should be a recipe's name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_mistakes_in_a_file_are_one_line(tmp_path, case):
+    content, said = BAD_FILES[case]
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(tmp_path / "mine.yaml"))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("name", ["exp:1", "a?b", "100%", "-x", "[v2]", "a#b"])
+def test_a_files_name_is_the_recipes_and_has_to_fit(tmp_path, name):
+    with pytest.raises(ConfigError, match="can't be a recipe's name"):
+        load_config(written(tmp_path, **{name: "seed: 1\n"}))
+
+
+@pytest.mark.parametrize("name", ["my exp", "v1.2", "_mine", "Größe", "a+b=c,d~e"])
+def test_names_that_files_and_registered_models_take(tmp_path, name):
+    from mlflow.utils.validation import _validate_model_name
+
+    config = load_config(written(tmp_path, **{name: "seed: 1\n"}))
+    assert config.recipe == name
+    _validate_model_name(f"mmdistill-{name}-student")
+
+
+def test_a_folder_and_a_name_too_long_are_no_recipes(tmp_path):
+    (tmp_path / "folder.yaml").mkdir()
+    for recipe in (str(tmp_path / "folder.yaml"), "x" * 300 + ".yaml", "a\0b.yaml"):
+        with pytest.raises(ConfigError, match="no such file"):
+            load_config(recipe)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_by_its_mark(tmp_path, encoding):
+    (tmp_path / "mine.yaml").write_text(
+        "seed: 3  # é\nteacher: &t {batch: 50}\ndistill: {<<: *t, batch: 70}\n", encoding
+    )
+    config = load_config(str(tmp_path / "mine.yaml"))
+    assert (config.seed, config.teacher.batch, config.distill.batch) == (3, 50, 70)
 
 
 def test_recipes_in_a_circle(tmp_path):

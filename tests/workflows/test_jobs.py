@@ -21,7 +21,7 @@ from workflows.runtime.jobs import NAME, Head
 from workflows.runtime.progress import Screen
 from workflows.stages.submit import COMMAND, Submission, environment, submit
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SHORT = ("run", "--smoke", "-s", "distill.k=[1]")
 
 

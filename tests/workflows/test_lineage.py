@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 
+import numpy as np
 import pytest
 from registered import STUDENT, TEACHER, Shelf
 from rich.console import Console
@@ -81,6 +82,20 @@ def test_json_is_the_same(shelf, tmp_path):
     assert student["evaluation"]["samples"] == 1000
     assert student["exports"][0]["where"] == "s3://there/it"
     assert [m["version"] for m in found["moves"]] == ["1"]  # of another version: not asked for
+
+
+def test_a_sample_reads_the_store_and_writes_nothing_to_it(shelf, tmp_path, capsys):
+    """As somebody does who may not write there; a model that is not there is told with those that are."""
+    store = shelf.folder / "mlflow.db"
+    before, files = store.read_bytes(), sorted(shelf.folder.rglob("*"))
+    for model, code in ((f"models:/{STUDENT}/2", 0), ("models:/nothing@k8-champion", 1)):
+        with pytest.raises(SystemExit) as caught:
+            main(["sample", model, "--n", "2", "--out", str(tmp_path / "x.npy"), "--workspace", str(shelf.folder)])
+        err = capsys.readouterr().err
+        assert (caught.value.code or 0) == code, err
+    assert f"models in sqlite:///{store}: {STUDENT}, {TEACHER}" in err
+    assert np.load(tmp_path / "x.npy").shape == (2, 1, 4, 4)
+    assert (store.read_bytes(), sorted(shelf.folder.rglob("*"))) == (before, files)
 
 
 def test_the_drawing_is_svg_and_nothing_else(shelf):

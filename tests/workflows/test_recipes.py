@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmdistill_core.artifact import load_model
 from workflows.cli import main
 from workflows.config import load_config, recipe_names
+from workflows.stages.sample import fetch_model
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -72,8 +74,13 @@ def test_colour_images_from_a_folder_to_the_report(labels, tmp_path, ray_cluster
         Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(file)
     data = [f"data.path={tmp_path / 'images'}", "data.image_size=8", "data.num_classes=2"]
     data += [] if labels else ["data.num_classes=0", "data.extractor=pixels"]
-    summary = run(load_config("cifar10", [*data, "distill.k=[2]"], smoke=True), tmp_path / "space", "report")
+    space = tmp_path / "a%20b ?y[v2]#c"
+    summary = run(load_config("cifar10", [*data, "distill.k=[2]"], smoke=True), space, "report")
     assert summary["stages"][-1]["name"] == "report"
     (student,) = summary["students"]
     assert student["frechet"] > 0
-    assert (tmp_path / "space/reports/cifar10-smoke/report.html").exists()
+    assert (space / "reports/cifar10-smoke/report.html").exists()
+    assert (space / "mlflow.db").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"images", space.name}
+    folder = fetch_model(summary["students"][0]["model_uri"], tmp_path / "loaded", str(space), None)
+    assert load_model(folder).k == 2

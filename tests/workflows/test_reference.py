@@ -1,12 +1,12 @@
 """Reference statistics: kept whole, refused where they do not fit, and measured against."""
 
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from jobs import NETWORK, job_of, noise, write_data
 from oracles import together
 from safetensors.torch import save_file
 
@@ -35,10 +35,6 @@ ABOUT_PIXELS = {
 }  # fmt: skip
 
 
-def images(n, channels=1, size=4, seed=0):
-    return np.random.default_rng(seed).uniform(-1, 1, (n, channels, size, size)).astype(np.float32)
-
-
 def data_set(root, values, rows=40):
     """(folder, manifest) of shards of these values."""
     made = []
@@ -54,7 +50,7 @@ def data_set(root, values, rows=40):
 def built(folder, extractor, n=30, near=20, **about):
     save_extractor(folder / "extractor", extractor, provenance={})
     reference = build_reference(
-        *data_set(folder / "data", images(n), rows=7),
+        *data_set(folder / "data", noise(n), rows=7),
         "all",
         extractor=str(folder / "extractor"),
         near=near,
@@ -77,12 +73,12 @@ def prepared(tmp_path, ray_cluster):
 def test_statistics_by_tasks_are_those_of_all_images_and_are_kept(tmp_path, ray_cluster):
     built(tmp_path, Pixels())
     back = load_reference(tmp_path / "statistics" / "all")
-    whole = moments(torch.from_numpy(images(30)).flatten(1))
+    whole = moments(torch.from_numpy(noise(30)).flatten(1))
     assert back.statistics.count == 30
     torch.testing.assert_close(back.statistics.features.covariance, whole.covariance, atol=1e-10, rtol=0)
     assert back.statistics.pixels is None
     assert back.fingerprint == ABOUT_PIXELS
-    rows = {tuple(row) for row in images(30).reshape(30, -1).tolist()}
+    rows = {tuple(row) for row in noise(30).reshape(30, -1).tolist()}
     near = [tuple(row) for row in back.statistics.near.tolist()]
     assert len(set(near)) == 20
     assert set(near) <= rows
@@ -173,7 +169,7 @@ def test_a_task_draws_as_many_samples_as_its_moments_are_wide():
 
 def test_held_out_rows_and_the_rest_share_nothing():
     held = np.array([True, False, False, True, False])
-    arrays = Arrays(images(5), np.arange(5), held)
+    arrays = Arrays(noise(5), np.arange(5), held)
     assert arrays.rows("all") is arrays
     assert arrays.rows("holdout").labels.tolist() == [0, 3]
     assert arrays.rows("rest").labels.tolist() == [1, 2, 4]
@@ -199,7 +195,7 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
         network = SimpleNamespace(num_classes=0)
 
         def sample(self, n, **_):
-            return torch.from_numpy(images(n, seed=1))
+            return torch.from_numpy(noise(n, seed=1))
 
     options = config.evaluate.model_copy(update={"inception_splits": 2})
     label = torch.full((10,), -1)
@@ -239,20 +235,6 @@ def test_a_run_against_images_never_trained_on(runner):
     assert summary["counts"] == f"50 samples against {held} images"
 
 
-NETWORK = {"image_size": 8, "channels": 1, "num_classes": 0, "patch": 4, "width": 16, "depth": 1, "heads": 2}
-
-
-def job_of(folder, **fields):
-    """The training of a small teacher on the images in `folder`."""
-    from workflows.runtime.job import Job
-
-    job = Job(name="rows", output=str(folder / "m"), storage=str(folder / "ray"), data=str(folder / "data"), seed=0,
-              method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=NETWORK,
-              schedule={"name": "cosine"}, prediction="v", options={"teacher": {"lr": 1e-3}}, images=8, batch=4, log_every=4,
-              checkpoint_every=8, best_role="teacher_ema", k=1)  # fmt: skip
-    return replace(job, **fields)
-
-
 @pytest.mark.ray
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_cluster):
@@ -261,7 +243,7 @@ def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_
 
     save_extractor(tmp_path / "extractor", Pixels(), provenance={})
     real = build_reference(
-        *data_set(tmp_path / "data", images(90, size=8)), "all",
+        *data_set(tmp_path / "data", noise(90, size=8)), "all",
         extractor=str(tmp_path / "extractor"), near=20, seed=0, fingerprint=ABOUT_PIXELS, cpus=2,
         tick=lambda _: None,
     )  # fmt: skip
@@ -291,13 +273,10 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
     from workflows.runtime.cluster import Monitor, Workers
-    from workflows.runtime.shards import write_shards
-    from workflows.runtime.worker import set_up, train
+    from workflows.runtime.crew import train
+    from workflows.runtime.worker import set_up
 
-    pixels = (images(120, size=8) + 1) / 2
-    write_shards(
-        tmp_path / "data", source="test", images=pixels, labels=np.zeros(120, int), num_classes=1, holdout=0.3, rows=40
-    )
+    write_data(tmp_path)
     torch.manual_seed(0)
     teacher = build_denoiser(network=DiTConfig(**NETWORK), prediction="v", schedule={"name": "cosine"})
     for parameter in teacher.parameters():  # a new network's output is 0, and so are its gradients
@@ -322,8 +301,9 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
         def never(**_):
             raise AssertionError("collected again")
 
-        second_moments.collected = never
-        t = set_up(config)
+        with pytest.MonkeyPatch.context() as patch:  # its worker stays
+            patch.setattr(second_moments, "collected", never)
+            t = set_up(config)
         assert t.state.n_images == 8
         return {name: value.numpy() for name, value in t.state.networks["preconditioner"].state_dict().items()}
 
@@ -338,13 +318,11 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
 @pytest.mark.ray
 def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     """What the loop of a worker is handed: the images not held out, and a validation against their statistics."""
-    from workflows.runtime.shards import read_all, write_shards
-    from workflows.runtime.worker import set_up, train
+    from workflows.runtime.crew import train
+    from workflows.runtime.shards import read_all
+    from workflows.runtime.worker import set_up
 
-    pixels = (images(120, size=8) + 1) / 2
-    write_shards(
-        tmp_path / "data", source="test", images=pixels, labels=np.zeros(120, int), num_classes=1, holdout=0.3, rows=40
-    )
+    write_data(tmp_path)
     rest = read_all(tmp_path / "data").rows("rest")
     assert 0 < len(rest.images) < 120
 

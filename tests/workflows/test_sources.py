@@ -78,7 +78,12 @@ def folder(tmp_path):
     return root
 
 
-def load(folder, *overrides, say=pytest.fail):
+def only_the_notes(line):
+    """What is said of `folder`, and nothing else."""
+    assert line == "left out: 1 .txt (not images)"
+
+
+def load(folder, *overrides, say=only_the_notes):
     settings = ["data.source=folder", "data.extractor=pixels", "data.image_size=8", f"data.path={folder}", *overrides]
     return source_of(load_config("digits", settings).data).load(say)
 
@@ -91,6 +96,20 @@ def test_a_folder_with_and_without_classes(folder):
     images, labels = load(folder, "data.channels=1", "data.limit=10")
     assert images.shape == (10, 1, 8, 8)
     assert set(labels) == {0}
+
+
+def test_classes_that_are_numbers_are_in_their_order_and_names_are_kept(tmp_path):
+    for c in range(11):
+        (tmp_path / str(c)).mkdir()
+        content = Image.new("RGB", (9, 9), (20 * c,) * 3)
+        content.save(tmp_path / str(c) / "a.png")
+        content.save(tmp_path / str(c) / "no_suffix", "JPEG", quality=100)
+    said = []
+    images, labels = load(tmp_path, "data.num_classes=11", say=said.append)
+    assert (labels.tolist(), said) == (sorted([*range(11)] * 2), [])
+    assert images[:, 0, 0, 0] == pytest.approx(np.array(labels) * 20 / 255, abs=0.01)
+    settings = ["data.source=folder", "data.image_size=8", "data.num_classes=11", f"data.path={tmp_path}"]
+    assert source_of(load_config("digits", settings).data).classes() == tuple(map(str, range(11)))
 
 
 def test_a_link_into_a_folder_above_adds_no_images(folder, tmp_path):
@@ -125,8 +144,9 @@ def test_few_broken_images_are_skipped_and_counted_many_stop(folder):
     said = []
     images, labels = load(folder, "data.num_classes=2", say=said.append)
     assert (len(images), labels.tolist()) == (198, [0] * 3 + [1] * 195)
-    assert len(said) == 1
-    assert said[0].startswith("2 of 200 images can't be read and are left out, such as ")
+    notes, broken = said
+    assert notes == "left out: 1 .txt (not images)"
+    assert broken.startswith("2 of 200 images can't be read and are left out, such as ")
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(folder / "cats" / "3.png")
     with pytest.raises(UserError, match=r"3 of 200 images can't be read in .*, such as .*0\.png"):
         load(folder, "data.num_classes=2")

@@ -179,6 +179,21 @@ def test_small_files_are_sent_along(monkeypatch, capsys, tmp_path):
         compose("prepare", [Given("labels", "--labels", (str(labels),), ("--labels", str(labels)))], None)
 
 
+def test_a_recipe_is_sent_with_those_that_it_extends(monkeypatch, capsys, tmp_path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "base.yaml").write_text("extends: digits\nseed: 5\ndistill: {images: 19200}\n")
+    (tmp_path / "own/mine.yaml").write_text("extends: ../base.yaml\ndistill: {overrides: {4: {eta: 0.5}}}\n")
+    monkeypatch.chdir(tmp_path / "own")
+    job = submitted(monkeypatch, capsys, "run", "--recipe", "mine.yaml", *PLACE)
+    (name,) = job.files
+    here = load_config("mine.yaml")
+    (tmp_path / "base.yaml").unlink()
+    with working_directory(job.files) as folder:
+        there = load_config(str(folder / name))
+    assert (there.seed, there.distill.for_k(4).images, there.distill.for_k(4).eta) == (5, 19_200, 0.5)
+    assert there == here
+
+
 def test_what_this_machine_does_not_see_may_be_there_on_the_cluster(monkeypatch, capsys):
     words = ("run", "-s", "data.source=dataset:///shared/never-here", *PLACE)
     job = submitted(monkeypatch, capsys, *words)

@@ -1,6 +1,7 @@
 """What a sweep may try: spaces from YAML and the command line, the points drawn from them, and mistakes in both."""
 
 import math
+import random
 
 import pytest
 
@@ -100,6 +101,25 @@ def test_a_trial_wins_over_the_recipes_own_setting_for_its_k():
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "step", "values"),
+    [
+        (0.2, 1, 0.3, [0.2, 0.5, 0.8]),
+        (0.1, 0.7, 0.1, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]),
+        (0, 1, 0.6, [0, 0.6]),
+        (0, 1, 2, [0]),
+        (1, 9, 2, [1, 3, 5, 7, 9]),
+        (1e-12, 3e-12, 1e-12, [1e-12, 2e-12, 3e-12]),
+        (0.1, 0.1 + 3 * 0.7, 0.7, [0.1, 0.8, 1.5, 2.2]),
+    ],
+)
+def test_steps_stay_within_their_bounds_and_reach_them(low, high, step, values):
+    domain, rng = Domain("quniform", (low, high, step)), random.Random(0)
+    assert sorted({domain.draw(rng) for _ in range(200)}) == pytest.approx(values)
+    assert domain.tried == pytest.approx((values[0], values[-1]))
+    assert max(domain.tried) <= high
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("pairin=grid", "pairin: no such option; did you mean pairing"),
@@ -117,6 +137,17 @@ def test_a_trial_wins_over_the_recipes_own_setting_for_its_k():
         ("pairing=[grid", "the values of 'pairing=[grid' are not YAML"),
         ("k=0", "k: [0] should be different whole numbers, at least 1"),
         ("seed=-1", "seed: -1 should be a whole number"),
+        ("seed=100000000000000000000000", "seed: 100000000000000000000000 should be a whole number"),
+        ("seed=true", "seed: True should be a whole number"),
+        ("seed=0.5", "seed: 0.5 should be a whole number"),
+        ("k=true", "k: [True] should be different whole numbers"),
+        ("k=100000000", "k: [100000000] should be different whole numbers, at least 1 and at most"),
+        ("optimiser.lr=.nan,1", "optimiser.lr: nan should be a finite number"),
+        ("optimiser.lr=uniform(0.1,.inf)", "uniform(0.1, inf) takes low, high"),
+        ("images=uniform(1,true)", "uniform(1, True) takes low, high"),
+        (f"images=randint(1,{10**400})", "takes low, high"),
+        ("images=true", "images: true should be a number"),
+        ("images=" + "[" * 3000, "are nested deeper than 20 levels"),
         ("guidance=1", "teacher.label_dropout is 0"),
         ("warm_start=true", "warm_start: is an option of the sweep itself: --warm-start"),
     ],
@@ -138,6 +169,7 @@ def test_mistakes_are_one_line(text, said):
         ("pairing: []", "pairing: no value is given"),
         ("- pairing", "should hold fields, not a list"),
         ("pairing: [", "is not YAML"),
+        ("pairing: grid\npairing: uniform", "is not YAML: line 2: 'pairing' stands twice"),
     ],
 )
 def test_mistakes_in_a_file_are_one_line(tmp_path, text, said):

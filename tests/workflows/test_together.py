@@ -38,6 +38,7 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
     from ray._private.state import actors
 
     from workflows.context import Context
+    from workflows.runtime import crew
 
     class Holder:
         def there(self):
@@ -66,12 +67,15 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
 
     runner(until="teacher")
     before, ticks = threading.active_count(), Context.tick
-    for room, disturb, said in (
-        (True, an_error, "an error of the run"),
-        (True, a_kill, "the process that leads its workers died"),
-        (False, an_error, "an error of the run"),
+    for own, room, disturb, said in (
+        (True, True, an_error, "an error of the run"),
+        (False, True, an_error, "an error of the run"),
+        (False, True, a_kill, "the process that leads its workers died"),
+        (False, False, an_error, "an error of the run"),
     ):
         wait_for_cpus(2)
+        # As on a cluster: a crew for each training at once, which holds its CPU.
+        monkeypatch.setattr(crew, "own_ray", lambda own=own: own)
         monkeypatch.setattr(Context, "tick", ticking(disturb))
         taken = None if room else ray.remote(num_cpus=2)(Holder).remote()
         assert room or ray.get(taken.there.remote())

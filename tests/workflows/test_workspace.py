@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from workflows.context import read_metrics
+from workflows.runtime import tracking
 from workflows.runtime import workspace as module
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import ConfigError, UserError
 from workflows.runtime.workspace import Workspace, code_version, explain_os_error
 
 
@@ -25,6 +26,34 @@ def test_too_little_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MINIMUM_FREE", 10**18)
     with pytest.raises(UserError, match="free on the disk"):
         Workspace(tmp_path)
+
+
+ODD = "w%20 x?y[v2]#c;d&e=f'g\"h~ü"
+
+
+def test_a_folder_of_any_name_has_its_tracking_store_in_it(tmp_path):
+    """And leaves nothing beside it: its address is MLflow's, which quotes."""
+    from mlflow.store.db.utils import create_sqlalchemy_engine_with_retry
+    from sqlalchemy import text
+
+    for name in (ODD, "plain name"):
+        space = Workspace(tmp_path / name)
+        engine = create_sqlalchemy_engine_with_retry(space.default_tracking_uri)
+        with engine.begin() as connection:
+            connection.execute(text("create table t (x int)"))
+        engine.dispose()
+        assert (space.root / "mlflow.db").stat().st_size
+        assert tracking._file(space.default_tracking_uri) == space.root / "mlflow.db"
+    assert {path.name for path in tmp_path.iterdir()} == {ODD, "plain name"}
+    assert space.default_tracking_uri == f"sqlite:///{tmp_path}/plain name/mlflow.db"
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\nb", "a\x1b[31mb", "a\udcffb"])
+def test_a_name_that_cannot_be_shown_is_refused_at_the_start(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is no name of a folder"):
+        Workspace(name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_stage_is_done_when_its_result_is_there(tmp_path):

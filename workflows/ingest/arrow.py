@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from workflows.ingest.columns import columns_of, items
+from workflows.ingest.asides import Ask
+from workflows.ingest.columns import check_same, columns_of, is_number, items, merged
 from workflows.ingest.files import File, Files, clean, line
-from workflows.ingest.labels import Ask
 from workflows.ingest.listing import Item, Listing, Unit
-from workflows.ingest.parquet import Tables, check_same, class_list
+from workflows.ingest.parquet import Tables, class_list
 from workflows.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,12 +31,11 @@ def list_arrow(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, 
             schemas.append((file.name, schema))
     if not schemas:
         raise UserError(f"{files.source}: no file can be read; {error}")
-    first_name, first = schemas[0]
-    columns = columns_of(clean(first_name), first, ask, names)
-    for name, schema in schemas:
-        check_same(name, schema, first_name, first, columns)
+    first_name, whole = schemas[0][0], merged(schemas)
+    columns = columns_of(clean(first_name), whole, ask, names)
+    check_same(schemas, columns)
     classes, table = class_list(files, ask, columns)
-    if columns.label is not None and not classes and not _whole(first.field(columns.label).type):
+    if columns.label is not None and not classes and not is_number(whole.field(columns.label).type):
         raise UserError(
             f"{clean(first_name)}: the labels of column {columns.label} are names, and which there are is not told",
             hint='--labels FILE with the list of classes (["...", ...] in JSON), or --labels none',
@@ -56,7 +55,7 @@ def read_arrow(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
         with _opened(files, name) as batches:
             for batch in batches:
                 keys = [f"{clean(name)}#{row + i}" for i in range(len(batch))]
-                for item in items(batch, range(len(batch)), keys, listing):
+                for item in items(batch, range(len(batch)), keys, listing, files):
                     row += 1
                     yield item
     except (pa.ArrowException, UnicodeDecodeError, KeyError) as broken:
@@ -98,9 +97,3 @@ def _reader(stream: Any) -> Any:
     if not start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):  # or what stands there would be taken for a length
         raise pa.ArrowInvalid("it has no Arrow in it")
     return pa.ipc.open_file(stream) if start == b"ARROW1" else pa.ipc.open_stream(stream)
-
-
-def _whole(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_integer(kind))

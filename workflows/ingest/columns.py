@@ -7,10 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from workflows.ingest.asides import CAPTIONS, LABELS, Ask
 from workflows.ingest.decode import MAX_BYTES
-from workflows.ingest.files import clean
-from workflows.ingest.labels import CAPTIONS, LABELS, MOST_CLASSES, Ask
+from workflows.ingest.files import Files, clean
+from workflows.ingest.images import one_of
+from workflows.ingest.labels import MOST_CLASSES
 from workflows.ingest.listing import Item, Listing
+from workflows.ingest.text import captions_of, label_of
 from workflows.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ IMAGES = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes", "content
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns. classes: those of the label column, where the source names them."""
+    """Names of a table's columns. classes: those of the label column, where the source names them. others: columns not taken."""
 
     image: str
     label: str | None
@@ -29,6 +32,7 @@ class Columns:
     classes: tuple[str, ...]
     described: bool
     """Whether the schema carries Hugging Face's features."""
+    others: tuple[str, ...] = ()
 
     def read(self) -> list[str]:
         return [name for name in (self.image, self.label, self.caption) if name]
@@ -48,16 +52,18 @@ def columns_of(where: str, schema: pa.Schema, ask: Ask, names: dict[str, tuple[s
     }
     label = None if ask.labels == "none" else ask.label_column or _label(schema, names)
     texts = [name for name in CAPTIONS if name in schema.names and _is_text(schema.field(name).type)]
-    caption = None if ask.captions == "none" else ask.caption_column or next(iter(texts), None)
+    caption = None if ask.captions == "none" else ask.caption_column or next((n for n in texts if n != label), None)
     if caption is not None and not _is_text(schema.field(caption).type):
         raise UserError(f"{where}: column {caption} is {schema.field(caption).type}, no text")
     image = ask.image_column or _image(where, schema, features)
     if not is_bytes(schema.field(image).type):
         kind = str(schema.field(image).type)[:60]
         raise UserError(f"{where}: column {image} is {kind}; the bytes of an image's file are expected")
-    if label is not None and not (_is_text(schema.field(label).type) or _is_whole(schema.field(label).type)):
+    if label is not None and not is_label(schema.field(label).type):
         raise UserError(f"{where}: column {label} is {schema.field(label).type}, no label: names or whole numbers are")
-    return Columns(image, label, caption, names.get(label, ()) if label else (), bool(features))
+    classes = names.get(label, ()) if label else ()
+    others = tuple(name for name in schema.names if name not in (image, label, caption))
+    return Columns(image, label, caption, classes, bool(features), others)
 
 
 def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -75,10 +81,54 @@ def is_bytes(kind: Any) -> bool:
 
     if t.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
-    return bool(t.is_binary(kind) or t.is_large_binary(kind))
+    return bool(t.is_binary(kind) or t.is_large_binary(kind) or t.is_binary_view(kind))
 
 
-def items(batch: pa.RecordBatch, rows: Sequence[int], keys: Sequence[str], listing: Listing) -> Iterator[Item]:
+def merged(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+    """The schema of several files (by name): that of the first, in which a column that is empty there has the type of the first
+    file that has values in it.
+    """
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    first = schemas[0][1]
+    fields = []
+    for field in first:
+        same = (other.field(field.name) for _, other in schemas if field.name in other.names)
+        fields.append(next((f for f in same if not t.is_null(f.type)), field))
+    return pa.schema(fields, metadata=first.metadata)
+
+
+def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> None:
+    """Raises UserError where files have other columns than the first, or columns of another kind. Widths may differ, and columns
+    that are empty are of any kind.
+    """
+    for column in columns.read():
+        told: tuple[str, Any] | None = None
+        for name, schema in schemas:
+            if column not in schema.names:
+                raise UserError(f"{clean(name)} has no column {column}, which {clean(schemas[0][0])} has")
+            kind = schema.field(column).type
+            if _kind(kind) == "null":
+                continue
+            told = told or (name, kind)
+            if _kind(kind) != _kind(told[1]):
+                types = f"{str(kind)[:60]} in {clean(name)} and {str(told[1])[:60]} in {clean(told[0])}"
+                raise UserError(f"column {column} is {types}")
+
+
+def _kind(kind: Any) -> str:
+    """What values of a type are, whatever their width."""
+    import pyarrow.types as t
+
+    if t.is_null(kind):
+        return "null"
+    return "bytes" if is_bytes(kind) else "text" if _is_text(kind) else "number" if is_number(kind) else str(kind)
+
+
+def items(
+    batch: pa.RecordBatch, rows: Sequence[int], keys: Sequence[str], listing: Listing, files: Files
+) -> Iterator[Item]:
     """The rows of a batch, one by one."""
     of = {name: i for i, name in enumerate(listing.classes)}
     image, label, caption = (
@@ -87,28 +137,36 @@ def items(batch: pa.RecordBatch, rows: Sequence[int], keys: Sequence[str], listi
     )
     for row, key in zip(rows, keys, strict=True):
         content = _content(image, row)
-        number = label_number(None if label is None else label[row].as_py(), of, listing)
-        error = next((value for value in (content, number) if isinstance(value, str)), None)
-        yield Item(
-            key=key,
-            image=content if isinstance(content, bytes) and error is None else None,
-            label=number if isinstance(number, int) else None,
-            caption=None if caption is None else caption[row].as_py(),
-            error=error,
-        )
+        error = content if isinstance(content, str) else None
+        number: int | None = None
+        texts: list[str] = []
+        try:
+            number = None if label is None else label_number(label[row].as_py(), of, listing)
+            texts = [] if caption is None else captions_of(caption[row].as_py())
+        except ValueError as wrong:
+            error = error or str(wrong)
+        known = content if isinstance(content, bytes) and error is None else None
+        yield Item(key, known, number, one_of(texts, files), error)
 
 
-def label_number(value: Any, of: dict[str, int], listing: Listing) -> int | str | None:
-    """A label's number, or why it has none, in words; None where the source gives none (empty, -1)."""
-    if value is None or value == -1:
+def label_number(value: Any, of: dict[str, int], listing: Listing) -> int | None:
+    """A label's number; None where the source gives none (empty, -1). Raises ValueError with why it has none."""
+    try:
+        label = label_of(value)
+    except ValueError as error:
+        raise ValueError(f"its label is {error}") from error
+    if label is None or label == -1:
         return None
-    if isinstance(value, str):
-        return of.get(value, f"label {clean(value)[:60]} is not in the class list")
-    if listing.classes and not 0 <= value < len(listing.classes):
-        return f"label {str(value)[:20]} is not among the {len(listing.classes)} classes"
-    if not 0 <= value < MOST_CLASSES:
-        return f"label {str(value)[:20]} is no class: they are numbers from 0 to {MOST_CLASSES - 1:,}"
-    return int(value)
+    if isinstance(label, str) or listing.label_names:
+        label = str(label)
+        if label not in of:
+            raise ValueError(f"label {clean(label)[:60]} is not in the class list")
+        return of[label]
+    if listing.classes and not 0 <= label < len(listing.classes):
+        raise ValueError(f"label {str(label)[:20]} is not among the {len(listing.classes)} classes")
+    if not 0 <= label < MOST_CLASSES:
+        raise ValueError(f"label {str(label)[:20]} is no class: they are numbers from 0 to {MOST_CLASSES - 1:,}")
+    return label
 
 
 def _content(column: Any, row: int) -> bytes | str:
@@ -143,22 +201,36 @@ def _label(schema: pa.Schema, names: dict[str, tuple[str, ...]]) -> str | None:
     """A column with class names, else one that is usually called so."""
     named = [name for name in names if name in schema.names]
     usual = [name for name in LABELS if name in schema.names]
-    usual = [name for name in usual if _is_text(schema.field(name).type) or _is_whole(schema.field(name).type)]
+    usual = [name for name in usual if is_label(schema.field(name).type)]
     return next((name for name in usual if name in named), next(iter([*named, *usual]), None))
+
+
+def is_label(kind: Any) -> bool:
+    return _is_text(kind) or is_number(kind)
+
+
+def _within(kind: Any) -> Any:
+    """The type of the values: of a dictionary's, and of a list's, as there are lists of one."""
+    import pyarrow.types as t
+
+    if t.is_dictionary(kind) or t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
+        return _within(kind.value_type)
+    return kind
 
 
 def _is_text(kind: Any) -> bool:
     import pyarrow.types as t
 
-    if t.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(t.is_string(kind) or t.is_large_string(kind))
+    kind = _within(kind)
+    return bool(t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind))
 
 
-def _is_whole(kind: Any) -> bool:
+def is_number(kind: Any) -> bool:
+    """Whole numbers, or what may hold them: values tell."""
     import pyarrow.types as t
 
-    return bool(t.is_integer(kind))
+    kind = _within(kind)
+    return bool(t.is_integer(kind) or t.is_floating(kind) or t.is_boolean(kind) or t.is_decimal(kind))
 
 
 def _shown(schema: pa.Schema) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,9 +12,77 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import numpy as np
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What Pillow may try, whatever the file is called: none that runs another program."""
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "PSD", "QOI")
+"""What Pillow may try, whatever the file is called: their first bytes tell them from anything else."""
+BY_NAME = {
+    ".blp": "BLP",
+    ".bw": "SGI",
+    ".cur": "CUR",
+    ".dcx": "DCX",
+    ".dds": "DDS",
+    ".dib": "DIB",
+    ".flc": "FLI",
+    ".fli": "FLI",
+    ".ftc": "FTEX",
+    ".ftu": "FTEX",
+    ".gbr": "GBR",
+    ".icb": "TGA",
+    ".icns": "ICNS",
+    ".ico": "ICO",
+    ".im": "IM",
+    ".msp": "MSP",
+    ".pcd": "PCD",
+    ".pcx": "PCX",
+    ".pxr": "PIXAR",
+    ".ras": "SUN",
+    ".rgb": "SGI",
+    ".rgba": "SGI",
+    ".sgi": "SGI",
+    ".tga": "TGA",
+    ".vda": "TGA",
+    ".vst": "TGA",
+    ".xbm": "XBM",
+    ".xpm": "XPM",
+}
+"""Formats that other bytes may be taken for, by the suffixes by which alone they are known."""
+SUFFIXES = (
+    *(
+        ".apng",
+        ".avif",
+        ".avifs",
+        ".bmp",
+        ".gif",
+        ".j2c",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpc",
+        ".jpe",
+        ".jpeg",
+        ".jpf",
+        ".jpg",
+    ),
+    *(".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".tif", ".tiff", ".webp"),
+    *BY_NAME,
+)
+"""Of all formats that Pillow reads, but for those that are no pictures of a scene (FITS, GRIB, HDF5, BUFR, MPEG), or that it hands
+to another program or library (EPS, WMF, FPX).
+"""
+STARTS = (
+    re.compile(rb"\xff\xd8\xff"),
+    re.compile(rb"\x89PNG\r\n\x1a\n"),
+    re.compile(rb"GIF8[79]a"),
+    re.compile(rb"BM.{4}\0{4}.{4}[\x0c\x28\x34\x38\x40\x6c\x7c]\0{3}", re.DOTALL),
+    re.compile(rb"II\*\0|MM\0\*|II\+\0|MM\0\+"),
+    re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    re.compile(rb"P[1-6]\s+[\d#]"),
+    re.compile(rb".{4}ftypavi[fs]", re.DOTALL),
+    re.compile(rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"),
+    re.compile(rb"8BPS\x00\x01"),
+    re.compile(rb"qoif"),
+)
+"""The first bytes of FORMATS."""
+START = 32
 MAX_BYTES = 256 * 2**20
 """Of an image's file. Larger ones are not read."""
 MAX_PIXELS = 89_478_485
@@ -37,18 +106,19 @@ def decode(
     channels: int,
     crop: Literal["center", "random"] = "center",
     rng_key: str = "",
+    name: str = "",
 ) -> np.ndarray:
     """uint8 [channels, size, size]: the first frame, turned upright by its EXIF, over white where it is transparent, in RGB
     (3 channels) or grey (1), cut to its largest square, and scaled by `square`.
 
     The square lies in the centre, or (`random`) where `rng_key` puts it: the same key gives the same place. Smaller images are
-    enlarged. Colour profiles are not applied. Raises BadImage for what is no image, cut off, of more than 8 bits a channel, of
-    more than MAX_PIXELS, or of absurd sides.
+    enlarged. Colour profiles are not applied. `name` is the file's, by whose suffix some formats are known. Raises BadImage for
+    what is no image, cut off, of more than 8 bits a channel, of more than MAX_PIXELS, or of absurd sides.
     """
     import numpy as np
     from PIL import ImageOps
 
-    opened = _open(image)
+    opened = _open(image, name)
     try:
         upright = _flat(ImageOps.exif_transpose(opened), channels)
     except MemoryError:
@@ -69,7 +139,12 @@ def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.
     return pixels.transpose(2, 0, 1) if pixels.ndim == 3 else pixels[None]
 
 
-def _open(image: bytes) -> Any:
+def starts_as_image(start: bytes) -> bool:
+    """Whether a file whose first START bytes these are is one of FORMATS."""
+    return any(pattern.match(start) for pattern in STARTS)
+
+
+def _open(image: bytes, name: str) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     if not image:
@@ -77,7 +152,8 @@ def _open(image: bytes) -> Any:
     if len(image) > MAX_BYTES:
         raise BadImage(f"a file of {len(image):,} bytes, more than {MAX_BYTES:,}")
     try:
-        opened = Image.open(io.BytesIO(image), formats=FORMATS)
+        named = BY_NAME.get(os.path.splitext(name)[1].lower())
+        opened = Image.open(io.BytesIO(image), formats=(*FORMATS, *([named] if named else [])))
     except UnidentifiedImageError as error:
         raise BadImage(_no_image(image)) from error
     except Image.DecompressionBombError as error:
@@ -129,14 +205,18 @@ def _bits(opened: Any, image: bytes) -> int:
         opened.tile[0][3], tuple
     ):  # (mode, the largest value), where that isn't 255
         return int(opened.tile[0][3][-1]).bit_length()
-    return 8
+    if opened.format == "JPEG2000":  # of the components in the stream's first segment, SIZ
+        siz = image[image.find(b"\xff\x4f\xff\x51") + 4 :]
+        depths = siz[38 : 38 + 3 * int.from_bytes(siz[36:38], "big") : 3]
+        return max(((depth & 127) + 1 for depth in depths), default=8)
+    return 8 * image[3] if opened.format == "SGI" else 8
 
 
 def _no_image(image: bytes) -> str:
     start = image[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head", b"<body")):
         return "not an image but HTML or XML"
-    return "not an image that can be read (BMP, GIF, JPEG, PNG, PPM, TIFF, WebP)"
+    return f"not an image that can be read ({', '.join(FORMATS)})"
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ BLOCK = 8 * 2**20
 """Bytes read ahead of a file that is streamed from a store (fsspec's own for S3 is 50 MiB)."""
 AT_ONCE, FILES_AT_ONCE = 4 * 2**20, 32
 """What is asked of a store at once when a file is an image."""
+NO_SUFFIX = "no suffix"
 DENIED = "it may not be read: permission denied"
 OUTAGES = frozenset(
     (
@@ -36,6 +38,10 @@ OUTAGES = frozenset(
     )
 )
 """Errors that say nothing of the file that was asked for."""
+
+
+LeftOut = Counter[tuple[str, str]]
+"""How many of what, such as a suffix, are left out, and why: (what, why) -> count."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class Files:
         self.fs, self.path = _opened(source, filesystem)
         self.local = "file" in ([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol)
         self.root = self.path if root is None else root
+        self.left_out: LeftOut = Counter()
 
     def find(self) -> list[File]:
         """All files, in the order of their names. Hidden files and folders are left out.
@@ -75,7 +82,7 @@ class Files:
             raise UserError(f"{self.source} may not be read: {line(error)}", hint="credentials, or rights") from error
         except Exception as error:  # every store's driver has errors of its own
             raise UserError(f"{self.source} can't be listed: {line(error)}") from error
-        files = sorted((file for file in found if not _hidden(file.name)), key=lambda file: file.name)
+        files = sorted((file for file in found if not hidden(file.name)), key=lambda file: file.name)
         if not files:
             raise UserError(f"{self.source} has no files" if self._there() else f"{self.source} is not there")
         return files
@@ -94,6 +101,31 @@ class Files:
             return self.read(name)
         except OSError as error:
             raise UserError(f"{clean(name)} in {self.source}: {self.lost(error)}") from error
+
+    def starts(self, names: Sequence[str], count: int) -> Iterator[bytes]:
+        """The first `count` bytes of each file; b"" of one that can't be read, as is said when it is."""
+        for first in range(0, len(names), FILES_AT_ONCE):
+            part = [self._full(name) for name in names[first : first + FILES_AT_ONCE]]
+            if self.fs.async_impl:
+                got = self.fs.cat_ranges(part, [0] * len(part), [count] * len(part), on_error="return")
+                yield from (start if isinstance(start, bytes) else b"" for start in got)
+                continue
+            for path in part:
+                try:
+                    yield self.fs.cat_file(path, 0, count)
+                except OSError:
+                    yield b""
+
+    def read_small(self, names: Sequence[str]) -> Iterator[bytes | str]:
+        """As `read_many`, of files whose sizes are not known, but small."""
+        at_once = FILES_AT_ONCE if self.fs.async_impl else 1
+        for first in range(0, len(names), at_once):
+            for content in self._contents(list(names[first : first + at_once])):
+                yield self._checked(content, None)
+
+    def leave(self, what: str, why: str, count: int = 1) -> None:
+        """Notes what is left out, so that it can be told."""
+        self.left_out[what, why] += count
 
     def read_many(self, names: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | str]:
         """The content of each file, or why it has none, in one line. Some are asked for at once where the store can.
@@ -193,9 +225,9 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
                 yield entry.path, info
 
 
-def fingerprint(files: Sequence[File]) -> str:
+def fingerprint(files: Sequence[File], *, versions: bool = True) -> str:
     """Of names, sizes and versions."""
-    lines = "".join(f"{file.name!r} {file.size} {file.version}\n" for file in files)
+    lines = "".join(f"{file.name!r} {file.size} {file.version if versions else ''}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
@@ -230,8 +262,14 @@ def suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+def hidden(name: str) -> bool:
+    """Whether it is what systems leave in folders, and not worth a word."""
+    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in name.split("/"))
+
+
+def called(name: str) -> str:
+    """What a file that is left out is counted as: its suffix, if it has one."""
+    return clean(suffix(name)) or NO_SUFFIX
 
 
 def _local(name: str, info: os.stat_result | None) -> File:

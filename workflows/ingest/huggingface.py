@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
 
+from workflows.ingest.asides import CAPTIONS, LABELS, Ask
 from workflows.ingest.files import File, Files, clean
-from workflows.ingest.labels import CAPTIONS, LABELS, Ask
-from workflows.ingest.tables import PATHS, Table, parse_table
+from workflows.ingest.tables import Table, What, columns_in, parse_table
 from workflows.runtime.errors import UserError
 
 INFO, CARD, STATE = "dataset_info.json", "README.md", "state.json"
-METADATA = ("metadata.csv", "metadata.jsonl")
+DESCRIBED = (INFO, CARD, STATE, "dataset_dict.json")
+METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 
 
-def is_huggingface(files: Files, found: Sequence[File], tables: bool) -> bool:
-    """Whether the folder is one: by metadata files (images), or by a card or an info that describes features (tables)."""
+def is_huggingface(files: Files, found: Sequence[File]) -> bool:
+    """Whether a folder of tables is one: by a card or an info that describes features."""
     names = {file.name.rpartition("/")[2] for file in found}
-    if not tables:
-        return bool(names & set(METADATA))
     return INFO in names or "dataset_dict.json" in names or bool(_card(files, found))
 
 
@@ -70,34 +69,39 @@ def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> 
     return kept
 
 
-def metadata(files: Files, found: Sequence[File], ask: Ask) -> tuple[Table | None, Table | None]:
-    """(labels, captions) of the metadata files of a folder of images; their paths are relative to where each lies."""
-    labels: dict[str, str | int] = {}
-    captions: dict[str, str | int] = {}
-    names = [file.name for file in found if file.name.rpartition("/")[2] in METADATA]
-    for name in names:
-        content = files.whole(name)
+def metadata(
+    names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
+) -> tuple[Table | None, Table | None, frozenset[str]]:
+    """(labels, captions, the files that they are from) of the metadata files among `names`, of a folder or an archive of images;
+    their paths are relative to where each lies.
+    """
+    labels: dict[str, str | int | None] = {}
+    captions: dict[str, str | int | None] = {}
+    found, further = [name for name in names if is_metadata(name)], 0
+    for name in found:
+        content = whole(name)
         folder = "".join(name.rpartition("/")[:2])
-        columns = _columns(name, content)
-        for into, column, usual in ((labels, ask.label_column, LABELS), (captions, ask.caption_column, CAPTIONS)):
+        columns = columns_in(clean(name), content)
+        kinds: tuple[tuple[dict[str, str | int | None], str | None, Sequence[str], What], ...] = (
+            (labels, ask.label_column, LABELS, "label"),
+            (captions, ask.caption_column, CAPTIONS, "caption"),
+        )
+        for into, column, usual, what in kinds:
             wanted = column or next((c for c in usual if c in columns), None)
             if wanted:
-                table = parse_table(name, content, column=wanted, defaults=usual)
+                table = parse_table(clean(name), content, column=wanted, defaults=usual, what=what)
                 into |= {folder + path: value for path, value in table.values.items()}
-    shown = clean(names[0])
-    return Table(shown, labels) if labels else None, Table(shown, captions) if captions else None
+                further += table.further
+    shown = clean(found[0]) if found else ""
+    return (
+        Table(shown, labels) if labels else None,
+        Table(shown, captions, further=further) if captions else None,
+        frozenset(found),
+    )
 
 
-def _columns(name: str, content: bytes) -> list[str]:
-    """Names of a metadata file's columns, but for the paths'."""
-    head = content.decode("utf-8-sig", "replace").lstrip().partition("\n")[0]
-    if name.endswith(".csv"):
-        return [cell.strip().strip('"') for cell in head.split(",")]
-    try:
-        row = json.loads(head)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{clean(name)}: its first line is no JSON object") from error
-    return [column for column in row if column not in PATHS] if isinstance(row, dict) else []
+def is_metadata(name: str) -> bool:
+    return name.rpartition("/")[2] in METADATA
 
 
 def _features(files: Files, found: Sequence[File]) -> list[dict[str, Any]]:

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from workflows.ingest.asides import CAPTIONS, LABELS, Ask, find_asides
 from workflows.ingest.files import Files, clean
 from workflows.ingest.tables import Table, open_table, parse_table
+from workflows.ingest.text import alike, in_order
 from workflows.runtime.errors import UserError
 
-LABELS = ("label", "labels", "class", "class_name", "cls", "fine_label")
-CAPTIONS = ("caption", "text", "prompt", "txt")
-"""What the columns may be called when the user names none."""
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 MOST_CLASSES = 100_000
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What the user asked for: the options of `list_source`."""
-
-    labels: str | None = None
-    captions: str | None = None
-    label_column: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    unit_bytes: int = 64 * 2**20
-    limit: int | None = None
+FURTHER = "an image has one"
 
 
 @dataclass(frozen=True)
 class Described:
-    """Labels and captions of named images, in the order of the names; () where there are none."""
+    """Labels and captions of named images, in the order of the names; () where there are none. asides: names of the files beside
+    them that hold their captions. used: all files of the source that were.
+    """
 
     classes: tuple[str, ...] = ()
     labels: tuple[int | None, ...] = ()
     labelled: str = ""
     captions: tuple[str | None, ...] = ()
     captioned: str = ""
+    asides: tuple[str | None, ...] = ()
+    used: frozenset[str] = frozenset()
     tables: tuple[bytes, ...] = field(default=(), repr=False)
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a source of named images has besides them: tables of labels and captions, and `others`, the names of all other files,
+    which `read` reads.
+    """
+
+    others: Sequence[str] = ()
+    read: Callable[[Sequence[str]], Iterator[bytes | str]] = lambda names: iter(())
+    labels: Table | None = None
+    captions: Table | None = None
 
 
 def label_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
@@ -47,47 +50,64 @@ def label_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
     if ask.labels in (None, "none", "folders"):
         return None, b""
     name, content = open_table(files, str(ask.labels))
-    return parse_table(name, content, column=ask.label_column, defaults=LABELS), content
+    table = parse_table(name, content, column=ask.label_column, defaults=LABELS)
+    if not table.classes and all(value is None for value in table.values.values()):
+        raise UserError(f"{name}: there are no labels in it")
+    return table, content
 
 
 def caption_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
     if ask.captions in (None, "none"):
         return None, b""
     name, content = open_table(files, str(ask.captions))
-    table = parse_table(name, content, column=ask.caption_column, defaults=CAPTIONS)
-    if table.classes:
+    table = parse_table(name, content, column=ask.caption_column, defaults=CAPTIONS, what="caption")
+    if table.classes or not table.values:
         raise UserError(f"{name}: captions by path are expected")
     return table, content
 
 
-def describe(
-    files: Files, names: Sequence[str], ask: Ask, *, own_labels: Table | None = None, own_captions: Table | None = None
-) -> Described:
-    """Labels and captions of images that are known by name: the user's files, else the source's own, else folders."""
+def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Described:
+    """Labels and captions of images that are known by name: the user's files, else the source's own tables, else files beside the
+    images, else folders.
+    """
     given, label_bytes = label_table(files, ask)
     texts, caption_bytes = caption_table(files, ask)
     class_list = given.classes if given else ()
-    if given and given.values:
-        own_labels = given
-    notes: tuple[str, ...] = ()
-    classes, labels, labelled = class_list, tuple[int | None, ...](), ""
-    if ask.labels not in ("none", "folders") and own_labels and own_labels.values:
-        values = _matched(files, names, own_labels, "label")
-        classes, labels = numbered(values, class_list or own_labels.classes, own_labels.name)
-        labelled = own_labels.name
-    elif ask.labels == "folders" or (ask.labels != "none" and not own_labels):
-        found, notes = _folders(files, names, must=ask.labels == "folders" or bool(class_list))
-        if found:
+    asides = find_asides(own.others, names, ask, own.read, labels=given is None or not given.values)
+    classes, labels, labelled, notes = class_list, tuple[int | None, ...](), "", tuple[str, ...]()
+    table = given if given and given.values else None if ask.labels in ("none", "folders") else own.labels
+    if table and any(value not in (None, -1) for value in table.values.values()):
+        values = _matched(files, names, table, "label", must=True)
+        classes, labels = numbered(values, class_list or table.classes, table.name)
+        labelled = table.name
+    elif ask.labels not in ("none", "folders") and not own.labels and asides.labels:
+        classes, labels = numbered(asides.labels, class_list, asides.labelled)
+        labelled = asides.labelled
+    elif ask.labels == "folders" or (ask.labels != "none" and not own.labels):
+        depth, notes = class_depth(files, names, must=ask.labels == "folders" or bool(class_list))
+        if depth is not None:
+            found = [name.split("/")[depth] for name in names]
             classes, labels = numbered(found, class_list, ask.labels or "folders")
             labelled = "folders"
-    texts = texts or (own_captions if ask.captions is None else None)
-    captions = tuple(str(text) for text in _matched(files, names, texts, "caption")) if texts else ()
+    captions, captioned, beside = tuple[str | None, ...](), "", tuple[str | None, ...]()
+    told = texts or (own.captions if ask.captions is None else None)
+    if told:
+        found_captions = _matched(files, names, told, "caption", must=texts is not None)
+        captions, captioned = tuple(None if text is None else str(text) for text in found_captions), told.name
+        if told.further:
+            files.leave("captions", FURTHER, told.further)
+    elif ask.captions is None and any(asides.captions):
+        beside, captioned = asides.captions, asides.captioned
     return Described(
         classes=classes,
         labels=labels,
         labelled=labelled,
         captions=captions,
-        captioned=texts.name if texts else "",
+        captioned=captioned,
+        asides=beside,
+        used=frozenset(
+            name for name in (*beside, *(asides.label_files if labelled == asides.labelled else ())) if name
+        ),
         tables=(label_bytes, caption_bytes),
         notes=notes,
     )
@@ -119,7 +139,7 @@ def numbered(
 
 def _classes(names: set[str], numbers: set[int], where: str) -> tuple[str, ...]:
     if names:
-        return tuple(sorted(names))
+        return in_order(names)
     if not numbers:
         return ()
     low, high = min(numbers), max(numbers)
@@ -131,22 +151,37 @@ def _classes(names: set[str], numbers: set[int], where: str) -> tuple[str, ...]:
     return tuple(str(i) for i in range(high + 1))
 
 
-def _matched(files: Files, names: Sequence[str], table: Table, what: str) -> list[str | int]:
-    """The table's value of each name. Raises UserError where the table and the source have different images."""
+def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, must: bool) -> list[str | int | None]:
+    """The table's value of each name, found by the name itself or by one that is written otherwise (composed accents, backslashes).
+    An image has no caption where the table has none for it.
+
+    Raises UserError where labels are lacking, and where the table has images that aren't there: all of them, or some if it `must`
+    fit.
+    """
     there = set(names)
-    strange = [name for name in table.values if name not in there]
-    if strange:
+    likes = {alike(name): name for name in names} if any(path not in there for path in table.values) else {}
+    found: dict[str, str | int | None] = {}
+    strange = []
+    for path, value in table.values.items():
+        name = path if path in there else likes.get(alike(path))
+        if name is None:
+            strange.append(path)
+        else:
+            found[name] = value
+    if strange and (must or not found):
         many = f"{len(strange):,} of its {len(table.values):,} images are"
         raise UserError(f"{table.name}: {many} not in {files.source}, such as {clean(strange[0])}")
-    lacking = [name for name in names if name not in table.values]
+    if strange:
+        files.leave(f"rows of {table.name}", "their images are not there", len(strange))
+    lacking = [name for name in names if name not in found] if what == "label" else []
     if lacking:
         many = f"{len(lacking):,} of {len(names):,} images"
         raise UserError(f"{table.name}: no {what} for {many} of {files.source}, such as {clean(lacking[0])}")
-    return [table.values[name] for name in names]
+    return [found.get(name) for name in names]
 
 
-def _folders(files: Files, names: Sequence[str], *, must: bool) -> tuple[list[str], tuple[str, ...]]:
-    """The class of each name: the first folder in which they differ. ([], notes) where folders are no classes."""
+def class_depth(files: Files, names: Sequence[str], *, must: bool) -> tuple[int | None, tuple[str, ...]]:
+    """Which of its folders is each name's class: the first in which they differ. (None, notes) where folders are no classes."""
     parents = [name.split("/")[:-1] for name in names]
     low, high = min(parents), max(parents)
     common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
@@ -156,10 +191,10 @@ def _folders(files: Files, names: Sequence[str], *, must: bool) -> tuple[list[st
         hint = f"name one of them: {files.source.rstrip('/')}/{'/'.join([*parents[0][:common], found[0]])}; or --labels none"
         raise UserError(f"{files.source} holds the splits {', '.join(found)}, which are no classes", hint=hint)
     if loose is None and len(found) > 1:
-        return [parent[common] for parent in parents], ()
+        return common, ()
     if not must:
         several = len(found) > 1
-        return [], (f"no labels: {clean(loose)} lies in no class's folder",) if loose and several else ()
+        return None, (f"no labels: {clean(loose)} lies in no class's folder",) if loose and several else ()
     if loose is not None and found:
         raise UserError(f"{files.source}: {clean(loose)} lies in no class's folder", hint="--labels none: no classes")
     raise UserError(f"{files.source}: labels by folder need two folders, and all images lie in one")

@@ -39,6 +39,7 @@ class Unit:
     size      bytes, estimated
     sizes     images: of each file. None where the store doesn't tell
     labels, captions   images and zip: of each item that is taken; () where there are none
+    asides    images and zip: the file beside each item that holds its caption, if one does; () where none do
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Unit:
     sizes: tuple[int | None, ...] = ()
     labels: tuple[int | None, ...] = ()
     captions: tuple[str | None, ...] = ()
+    asides: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,15 @@ class Listing:
     classes        names in label order. () with `labelled`: labels are the source's own numbers, not known before all is read
     fingerprint    changes with names, sizes and versions (ETag, time of change) of the files, those of labels and captions
                    included; not with the options
+    content        as the fingerprint, but for the versions: a copy of the source has the same, and so may other images
     labelled       where labels come from, in words; "" without labels. `captioned` likewise
     available      items of the whole source, where known; `limit` takes some of them
     image_column, label_column, caption_column     parquet, arrow; tar: the siblings or fields of a sample's JSON
+    caption_columns                                tar, and files beside images: those that may hold a caption, the first first
+    class_depth                                    tar: which folder of a member's name is its class
     label_file, caption_file                       tar: files of labels and captions, by the members' names
+    label_names                                    tar: labels are names, also those that look like numbers
+    left_out       (what, why, how many) of the files and columns that are not taken, as far as the listing tells
     notes          what the user should be told, a line each
     """
 
@@ -76,6 +83,7 @@ class Listing:
     count: int | None
     classes: tuple[str, ...]
     fingerprint: str
+    content: str = ""
     labelled: str = ""
     captioned: str = ""
     available: int | None = None
@@ -83,8 +91,12 @@ class Listing:
     image_column: str | None = None
     label_column: str | None = None
     caption_column: str | None = None
+    caption_columns: tuple[str, ...] = ()
+    class_depth: int | None = None
+    label_names: bool = False
     label_file: str | None = None
     caption_file: str | None = None
+    left_out: tuple[tuple[str, str, int], ...] = ()
     notes: tuple[str, ...] = ()
 
 

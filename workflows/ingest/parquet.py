@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from workflows.ingest.columns import Columns, columns_of, items
+from workflows.ingest.asides import Ask
+from workflows.ingest.columns import Columns, check_same, columns_of, items, merged
 from workflows.ingest.files import File, Files, clean, line
-from workflows.ingest.labels import MOST_CLASSES, Ask, label_table, numbered
+from workflows.ingest.labels import MOST_CLASSES, label_table, numbered
 from workflows.ingest.listing import Item, Listing, Unit, taken
 from workflows.ingest.spread import evenly, grouped
+from workflows.ingest.text import label_of
 from workflows.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,19 +60,19 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
     whole = [(file, footer) for file, footer in zip(chosen, footers, strict=True) if footer.schema is not None]
     if not whole:
         raise UserError(f"{files.source}: no file can be read; {clean(chosen[0].name)}: {footers[0].error}")
-    first = whole[0][1].schema
-    assert first is not None
+    schemas = [(file.name, footer.schema) for file, footer in whole if footer.schema is not None]
     if not any(sum(footer.rows) for _, footer in whole):
         raise UserError(f"{files.source}: the files have no rows")
-    columns = columns_of(clean(whole[0][0].name), first, ask, names)
-    for file, footer in whole:
-        check_same(file.name, footer.schema, whole[0][0].name, first, columns)
+    columns = columns_of(clean(whole[0][0].name), merged(schemas), ask, names)
+    check_same(schemas, columns)
     classes, table = class_list(files, ask, columns)
+    notes: tuple[str, ...] = ()
     if columns.label is not None and not classes:
         with ThreadPoolExecutor(READERS) as pool:
             parts = pool.map(lambda pair: _distinct(files, pair[0].name, str(columns.label)), whole)
-            found = sorted({value for part in parts for value in part}, key=str)
+            found = sorted({value for part in parts for value in part if value is not None}, key=str)
         classes, _ = numbered(found, (), f"column {columns.label}")
+        columns, notes = _labelled(files, columns, ask, bool(classes))
     units: list[Unit] = []
     footers, offset = _with_lost_rows(chosen, footers), 0
     available = sum(sum(footer.rows) for footer in footers)
@@ -83,7 +85,17 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
                 units.append(Unit("parquet", (file.name,), first=start, last=start + rows, offset=offset, size=size))
             start, offset = start + rows, offset + rows
     labelled = f"column {columns.label}" if columns.label else ""
-    return Tables(tuple(units), available, columns, classes, labelled, table)
+    return Tables(tuple(units), available, columns, classes, labelled, table, notes)
+
+
+def _labelled(files: Files, columns: Columns, ask: Ask, labelled: bool) -> tuple[Columns, tuple[str, ...]]:
+    """The columns without that of labels where no row has one, and what is said of it. Raises UserError if the user named it."""
+    if labelled:
+        return columns, ()
+    said = f"column {columns.label} holds none: all are empty or -1"
+    if ask.label_column:
+        raise UserError(f"{files.source}: no labels: {said}", hint="--labels none: no classes")
+    return replace(columns, label=None, others=(*columns.others, str(columns.label))), (f"no labels: {said}",)
 
 
 def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[Footer]:
@@ -118,17 +130,6 @@ def class_list(files: Files, ask: Ask, columns: Columns) -> tuple[tuple[str, ...
     return classes or columns.classes, content
 
 
-def check_same(name: str, schema: Any, first_name: str, first: Any, columns: Columns) -> None:
-    """Raises UserError where a file's columns are not those of the first."""
-    for column in columns.read():
-        if column not in schema.names:
-            raise UserError(f"{clean(name)} has no column {column}, which {clean(first_name)} has")
-        one, other = schema.field(column).type, first.field(column).type
-        if one != other:
-            types = f"{str(one)[:60]} in {clean(name)} and {str(other)[:60]} in {clean(first_name)}"
-            raise UserError(f"column {column} is {types}")
-
-
 def read_parquet(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     (name,) = unit.files
     chosen = taken(listing, unit).tolist()
@@ -158,7 +159,9 @@ def _row_group(
             for batch in file.iter_batches(ROWS, [group], columns, use_threads=False):
                 stop = start + len(batch)
                 rows = [i for i in wanted if start <= i < stop]
-                for item in items(batch, [i - start for i in rows], [f"{clean(name)}#{i}" for i in rows], listing):
+                for item in items(
+                    batch, [i - start for i in rows], [f"{clean(name)}#{i}" for i in rows], listing, files
+                ):
                     done += 1
                     yield item
                 start = stop
@@ -192,19 +195,27 @@ def _footer(files: Files, name: str) -> Footer:
         return Footer(None, error=files.lost(error))
 
 
-def _distinct(files: Files, name: str, column: str) -> set[Any]:
-    """The values of a column, as many as there may be classes. What can't be read is left to read_parquet."""
-    import pyarrow as pa
+def _distinct(files: Files, name: str, column: str) -> set[str | int | None]:
+    """The labels in a column, as many as there may be classes. What can't be read is left to read_parquet.
 
-    found: set[Any] = set()
+    Raises UserError for values that are no labels.
+    """
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    found: set[str | int | None] = set()
     try:
         with _opened(files, name) as file:
             for batch in file.iter_batches(65536, columns=[column]):
-                found.update(batch.column(0).unique().to_pylist())
+                values = batch.column(0)
+                simple = t.is_integer(values.type) or t.is_string(values.type) or t.is_large_string(values.type)
+                found.update(label_of(value) for value in (values.unique() if simple else values).to_pylist())
                 if len(found) > MOST_CLASSES:
                     break
     except pa.ArrowException:
         pass
+    except ValueError as error:
+        raise UserError(f"{clean(name)}: in column {column} is {error}", hint="--labels none: no classes") from error
     except OSError as error:
         files.lost(error)
     return found

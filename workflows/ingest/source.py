@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from workflows.ingest.arrow import list_arrow, read_arrow
-from workflows.ingest.files import File, Files, clean, fingerprint, suffix
-from workflows.ingest.huggingface import arrow_files, class_names, is_huggingface, metadata, one_split
-from workflows.ingest.images import image_units, is_image, read_images
-from workflows.ingest.labels import Ask, Described, describe
+from workflows.ingest.asides import Ask
+from workflows.ingest.files import File, Files, LeftOut, called, clean, fingerprint, suffix
+from workflows.ingest.huggingface import DESCRIBED, arrow_files, class_names, is_huggingface, is_metadata, one_split
+from workflows.ingest.images import NOT_IMAGES, image_units, images_among, is_image, read_images
+from workflows.ingest.labels import Described, Own, describe
 from workflows.ingest.listing import Item, Listing, Unit
+from workflows.ingest.own import own_tables
 from workflows.ingest.parquet import Tables, list_parquet, read_parquet
-from workflows.ingest.tables import Table, parse_table
 from workflows.ingest.tars import list_tars, read_tars
 from workflows.ingest.zips import list_zips, read_zip
 from workflows.runtime.errors import UserError
@@ -49,8 +50,9 @@ def list_source(
 ) -> Listing:
     """What `source` holds: a folder, a store's prefix, a file, or a pattern, of images, zips, Parquet, Arrow or tar files.
 
-    labels       None: what the source brings (its own files or columns; else two or more folders), "none", "folders", or a file
-                 (.json, .jsonl, .csv) of labels by path; one that only lists classes (or .txt) gives names to the source's labels
+    labels       None: what the source brings (its own files or columns, files beside the images; else two or more folders),
+                 "none", "folders", or a file (.json, .jsonl, .csv, .tsv) of labels by path; one that only lists classes (or .txt)
+                 gives names to the source's labels
     captions     None: what the source brings, "none", or a file of captions by path
     *_column     where they are in a table, in a tar's samples (an extension, or a field of the JSON), or in those files
     unit_bytes   about so much is read by a unit; a tar, an Arrow file or a Parquet file's row group is not divided
@@ -65,23 +67,33 @@ def list_source(
     files = Files(source, filesystem)
     found = files.find()
     reader, chosen = _detect(files, found)
-    listing = Listing(files.source, files.root, reader, (), None, (), fingerprint(found), limit=limit)
+    content = fingerprint(found, versions=False)
+    listing = Listing(files.source, files.root, reader, (), None, (), fingerprint(found), content, limit=limit)
     if reader in ("parquet", "arrow"):
         listing = _tables(listing, reader, files, found, chosen, ask)
     elif reader == "tar":
         fields, contents = list_tars(files, chosen, ask)
         listing = replace(listing, kind="webdataset", fingerprint=_with(listing, contents), **fields)
+        files.left_out.clear()  # of what was looked at; all of it is counted when it is read
+        taken = {file.name for file in chosen}
+        _leave(files, [file.name for file in found if file.name not in taken], {ask.labels, ask.captions}, reader)
     else:
         listing = _named(listing, reader, files, found, chosen, ask)
+    left_out = tuple((what, why, count) for (what, why), count in sorted(files.left_out.items()))
+    listing = replace(listing, left_out=left_out)
     return _first_ones(listing, files) if limit is not None and listing.available is None else listing
 
 
-def read_unit(listing: Listing, unit: Unit, filesystem: AbstractFileSystem | None = None) -> Iterator[Item]:
-    """The unit's images one after another, in the same order every time; what is broken is an Item with an error.
+def read_unit(
+    listing: Listing, unit: Unit, filesystem: AbstractFileSystem | None = None, left_out: LeftOut | None = None
+) -> Iterator[Item]:
+    """The unit's images one after another, in the same order every time; what is broken is an Item with an error. `left_out` counts
+    what else there is that is not taken, beyond what the listing tells.
 
     An outage of the store is raised, not recorded: it says nothing of an image.
     """
     files = Files(listing.source, filesystem, root=listing.root)
+    files.left_out = Counter() if left_out is None else left_out
     items = map(_writable, READERS[unit.kind](listing, unit, files))
     return islice(items, unit.last) if unit.kind in ("tar", "arrow") else items
 
@@ -98,9 +110,11 @@ def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
         kind = _kind(file.name)
         if kind:
             of.setdefault(kind, []).append(file)
+    if set(of) <= {"images"} and (images := images_among(files, found)):
+        of = {"images": images}
     if not of:
-        counts = Counter(suffix(file.name) or "no suffix" for file in found).most_common(3)
-        shown = ", ".join(f"{clean(name)} ({n:,})" for name, n in counts)
+        counts = Counter(called(file.name) for file in found).most_common(3)
+        shown = ", ".join(f"{name} ({n:,})" for name, n in counts)
         raise UserError(
             f"{files.source} has no images; its files are {shown}", hint=f"known: {', '.join(SAID.values())}"
         )
@@ -122,24 +136,29 @@ def _kind(name: str) -> str | None:
 
 def _named(listing: Listing, reader: str, files: Files, found: list[File], chosen: list[File], ask: Ask) -> Listing:
     """A source whose images have names that are known."""
+    taken = {file.name for file in chosen}
+    others = [file.name for file in found if file.name not in taken]
     if reader == "zip":
         units, available, about = list_zips(files, chosen, ask)
+        tables: frozenset[str] = frozenset()
     else:
-        if is_huggingface(files, found, tables=False):
-            labels, captions = metadata(files, found, ask)
+        labels, captions, tables = own_tables(others, files.whole, ask)
+        if any(is_metadata(name) for name in tables):
             listing = replace(listing, kind="huggingface")
-        else:
-            labels, captions = _dataset(files, found), None
-        about = describe(files, [file.name for file in chosen], ask, own_labels=labels, own_captions=captions)
+        names = [file.name for file in chosen]
+        about = describe(files, names, ask, Own(others, files.read_small, labels, captions))
         units, available = image_units(chosen, about, ask), len(chosen)
+    _leave(files, others, {*tables, *about.used, ask.labels, ask.captions}, reader)
+    listing = replace(listing, caption_columns=ask.caption_columns)
     return _counted(listing, units, available, about)
 
 
-def _dataset(files: Files, found: list[File]) -> Table | None:
-    """EDM's dataset.json at the top of a folder."""
-    if not any(file.name == "dataset.json" for file in found):
-        return None
-    return parse_table("dataset.json", files.whole("dataset.json"), column=None, defaults=("labels",))
+def _leave(files: Files, others: Sequence[str], used: Collection[str | None], reader: str) -> None:
+    """Counts the files beside those that are read."""
+    why = NOT_IMAGES if reader == "images" else f"beside the {SAID[reader]}"
+    for name in others:
+        if name not in used:
+            files.leave(called(name), why)
 
 
 def _counted(listing: Listing, units: tuple[Unit, ...], available: int, about: Described) -> Listing:
@@ -157,12 +176,17 @@ def _counted(listing: Listing, units: tuple[Unit, ...], available: int, about: D
 
 
 def _tables(listing: Listing, reader: str, files: Files, found: list[File], chosen: list[File], ask: Ask) -> Listing:
-    own = is_huggingface(files, found, tables=True)
+    own = is_huggingface(files, found)
     names = class_names(files, found) if own else {}
     if reader == "arrow":
         chosen = arrow_files(files, found, chosen)
     one_split(files, chosen)
     tables: Tables = {"parquet": list_parquet, "arrow": list_arrow}[reader](files, chosen, ask, names)
+    taken = {file.name for file in chosen}
+    others = [file.name for file in found if file.name not in taken and file.name.rpartition("/")[2] not in DESCRIBED]
+    _leave(files, others, {ask.labels, ask.captions}, reader)
+    for column in tables.columns.others:
+        files.leave(f"column {clean(column)}", "neither image, label nor caption")
     return replace(
         listing,
         kind="huggingface" if own or tables.columns.described or reader == "arrow" else "parquet",
@@ -176,6 +200,7 @@ def _tables(listing: Listing, reader: str, files: Files, found: list[File], chos
         label_column=tables.columns.label,
         caption_column=tables.columns.caption,
         fingerprint=_with(listing, (tables.table,)),
+        notes=tables.notes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Labels and captions in a file beside the images: JSON, JSON lines, CSV, or a list of class names."""
+"""Labels and captions in a file beside the images: JSON, JSON lines, CSV or TSV, or a list of class names."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from workflows.ingest.files import Files, clean
+from workflows.ingest.text import NUMBER, NotText, captions_of, json_of, label_of, text_of, written_label
 from workflows.runtime.errors import UserError
 
 PATHS = ("file_name", "filename", "path", "file", "image", "name", "key")
 """What the column of the images' names may be called."""
 MAX_TABLE = 2**30
-SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+DELIMITERS = ",;\t|"
+What = Literal["label", "caption"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """`values` by the image's path; none where the file only lists the `classes`. `name` is the file's, for errors."""
+    """`values` by the image's path, None where it has none; {} where the file only lists the `classes`. `name` is the file's, for
+    errors. further: captions beyond an image's first.
+    """
 
     name: str
-    values: dict[str, str | int]
+    values: dict[str, str | int | None]
     classes: tuple[str, ...] = ()
+    further: int = 0
 
 
 def open_table(files: Files, where: str) -> tuple[str, bytes]:
@@ -50,46 +56,123 @@ def open_table(files: Files, where: str) -> tuple[str, bytes]:
     raise UserError(f"{where} is not there, neither below {files.source} nor by itself")
 
 
-def parse_table(name: str, content: bytes, *, column: str | None, defaults: Sequence[str]) -> Table:
+def parse_table(
+    name: str, content: bytes, *, column: str | None, defaults: Sequence[str], what: What = "label"
+) -> Table:
     """A file of values by path.
 
     JSON         {path: value}, [[path, value], ...], [{"file_name": path, column: value}, ...], {"labels": any of these,
                  "classes": [...]}, or ["class", ...]: the classes alone
     JSON lines   {"file_name": path, column: value} a line
-    CSV          with a header that names a column of paths; or two columns without
+    CSV, TSV     with a header that names a column of paths; or two columns without. Also between ; or |
     text         a class a line
 
-    The column of values is `column`, else the first of `defaults` that there is, else the only other one. Raises UserError.
+    The column of values is `column`, else the first of `defaults` that there is, else the only other one. Labels become names or
+    whole numbers; captions stay as they are written, and of several the first is taken. Raises UserError.
     """
     try:
-        text = content.decode("utf-8-sig")
-        if name.lower().endswith(".txt"):
-            return Table(name, {}, _unique(name, [row.strip() for row in text.splitlines() if row.strip()]))
-        if name.lower().endswith(".csv"):
-            return Table(name, _by_path(name, _csv_rows(text), column, defaults))
-        if name.lower().endswith(".jsonl"):
-            rows = [json.loads(row) for row in text.splitlines() if row.strip()]
-            return Table(name, _by_path(name, rows, column, defaults))
-        return _json(name, json.loads(text), column, defaults)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
-        raise UserError(f"{name} can't be read: {' '.join(str(error).split())[:120]}") from error
+        return _Parser(name, column, defaults, what).parsed(content)
+    except (NotText, csv.Error) as error:
+        raise UserError(f"{name} can't be read: {' '.join(str(error).split())[:160]}") from error
 
 
-def _json(name: str, values: Any, column: str | None, defaults: Sequence[str]) -> Table:
-    classes: tuple[str, ...] = ()
-    if isinstance(values, dict) and ("labels" in values or "classes" in values) and _nested(values):
-        classes = _unique(name, values.get("classes") or [])
-        values = values.get("labels") or {}
-    if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        return Table(name, {}, _unique(name, values))
-    if isinstance(values, dict):
-        pairs: list[Any] = [list(pair) for pair in values.items()]
-        return Table(name, _pairs(name, pairs), classes)
-    if isinstance(values, list) and all(isinstance(value, dict) for value in values):
-        return Table(name, _by_path(name, values, column, defaults), classes)
-    if isinstance(values, list):
-        return Table(name, _pairs(name, values), classes)
-    raise UserError(f"{name}: an object or a list is expected, not {type(values).__name__}")
+def columns_in(name: str, content: bytes) -> list[str]:
+    """Names of the columns of a CSV file or of JSON lines, but for the paths'. Raises UserError."""
+    try:
+        text = text_of(content, name)
+        rows = _csv_rows(text) if name.lower().endswith((".csv", ".tsv")) else _json_rows(text)
+    except (NotText, csv.Error) as error:
+        raise UserError(f"{name} can't be read: {' '.join(str(error).split())[:160]}") from error
+    found = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+    return [key for key in found if key not in PATHS]
+
+
+@dataclass
+class _Parser:
+    name: str
+    column: str | None
+    defaults: Sequence[str]
+    what: What
+    further: int = 0
+
+    def parsed(self, content: bytes) -> Table:
+        low = self.name.lower()
+        if low.endswith(".json"):
+            return self._json(json_of(content, "it"))
+        text = text_of(content, "it")
+        if low.endswith(".txt"):
+            rows = (row.strip() for row in text.split("\n"))
+            return Table(self.name, {}, _unique(self.name, [row for row in rows if row]))
+        is_csv = low.endswith((".csv", ".tsv"))
+        values = self._by_path(_csv_rows(text) if is_csv else _json_rows(text), written=is_csv)
+        return Table(self.name, values, further=self.further)
+
+    def _json(self, values: Any) -> Table:
+        classes: tuple[str, ...] = ()
+        if isinstance(values, dict) and ("labels" in values or "classes" in values) and _nested(values):
+            classes = _unique(self.name, values.get("classes") or [])
+            values = values.get("labels") or {}
+        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+            return Table(self.name, {}, _unique(self.name, values))
+        if isinstance(values, dict):
+            found = self._pairs([list(pair) for pair in values.items()])
+        elif isinstance(values, list) and all(isinstance(value, dict) for value in values):
+            found = self._by_path(values, written=False)
+        elif isinstance(values, list):
+            found = self._pairs(values)
+        else:
+            raise UserError(f"{self.name}: an object or a list is expected, not {type(values).__name__}")
+        return Table(self.name, found, classes, self.further)
+
+    def _by_path(self, rows: list[Any], *, written: bool) -> dict[str, str | int | None]:
+        if not rows:
+            return {}
+        if isinstance(rows[0], list):
+            return self._pairs(rows, written=written)
+        if not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{self.name}: rows with names are expected, such as file_name and {self.defaults[0]}")
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        path = next((key for key in PATHS if key in names and key != self.column), None)
+        if path is None:
+            said, hint = f"no column of paths among {', '.join(names)}", f"it is called {', '.join(PATHS)}"
+            raise UserError(f"{self.name}: {said}", hint=hint)
+        others = [key for key in names if key != path]
+        usual = next((key for key in self.defaults if key in others), others[0] if len(others) == 1 else None)
+        wanted = self.column or usual
+        if wanted is None or wanted not in others:
+            said = f"no column {self.column}" if self.column else f"no column {' or '.join(self.defaults)}"
+            raise UserError(f"{self.name}: {said}; there are {', '.join(others) or 'no others'}")
+        return self._pairs([[row.get(path), row.get(wanted)] for row in rows], written=written)
+
+    def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
+        """`written`: as text, which doesn't tell numbers from names: they are numbers if all are."""
+        pairs = list(pairs)
+        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1]]
+        numbers = written and self.what == "label" and all(NUMBER.fullmatch(text.strip()) for text in texts)
+        out: dict[str, str | int | None] = {}
+        for pair in pairs:
+            if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise UserError(f"{self.name}: a path and a value are expected, not {clean(str(pair))[:60]}")
+            path, value = pair
+            value = written_label(value) if numbers and value else self._value(path, value)
+            if path in out and self.what == "caption":
+                self.further += value is not None and out[path] is not None
+                value = value if out[path] is None else out[path]
+            elif path in out and out[path] != value:
+                raise UserError(f"{self.name}: two values for {clean(path)}: {out[path]} and {value}")
+            out[path] = value
+        return out
+
+    def _value(self, path: str, value: Any) -> str | int | None:
+        try:
+            if self.what == "label":
+                return label_of(value)
+            found = captions_of(value)
+        except ValueError as error:
+            expected = "a name or a whole number" if self.what == "label" else "a text"
+            raise UserError(f"{self.name}: {expected} is expected for {clean(path)}, not {error}") from error
+        self.further += max(0, len(found) - 1)
+        return found[0] if found else None
 
 
 def _nested(values: dict[str, Any]) -> bool:
@@ -97,54 +180,32 @@ def _nested(values: dict[str, Any]) -> bool:
     return all(value is None or isinstance(value, (dict, list)) for value in values.values())
 
 
+def _json_rows(text: str) -> list[Any]:
+    """Of JSON lines. Only a line feed ends a line: strings may hold what else Unicode takes for one."""
+    rows = []
+    for number, row in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(row)] if row.strip() else []
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise NotText(f"line {number} is no JSON ({error})") from error
+    return rows
+
+
 def _csv_rows(text: str) -> list[Any]:
     csv.field_size_limit(MAX_TABLE)
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
+    head = text[: text.find("\n")] if "\n" in text else text
+    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(head)) if row]
     header = [cell.strip() for cell in rows[0]] if rows else []
     if not any(cell in PATHS for cell in header) and len(header) == 2:
         return rows
     return [dict(zip(header, row, strict=False)) for row in rows[1:]]
 
 
-def _by_path(name: str, rows: list[Any], column: str | None, defaults: Sequence[str]) -> dict[str, str | int]:
-    if not rows:
-        return {}
-    if isinstance(rows[0], list):
-        return _numbers(_pairs(name, rows))
-    if not isinstance(rows[0], dict):
-        raise UserError(f"{name}: rows with names are expected, such as file_name and {defaults[0]}")
-    names = list(rows[0])
-    path = next((key for key in PATHS if key in names and key != column), None)
-    if path is None:
-        raise UserError(f"{name}: no column of paths among {', '.join(names)}", hint=f"it is called {', '.join(PATHS)}")
-    others = [key for key in names if key != path]
-    wanted = column or next((key for key in defaults if key in others), others[0] if len(others) == 1 else None)
-    if wanted is None or wanted not in others:
-        said = f"no column {column}" if column else f"no column {' or '.join(defaults)}"
-        raise UserError(f"{name}: {said}; there are {', '.join(others) or 'no others'}")
-    values = _pairs(name, [[row.get(path), row.get(wanted)] for row in rows])
-    return _numbers(values) if name.lower().endswith(".csv") else values
-
-
-def _pairs(name: str, pairs: Iterable[Any]) -> dict[str, str | int]:
-    out: dict[str, str | int] = {}
-    for pair in pairs:
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise UserError(f"{name}: a path and a value are expected, not {clean(str(pair))[:60]}")
-        path, value = pair[0].strip().removeprefix("./").lstrip("/"), pair[1]
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise UserError(f"{name}: a name or a whole number is expected for {clean(path)}, not {value!r}")
-        if path in out and out[path] != value:
-            raise UserError(f"{name}: two values for {clean(path)}: {out[path]} and {value}")
-        out[path] = value
-    return out
-
-
-def _numbers(values: dict[str, str | int]) -> dict[str, str | int]:
-    """CSV doesn't tell numbers from names: numbers if all are."""
-    if values and all(isinstance(value, str) and value.lstrip("-").isdecimal() for value in values.values()):
-        return {path: int(value) for path, value in values.items()}
-    return values
+def _delimiter(head: str) -> str:
+    """What divides the cells of the first line: with it one of them is called as paths are, or there are two of them."""
+    cells = {mark: [cell.strip() for cell in next(csv.reader([head], delimiter=mark), [])] for mark in DELIMITERS}
+    named = [mark for mark in DELIMITERS if len(cells[mark]) > 1 and set(cells[mark]) & set(PATHS)]
+    return next(iter([*named, *(mark for mark in DELIMITERS if len(cells[mark]) == 2)]), ",")
 
 
 def _unique(name: str, classes: Iterable[Any]) -> tuple[str, ...]:

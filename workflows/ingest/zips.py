@@ -9,13 +9,15 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from workflows.ingest.decode import MAX_BYTES
-from workflows.ingest.files import File, Files, clean, inside, line
-from workflows.ingest.images import at, is_image, picked
-from workflows.ingest.labels import Ask, Described, describe
+from workflows.ingest.asides import Ask
+from workflows.ingest.decode import MAX_BYTES, START, starts_as_image
+from workflows.ingest.files import File, Files, called, clean, hidden, inside, line
+from workflows.ingest.images import NOT_IMAGES, aside_caption, at, is_image, may_be_image, picked
+from workflows.ingest.labels import Described, Own, describe
 from workflows.ingest.listing import Item, Listing, Unit, taken
+from workflows.ingest.own import own_tables
 from workflows.ingest.spread import evenly, grouped
-from workflows.ingest.tables import MAX_TABLE, Table, parse_table
+from workflows.ingest.tables import MAX_TABLE
 from workflows.runtime.errors import UserError
 
 MAX_RATIO = 200
@@ -44,10 +46,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Archive:
-    """An open zip file and its images, in the order in which they lie."""
+    """An open zip file, its images in the order in which they lie, and all other files by their names, safe ones."""
 
     file: zipfile.ZipFile
     members: list[Member]
+    others: dict[str, zipfile.ZipInfo]
 
 
 _last: dict[tuple[str, str, str], Archive] = {}
@@ -55,26 +58,43 @@ _last: dict[tuple[str, str, str], Archive] = {}
 
 
 def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Unit, ...], int, Described]:
-    """(units, images of the whole source, labels and captions). Labels of a `dataset.json` (EDM's) count as the source's own."""
+    """(units, images of the whole source, labels and captions). Labels of `dataset.json` (EDM's) and of metadata files count as the
+    source's own.
+    """
     names: list[str] = []
     spans: list[tuple[File, list[int], int]] = []
-    tables: list[Table] = []
+    others: dict[str, tuple[Archive, str]] = {}
     for file in chosen:
         prefix = f"{clean(file.name)}/" if len(chosen) > 1 else ""
         try:
             archive = _opened(files, file.name)
             _check_total(archive, file)
-            tables += _dataset(archive, file.name, prefix)
         except (*BROKEN, OSError) as error:
+            if isinstance(error, UserError):
+                raise
             reason = files.lost(error) if isinstance(error, OSError) else f"it is no zip file, or broken: {line(error)}"
             raise UserError(f"{clean(file.name)} in {files.source}: {reason}") from error
         spans.append((file, [member.info.file_size for member in archive.members], len(names)))
         names += [prefix + member.key for member in archive.members]
+        others |= {prefix + name: (archive, name) for name in archive.others}
     if not names:
         raise UserError(f"{files.source} has no images")
-    values = {path: value for table in tables for path, value in table.values.items()}
-    own = Table("dataset.json", values, tables[0].classes) if tables else None
-    about = describe(files, names, ask, own_labels=own)
+
+    def read(wanted: Sequence[str]) -> Iterator[bytes | str]:
+        for name in wanted:
+            archive, own = others[name]
+            yield _aside(archive, own, files)
+
+    def whole(name: str) -> bytes:
+        (content,) = read([name])
+        if isinstance(content, str):
+            raise UserError(f"{clean(name)} in {files.source}: {content}")
+        return content
+
+    labels, captions, tables = own_tables(list(others), whole, ask)
+    about = describe(files, names, ask, Own(list(others), read, labels, captions))
+    for name in others.keys() - tables - about.used:
+        files.leave(called(name), NOT_IMAGES)
     units = []
     for file, sizes, offset in spans:
         for first, last in grouped(sizes, ask.unit_bytes):
@@ -90,6 +110,7 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
                 size=sum(sizes[i - offset] for i in index),
                 labels=picked(about.labels, index),
                 captions=picked(about.captions, index),
+                asides=_within(picked(about.asides, index), f"{clean(file.name)}/" if len(chosen) > 1 else ""),
             )
             units.append(unit)
     return tuple(units), len(names), about
@@ -105,14 +126,32 @@ def read_zip(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     except OSError as error:
         archive, lost = None, files.lost(error)
     for i, number in enumerate(members.tolist()):
-        label, caption = at(unit.labels, i), at(unit.captions, i)
+        label, caption, aside = at(unit.labels, i), at(unit.captions, i), at(unit.asides, i)
         if archive is None or number >= len(archive.members):
             yield Item(f"{clean(name)}#{number}", None, label, caption, lost or "changed since it was listed")
             continue
         member = archive.members[number]
         content = member.error or _content(archive.file, member.info, files)
         image, error_ = (None, content) if isinstance(content, str) else (content, None)
+        if aside:
+            caption, wrong = aside_caption(aside, _aside(archive, aside, files), listing, files)
+            image, error_ = (None, error_ or wrong) if wrong else (image, error_)
         yield Item(f"{clean(name)}#{member.key}", image, label, caption, error_)
+
+
+def _within(names: Sequence[str | None], prefix: str) -> tuple[str | None, ...]:
+    """Names of members as their own archive has them."""
+    return tuple(name and name.removeprefix(prefix) for name in names)
+
+
+def _aside(archive: Archive, name: str, files: Files) -> bytes | str:
+    """A member that is no image, or why it can't be read."""
+    info = archive.others.get(name)
+    if info is None:
+        return "changed since it was listed"
+    if info.file_size > MAX_TABLE:
+        return f"it declares {info.file_size:,} bytes, more than {MAX_TABLE:,}"
+    return _refused(info) or _content(archive.file, info, files)
 
 
 def _content(file: zipfile.ZipFile, info: zipfile.ZipInfo, files: Files) -> bytes | str:
@@ -138,17 +177,29 @@ def _cached(files: Files, name: str, version: str) -> Archive:
 def _opened(files: Files, name: str) -> Archive:
     file = zipfile.ZipFile(files.open(name))
     members: list[Member] = []
+    others: dict[str, zipfile.ZipInfo] = {}
     seen: set[str] = set()
     for info in sorted(file.infolist(), key=lambda info: info.header_offset):
         key = inside(info.filename)
-        if info.is_dir() or not is_image(key) or any(part.startswith((".", "__MACOSX")) for part in key.split("/")):
+        if info.is_dir() or hidden(key):
+            continue
+        if not is_image(key) and not (may_be_image(key) and _starts_as_image(file, info)):
+            others.setdefault(key, info)
             continue
         error = _refused(info)
         if key in seen:
             key, error = f"{key}~{len(members)}", f"the zip has the name {key} twice"
         seen.add(key)
         members.append(Member(key, info, error))
-    return Archive(file, members)
+    return Archive(file, members, others)
+
+
+def _starts_as_image(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    try:
+        with file.open(info) as stream:
+            return starts_as_image(stream.read(START))
+    except (*BROKEN, OSError):
+        return False
 
 
 def _refused(info: zipfile.ZipInfo) -> str | None:
@@ -163,14 +214,3 @@ def _check_total(archive: Archive, file: File) -> None:
     declared = sum(info.file_size for info in archive.file.infolist())
     if file.size and declared > MAX_RATIO * file.size and declared > MAX_BYTES:
         raise UserError(f"{clean(file.name)} declares {declared:,} bytes within {file.size:,}: a zip bomb?")
-
-
-def _dataset(archive: Archive, name: str, prefix: str) -> list[Table]:
-    """The labels of EDM's dataset.json, if there is one, at the top."""
-    if "dataset.json" not in archive.file.NameToInfo:
-        return []
-    info = archive.file.getinfo("dataset.json")
-    if info.file_size > MAX_TABLE:
-        raise UserError(f"{clean(name)}: its dataset.json has more than {MAX_TABLE:,} bytes")
-    table = parse_table("dataset.json", archive.file.read(info), column=None, defaults=("labels",))
-    return [Table(table.name, {prefix + path: value for path, value in table.values.items()}, table.classes)]

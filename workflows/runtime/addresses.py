@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflows.runtime.errors import UserError, home, in_a_line
+from workflows.runtime.errors import ConfigError, UserError, home, in_a_line
 
 OWN = "local"
 PATIENCE = 10.0
@@ -106,8 +106,6 @@ def _started_here() -> str | None:
 
 def checked(address: str) -> None:
     """Raises ConfigError for what is not HOST:PORT, or ray://HOST:PORT."""
-    from workflows.config import ConfigError
-
     scheme, _, rest = address.rpartition("://")
     if scheme in ("http", "https"):
         host = rest.partition("/")[0].rpartition(":")[0] or rest.partition("/")[0]
@@ -197,8 +195,6 @@ def ray_folder() -> Path:
 
 def check_sockets() -> None:
     """Raises ConfigError where Ray's sockets can't be: their paths have a limit, and their folder has to be there."""
-    from workflows.config import ConfigError
-
     folder = ray_folder()
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     length = len(os.fsencode(folder / SOCKET))

@@ -14,6 +14,7 @@ from typing import Any
 from workflows.runtime.addresses import explained, find_place, ray_folder
 from workflows.runtime.errors import UserError
 from workflows.runtime.launch import possible
+from workflows.runtime.mailbox import Mailbox
 from workflows.runtime.s3 import told
 from workflows.runtime.sessions import end_orphans, noted
 from workflows.runtime.stopping import hangups_kept_from_children
@@ -24,6 +25,7 @@ QUIET = {
     # Workers are first asked for on a node that is gone and not yet missed; the next try counts the nodes anew.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own screen; the old one is silent at verbosity 0
@@ -33,6 +35,10 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore",
 }
+
+
+OWN = "mmdistill"
+"""A resource by which a Ray of our own, on this machine alone, is known."""
 
 
 @contextmanager
@@ -53,11 +59,7 @@ def ray_session(
     if ray.is_initialized():
         yield room()
         return
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": {name: os.environ[name] for name in QUIET} | told()},
-    }
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     place = find_place(own=cpus is not None)
     if place.said:
         say(f"ray: {place.said}")
@@ -66,7 +68,12 @@ def ray_session(
             if ended := end_orphans(ray_folder()):
                 say(f"ray: {ended} processes that a killed run had left were ended")
             stack.enter_context(noted(ray_folder()))
+            # Its processes have the environment of this one: to be told it again would cost each another start of Python.
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # this machine is not taken from itself
             options |= {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": 512 * 1024**2}
+            options["resources"] = {OWN: 1}
+        else:
+            options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in QUIET} | told()}
         try:
             with hangups_kept_from_children():
                 ray.init(place.address, **options)
@@ -75,7 +82,18 @@ def ray_session(
         try:
             yield room()
         finally:
+            while _before_shutdown:
+                _before_shutdown.pop()()
             ray.shutdown()
+
+
+_before_shutdown: list[Callable[[], None]] = []
+
+
+def before_shutdown(call: Callable[[], None]) -> None:
+    """Is called before Ray is shut down, once."""
+    if call not in _before_shutdown:
+        _before_shutdown.append(call)
 
 
 def room() -> dict[str, float]:
@@ -154,35 +172,11 @@ class Workers:
 
 
 class Monitor:
-    """Where workers put their progress and the driver takes it: an actor of no weight. Rows are metrics, or events."""
+    """The driver's end of a `Mailbox`, an actor of no weight."""
 
     def __init__(self) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        class Mailbox:
-            def __init__(self) -> None:
-                self.rows: list[tuple[str, dict[str, Any]]] = []
-                self.notes: list[str] = []
-                self.asked_to_stop = False
-
-            def push(self, topic: str, row: dict[str, Any]) -> None:
-                self.rows.append((topic, row))
-
-            def note(self, text: str) -> None:
-                self.notes.append(text)
-
-            def stop(self) -> None:
-                self.asked_to_stop = True
-
-            def stopping(self, topic: str, row: dict[str, Any]) -> bool:
-                self.push(topic, row)
-                return self.asked_to_stop
-
-            def drain(self) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-                out = self.rows, self.notes
-                self.rows, self.notes = [], []
-                return out
 
         # Beside the driver: Ray would as soon put it on a machine that goes away, and the run with it.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)

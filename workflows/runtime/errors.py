@@ -10,8 +10,12 @@ MOST = 300
 """Characters of another program's reason, in a line of ours."""
 
 
+class ConfigError(ValueError):
+    """The user's mistake, in one line: the field, the value and the choices. Exit code 2."""
+
+
 class UserError(RuntimeError):
-    """What went wrong, what was saved, and what to do: for the screen. Exit code 1 (2 for a wrong option)."""
+    """What went wrong, what was saved, and what to do: for the screen. Exit code 1."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)

@@ -34,7 +34,8 @@ CAUSES = {
 }
 
 
-FAILED = ("lost", "failed")
+LOST, FAILURE = "lost", "failed"
+FAILED = (LOST, FAILURE)
 FATAL = re.compile(r"No space left on device|was not finite for")
 """Errors of a worker that no other try mends."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class Every:
     def of(cls, text: str) -> Every:
         """Of "64000" (images) or "10m" (minutes). Raises ValueError."""
         every = cls(minutes=float(text[:-1])) if text.endswith("m") else cls(images=int(text))
-        if not (every.images or every.minutes or 0) > 0:
+        if not 0 < (every.images or every.minutes or 0) < math.inf:
             raise ValueError(text)
         return every
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -15,10 +16,12 @@ from typing import Any
 
 from workflows.runtime.errors import UserError
 from workflows.runtime.storage import exists, read, write
-from workflows.runtime.uri import join, shown
+from workflows.runtime.uri import is_remote, join, shown
 
 MANIFEST = "manifest.json"
 FORMAT = 2
+KNOWN = 60.0
+"""Seconds for which a store's manifest is taken as it was read."""
 FEWEST = 100
 """Images below which nothing can be held out, compared or learnt."""
 ENCODINGS = {"float32": 4, "uint8": 1, "png": 1}
@@ -51,6 +54,8 @@ class Manifest:
     columns          further columns by name: latent, text, caption; shape, dtype, and what made them
     statistics       extractor, weights (their hash), accuracy on rows held out, and of each set of rows count, near (features
                      that are kept) and identity (hash of the files); empty: none were asked for
+    taken            what was taken for labels and captions, and what was left out: {"labels", "captions", "left_out", "said"}
+                     (stages/taken.py); empty: images that no preparation read
     skipped          {"count", "listed": [{"path", "reason"}]}: images that could not be read
     """
 
@@ -68,6 +73,7 @@ class Manifest:
     preprocessing: str = "whole images"
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
     statistics: dict[str, Any] = field(default_factory=dict)
+    taken: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, Any] = field(default_factory=lambda: {"count": 0, "listed": []})
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -109,11 +115,42 @@ def fingerprint(total: Sum, count: int) -> str:
 
 
 def write_manifest(root: str | Path, manifest: Manifest) -> None:
+    _known.pop(join(root, MANIFEST), None)
     write(join(root, MANIFEST), (json.dumps(asdict(manifest), indent=2) + "\n").encode())
 
 
 def is_data_set(root: str | Path) -> bool:
     return exists(join(root, MANIFEST))
+
+
+_known: dict[str, tuple[Any, Manifest]] = {}
+"""What `known_manifest` has read, by URI, and what tells that it may still be taken."""
+
+
+def known_manifest(root: str | Path) -> Manifest:
+    """As `read_manifest`, but one that this process has read a moment ago is not read again: a configuration asks for it several
+    times, a sweep's once a point. A local one counts as the same while its file is; one of a store for KNOWN seconds.
+    """
+    uri = join(str(root).removesuffix(f"/{MANIFEST}"), MANIFEST)
+    mark = _mark(uri)
+    if mark is None or uri not in _known or not _still(_known[uri][0], mark):
+        _known[uri] = mark, read_manifest(root)
+    return _known[uri][1]
+
+
+def _mark(uri: str) -> Any:
+    """Of a local file what changes with it, else the time."""
+    if is_remote(uri):
+        return time.monotonic()
+    try:
+        info = Path(uri.removeprefix("file://")).stat()
+    except OSError:
+        return None
+    return info.st_ino, info.st_size, info.st_mtime_ns
+
+
+def _still(before: Any, now: Any) -> bool:
+    return bool(now - before < KNOWN) if isinstance(before, float) and isinstance(now, float) else bool(before == now)
 
 
 def read_manifest(root: str | Path) -> Manifest:

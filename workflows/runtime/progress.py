@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
-from rich.table import Column
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 QUIET_INTERVAL = 15.0
+NARROW = 72
+"""Columns of a terminal below which a bar is a percentage and a time."""
 
 
 def short(number: float) -> str:
@@ -26,6 +28,33 @@ def short(number: float) -> str:
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+def show_table(console: Console, table: Table) -> None:
+    """The table; where the screen is too narrow for it, its rows one below the other, with a line for each cell: a figure that is
+    cut is none.
+    """
+    unbound = console.options.update(width=10_000)
+    for column in (column for column in table.columns if column.no_wrap):
+        cells = (column.header, *column.cells)
+        column.min_width = max(console.measure(cell, options=unbound).maximum for cell in cells)
+    if console.measure(table, options=unbound).minimum <= console.width:
+        console.print(table, soft_wrap=False)
+        return
+    columns = [(" ".join(str(column.header).split()), [str(cell) for cell in column.cells]) for column in table.columns]
+    if table.title:
+        console.print(table.title, style="bold", soft_wrap=False)
+    for i in range(table.row_count):
+        for name, text in ((name, cells[i]) for name, cells in columns if cells[i].strip()):
+            line = Table.grid(padding=(0, 1, 0, 0), pad_edge=False, expand=True)
+            if name:
+                line.add_column(overflow="fold", ratio=1)
+                line.add_column(overflow="fold", justify="right", max_width=max(1, console.width * 2 // 3))
+            else:
+                line.add_column(overflow="fold")
+            line.add_row(*([name] if name else []), text)
+            console.print(line, soft_wrap=False, style=None if name else "bold")
+        console.print()
 
 
 class _Detail(TextColumn):
@@ -82,14 +111,22 @@ class Screen:
         self.progress = self._new_progress()
 
     def _new_progress(self) -> Progress:
+        columns: list[tuple[int, ProgressColumn]] = [
+            (0, SpinnerColumn(finished_text="[green]✓[/]", table_column=Column(no_wrap=True))),
+            (0, TextColumn("[bold]{task.description}")),
+            (NARROW, BarColumn(bar_width=12, table_column=Column(no_wrap=True))),
+            (
+                0,
+                TextColumn("{task.percentage:>3.0f} %")
+                if self.console.width < NARROW
+                else TextColumn("{task.fields[count]}"),
+            ),
+            (NARROW // 2, TimeElapsedColumn(table_column=Column(no_wrap=True))),
+            (NARROW, TextColumn("[cyan]{task.fields[left]}")),
+            (NARROW, _Detail("[dim]{task.fields[detail]}", table_column=Column(no_wrap=False))),
+        ]
         return Progress(
-            SpinnerColumn(finished_text="[green]✓[/]", table_column=Column(no_wrap=True)),
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=12, table_column=Column(no_wrap=True)),
-            TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn(table_column=Column(no_wrap=True)),
-            TextColumn("[cyan]{task.fields[left]}"),
-            _Detail("[dim]{task.fields[detail]}", table_column=Column(no_wrap=False)),
+            *(column for least, column in columns if self.console.width >= least),
             console=self.console,
             transient=True,
             disable=self.quiet,

@@ -121,7 +121,7 @@ class Registry:
                 info = mlflow.pyfunc.log_model(
                     name=name.rsplit("-", 1)[-1],
                     python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                    artifacts={"model": str(folder)},
+                    artifacts={"model": folder.resolve().as_uri()},  # a path would be read as an address
                     code_paths=[str(root / "mmdistill_core")],
                     signature=signature,
                     pip_requirements=[

@@ -26,6 +26,7 @@ from workflows.runtime.manifest import (
     read_manifest,
     write_manifest,
 )
+from workflows.runtime.s3 import again, filesystem
 from workflows.runtime.storage import delete, read, write
 from workflows.runtime.uri import join, shown
 
@@ -172,8 +173,12 @@ def _digests(rows: Rows) -> list[bytes]:
 
 
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
-    """Which rows are held out, by the hash of their keys: [n] bool."""
-    return np.array([hashlib.blake2b(k.encode(), digest_size=4).digest()[0] / 256 < share for k in keys], bool)
+    """Which rows are held out: those whose key's hash, read as a fraction in [0, 1), lies below `share`. [n] bool.
+
+    The rows of a smaller share are among those of a larger one.
+    """
+    hashes = (hashlib.blake2b(key.encode(), digest_size=4).digest() for key in keys)
+    return np.array([int.from_bytes(h, "big") / 2**32 < share for h in hashes], bool)
 
 
 def load_shard(root: str | Path, shard: Shard) -> bytes:
@@ -242,13 +247,46 @@ def read_all(root: str | Path, which: str = "all") -> Arrays:
     return read_shards(root, manifest, manifest.shards, which)
 
 
+def read_labels(root: str | Path, manifest: Manifest, which: str = "all") -> np.ndarray:
+    """The labels of these rows in the order of the shards, from their column alone: no image is read, and no hash compared."""
+
+    def one(shard: Shard) -> np.ndarray:
+        table = _columns(join(root, shard.file), ["label", "holdout"])
+        if table is None or table.num_rows != shard.rows:
+            raise UserError(f"{shown(join(root, shard.file))}: the shard differs from its manifest", hint=REPAIR)
+        labels, held = table.column("label").to_numpy(), table.column("holdout").to_numpy()
+        return {"all": labels, "holdout": labels[held], "rest": labels[~held]}[which]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return np.concatenate(list(pool.map(one, manifest.shards)))
+
+
+def _columns(uri: str, names: list[str]) -> Any:
+    """These columns of a Parquet file, by reading no others; None where it is no such file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fs, path = filesystem(uri)
+
+    def get() -> Any:
+        with fs.open(path, "rb", block_size=2**20) as file:
+            return pq.read_table(file, columns=names, use_threads=False)
+
+    try:
+        return again(get, uri)
+    except FileNotFoundError:
+        raise UserError(f"{shown(uri)}: the shard is missing", hint=REPAIR) from None
+    except pa.ArrowException:
+        return None
+
+
 def label_pool(root: str | Path, which: str, *, most: int) -> np.ndarray:
     """Labels to draw from, as often as they are in the data: those of the rows themselves where the images take at most `most`
     bytes, else as the manifest counts them.
     """
     manifest = read_manifest(root)
     if manifest.in_memory() <= most:
-        return read_all(root, which).labels
+        return read_labels(root, manifest, which)
     counts = np.array([manifest.labels.get(str(c), 0) for c in range(max(1, manifest.num_classes))])
     return np.repeat(np.arange(len(counts)), np.ceil(counts * min(1.0, POOL / counts.sum())).astype(int))
 
@@ -262,6 +300,7 @@ def write_shards(
     num_classes: int,
     holdout: float,
     rows: int,
+    classes: Sequence[str] = (),
     preprocessing: str = "whole images",
 ) -> Manifest:
     """Images in memory, [n, c, h, w] in [0, 1], and labels [n] as a data set of shards of at most `rows`. `holdout`: the share
@@ -286,7 +325,7 @@ def write_shards(
             )
         )
     manifest = manifest_of(
-        made, source=source, shape=images.shape[1:], encoding="float32", num_classes=num_classes,
+        made, source=source, shape=images.shape[1:], encoding="float32", num_classes=num_classes, classes=tuple(classes),
         preprocessing=preprocessing,
     )  # fmt: skip
     write_manifest(root, manifest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,15 +30,15 @@ def source_files(root: Path) -> list[str]:
 
 
 @contextmanager
-def working_directory(given: dict[str, Path]) -> Iterator[Path | None]:
+def working_directory(given: dict[str, bytes]) -> Iterator[Path | None]:
     """A folder with the source and the `given` files, by their names in it; None if there is nothing to send."""
     root = checkout()
     if root is None and not given:
         yield None
         return
     with TemporaryDirectory() as scratch:
-        files = {name: root / name for name in source_files(root)} if root else {}
-        for name, path in (files | given).items():
+        files = {name: (root / name).read_bytes() for name in source_files(root)} if root else {}
+        for name, content in (files | given).items():
             (Path(scratch) / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, Path(scratch) / name)
+            (Path(scratch) / name).write_bytes(content)
         yield Path(scratch)

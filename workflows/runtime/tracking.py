@@ -363,7 +363,7 @@ def made(uri: str) -> bool:
 def _file(uri: str) -> Path | None:
     """The file of a store in SQLite."""
     kind, _, path = uri.partition(":///")
-    return Path(path.partition("?")[0]) if kind.startswith("sqlite") and path else None
+    return Path(unquote(path.partition("?")[0])) if kind.startswith("sqlite") and path else None
 
 
 @contextmanager

@@ -1,33 +1,23 @@
-"""The only file that knows ray.train and torch.distributed: a training as a Ray Train run of one or more workers.
-
-`train` runs a job on Ray and returns when its model folder is written; `train_worker` is what every worker runs: it builds, wraps,
-restores, and hands `engine.fit` its three callables.
+"""A training on its workers: `train_worker` is what every one of them runs. It builds, wraps, restores, and hands `engine.fit` its
+three callables. With crew.py, which brings workers and trainings together, the only file that knows ray.train.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from workflows.runtime.checkpoints import Checkpoints
-from workflows.runtime.cluster import Workers
-from workflows.runtime.errors import UserError, in_a_line, training_failed
-from workflows.runtime.events import AT, DOWN, event
+from workflows.runtime.errors import UserError, in_a_line
+from workflows.runtime.events import AT, event
 from workflows.runtime.job import Job, build_state, export, validator
-from workflows.runtime.s3 import arrow_filesystem
-from workflows.runtime.uri import is_remote, join
+from workflows.runtime.uri import join
 
 ASKED_EVERY = 0.5
 """Seconds between looks for what is asked of a training from outside."""
-FAILURES = 3
-"""Lost workers without a checkpoint between them, after which a training is given up."""
-RESIZED_EVERY = 60.0
-"""Seconds between looks for more nodes, of a training that may grow; MMDISTILL_RESIZED_EVERY has others."""
-
 
 BROKEN = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.IGNORECASE)
 """What gloo and NCCL say on the workers that are left."""
@@ -128,8 +118,10 @@ class Training:
 
 
 def set_up(config: dict[str, Any]) -> Training:
-    """Builds, wraps and restores a job's training on this worker."""
-    import ray.train
+    """Builds, wraps and restores a job's training on this worker, which may have it `alone` though others are beside it; `watched`:
+    nodes may be announced to go.
+    """
+    import ray.train.torch
     import torch
 
     from mmdistill_core.engine import FitOptions
@@ -137,7 +129,7 @@ def set_up(config: dict[str, Any]) -> Training:
 
     job, mailbox = Job(**config["job"]), config["mailbox"]
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    rank, world = (0, 1) if config["alone"] else (context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(job.threads)
     device = ray.train.torch.get_device()
 
@@ -185,7 +177,8 @@ def set_up(config: dict[str, Any]) -> Training:
     tell("begun", n_images=state.n_images, workers=world)
 
     def report(metrics: dict[str, float]) -> None:
-        asked.look_for_leaving_nodes()
+        if config["watched"]:
+            asked.look_for_leaving_nodes()
         if rank == 0:
             reported.append(timed(metrics))
             mailbox.push.remote(job.name, reported[-1])
@@ -279,87 +272,6 @@ def train_worker(config: dict[str, Any]) -> int:
     else:
         t.tell("stopped", n_images=t.state.n_images)
     return int(t.state.n_images)
-
-
-def train(
-    job: Job,
-    *,
-    mailbox: Any,
-    workers: Workers,
-    use_gpu: bool,
-    loop: Callable[[dict[str, Any]], Any] = train_worker,
-) -> Any:
-    """Runs the job on Ray Train to its end, recovering from lost workers; gives what `loop` returned on the first worker.
-    Call it from any thread. With fewest and most `workers` that differ it goes on with those there is room for.
-
-    Raises UserError when training itself fails.
-    """
-    import ray.train
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
-
-    class Down(WorkerGroupCallback):
-        """Tells that there are no workers now: a group that ends as its node is to go meets with no exception."""
-
-        def before_worker_group_shutdown(self, worker_group: Any) -> None:
-            mailbox.push.remote(job.name, event(DOWN))
-
-    class Losses(ray.train.UserCallback):
-        """Tells of workers that went away as soon as Ray Train knows: of them, or of what the others met with."""
-
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            gone = [error for error in worker_exceptions.values() if hasattr(error, "health_check_failure")]
-            errors = gone or list(worker_exceptions.values())
-            why = root_cause(errors[0])
-            mailbox.push.remote(job.name, event("lost" if gone or BROKEN.search(why) else "failed", why=why))
-
-    filesystem, path = arrow_filesystem(job.storage) if is_remote(job.storage) else (None, job.storage)
-    checkpoints = Checkpoints(join(job.storage, job.name))
-    trainer = TorchTrainer(
-        loop,
-        train_loop_config={"job": asdict(job), "mailbox": mailbox},
-        scaling_config=ScalingConfig(
-            num_workers=workers.most if workers.fixed else (workers.fewest, workers.most),  # type: ignore[arg-type]
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": job.threads} | ({"GPU": 1} if use_gpu else {}),
-            elastic_resize_monitor_interval_s=float(os.environ.get("MMDISTILL_RESIZED_EVERY", RESIZED_EVERY)),  # type: ignore[call-arg]
-        ),
-        run_config=RunConfig(
-            name=job.name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=FAILURES),
-            callbacks=[Losses(), Down()],  # type: ignore[list-item]
-        ),
-    )
-    while True:
-        before = checkpoints.images()
-        try:
-            result: Any = trainer.fit()
-            return result.return_value
-        except ray.train.TrainingFailedError as error:
-            if checkpoints.images() > before:
-                continue  # nodes come and go: as long as it gets anywhere, it goes on
-            raise training_failed(job.name, root_cause(error)) from error
-        except ray.exceptions.RayActorError as error:
-            raise training_failed(job.name, "the process that leads its workers died") from error
-
-
-def abort(*, kill: bool = False) -> None:
-    """Ends the trainings of this driver where they are: `train` raises in its threads. Asked to, a controller ends its workers
-    first; `kill` is for one that does not answer, as it waits for room. Ray has no call for either.
-    """
-    import ray
-    from ray._private.state import actors
-    from ray._private.worker import global_worker
-
-    driver: Any = global_worker
-    own = ray.get_runtime_context().get_job_id()
-    for name, actor in actors().items():
-        if (actor["ActorClassName"], actor["JobID"], actor["State"]) == ("TrainController", own, "ALIVE"):
-            controller = driver.core_worker.get_actor_handle(ray.ActorID.from_hex(name))
-            ray.kill(controller) if kill else controller.abort.remote()
 
 
 def root_cause(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows.runtime import storage
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import ConfigError, UserError
 from workflows.runtime.lease import Lease
 from workflows.runtime.uri import is_remote, join
 
@@ -147,19 +147,30 @@ def _record(name: str) -> bool:
 
 
 class Workspace:
-    """`root` is a folder or s3://BUCKET/PREFIX. Raises UserError if it can't be made or written, or the disk is full."""
+    """`root` is a folder or s3://BUCKET/PREFIX. Raises ConfigError for what is no name of one, UserError if it can't be made or
+    written, or the disk is full.
+    """
 
-    def __init__(self, root: str | Path, *, minimum_free: int | None = None) -> None:
-        """`minimum_free`: bytes that must be free on its disk; by default what a run may need."""
+    def __init__(self, root: str | Path, *, minimum_free: int | None = None, looks: bool = False) -> None:
+        """`minimum_free`: bytes that must be free on its disk; by default what a run may need. `looks`: to read only, so that
+        nothing is made, and whether anything could be is not asked.
+        """
         self.remote = is_remote(root)
         if self.remote:
             self.uri = str(root).rstrip("/")
-            storage.check(self.uri)
+            if not looks:
+                storage.check(self.uri)
             self.root = storage.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
         else:
             self.root = Path(str(root).removeprefix("file://")).expanduser().resolve()
             self.uri = str(self.root)
+        if not str(root).strip() or not self.uri.isprintable():
+            raise ConfigError(
+                f"workspace: {str(root)!r} is no name of a folder: empty, or with characters that can't be shown"
+            )
         self._lease: Lease | None = None
+        if looks:
+            return
         try:
             for folder in ("stages", "reports", "ray"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
@@ -273,7 +284,12 @@ class Workspace:
 
     @property
     def default_tracking_uri(self) -> str:
-        return f"sqlite:///{self.root / 'mlflow.db'}"
+        """In an address % and ? mean something, and are quoted. MLflow would then make a folder of the quoted name, unless the
+        address names the driver too.
+        """
+        path = str(self.root / "mlflow.db")
+        quoted = path.replace("%", "%25").replace("?", "%3F")
+        return f"sqlite{'' if quoted == path else '+pysqlite'}:///{quoted}"
 
     @property
     def default_artifacts(self) -> Path:

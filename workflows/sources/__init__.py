@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from workflows.ingest.spread import evenly
-from workflows.runtime.manifest import read_manifest
+from workflows.runtime.manifest import known_manifest
 from workflows.runtime.uri import resolved
 from workflows.sources.drawn import RING, gmm, made, ring
-from workflows.sources.folder import load_folder
-from workflows.sources.packaged import PHOTOGRAPHS, digits, photos
+from workflows.sources.folder import class_names, load_folder
+from workflows.sources.packaged import PHOTOGRAPHS, digits, photograph_names, photos
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +27,8 @@ Load = Callable[[Say], "tuple[np.ndarray, np.ndarray]"]
 class Source:
     """`load(say)` gives images [n, c, h, w] in [0, 1] and labels [n], and says in a line what the user should know of them;
     `shape` is (c, h, w); `num_classes` 0: no labels, and those that load gives are 0; `exact(schedule=...)` the optimal denoiser,
-    where the law of the data is known; `preprocessing` says what load did to the images. Without `load` the images are a data set
-    already.
+    where the law of the data is known; `preprocessing` says what load did to the images; `classes()` names the classes in the
+    order of their labels, where they have names. Without `load` the images are a data set already.
     """
 
     shape: tuple[int, int, int]
@@ -36,13 +36,14 @@ class Source:
     load: Load | None
     exact: Callable[..., Any] | None = None
     preprocessing: str = "whole images"
+    classes: Callable[[], tuple[str, ...]] | None = None
 
 
 SOURCES: dict[str, Source] = {
-    "digits": Source((1, 8, 8), 10, digits),
+    "digits": Source((1, 8, 8), 10, digits, classes=lambda: tuple("0123456789")),
     "gmm": Source((2, 1, 1), RING["modes"], gmm, exact=ring),
-    "photos32": Source((3, 32, 32), len(PHOTOGRAPHS), partial(photos, size=32, each=1000)),
-    "photos64": Source((3, 64, 64), len(PHOTOGRAPHS), partial(photos, size=64, each=400)),
+    "photos32": Source((3, 32, 32), len(PHOTOGRAPHS), partial(photos, size=32, each=1000), classes=photograph_names),
+    "photos64": Source((3, 64, 64), len(PHOTOGRAPHS), partial(photos, size=64, each=400), classes=photograph_names),
 }
 """Sources whose shape is their own."""
 
@@ -56,12 +57,19 @@ def _folder(data: Data) -> Source:
     shape, classes = _shape(data), data.num_classes or 0
     # The limit is the loader's, which then does not decode what is not wanted.
     load = partial(load_folder, path=data.path, shape=shape, num_classes=classes, limit=data.limit)
-    return Source(shape, classes, load, preprocessing="upright, over white, central square, Lanczos")
+    names = partial(class_names, data.path, classes)
+    return Source(shape, classes, load, preprocessing="upright, over white, central square, Lanczos", classes=names)
 
 
 def _dataset(data: Data) -> Source:
-    manifest = read_manifest(data_set(data))
-    return Source(manifest.shape, manifest.num_classes, None, preprocessing=manifest.preprocessing)
+    manifest = known_manifest(data_set(data))
+    return Source(
+        manifest.shape,
+        manifest.num_classes,
+        None,
+        preprocessing=manifest.preprocessing,
+        classes=lambda: manifest.classes,
+    )
 
 
 def data_set(data: Data) -> str:

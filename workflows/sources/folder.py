@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from workflows.ingest.decode import SUFFIXES, BadImage, decode
-from workflows.ingest.files import walk
+from workflows.ingest.decode import START, SUFFIXES, BadImage, decode, starts_as_image
+from workflows.ingest.files import called, hidden, walk
+from workflows.ingest.images import is_image, may_be_image
 from workflows.ingest.spread import evenly
+from workflows.ingest.text import in_order
 from workflows.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,9 +34,12 @@ def load_folder(
     import numpy as np
 
     root = checked(path)
-    files = image_files(root)
+    files, others = _found(root)
     if not files:
-        raise UserError(f"data.path: no images in {root}", hint=f"they are known by their names: {' '.join(SUFFIXES)}")
+        raise UserError(f"data.path: no images in {root}", hint=f"known are {' '.join(SUFFIXES)}")
+    if others:
+        counts = Counter(called(file.name) for file in others).most_common(5)
+        say(f"left out: {', '.join(f'{n:,} {name}' for name, n in counts)} (not images)")
     labels = np.array(_classes(root, files, num_classes))
     index = evenly(len(files), limit)
     images, good = _decode([files[i] for i in index], shape)
@@ -66,13 +72,39 @@ def listing(path: str | None) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
+def class_names(path: str | None, num_classes: int) -> tuple[str, ...]:
+    """The subfolders with images, in the order of their labels."""
+    root = checked(path)
+    return _names(root, image_files(root)) if num_classes else ()
+
+
 def image_files(root: Path) -> list[Path]:
     """All images below `root`, in order. Hidden files and folders are left out. Raises UserError where a folder can't be read."""
+    return _found(root)[0]
+
+
+def _found(root: Path) -> tuple[list[Path], list[Path]]:
+    """(images, other files)."""
     try:
-        found = [Path(path) for path, _ in walk(str(root))]
+        found = sorted(Path(path) for path, _ in walk(str(root)))
     except OSError as error:
         raise UserError(f"data.path: {error.filename} can't be read: {error.strerror}") from error
-    return sorted(file for file in found if file.name.lower().endswith(SUFFIXES) and not file.name.startswith("."))
+    images: list[Path] = []
+    others: list[Path] = []
+    for file in found:
+        if not hidden(file.name):
+            (images if is_image(file.name) or _starts_as_image(file) else others).append(file)
+    return images, others
+
+
+def _starts_as_image(file: Path) -> bool:
+    if not may_be_image(file.name):
+        return False
+    try:
+        with file.open("rb") as stream:
+            return starts_as_image(stream.read(START))
+    except OSError:
+        return False
 
 
 def _classes(root: Path, files: Sequence[Path], num_classes: int) -> list[int]:
@@ -84,13 +116,16 @@ def _classes(root: Path, files: Sequence[Path], num_classes: int) -> list[int]:
         raise UserError(
             f"data.path: {loose} is in no subfolder and so of no class", hint="--set data.num_classes=0: none"
         )
-    of = [file.relative_to(root).parts[0] for file in files]
-    names = sorted(set(of))
+    names = _names(root, files)
     if len(names) != num_classes:
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         raise UserError(f"data.num_classes: {num_classes}, but {root} has {len(names)} subfolders with images: {shown}")
     number = {name: i for i, name in enumerate(names)}
-    return [number[name] for name in of]
+    return [number[file.relative_to(root).parts[0]] for file in files]
+
+
+def _names(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
+    return in_order({file.relative_to(root).parts[0] for file in files})
 
 
 def _decode(files: Sequence[Path], shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +136,7 @@ def _decode(files: Sequence[Path], shape: tuple[int, int, int]) -> tuple[np.ndar
 
     def read(i: int) -> bool:
         try:
-            pixels = decode(files[i].read_bytes(), size=shape[1], channels=shape[0])
+            pixels = decode(files[i].read_bytes(), size=shape[1], channels=shape[0], name=files[i].name)
         except (BadImage, OSError):
             return False
         images[i] = np.asarray(pixels, np.float32) / 255

@@ -27,6 +27,10 @@ PHOTOGRAPHS = (
 """Colour photographs, as package/file."""
 
 
+def photograph_names() -> tuple[str, ...]:
+    return tuple(Path(name).stem for name in PHOTOGRAPHS)
+
+
 def digits(say: Any) -> tuple[np.ndarray, np.ndarray]:
     """1,797 handwritten digits of 8x8 pixels, 10 classes."""
     from sklearn.datasets import load_digits

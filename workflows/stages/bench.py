@@ -20,14 +20,16 @@ from rich.table import Table
 
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
+from workflows.runtime.progress import show_table
 from workflows.sources import Source, source_of
 from workflows.stages.bench_data import bench_data
 from workflows.stages.bench_scaling import bench_scaling
+from workflows.stages.bench_start import bench_start
 from workflows.stages.bench_tracking import bench_tracking
 from workflows.stages.memory import bench_memory
 from workflows.stages.plan_count import pair_flops
 
-PARTS = ("engine", "sampler", "ray", "scaling", "tracking", "memory", "data")
+PARTS = ("engine", "sampler", "start", "ray", "scaling", "tracking", "memory", "data")
 STEPS, K = 10, 8
 """Updates timed together in a round."""
 
@@ -48,6 +50,7 @@ def run_bench(
     measure: dict[str, Callable[..., dict[str, Any]]] = {
         "engine": bench_engine,
         "sampler": bench_sampler,
+        "start": lambda config, repeats: bench_start(config, max(3, repeats // 5)),
         "ray": bench_ray,
         "scaling": lambda config, repeats: bench_scaling(_joint(config), max(3, repeats // 5), workers=numbers),
         "tracking": bench_tracking,
@@ -62,7 +65,7 @@ def run_bench(
                 )
             else:
                 figures[part] = measure[part](config, repeats)
-    console.print(_table(figures))
+    show_table(console, _table(figures))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(figures, indent=2) + "\n")
@@ -329,8 +332,8 @@ def batches_of(config: RunConfig) -> Any:
 
 def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
     from workflows.runtime.cluster import Monitor, Workers, ray_session
+    from workflows.runtime.crew import train
     from workflows.runtime.shards import write_shards
-    from workflows.runtime.worker import train
 
     source = source_of(config.data)
     images, labels = loaded(source)
@@ -375,6 +378,16 @@ def _table(figures: dict[str, Any]) -> Table:
         for name, rate in s["samples_per_second"].items():
             table.add_row(f"samples/s at k = {s['k']}, {name}", f"{rate:,.0f}", "")
         table.add_row("  mmdistill / diffusers", f"{s['mmdistill_over_diffusers']:.2f}", "")
+    if b := figures.get("start"):
+        for name, said in (
+            ("to_the_first_update", "from the command to the first update"),
+            ("to_a_further_training", "to that of a further training"),
+            ("to_the_end", "a whole smoke run"),
+            ("cpu_seconds", "  CPU seconds, of all processes"),
+            ("cpu_to_the_first_update", "  of these to the first update"),
+        ):
+            goal = f"{b['targets'][name]:.0f} s" if name in b["targets"] else ""
+            table.add_row(said, f"{b[name]['median']:.1f} s", goal)
     if r := figures.get("ray"):
         table.add_row("under Ray, over the floor", f"{r['ray_over_floor']:.3f}", f"{r['target']:.2f}")
         table.add_row("  lost to data", f"{r['share_of_data']:.2%}", "")

@@ -26,8 +26,8 @@ LARGER = 8
 def bench_scaling(config: RunConfig, repeats: int, *, workers: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
     """`repeats` starts of each number of workers, in turns; every worker has one thread. With the recipe's batch, and larger."""
     from workflows.runtime.cluster import Monitor, Workers, ray_session, require
+    from workflows.runtime.crew import train
     from workflows.runtime.shards import write_shards
-    from workflows.runtime.worker import train
     from workflows.stages.bench import K, job_of, loaded
 
     source = source_of(config.data)
@@ -174,7 +174,7 @@ def single_loop(config: dict[str, Any]) -> dict[str, Any]:
 def _recovery(job: Any, workers: int) -> float:
     """Seconds from a worker's SIGKILL to the first update after it."""
     from workflows.runtime.cluster import Monitor, Workers
-    from workflows.runtime.worker import train
+    from workflows.runtime.crew import train
 
     ends = train(job, mailbox=Monitor().actor, workers=Workers(workers, workers), use_gpu=False, loop=dying_loop)
     return float(ends["again"] - ends["killed"])

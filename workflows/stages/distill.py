@@ -15,6 +15,7 @@ from workflows.stages.teacher import (
     FITTED,
     TRAINING_CODE,
     data_of,
+    data_provenance,
     denoising_arguments,
     model_config,
     network_config,
@@ -202,7 +203,7 @@ def job_of(
             "method": own.method,
             "k": k,
             "teacher": identity,
-            "data_fingerprint": result["fingerprint"],
+            **data_provenance(result),
         },
     )
 

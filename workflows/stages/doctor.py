@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from workflows.config import ConfigError
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import ConfigError, UserError
+from workflows.runtime.progress import show_table
 
 PACKAGES = (
     "torch",
@@ -51,9 +52,9 @@ def examine(workspace: str, tracking_uri: str | None, cluster: Path | None = Non
     for check in checks:
         with console.status(check.__name__.strip("_<>")):
             for ok, subject, found in check():
-                table.add_row(marks[ok], f"[bold]{subject}[/]", found)
+                table.add_row(marks[ok], f"[bold]{escape(subject)}[/]", escape(found))
                 fine = fine and ok is not False
-    console.print(table)
+    show_table(console, table)
     return fine
 
 

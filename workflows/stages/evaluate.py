@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.markup import escape
 
 from workflows.config import Distill, Evaluate, RunConfig, digest
 from workflows.context import Context, Done, StageRun, identity_of, run_stage
@@ -46,8 +47,8 @@ MEASURES = ("frechet", "frechet_pixels", "kid", "inception_score", "precision", 
 @dataclass(frozen=True)
 class Row:
     """One row of the table: who is sampled, and how: a teacher by `sampler`, a student by its own; `options` are those of
-    `DiffusionModel.sample`, guidance and extra_noise; `own` is a student's sampler where it is not that of `sampler`. `name` is
-    unique and fit for a file.
+    `DiffusionModel.sample`, guidance and extra_noise; `own` names a student's sampler where it is not that of `sampler`. `name`
+    is unique and fit for a file.
     """
 
     who: str
@@ -63,8 +64,16 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The sampler as the table has it."""
-        return ", ".join([self.sampler, *(f"{name.replace('_', ' ')} {value:g}" for name, value in self.options)])
+        """The sampler by which rows are compared."""
+        return self._told(self.sampler)
+
+    @property
+    def shown(self) -> str:
+        """The sampler that was taken, as the table has it."""
+        return self._told(self.own or self.sampler)
+
+    def _told(self, sampler: str) -> str:
+        return ", ".join([sampler, *(f"{name.replace('_', ' ')} {value:g}" for name, value in self.options)])
 
     @property
     def how(self) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def rows_of(config: RunConfig, model: str, students: dict[int, str]) -> list[Row
         for k, student in students.items():
             low, high = config.distill.for_k(k).told or (1.0, 0.0)
             if low <= w <= high:
-                rows.append(Row("student", "ancestral", k, student, guided))
+                rows.append(Row("student", "ancestral", k, student, guided, own=_own_sampler(config.distill.for_k(k))))
     return rows
 
 
@@ -199,7 +208,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     }
     write_json(run.path / "table.json", result)
     for text in result["warnings"]:
-        screen.line(f"[yellow]![/] {text}")
+        screen.line(f"[yellow]![/] {escape(text)}")
     for line in table:
         how = line["sampler"].replace(", ", "_").replace(" ", "_")
         prefix = line["who"] + ("" if (line["who"], how) == ("student", "ancestral") else f"_{how}")
@@ -365,7 +374,7 @@ def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
     return {
         "who": row.who,
         "sampler": row.label,
-        "shown": row.own or row.label,
+        "shown": row.shown,
         "k": row.k,
         "nfe": row.nfe,
         "name": row.name,

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from workflows.runtime.errors import UserError
-from workflows.runtime.progress import Screen
+from workflows.runtime.progress import Screen, show_table
 from workflows.runtime.registry import Registry
 from workflows.runtime.storage import cache_folder, listing
 from workflows.runtime.uri import is_remote, join, shown
@@ -245,10 +247,10 @@ def show(plan: Plan, screen: Screen) -> None:
         for name in ("to be removed", "size", "why"):
             table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
         for item in plan.items:
-            table.add_row(item.what, _size(item.bytes), item.why)
-        screen.console.print(table)
+            table.add_row(escape(item.what), _size(item.bytes), escape(item.why))
+        show_table(screen.console, table)
     for text in plan.kept:
-        screen.line(f"[dim]kept[/]  {text}")
+        screen.line(f"[dim]kept[/]  {escape(text)}")
 
 
 def _size(n: float) -> str:

@@ -8,25 +8,29 @@ DEST/manifest.json                      last
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import platform
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from workflows.extractors import check_extractor
-from workflows.ingest import Listing, Unit, list_source, read_unit
+from workflows.ingest import Item, Listing, Unit, list_source, read_unit
 from workflows.ingest.encoders import Encoders
-from workflows.ingest.files import DENIED
+from workflows.ingest.files import DENIED, LeftOut
 from workflows.runtime import s3, storage
 from workflows.runtime.cluster import device_of_task, task_options
 from workflows.runtime.errors import UserError
-from workflows.runtime.manifest import FEWEST, MANIFEST, Manifest, is_data_set, read_manifest, write_manifest
+from workflows.runtime.manifest import FEWEST, MANIFEST, Manifest, Sum, is_data_set, read_manifest, write_manifest
 from workflows.runtime.progress import Screen, short
 from workflows.runtime.s3 import again, explained
 from workflows.runtime.shards import Rows, held_out, manifest_of, save_shard
@@ -34,6 +38,7 @@ from workflows.runtime.uri import join, resolved, shown
 from workflows.runtime.workspace import git_commit
 from workflows.stages.preparation import Preparation
 from workflows.stages.statistics import statistics_are_whole, statistics_for
+from workflows.stages.taken import UNLABELLED, kind_of, taken_of
 
 UNIT = 2**20
 """Bytes of the source that are never divided further."""
@@ -43,6 +48,8 @@ GUESS = 100_000
 """Bytes of an image of a source that doesn't tell its count."""
 OWN = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM))
 """Errors of writing, which the command line explains."""
+READERS = 8
+"""Units that are read at once where nothing is decoded."""
 LISTED = 1000
 """Skipped images that the manifest names."""
 
@@ -67,8 +74,33 @@ class Tally:
     def bad(self) -> int:
         return sum(part["bad"] for part in self.parts.values())
 
+    @property
+    def captioned(self) -> int:
+        return sum(part["captioned"] for part in self.parts.values())
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why images were left out, by kind."""
+        return sum((Counter(part["reasons"]) for part in self.parts.values()), Counter[str]())
+
+    @property
+    def left_out(self) -> LeftOut:
+        return sum((_left_out(part["left_out"]) for part in self.parts.values()), LeftOut())
+
+    @property
+    def content(self) -> str:
+        """Of all that was read: the sum of the items' digests."""
+        total = Sum()
+        for part in self.parts.values():
+            total.merge(part["content"])
+        return total.hex()
+
     def listed(self) -> list[dict[str, str]]:
         return [entry for _, part in sorted(self.parts.items()) for entry in part["listed"]][:LISTED]
+
+
+def _left_out(entries: Sequence[Sequence[Any]]) -> LeftOut:
+    return LeftOut({(what, why): count for what, why, count in entries})
 
 
 def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
@@ -104,31 +136,68 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
         )
     if p.extractor:
         check_extractor(p.extractor, p.extractor_weights, p.shape, "--extractor")
-    plan, same = p.key(listing, columns), p.same(listing, columns)
-    if is_data_set(p.dest) and (there := _there(p, same, screen)):
+    plan = p.key(listing, columns)
+    if is_data_set(p.dest) and (there := _there(p, listing, columns, screen)):
         return there
     for note in listing.notes:
         screen.line(f"[yellow]![/] {note}")
     tally = _write_parts(p, listing, plan, screen)
-    manifest = _manifest(p, listing, same, columns, tally)
+    manifest = _manifest(p, listing, columns, tally)
     if p.extractor:
         manifest = replace(manifest, statistics=statistics_for(p, manifest, screen))
     if is_data_set(p.dest) or not _whole(p.dest, manifest):
         raise UserError(f"{shown(p.dest)}: another preparation wrote there meanwhile", hint="name another folder")
     write_manifest(p.dest, manifest)
     _tidy(p.dest, manifest)
-    said = f", {tally.bad:,} could not be read" if tally.bad else ""
+    said = f", {tally.bad:,} left out" if tally.bad else ""
     screen.line(
         f"[green]✓[/] [bold]{shown(p.dest)}[/]  {manifest.count:,} images "
         f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{said}  [dim]{manifest.fingerprint}[/]"
     )
+    _say_taken(manifest, screen)
     return manifest
 
 
-def _there(p: Preparation, same: str, screen: Screen) -> Manifest | None:
+def _say_taken(manifest: Manifest, screen: Screen) -> None:
+    if manifest.taken:
+        screen.line(f"  {escape(manifest.taken['said'])}")
+
+
+def _is_same(p: Preparation, listing: Listing, columns: dict[str, Any], there: Manifest, screen: Screen) -> bool:
+    """Whether the data set that is there was made of this source. Where files' times alone differ, all are read to tell."""
+    if there.options.get("same") == p.same(listing, columns):
+        return True
+    alike = p.ways(columns) == there.options.get("ways") and there.classes == listing.classes
+    if not alike or there.options.get("names") != listing.content:
+        return False
+    with screen.status("the files' times differ: comparing their contents"):
+        return bool(content_of(p, listing) == there.options.get("content"))
+
+
+def content_of(p: Preparation, listing: Listing) -> str:
+    """The sum of the digests of all that a source holds, as `Tally.content` has it. Nothing is decoded."""
+    fs, total = s3.filesystem(p.source)[0], Sum()
+
+    def of(unit: Unit) -> list[bytes]:
+        return again(lambda: [digest_of(item) for item in read_unit(listing, unit, fs)], p.source)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for digests in pool.map(of, listing.units):
+            total.add(digests)
+    return total.hex()
+
+
+def digest_of(item: Item) -> bytes:
+    about = json.dumps([item.key, item.label, item.caption, item.error])
+    digest = hashlib.blake2b(about.encode(), digest_size=Sum.BITS // 8)
+    digest.update(item.image or b"")
+    return digest.digest()
+
+
+def _there(p: Preparation, listing: Listing, columns: dict[str, Any], screen: Screen) -> Manifest | None:
     """The data set that is there already, with the statistics that are asked for; None if some of it is gone."""
     there = read_manifest(p.dest)
-    if there.options.get("same") != same:
+    if not _is_same(p, listing, columns, there, screen):
         raise UserError(
             f"{shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
             hint="name another folder, or remove that one",
@@ -138,6 +207,7 @@ def _there(p: Preparation, same: str, screen: Screen) -> Manifest | None:
         storage.delete(join(p.dest, MANIFEST))
         return None
     screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
+    _say_taken(there, screen)
     if p.extractor is None or (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
         return there
     write_manifest(p.dest, replace(there, statistics={}))  # who reads it meanwhile takes none for others
@@ -240,26 +310,35 @@ def write_part(
 ) -> dict[str, Any]:
     """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
     encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
-    shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=bool(listing.captioned), encoders=encoders)
-    bad, denied, listed = 0, 0, list[dict[str, str]]()
+    may_have = bool(listing.captioned or listing.caption_columns)
+    shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=may_have, encoders=encoders)
+    denied, captioned, listed = 0, 0, list[dict[str, str]]()
+    reasons, left_out, content = Counter[str](), LeftOut(), Sum()
     fs = s3.filesystem(p.source)[0]
     for unit in units:
-        for item in read_unit(listing, unit, fs):
-            reason = item.error or ("has no label" if listing.labelled and item.label is None else "")
+        for item in read_unit(listing, unit, fs, left_out):
+            content.add([digest_of(item)])
+            reason = item.error or (UNLABELLED if listing.labelled and item.label is None else "")
             if not reason:
                 assert item.image is not None
                 reason = shards.add(item.key, item.image, item.label or 0, item.caption)
             if reason:
-                bad += 1
+                reasons[kind_of(reason)] += 1
                 denied += reason == DENIED
                 listed += [{"path": item.key, "reason": reason}] if len(listed) < LISTED else []
+            else:
+                captioned += item.caption is not None
     shards.flush()
     part = {
         "number": number,
         "made": shards.made,
         "images": shards.images,
-        "bad": bad,
+        "captioned": captioned,
+        "bad": reasons.total(),
+        "reasons": reasons,
         "listed": listed,
+        "left_out": [[what, why, count] for (what, why), count in left_out.items()],
+        "content": content.hex(),
         "denied": denied,
     }
     storage.write(join(p.dest, ".parts", plan, f"{number:05d}.json"), json.dumps(part).encode())
@@ -281,7 +360,7 @@ class Shards:
 
         p = self.p
         try:
-            pixels = decode(image, size=p.size, channels=p.channels, crop=p.crop, rng_key=f"{p.seed} {key}")
+            pixels = decode(image, size=p.size, channels=p.channels, crop=p.crop, rng_key=f"{p.seed} {key}", name=key)
         except BadImage as error:
             return str(error)
         self.images += 1
@@ -314,21 +393,43 @@ def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -
     """Raises UserError once it is certain that more than `max_bad` of the images can't be read."""
     of = tally.images + tally.bad if whole else listing.count
     if of and tally.bad > p.max_bad * of:
-        first = next(iter(tally.listed()), {"path": "?", "reason": "?"})
+        unlabelled = tally.reasons[UNLABELLED]
+        lacking = unlabelled > p.max_bad * of
+        said = (
+            f"{unlabelled:,} of {of:,} images have no label"
+            if lacking
+            else f"{tally.bad:,} of {of:,} images can't be read"
+        )
+        first = next(
+            (e for e in tally.listed() if not lacking or e["reason"] == UNLABELLED), {"path": "?", "reason": "?"}
+        )
+        hint = (
+            "--labels none: no classes; or leave them out with --max-bad"
+            if lacking
+            else "mend them, or allow more with --max-bad"
+        )
         raise UserError(
-            f"{shown(p.source)}: {tally.bad:,} of {of:,} images can't be read, more than {p.max_bad:.3%}; "
-            f"such as {first['path']}: {first['reason']}",
-            hint="mend them, or allow more with --max-bad; the parts that are done are kept",
+            f"{shown(p.source)}: {said}, more than {p.max_bad:.3%}; such as {first['path']}: {first['reason']}",
+            hint=f"{hint}; the parts that are done are kept",
         )
     if whole and tally.images < FEWEST:
         raise UserError(f"{shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed")
 
 
-def _manifest(p: Preparation, listing: Listing, same: str, columns: dict[str, Any], tally: Tally) -> Manifest:
+def _manifest(p: Preparation, listing: Listing, encoded: dict[str, Any], tally: Tally) -> Manifest:
     made = [m for _, part in sorted(tally.parts.items()) for m in part["made"]]
     classes = len(listing.classes)
     if listing.labelled and not classes:  # the source's own numbers
         classes = 1 + max(int(label) for m in made for label in m["labels"])
+    captions = listing.captioned or ("files beside the images" if tally.captioned else "")
+    taken = taken_of(
+        listing,
+        images=tally.images,
+        captioned=tally.captioned,
+        left_out=tally.left_out,
+        reasons=tally.reasons,
+        classes=classes if listing.labelled else 0,
+    )
     return manifest_of(
         made,
         source=shown(p.source),
@@ -337,9 +438,18 @@ def _manifest(p: Preparation, listing: Listing, same: str, columns: dict[str, An
         num_classes=classes if listing.labelled else 0,
         classes=listing.classes,
         preprocessing=p.preprocessing,
-        columns=columns | ({"caption": {"from": listing.captioned}} if listing.captioned else {}),
+        columns=encoded | ({"caption": {"from": captions}} if captions else {}),
+        taken=taken,
         skipped={"count": tally.bad, "listed": tally.listed()},
-        options={"same": same, "of": listing.fingerprint, "kind": listing.kind, "labels": listing.labelled}
+        options={
+            "same": p.same(listing, encoded),
+            "of": listing.fingerprint,
+            "ways": p.ways(encoded),
+            "names": listing.content,
+            "content": tally.content,
+            "kind": listing.kind,
+            "labels": listing.labelled,
+        }
         | {
             name: value
             for name, value in asdict(p).items()

@@ -35,7 +35,7 @@ def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
             f"{workspace}: nothing is registered in this workspace",
             hint="name the store with --tracking-uri, or another --workspace, or run `mmdistill run` first",
         )
-    return Registry(Tracker(Workspace(workspace).default_tracking_uri, looks=True))
+    return Registry(Tracker(Workspace(workspace, looks=True).default_tracking_uri, looks=True))
 
 
 def lineage(registry: Registry, model: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
-from workflows.runtime.progress import short
+from workflows.runtime.progress import short, show_table
 from workflows.stages.plan_count import UPDATES, Counted, Training, count
 
 GIB = 2**30
@@ -168,7 +168,7 @@ def run_plan(
         print(json.dumps(figures, indent=2))
         return
     console = Console(highlight=False)
-    console.print(table(figures))
+    show_table(console, table(figures))
     for line in notes(figures):
         console.print(f"[dim]{line}[/]", soft_wrap=True)
 

@@ -16,6 +16,7 @@ EXTRACTORS = get_args(Data.model_fields["extractor"].annotation)
 CODE = (
     "workflows/stages/preparation.py",
     "workflows/stages/ingest.py",
+    "workflows/stages/taken.py",
     "workflows/ingest",
     "workflows/runtime/shards.py",
     "workflows/runtime/manifest.py",
@@ -97,9 +98,15 @@ class Preparation:
 
     def same(self, listing: Listing, columns: dict[str, Any]) -> str:
         """As `key`, but for the code: a data set that is there stays what it is."""
+        return digest([listing.fingerprint, self._ways(), columns])
+
+    def ways(self, columns: dict[str, Any]) -> str:
+        """As `same`, but for the source."""
+        return digest([self._ways(), columns])
+
+    def _ways(self) -> dict[str, Any]:
         apart = ("source", "dest", "max_bad", "latents", "text_encoder", "extractor", "extractor_weights")
-        ways = {name: value for name, value in asdict(self).items() if name not in apart}
-        return digest([listing.fingerprint, ways, columns])
+        return {name: value for name, value in asdict(self).items() if name not in apart}
 
 
 def parse_share(option: str, text: str) -> float:

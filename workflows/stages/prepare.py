@@ -19,6 +19,7 @@ from workflows.reference import (
     load_reference,
     save_reference,
 )
+from workflows.runtime.crew import CREWS
 from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from workflows.runtime.progress import Bar
@@ -70,7 +71,10 @@ def prepare(context: Context) -> Done:
 def _body(run: StageRun) -> dict[str, Any]:
     from mmdistill_core.artifact import save_extractor
 
-    config, source = run.context.config.data, source_of(run.context.config.data)
+    config, source, placement = run.context.config.data, source_of(run.context.config.data), run.context.placement
+    if not placement.use_gpu:
+        workers, at_once = placement.teacher_workers, min(placement.at_once, len(run.context.config.distill.k))
+        CREWS.expect(mailbox=run.context.monitor.actor, workers=workers, at_once=at_once)
     with run.context.screen.bars():
         root, manifest = _data(run, source)
         extractor, accuracy = _extractor(run, root, manifest, source)
@@ -99,6 +103,7 @@ def _body(run: StageRun) -> dict[str, Any]:
         "count": manifest.count,
         "shape": list(manifest.shape),
         "num_classes": manifest.num_classes,
+        "classes": list(manifest.classes),
         "fingerprint": manifest.fingerprint,
         "extractor": about["weights"],
         "classifier_accuracy": accuracy,
@@ -122,6 +127,7 @@ def _data(run: StageRun, source: Source) -> tuple[str, Manifest]:
         images=images,
         labels=labels,
         num_classes=source.num_classes,
+        classes=source.classes() if source.classes else (),
         holdout=config.holdout,
         rows=config.shard_rows,
         preprocessing=source.preprocessing,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape
+
 from workflows.config import Gate, digest
 from workflows.context import Context, Done, StageRun, run_stage
 from workflows.runtime.errors import UserError
@@ -96,7 +98,7 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
         outcome = promote(registry, version, _alias(k), who=user(), why=f"run {run.run_id}", better=True)
         moved[k] = outcome.text.removeprefix(f"{_alias(k)}: ")
         if not outcome.moved and "is that already" not in outcome.text:
-            context.screen.line(f"[yellow]![/] {outcome.text}")
+            context.screen.line(f"[yellow]![/] {escape(outcome.text)}")
     first = f"{teacher.name} v{teacher.version}"
     return {
         "identity": digest([teacher.uri, {k: v.uri for k, v in versions.items()}], 16),

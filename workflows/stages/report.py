@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from workflows.config import digest
 from workflows.context import Context, Done, StageRun, identity_of, read_metrics, read_timed_metrics, run_stage
 from workflows.runtime import lines
 from workflows.runtime.events import CAUSES, EVENTS, interruptions
-from workflows.runtime.progress import Screen, clock, short
+from workflows.runtime.progress import Screen, clock, short, show_table
 from workflows.runtime.uri import shown
 from workflows.runtime.workspace import code_version
 
@@ -207,6 +208,7 @@ def _costs(prepared: Done, taught: Done, students: dict[int, Done], measured: Do
 
 def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, tracking_uri: str | None) -> None:
     """The table, where the report is, and what to try next."""
+    from rich.markup import escape
     from rich.table import Table
 
     table, longest = Table(title=None, header_style="bold", title_justify="left"), summary["teacher_longest"]
@@ -229,11 +231,11 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
             f"{s['frechet'] / longest['frechet']:.2f}",
             clock(s["seconds"]),
         )
-    where = f" --workspace {workspace}" if str(workspace) != ".mmdistill" else ""
-    store = f" --tracking-uri {shown(tracking_uri)}" if tracking_uri else ""
+    where = f" --workspace {quote(str(workspace))}" if str(workspace) != ".mmdistill" else ""
+    store = f" --tracking-uri {quote(shown(tracking_uri))}" if tracking_uri else ""
     champion = max(summary["students"], key=lambda s: s["k"])
     screen.line()
-    screen.console.print(table)
+    show_table(screen.console, table)
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] > 1)}"
     screen.line(
         f"Frechet distance in {summary['features']} features, {summary['counts']}, {seeds}; teacher at {longest['k']} steps "
@@ -247,13 +249,13 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
             f"trained again."
         )
     for text in summary["warnings"]:
-        screen.line(f"[yellow]![/] {text}.")
-    screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{summary['report']}[/]")
+        screen.line(f"[yellow]![/] {escape(text)}.")
+    screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{escape(summary['report'])}[/]")
     if summary["report_here"] != summary["report"]:
-        screen.line(f"  a copy is {summary['report_here']}")
+        screen.line(escape(f"  a copy is {summary['report_here']}"))
     screen.line("Next:")
-    screen.line(f"  mmdistill sample {champion['model_uri']} --n 64{where}{store}")
+    screen.line(escape(f"  mmdistill sample {quote(champion['model_uri'])} --n 64{where}{store}"))
     if summary["tracking"].startswith("http"):
-        screen.line(f"  {summary['tracking']}  is MLflow's page")
+        screen.line(escape(f"  {summary['tracking']}  is MLflow's page"))
     elif not store:
-        screen.line(f"  mmdistill ui{where}")
+        screen.line(escape(f"  mmdistill ui{where}"))

@@ -2,82 +2,207 @@
 
 from __future__ import annotations
 
+import difflib
+import errno
+import math
 import os
+import re
+import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from workflows.config import ConfigError
 from workflows.runtime.errors import UserError
 from workflows.runtime.intact import check_model
+from workflows.runtime.progress import Screen
+from workflows.values import brief
 
-
-def draw(
-    *,
-    model: str,
-    n: int,
-    labels: str | None,
-    seed: int,
-    steps: int | None,
-    out: Path,
-    columns: int | None,
-    guidance: float | None,
-    workspace: str,
-    tracking_uri: str | None,
-) -> str:
-    """Writes the samples to `out`; returns a line that says what was written."""
+if TYPE_CHECKING:
     import numpy as np
-    import torch
 
+    from mmdistill_core.artifact import DiffusionModel
+
+AT_ONCE = 250
+SIDE = 8192
+"""Pixels of a grid's side at most: larger pictures are opened by few programs."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`labels`: the classes to draw in turn, as they were written; None: all. `columns`, `guidance`, `steps`: None, the usual."""
+
+    n: int
+    labels: str | None
+    seed: int
+    steps: int | None
+    columns: int | None
+    guidance: float | None
+
+
+def draw(model: str, wanted: Wanted, *, out: Path, workspace: str, tracking_uri: str | None, screen: Screen) -> str:
+    """Writes the samples to `out`; returns a line that says what was written. Raises ConfigError and UserError for what can't be,
+    before anything is drawn.
+    """
     from mmdistill_core.artifact import NotAModel, load_model
-    from workflows.images import image_grid
 
     if out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"--out: {out} should end in .png (a grid) or .npy (the images)")
-    wanted = _labels(labels, n)
+        raise ConfigError(f"--out: {brief(str(out))} should end in .png (a grid) or .npy (the images)")
+    check_out(out)
+    names = _parts(wanted.labels)
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            diffusion = load_model(_folder(model, Path(scratch), workspace, tracking_uri))
+            diffusion = load_model(fetch_model(model, Path(scratch), workspace, tracking_uri))
         except NotAModel as error:
             raise UserError(str(error)) from error
-        if wanted is not None and not diffusion.network.num_classes:
-            raise ConfigError(f"--labels: {labels}: the model is unconditional")
-        if wanted is None and diffusion.network.num_classes:
-            wanted = torch.arange(n) % diffusion.network.num_classes
-        try:
-            images = diffusion.sample(n, label=wanted, seed=seed, k=steps, guidance=guidance)
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if names and not diffusion.network.num_classes:
+        raise ConfigError(f"--labels: {brief(wanted.labels)}: the model is unconditional")
+    classes = [_class(name, diffusion) for name in names] or list(range(diffusion.network.num_classes))
+    steps = wanted.steps or diffusion.k
+    said = f"of {steps} step{'s' if steps > 1 else ''}: {out}"
     if out.suffix == ".npy":
-        np.save(out, images.numpy(), allow_pickle=False)
-    else:
-        columns = columns or (diffusion.network.num_classes if wanted is not None and labels is None else 0)
-        image_grid(images.numpy(), columns=columns or max(1, round(n**0.5))).save(out)
-    steps_taken = steps or diffusion.k
-    return f"{n} samples of {steps_taken} step{'s' if steps_taken > 1 else ''}: {out}"
+        _save(out, _batches(diffusion, wanted, wanted.n, classes, screen), _shape(diffusion, wanted.n))
+        return f"{wanted.n} samples {said}"
+    return _grid(out, diffusion, wanted, classes, screen) + said
 
 
-def _labels(text: str | None, n: int):  # type: ignore[no-untyped-def]
-    import torch
-
-    if text is None:
-        return None
+def check_out(out: Path) -> None:
+    """Raises ConfigError for a file that can't be, UserError for one that can't be written. Leaves nothing new but its folder."""
     try:
-        classes = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--labels: {text!r} should be whole numbers with commas between, such as 3,5") from None
-    return torch.tensor(classes)[torch.arange(n) % len(classes)]
+        new = not out.exists()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("ab"):
+            pass
+        if new:
+            out.unlink()
+    except OSError as error:
+        reason = f"--out: {brief(str(out))} can't be written: {error.strerror}"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise UserError(reason) from error
+        raise ConfigError(reason) from error
 
 
-def _folder(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
+def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
+    """The model's folder; of a registered one below `scratch`. Nothing is written to the workspace, nor to the store."""
     if "://" not in model and not model.startswith(("models:/", "runs:/")):
         return check_model(Path(model))
-    from workflows.runtime.registry import Registry
-    from workflows.runtime.tracking import Tracker
-    from workflows.runtime.workspace import Workspace
+    if model.startswith("s3://"):
+        from workflows.runtime.storage import fetch
 
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    space = Workspace(workspace)
-    return Registry(Tracker(uri or space.default_tracking_uri, artifacts=space.default_artifacts)).download(
-        model, scratch
+        return fetch(model)
+    from workflows.stages.lineage import open_registry
+
+    return open_registry(workspace, tracking_uri).download(model, scratch)
+
+
+def _parts(text: str | None) -> list[str]:
+    """Classes, as numbers or names, with commas between."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
+    if not all(parts) or (text is not None and not parts):
+        raise ConfigError(f"--labels: {brief(text)} should be classes with commas between, such as 3,5")
+    return parts
+
+
+def _class(name: str, model: DiffusionModel) -> int:
+    """The number of a class, from its number, or its name where the model's data had names. Raises ConfigError."""
+    known = [str(one) for one in model.provenance.get("classes") or []]
+    if re.fullmatch(r"-?[0-9]{1,18}", name):
+        try:
+            model.check_labels([int(name)])
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+        return int(name)
+    if name in known:
+        return known.index(name)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    some = f"{hint}there are: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
+    numbers = f"whole numbers from 0 to {model.network.num_classes - 1}"
+    raise ConfigError(
+        f"--labels: {brief(name)} is no class of the model's; "
+        + (f"{some}; or {numbers}" if known else f"its classes have no names, and should be {numbers}")
     )
+
+
+def _batches(model: DiffusionModel, wanted: Wanted, n: int, classes: list[int], screen: Screen) -> Iterator[np.ndarray]:
+    """The first n samples, [b, c, h, w] at a time, with a bar if they take more than a moment."""
+    import torch
+
+    with screen.bars():
+        bar = screen.bar("sample", n, unit="images")
+        for first in range(0, n, AT_ONCE):
+            b = min(AT_ONCE, n - first)
+            label = torch.tensor(classes)[torch.arange(first, first + b) % len(classes)] if classes else None
+            try:
+                images = model.sample(
+                    b, label=label, seed=wanted.seed, first=first, k=wanted.steps, guidance=wanted.guidance
+                )
+            except ValueError as error:
+                raise ConfigError(f"--{error}") from error
+            yield images.numpy()
+            bar.update(first + b)
+
+
+def _shape(model: DiffusionModel, n: int) -> tuple[int, int, int, int]:
+    c = model.network
+    return n, c.channels, c.image_size, c.image_size
+
+
+def _save(out: Path, batches: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
+    """A .npy file, written as the images come, for there may be more of them than memory holds."""
+    import numpy as np
+
+    size, free = 4 * math.prod(shape), shutil.disk_usage(out.parent).free
+    if size > free:
+        raise UserError(
+            f"--out: {out}: {shape[0]:,} images take {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
+        )
+
+    def write(partial: Path) -> None:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": shape}
+        with partial.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for images in batches:
+                file.write(images.astype("<f4", order="C").tobytes())
+
+    _whole(out, write)
+
+
+def _grid(out: Path, model: DiffusionModel, wanted: Wanted, classes: list[int], screen: Screen) -> str:
+    """A picture of as many of the samples as it holds; says how many."""
+    import numpy as np
+
+    from workflows.images import cell_of, image_grid
+
+    most = max(1, SIDE // cell_of(model.network.image_size))
+    columns = wanted.columns or _columns(wanted.n, len(classes) if wanted.labels is None else 0, most)
+    shown = min(wanted.n, columns * most)
+    if columns > most:
+        raise ConfigError(f"--columns: {columns} are more than the {most} that a picture {SIDE:,} pixels wide holds")
+    if shown < wanted.n:
+        screen.line(
+            f"[yellow]![/] {shown:,} of {wanted.n:,} images fit into a grid of {SIDE:,} pixels a side; a .npy takes all"
+        )
+    images = np.concatenate(list(_batches(model, wanted, shown, classes, screen)))
+    _whole(out, lambda partial: image_grid(images, columns=columns).save(partial, format="png"))
+    return f"{shown} samples "
+
+
+def _columns(n: int, classes: int, most: int) -> int:
+    """The classes, so that each has a column, or some times as many where there are more images than rows; else a square."""
+    if 0 < classes <= most:
+        times = min(most // classes, -(-n // (classes * most)))
+        return classes * times
+    return min(most, max(1, round(n**0.5)))
+
+
+def _whole(out: Path, write: Callable[[Path], Any]) -> None:
+    """The file whole, or as it was before."""
+    partial = out.with_name(f".{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from workflows.config import ConfigError, RunConfig, digest
+from workflows.config import ConfigError, RunConfig, digest, exists, sendable
 from workflows.runtime.errors import UserError
 from workflows.runtime.jobs import NAME, STOP_WAIT, Head, Job, attempt_of
 from workflows.runtime.lease import WAITS
@@ -63,7 +63,7 @@ class Submission:
     command: str
     entrypoint: str
     env: dict[str, str]
-    files: dict[str, Path] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
 
 
 def given_of(command: Any, context: Any) -> list[Given]:
@@ -89,11 +89,11 @@ def compose(
 ) -> Submission:
     """The job of a command. Raises ConfigError for a place that the cluster can't see, and for what would show a secret."""
     _check_places(given, config)
-    files: dict[str, Path] = {}
+    files: dict[str, bytes] = {}
     words, own = ["python", "-m", "workflows", stage], []
     # Options first: an argument may be a list.
     for part in sorted(given, key=lambda part: not part.option.startswith("-")):
-        sent = [_sent(word, files) if part.name not in PLACES else word for word in part.words]
+        sent = [_sent(part.name, word, files) if part.name not in PLACES else word for word in part.words]
         words += sent
         if part.name not in SHOWN_ONLY and not (config and part.name in OF_CONFIG):
             own.append(sent)
@@ -129,16 +129,20 @@ def _check_places(given: list[Given], config: RunConfig | None) -> None:
             raise ConfigError(f"{section}.{name}: {value} is a place on this machine; for a cluster give {SHARED}")
 
 
-def _sent(word: str, files: dict[str, Path]) -> str:
-    """A word that is a small file here (a recipe, a space, labels) as the file's name in the job's folder."""
+def _sent(parameter: str, word: str, files: dict[str, bytes]) -> str:
+    """A word that is a small file here (a recipe with those that it extends, a space, labels) as the file's name in the job's
+    folder.
+    """
     path = Path(word)
-    if path.suffix not in SENT or not path.is_file():
+    if path.suffix not in SENT or not exists(path):
         return word
-    if (size := path.stat().st_size) > LARGEST:
+    content, size = b"", path.stat().st_size
+    if size <= LARGEST:
+        content = sendable(word) if parameter == "recipe" else path.read_bytes()
+    if (size := max(size, len(content))) > LARGEST:
         raise ConfigError(f"{word}: {size / 2**20:.1f} MiB are too much to send along; for a cluster give {SHARED}")
-    content = path.read_bytes()
     name = f"given/{hashlib.sha256(content).hexdigest()[:8]}/{path.name}"
-    files[name] = path
+    files[name] = content
     return name
 
 

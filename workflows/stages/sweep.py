@@ -90,7 +90,7 @@ def sources_of(ledger: Ledger) -> tuple[dict[int, Source], int]:
         if len(space.grid(k)) == 1:  # nothing to search
             sources[k], n = Listed(space.grid(k)), 1
         else:
-            sources[k] = Tpe(k, space.of_k[k], n, seed=1000 * seed + k, begun=ledger.begun(k))
+            sources[k] = Tpe(k, space.of_k[k], n, seed=(1000 * seed + k) % 2**32, begun=ledger.begun(k))
         total += n
     return sources, total
 

@@ -22,11 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from workflows.config import ConfigError, Distill, RunConfig, one_line
-from workflows.values import merge, nested
+from workflows.config import LARGEST, MOST_STEPS, SEEDS, ConfigError, Distill, RunConfig, exists, one_line, read_mapping
+from workflows.values import brief, merge, nested, parsed
 
 SPACES = Path(__file__).parents[1] / "sweeps"
 CHOICES = ("choice", "grid")
@@ -56,8 +53,18 @@ class Domain:
         if self.law == "loguniform":
             return math.exp(rng.uniform(math.log(low), math.log(high)))
         if step:
-            return round(low + step[0] * rng.randint(0, round((high - low) / step[0])), 10)
+            return self._step(rng.randint(0, self._steps))
         return rng.uniform(low, high)
+
+    @property
+    def _steps(self) -> int:
+        """Of quniform, how many of its steps lie between its bounds: rounding must not lose the last one, nor add one."""
+        low, high, step = self.values
+        return math.floor((high - low) / step * (1 + 1e-9))
+
+    def _step(self, i: int) -> float:
+        low, high, step = self.values
+        return min(high, float(f"{low + step * i:.12g}"))  # .3, and not .30000000000000004
 
     @property
     def tried(self) -> tuple[Any, ...]:
@@ -67,7 +74,9 @@ class Domain:
         low, high = self.values[:2]
         if self.law == "randint":
             return (low, high - 1)
-        return (low, high) if self.law == "quniform" else (low, low + (high - low) / math.pi, high)
+        if self.law == "quniform":
+            return (low, self._step(self._steps))
+        return (low, low + (high - low) / math.pi, high)
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ def with_points(config: RunConfig, points: dict[int, Point]) -> RunConfig:
         distill["overrides"][k] = values
     try:
         return RunConfig.model_validate(config.model_dump() | {"distill": distill})
-    except ValidationError as error:
+    except ValueError as error:
         said = re.sub(r"^distill\.overrides\.(\d+)\.", r"k = \1: ", one_line(error, RunConfig))
         raise ConfigError(f"--space: {said}") from None
 
@@ -162,8 +171,10 @@ def space_of(raw: dict[str, Any], config: RunConfig) -> Space:
     raw = dict(raw)
     ks, overrides = raw.pop("k", list(config.distill.k)), raw.pop("overrides", {})
     ks = ks if isinstance(ks, list) else [ks]
-    if not ks or len(set(ks)) < len(ks) or not all(isinstance(k, int) and k >= 1 for k in ks):
-        raise ConfigError(f"--space: k: {ks} should be different whole numbers, at least 1")
+    if not ks or not all(type(k) is int and 1 <= k <= MOST_STEPS for k in ks) or len(set(ks)) < len(ks):
+        raise ConfigError(
+            f"--space: k: {brief(ks)} should be different whole numbers, at least 1 and at most {MOST_STEPS}"
+        )
     if not isinstance(overrides, dict) or not all(isinstance(v, dict) for v in overrides.values()):
         raise ConfigError("--space: overrides: should hold fields by k, such as {1: {pairing: grid}}")
     if unknown := [k for k in overrides if k not in ks]:
@@ -183,22 +194,16 @@ def _read_file(text: str) -> dict[str, Any]:
     path = Path(text)
     if path.suffix not in (".yaml", ".yml"):
         path = SPACES / f"{text}.yaml"
-        if not path.is_file():
+        if not exists(path):
             near = difflib.get_close_matches(text, space_names(), n=1)
             hint = f"did you mean {near[0]}? " if near else ""
             raise ConfigError(
                 f"--space: {text!r} is neither a space ({hint}there are: {', '.join(space_names())}), nor a .yaml file, "
                 "nor field=a,b,c or field=loguniform(low,high)"
             )
-    elif not path.is_file():
+    elif not exists(path):
         raise ConfigError(f"--space: no such file {text}")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--space: {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"--space: {path} should hold fields, not a {type(values).__name__}")
-    return values
+    return read_mapping(path, "--space", "fields")
 
 
 def _written(text: str) -> dict[str, Any]:
@@ -208,10 +213,10 @@ def _written(text: str) -> dict[str, Any]:
         raise ConfigError(f"--space: {text!r} should read field=a,b,c or field=loguniform(low,high)")
     found = CALL.match(values)
     try:
-        parsed = yaml.safe_load(f"[{found[2] if found else values}]")
-    except yaml.YAMLError:
-        raise ConfigError(f"--space: the values of {text!r} are not YAML") from None
-    return {field: {found[1]: parsed} if found else parsed}
+        listed = parsed(f"[{found[2] if found else values}]")
+    except ValueError as error:
+        raise ConfigError(f"--space: the values of {brief(text)} are {error}") from None
+    return {field: {found[1]: listed} if found else listed}
 
 
 def _domains(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, Domain]]:
@@ -238,14 +243,14 @@ def _domain(field: str, value: Any) -> Domain:
         near = difflib.get_close_matches(str(next(iter(value), "")), kinds, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"--space: {field}: {value} should be a list, or one of {', '.join(kinds)}; {hint}".rstrip("; ")
+            f"--space: {field}: {brief(value)} should be a list, or one of {', '.join(kinds)}; {hint}".rstrip("; ")
         )
     numbers = value[law]
     if law in CHOICES:
         return _choice(field, numbers if isinstance(numbers, list) else [numbers])
     numbers = [_number(n) for n in numbers] if isinstance(numbers, list) else []
-    said = f"--space: {field}: {law}({', '.join(map(str, numbers))})"
-    if len(numbers) != LAWS[law] or not all(isinstance(n, (int, float)) for n in numbers):
+    said = f"--space: {field}: {law}({', '.join(map(brief, numbers))})"
+    if len(numbers) != LAWS[law] or not all(_is_number(n) for n in numbers):
         raise ConfigError(f"{said} takes {'low, high, step' if LAWS[law] == 3 else 'low, high'}")
     if not numbers[0] < numbers[1] or (law == "quniform" and numbers[2] <= 0):
         raise ConfigError(f"{said}: low should be below high" + (", and step above 0" if law == "quniform" else ""))
@@ -254,6 +259,12 @@ def _domain(field: str, value: Any) -> Domain:
     if law == "randint" and not all(isinstance(n, int) for n in numbers):
         raise ConfigError(f"{said}: takes whole numbers")
     return Domain(law, tuple(numbers))
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, and if whole then of 64 bits; true and false are none."""
+    whole = type(value) is int and abs(value) <= LARGEST
+    return whole or (isinstance(value, float) and math.isfinite(value))
 
 
 def _choice(field: str, values: list[Any]) -> Domain:
@@ -275,8 +286,10 @@ def _check(config: RunConfig, k: int, fields: dict[str, Domain]) -> None:
     fixed = {f: d.values[0] for f, d in fields.items() if d.law == "choice" and len(d.values) == 1}
     for field, domain in fields.items():
         for value in domain.tried:
-            if field == "seed" and not (isinstance(value, int) and value >= 0):
-                raise ConfigError(f"--space: seed: {value!r} should be a whole number, at least 0")
+            if field == "seed" and not (type(value) is int and 0 <= value <= SEEDS):
+                raise ConfigError(
+                    f"--space: seed: {brief(value)} should be a whole number, at least 0 and at most {SEEDS}"
+                )
             own = section(config, k, fixed | {"k": k, field: value})
             if own.warm_start and field in ("warm_start", "setting"):
                 raise ConfigError("--space: warm_start: is an option of the sweep itself: --warm-start")

@@ -6,7 +6,7 @@ import json
 import statistics
 from typing import Any
 
-from workflows.runtime.progress import Screen
+from workflows.runtime.progress import Screen, show_table
 from workflows.stages.sweep_trial import MEASURED
 
 SHOWN = {"frechet": "distance", "frechet_pixels": "in pixels", "recall": "recall"}
@@ -86,7 +86,7 @@ def show(rows: list[dict[str, Any]], screen: Screen) -> None:
             mark = "[green]●[/]" if i in on else ""
             cells += [f"{line['seconds']['mean']:.0f}", *(column[i] for column in seeds.values())]
             table.add_row(mark, str(line["point"]["k"]), settings, *cells)
-        screen.console.print(table)
+        show_table(screen.console, table)
         screen.line("[green]●[/] the Pareto front: nearer to the data than all with as many steps or fewer")
     for outcome, said in (("stopped", "stopped early, for a distance that lagged"), ("failed", "failed")):
         if n := sum(row.get("outcome") == outcome for row in rows):

@@ -13,9 +13,9 @@ from typing import Any
 from workflows.config import RunConfig
 from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
 from workflows.runtime.cluster import Workers, groups, let_go, run_together
+from workflows.runtime.crew import CREWS, abort
 from workflows.runtime.events import EVENTS, interruptions
 from workflows.runtime.job import Job
-from workflows.runtime.worker import abort, train
 from workflows.runtime.workspace import code_version
 from workflows.sources import source_of
 
@@ -35,6 +35,7 @@ TRAINING_CODE = (
     "mmdistill_core/methods/parts.py",
     "workflows/runtime/job.py",
     "workflows/runtime/worker.py",
+    "workflows/runtime/crew.py",
     "workflows/runtime/parallel.py",
     "workflows/runtime/data.py",
     "workflows/runtime/shards.py",
@@ -94,7 +95,7 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         provenance={
             "role": "teacher",
             "recipe": c.recipe,
-            "data_fingerprint": prepared.result["fingerprint"],
+            **data_provenance(prepared.result),
         },
     )
     with context.screen.bars():
@@ -120,6 +121,12 @@ def _save_exact(run: StageRun, job: Job) -> None:
 def data_of(prepared: Done) -> str:
     """Where workers find the data set: of the stage's own, or the one that the recipe names."""
     return str(prepared.result["data"] or prepared.at("data"))
+
+
+def data_provenance(prepared: dict[str, Any]) -> dict[str, Any]:
+    """What a model keeps of its data: their fingerprint, and the names of their classes, if they have any."""
+    names = {"classes": prepared["classes"]} if prepared.get("classes") else {}
+    return {"data_fingerprint": prepared["fingerprint"], **names}
 
 
 def window_of(config: RunConfig, prepared: dict[str, Any]) -> int | None:
@@ -154,6 +161,7 @@ def run_trainings(
     """
 
     unfinished, going, said, told = set[int](), set[int](), set[str](), False
+    at_once = min(at_once, len(trainings))
     held = groups()
 
     def start(i: int) -> Callable[[], None]:
@@ -171,7 +179,8 @@ def run_trainings(
             going.add(i)
             try:
                 mailbox, use_gpu = context.monitor.actor, context.placement.use_gpu
-                if train(job, mailbox=mailbox, workers=workers, use_gpu=use_gpu) < job.images:
+                seen = CREWS.train(job, mailbox=mailbox, workers=workers, use_gpu=use_gpu, at_once=at_once)
+                if seen < job.images:
                     unfinished.add(i)
             finally:
                 going.discard(i)
@@ -206,6 +215,7 @@ def run_trainings(
     finally:
         for job, _ in trainings:
             context.listeners.pop(job.name, None)
+        CREWS.rest()
 
 
 def _abort(going: set[int], held: set[str]) -> None:

@@ -1,0 +1,37 @@
+"""Tables that a source of named images brings itself: EDM's dataset.json, and Hugging Face's metadata files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from workflows.ingest.asides import Ask
+from workflows.ingest.files import clean
+from workflows.ingest.huggingface import metadata
+from workflows.ingest.tables import Table, parse_table
+
+DATASET = "dataset.json"
+
+
+def own_tables(
+    names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
+) -> tuple[Table | None, Table | None, frozenset[str]]:
+    """(labels, captions, the files that they are from) among the files `names`, which `whole` reads. Metadata come before EDM's.
+
+    Raises UserError for one that can't be read.
+    """
+    labels, captions, used = metadata(names, whole, ask)
+    if labels is None and (found := [name for name in names if name.rpartition("/")[2] == DATASET]):
+        labels, used = _edm(found, whole), used | set(found)
+    return labels, captions, used
+
+
+def _edm(names: Sequence[str], whole: Callable[[str], bytes]) -> Table:
+    """The labels of all of them; the paths in each are relative to where it lies, below a top folder or in an archive."""
+    values: dict[str, str | int | None] = {}
+    classes: tuple[str, ...] = ()
+    for name in names:
+        table = parse_table(clean(name), whole(name), column=None, defaults=("labels",))
+        folder = "".join(name.rpartition("/")[:2])
+        values |= {folder + path: value for path, value in table.values.items()}
+        classes = classes or table.classes
+    return Table(DATASET, values, classes)
