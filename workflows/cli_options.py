@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -90,7 +89,7 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
     """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C,
     143 for SIGTERM, 129 for SIGHUP.
     """
-    from workflows.runtime.errors import ConfigError, UserError
+    from workflows.runtime.errors import ConfigError, UserError, foreign
     from workflows.runtime.workspace import explain_os_error
 
     try:
@@ -101,11 +100,15 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
             + ("; run the same command again to go on from there" if continues else "")
         )
         raise typer.Exit(128 + getattr(stopped, "number", signal.SIGINT)) from None
-    except (ConfigError, UserError, OSError) as error:
+    except Exception as error:
         if debug or (_only_checking.get() and not isinstance(error, ConfigError)):
             raise
+        shown = foreign(error)
         error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
-        shown = explain_os_error(error, Path(DEFAULT_WORKSPACE)) if isinstance(error, OSError) else error
+        if isinstance(error, (ConfigError, UserError)):
+            shown = error  # type: ignore[assignment]
+        elif isinstance(error, OSError):
+            shown = explain_os_error(error) or shown
         if shown is None:
             raise
         say(f"error: {shown}")

@@ -355,7 +355,8 @@ def _republish(context: Context, folder: StageFolder, config: dict[str, Any], re
     run = StageRun(context, folder, config, began=True)
     run.log_figures()
     for name in result.get("artifacts", []):
-        context.tracker.log_artifact(run.run_id, folder.path / name, None)
+        path = folder.path / name
+        context.tracker.log_artifact(run.run_id, path, name if path.is_dir() else None)
     context.tracker.end_run(run.run_id)
     return run.run_id
 

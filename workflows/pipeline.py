@@ -23,7 +23,7 @@ from workflows.config import ConfigError, RunConfig, digest
 from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
 from workflows.runtime.addresses import check_environment
-from workflows.runtime.cluster import Monitor, Workers, ray_session, require
+from workflows.runtime.cluster import Monitor, Workers, present, ray_session, require
 from workflows.runtime.errors import UserError
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Screen
@@ -151,6 +151,7 @@ def open_context(
     check_environment()
     workspace, wait = Workspace(options.workspace), wait_of(options)
     with ExitStack() as stack:
+        stack.enter_context(workspace.explained())
         stack.enter_context(workspace.lock())
         uri = address_of(options.tracking_uri, workspace.default_tracking_uri)
         told = f"  tracking {shown(uri)}{origin(uri)}" if origin(uri) else ""
@@ -166,7 +167,8 @@ def open_context(
             screen.line(f"  tracking: delivering {queued} entries that an earlier run had queued")
             settle(tracker, screen, wait)
         stopping = stack.enter_context(listening())  # after Ray, which has a handler of its own
-        placement = place(config, options, resources)
+        placement = place(config, options, resources, present())
+        _say_room(options, placement, resources, screen)
         fewest = max(placement.teacher_workers.fewest, placement.student_workers.fewest)
         require(resources, cpus=fewest, gpus=fewest if placement.use_gpu else 0)
         yield Context(
@@ -313,15 +315,18 @@ def every_of(options: RunOptions) -> Every:
         ) from None
 
 
-def place(config: RunConfig, options: RunOptions, resources: dict[str, float]) -> Placement:
-    """Workers of each training, and trainings at once. By default the teacher takes the whole machine, and students share it,
-    each with one worker: small networks gain more from company than from more workers.
+def place(
+    config: RunConfig, options: RunOptions, resources: dict[str, float], there: dict[str, float] | None = None
+) -> Placement:
+    """Workers of each training, and trainings at once, of `resources`, which the cluster has or may have. By default the teacher
+    takes what is there now (`there`), and students share it, each with one worker: small networks gain more from company than from
+    more workers. A cluster is made to grow by --workers alone.
     """
-    gpus = int(resources.get("GPU", 0))
-    use_gpu = gpus > 0 if options.gpu is None else options.gpu
-    slots = max(1, gpus if use_gpu else int(resources.get("CPU", 1)))
+    now = resources if there is None else there
+    use_gpu = resources.get("GPU", 0) >= 1 if options.gpu is None else options.gpu
     asked = workers_of(options)
-    teacher = max(n for n in range(1, slots + 1) if config.teacher.batch % n == 0)
+    slots = slots_of(now if asked is None else resources, use_gpu)
+    teacher = min(slots, config.teacher.batch)
     student = asked or Workers(1, 1)
     return Placement(
         teacher_workers=asked or Workers(teacher, teacher),
@@ -329,6 +334,21 @@ def place(config: RunConfig, options: RunOptions, resources: dict[str, float]) -
         at_once=options.at_once or max(1, slots // student.most),
         use_gpu=use_gpu,
     )
+
+
+def slots_of(resources: dict[str, float], use_gpu: bool) -> int:
+    """Workers that there is room for, one at least."""
+    return max(1, int(resources.get("GPU" if use_gpu else "CPU", 0)))
+
+
+def _say_room(options: RunOptions, placement: Placement, resources: dict[str, float], screen: Screen) -> None:
+    """Where the cluster may grow beyond what is used by default."""
+    most, used = slots_of(resources, placement.use_gpu), placement.teacher_workers.most
+    if options.workers is None and most > placement.at_once:
+        kind = "GPUs" if placement.use_gpu else "CPUs"
+        screen.line(
+            f"  [dim]workers: {used}, for the {kind} that are there now; the cluster may have {most}: --workers {used}:{most}[/]"
+        )
 
 
 def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, Any]:

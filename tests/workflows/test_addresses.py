@@ -117,7 +117,6 @@ def test_a_head_answers(monkeypatch):
 def test_who_answers_as_no_head_does(monkeypatch):
     import grpc
 
-    monkeypatch.setattr(addresses, "PATIENCE", 0.5)
     refused = grpc.StatusCode.UNAUTHENTICATED
     for place, said in (
         (web_server(), "what answers there is not Ray"),
@@ -133,6 +132,21 @@ def test_who_answers_as_no_head_does(monkeypatch):
         assert refusal(address, patience=0.5) == "it takes connections, but says nothing for 0.5 s"
     assert refusal("127.0.0.1:9") == "Connection refused"
     assert refusal("nobody.invalid:6379", patience=2)
+
+
+def test_a_token_that_is_wanted_and_not_there_is_a_line(monkeypatch):
+    """Ray's own error of that is of ten lines."""
+    from ray.exceptions import AuthenticationError
+
+    def none(address):
+        raise AuthenticationError(
+            "RAY_AUTH_TOKEN_PATH is set but file cannot be opened: /nowhere. " + "And so on. " * 50
+        )
+
+    monkeypatch.setattr("ray._private.grpc_utils.init_grpc_channel", none)
+    with silence() as address:
+        assert "cannot be opened: /nowhere." in (refusal(address) or "")
+        assert len(refusal(address) or "") <= 120
 
 
 def test_a_cluster_without_a_node_here_is_a_line(monkeypatch):
@@ -234,7 +248,7 @@ except UserError as error:
             "/",
             "/.ray/auth_token, where Ray keeps its token, cannot be written (Permission denied): HOME is /; set HOME",
         ),
-        (None, "HOME is not set, and this user has no home by name, where Ray keeps its token; set HOME"),
+        (None, "HOME is not set, and this user has no home by name; set HOME to a folder of yours"),
         ("/proc", "/proc/.ray/auth_token, where Ray keeps its token, cannot be written"),
     ],
 )
@@ -245,7 +259,7 @@ def test_a_user_without_a_home(home, said):
     words = ["setpriv", "--reuid=54321", "--clear-groups", sys.executable, "-c", NAMELESS]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60)
     assert said in done.stdout, done.stderr
-    assert "RAY_AUTH_TOKEN_PATH to a file" in done.stdout
+    assert ("RAY_AUTH_TOKEN_PATH to a file" in done.stdout) == bool(home)
 
 
 def test_a_token_that_is_there_is_enough(monkeypatch, tmp_path):

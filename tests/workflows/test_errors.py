@@ -1,9 +1,11 @@
 """Other programs' reasons, in a line of ours."""
 
 import pytest
+import typer
 
+from workflows.cli_options import errors
 from workflows.runtime.delivery import brief
-from workflows.runtime.errors import in_a_line
+from workflows.runtime.errors import UserError, in_a_line
 from workflows.runtime.worker import root_cause
 
 DIED = (
@@ -35,6 +37,56 @@ def test_no_word_is_cut(text, most, told):
     assert len(told) <= most
 
 
+def raised(kind):
+    from mlflow.exceptions import MlflowException
+    from ray import exceptions
+
+    task = exceptions.RayTaskError("body", "Traceback", UserError("of ours", hint="so"))
+    return {
+        "OutOfMemoryError": exceptions.OutOfMemoryError("Task was killed. " + "More. " * 100),
+        "NodeDiedError": exceptions.NodeDiedError("its node\nis gone"),
+        "WorkerCrashedError": exceptions.WorkerCrashedError(),
+        "GetTimeoutError": exceptions.GetTimeoutError("Get timed out"),
+        "MlflowException": MlflowException("BAD_REQUEST: no"),
+        "ConnectionError": ConnectionError("Ray is gone"),
+        "of a task": task.as_instanceof_cause(),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("OutOfMemoryError", "a process was ended, as its machine ran out of memory (Task was killed. More."),
+        ("NodeDiedError", "a process or a machine of the cluster was lost (its node is gone)"),
+        ("WorkerCrashedError", "a process or a machine of the cluster was lost (The worker died"),
+        ("GetTimeoutError", "the cluster did not answer in time (Get timed out)"),
+        ("MlflowException", "the tracking store refuses (BAD_REQUEST: no)"),
+        ("ConnectionError", "a connection was lost (Ray is gone)"),
+        ("of a task", "of ours"),
+    ],
+)
+def test_errors_of_rays_and_mlflows_are_a_line_by_kind(kind, said, capsys):
+    error = raised(kind)
+    with pytest.raises(typer.Exit) as caught, errors(debug=False):
+        raise error
+    assert caught.value.exit_code == 1
+    first, hint = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"error: {said}")
+    assert hint.startswith("       ")
+    with pytest.raises(type(error)), errors(debug=True):
+        raise error
+
+
+def test_our_own_faults_are_shown_whole():
+    from ray.exceptions import RayTaskError
+
+    ours = RayTaskError("body", "Traceback", ZeroDivisionError("x")).as_instanceof_cause()
+    for error in (ZeroDivisionError("x"), ours, typer.BadParameter("x"), typer.Exit(3)):
+        with pytest.raises(type(error)) as caught, errors(debug=False):
+            raise error
+        assert caught.value is error
+
+
 def test_a_schema_that_is_out_of_date_is_told_with_its_command(tmp_path):
     """MLflow's own error, of a store that an older one made."""
     import sqlite3
@@ -43,7 +95,6 @@ def test_a_schema_that_is_out_of_date_is_told_with_its_command(tmp_path):
     from mlflow.store.db.base_sql_model import Base
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  whose tables are known then
 
-    from workflows.runtime.errors import UserError
     from workflows.runtime.tracking import Tracker
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"

@@ -337,20 +337,19 @@ def test_not_while_a_run_is_on(workspace):
     assert any((workspace / "ray").iterdir())
 
 
-def test_the_command_asks_and_yes_answers(workspace):
+def test_the_command_asks_and_yes_answers(workspace, capsys, monkeypatch):
     def command(*more):
-        words = [sys.executable, "-m", "workflows", "gc", "--workspace", str(workspace), *more]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            words, stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True, timeout=120
-        )
+        with open(os.devnull) as nobody, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", nobody)
+            with pytest.raises(SystemExit) as caught:
+                main(["gc", "--workspace", str(workspace), *more])
+        shown = capsys.readouterr()
+        assert caught.value.code == 0, shown.err
+        return shown.out + shown.err
 
-    done = command()
-    assert done.returncode == 0, done.stderr
-    assert "nothing was removed" in done.stdout + done.stderr
+    assert "nothing was removed" in command()
     assert any((workspace / "ray").iterdir())
-    done = command("--yes")
-    assert done.returncode == 0, done.stderr
+    command("--yes")
     assert not any((workspace / "ray").iterdir())
 
 

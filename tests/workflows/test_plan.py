@@ -89,7 +89,7 @@ def test_a_k_with_options_of_its_own_is_counted_with_them():
     assert [line.split(",")[0] for line in said] == [
         f"Memory and batch of {u} are those of k = 1" for u in ("joint", "instant")
     ]
-    with pytest.raises(ConfigError, match=r"--gpus: 192 does not divide the batch 256 of k = 1"):
+    with pytest.raises(ConfigError, match=r"--gpus: 192 is more than the batch 128 of k = 8 has images for, 1 each"):
         plan(
             load_config("digits", [*small, "teacher.batch=192", f"distill.overrides={{1: {own}}}"]),
             counted,
@@ -140,8 +140,17 @@ def test_what_can_not_be_is_a_line(cifar):
     with pytest.raises(UserError, match=r"cifar10: nothing fits in 0\.001 GiB; .* needs GPUs of") as caught:
         plan(*cifar, gpus=4, gib=0.001)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"--gpus: 3 does not divide the batch 512 of teacher"):
-        plan(*cifar, gpus=3, gib=2)
+    with pytest.raises(ConfigError, match=r"--gpus: 513 is more than the batch 512 of teacher has images for, 1 each"):
+        plan(*cifar, gpus=513, gib=2)
+
+
+def test_gpus_need_not_divide_a_batch(cifar):
+    """As workers need not: the one with the most images has to hold them."""
+    for name, m in plan(*cifar, gpus=3, gib=80)["memory"].items():
+        halves = 2 if name == "instant" else 1
+        own = -(-m["batch"] // (3 * halves))
+        assert own * 3 * halves >= m["batch"] > (own - 1) * 3 * halves
+        assert m["micro_batch"] * m["accumulate"] == own * halves
 
 
 @pytest.mark.parametrize(

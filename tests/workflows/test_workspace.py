@@ -112,5 +112,19 @@ def test_keys_follow_the_code_that_matters(tmp_path):
 def test_the_systems_errors_are_explained(tmp_path, number, said):
     explained = explain_os_error(OSError(number, "no", "file"), tmp_path)
     assert said in str(explained)
-    assert "kept" in str(explained)
+    assert f"the last checkpoints in {tmp_path} are kept" in str(explained)
     assert explain_os_error(OSError(errno.ECHILD, "no"), tmp_path) is None
+    assert "kept" not in str(explain_os_error(OSError(number, "no", "file"))), "of a command without a workspace"
+
+
+def test_a_run_on_a_full_disk_names_its_workspace(tmp_path):
+    """/dev/full is one, for real."""
+    space = Workspace(tmp_path / "mine")
+    with (
+        pytest.raises(UserError, match=f"the disk is full .{space.uri}.; .* in {space.uri} are kept"),
+        space.explained(),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("x")
+    with pytest.raises(FileNotFoundError), space.explained():
+        (tmp_path / "nothing").read_text()

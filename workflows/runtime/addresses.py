@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflows.runtime.errors import UserError, in_a_line
+from workflows.runtime.errors import ConfigError, UserError, home, in_a_line
 
 OWN = "local"
 PATIENCE = 10.0
@@ -106,8 +106,6 @@ def _started_here() -> str | None:
 
 def checked(address: str) -> None:
     """Raises ConfigError for what is not HOST:PORT, or ray://HOST:PORT."""
-    from workflows.config import ConfigError
-
     scheme, _, rest = address.rpartition("://")
     if scheme in ("http", "https"):
         host = rest.partition("/")[0].rpartition(":")[0] or rest.partition("/")[0]
@@ -125,6 +123,7 @@ def checked(address: str) -> None:
 
 def check_environment() -> None:
     """What can be told without asking anybody. Raises ConfigError, UserError."""
+    home()
     named = _named_address()
     if named not in ("", "auto", OWN):
         checked(named)
@@ -144,6 +143,7 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+    from ray.exceptions import AuthenticationError
 
     request: Any = gcs_service_pb2
 
@@ -154,7 +154,10 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=patience).close()
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
-    channel = init_grpc_channel(place)
+    try:
+        channel = init_grpc_channel(place)
+    except AuthenticationError as error:
+        return in_a_line(str(error), 120)
     try:
         NodeInfoGcsServiceStub(channel).CheckAlive(request.CheckAliveRequest(), timeout=patience)
     except grpc.RpcError as error:
@@ -166,6 +169,8 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return None if scheme == "ray" else "what answers there is not the head of a Ray"
         return "what answers there is not Ray"
+    except AuthenticationError as error:  # there is none to be shown
+        return in_a_line(str(error), 120)
     finally:
         channel.close()
     return None
@@ -190,8 +195,6 @@ def ray_folder() -> Path:
 
 def check_sockets() -> None:
     """Raises ConfigError where Ray's sockets can't be: their paths have a limit, and their folder has to be there."""
-    from workflows.config import ConfigError
-
     folder = ray_folder()
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     length = len(os.fsencode(folder / SOCKET))
@@ -217,17 +220,12 @@ def check_token() -> None:
     env = os.environ
     if env.get("RAY_AUTH_MODE", "token").lower() != "token" or env.get("RAY_AUTH_TOKEN"):
         return
-    hint = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file that holds a token of 32 or more characters"
+    hint = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file with a token, any 32 letters"
     if named := env.get("RAY_AUTH_TOKEN_PATH"):
         if not os.access(named, os.R_OK):
             raise UserError(f"ray: RAY_AUTH_TOKEN_PATH: {named} is no file that can be read", hint=hint)
         return
-    try:
-        token = Path.home() / ".ray" / "auth_token"
-    except RuntimeError:
-        raise UserError(
-            "ray: HOME is not set, and this user has no home by name, where Ray keeps its token", hint=hint
-        ) from None
+    token = home() / ".ray" / "auth_token"
     if os.access(token, os.R_OK):
         return
     try:

@@ -106,6 +106,14 @@ def room() -> dict[str, float]:
     return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
 
 
+def present() -> dict[str, float]:
+    """What the cluster has now."""
+    import ray
+
+    there: dict[str, float] = ray.cluster_resources()
+    return there
+
+
 def groups() -> set[str]:
     """Names of the placement groups of this driver, by which Ray holds CPUs and GPUs for it."""
     import ray

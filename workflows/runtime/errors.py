@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 MOST = 300
@@ -27,6 +28,54 @@ def training_failed(name: str, why: str) -> UserError:
         f"{name}: training failed: {why}",
         hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
     )
+
+
+def home() -> Path:
+    """The user's. Raises UserError where there is none by HOME or by name, as of a container's user: MLflow and Ray want one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise UserError(
+            "HOME is not set, and this user has no home by name", hint="set HOME to a folder of yours"
+        ) from None
+
+
+FOREIGN = {
+    "OutOfMemoryError": (
+        "a process was ended, as its machine ran out of memory",
+        "use fewer --workers, or a smaller micro_batch",
+    ),
+    "AuthenticationError": (
+        "the cluster refuses the token",
+        "set RAY_AUTH_TOKEN_PATH to a file with the one it was started with",
+    ),
+    "OutOfDiskError": ("the disk for Ray's objects is full", "free space, or set RAY_TMPDIR"),
+    "RuntimeEnvSetupError": ("a process could not be given its environment", "Ray's logs on that machine say why"),
+    "GetTimeoutError": ("the cluster did not answer in time", "run the same command again: it goes on where it was"),
+    "RayError": (
+        "a process or a machine of the cluster was lost",
+        "run the same command again: it goes on where it was",
+    ),
+    "MlflowException": (
+        "the tracking store refuses",
+        "finished stages and the last checkpoints are kept; run it again when that is mended",
+    ),
+}
+"""Kinds of Ray's and MLflow's errors, the narrowest first: what each means, and what to do. None of them is a fault of ours."""
+
+
+def foreign(error: BaseException) -> UserError | None:
+    """An error of Ray's or MLflow's own as a line; None for another, and for what Ray only brings from a task, which is ours."""
+    kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] in ("ray", "mlflow")]
+    if "RayTaskError" in kinds:
+        return None
+    reason = in_a_line(str(error)) or type(error).__name__
+    for kind, (said, hint) in FOREIGN.items():
+        if kind in kinds:
+            return UserError(f"{said} ({reason})", hint=hint)
+    if isinstance(error, (ConnectionError, TimeoutError)):  # which Ray raises too
+        return UserError(f"a connection was lost ({reason})", hint=FOREIGN["RayError"][1])
+    return None
 
 
 def in_a_line(text: str, most: int = MOST) -> str:

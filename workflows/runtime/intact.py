@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from workflows.runtime.errors import UserError
 
 AT_ONCE = 2**20
 
@@ -39,3 +43,15 @@ def damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
         if sha256_of(folder / name) != was["sha256"]:
             return f"{folder / name} has another content than when it was made"
     return None
+
+
+def check_model(folder: Path) -> Path:
+    """The model folder, if it is as its stage made it, or no stage's. Raises UserError."""
+    whole = folder.resolve()
+    with suppress(OSError, ValueError, AttributeError):
+        files = json.loads((whole.parent / "result.json").read_text()).get("files", {})
+        own = {name: was for name, was in files.items() if name.startswith(f"{whole.name}/")}
+        if why := damage(whole.parent, own):
+            stage = whole.parent.name.rpartition("-")[0]
+            raise UserError(f"{stage}: {why}", hint=f"put it back, or make it anew: --force {stage}")
+    return folder

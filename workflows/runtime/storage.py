@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, home
 from workflows.runtime.s3 import PART, Changed, S3Settings, again, client, code_of, explained, filesystem
 from workflows.runtime.uri import is_remote, join, shown
 
@@ -31,10 +31,10 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """Where copies of remote files are kept on this machine."""
-    named = os.environ.get("MMDISTILL_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named).expanduser() if named else Path(base) / "mmdistill"
+    """Where copies of remote files are kept on this machine. Raises UserError where there is no such place."""
+    if named := os.environ.get("MMDISTILL_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "mmdistill"
 
 
 # One file
@@ -256,7 +256,9 @@ def fetch(uri: str | Path) -> Path:
         raise UserError(f"{shown(uri)}: there is nothing")
     content = "\n".join(f"{name} {entry.size} {entry.tag}" for name, entry in sorted(entries.items()))
     target = cache_folder() / "copies" / hashlib.sha256(f"{uri}\n{content}".encode()).hexdigest()[:24]
-    if not target.is_dir():
+    try:
+        os.utime(target)  # used now: `mmdistill gc` takes those that nothing uses
+    except FileNotFoundError:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:

@@ -21,7 +21,7 @@ from urllib.parse import unquote, unquote_plus, urlsplit
 
 from workflows.runtime import lines
 from workflows.runtime.delivery import QUEUED, Delivery, brief, meaning
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, home
 from workflows.runtime.outbox import MOST, Away, Operation, Outbox, Refused
 from workflows.runtime.uri import secrets, shown
 
@@ -35,6 +35,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 EXPERIMENT = "mmdistill"
 NAMED = "MLFLOW_TRACKING_URI"
+DATABASES = ("postgresql", "mysql", "mssql")
 NOTHING = ("there is no such file, or nothing in it", "the database has no tables of MLflow's")
 A_MOMENT = 5.0
 """Seconds that a new run waits for the store's id, before it goes on with one of its own."""
@@ -60,6 +61,8 @@ class Tracker:
         `looks`: for the registry alone, without making what is not there: no runs can be begun.
         """
         import logging
+
+        home()  # which MLflow asks for as it is imported
 
         import mlflow
         from mlflow import MlflowClient
@@ -343,13 +346,13 @@ def origin(uri: str) -> str:
 
 
 def made(uri: str) -> bool:
-    """Whether there is a store at this address, without making one: MLflow's own client writes its tables to an empty database. A
-    server is taken to be one.
+    """Whether there is a store at this address, without making one: MLflow's own client writes its tables to an empty database.
+    What is no database is taken to be one.
     """
     path = _file(uri)
     if path is not None:
         return path.is_file() and path.stat().st_size > 0
-    if uri.startswith(("http://", "https://")) or "://" not in uri:
+    if uri.partition(":")[0].partition("+")[0] not in DATABASES:
         return True
     from sqlalchemy import create_engine, inspect
     from sqlalchemy.pool import NullPool

@@ -308,6 +308,16 @@ class Workspace:
             )
 
     @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """What a full disk, or a folder that can't be written, does to a run of this workspace is a UserError that names it."""
+        try:
+            yield
+        except OSError as error:
+            if told := explain_os_error(error, self.uri):
+                raise told from error
+            raise
+
+    @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """One run at a time. Here the kernel frees the lock when its holder dies, however it dies; in a store it runs out."""
         with contextlib.ExitStack() as stack:
@@ -335,13 +345,16 @@ class Workspace:
             yield
 
 
-def explain_os_error(error: OSError, workspace: Path) -> UserError | None:
-    """What a full disk or a folder that can't be written means here; None for other errors."""
-    saved = f"finished stages and the last checkpoints in {workspace} are kept"
+def explain_os_error(error: OSError, workspace: str | Path | None = None) -> UserError | None:
+    """What a full disk or a folder that can't be written means here; None for other errors. `workspace`: of the run that met it."""
+    error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
+    where = error.filename or workspace
+    saved = f"; finished stages and the last checkpoints in {workspace} are kept" if workspace else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"the disk is full ({error.filename or workspace}); {saved}", hint="free space, run it again")
+        full = f"the disk is full ({where})" if where else "the disk is full"
+        return UserError(f"{full}{saved}", hint="free space, run it again")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UserError(f"{error.filename or workspace} cannot be written; {saved}", hint="mend that, run it again")
+        return UserError(f"{where or 'a file'} cannot be written{saved}", hint="mend that, run it again")
     return None
 
 

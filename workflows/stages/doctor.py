@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from workflows.config import ConfigError
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import ConfigError, UserError
 from workflows.runtime.progress import show_table
 
 PACKAGES = (

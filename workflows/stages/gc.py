@@ -1,12 +1,13 @@
 """gc: what a workspace no longer needs, shown with its size and why, and removed once that is agreed to.
 
-Not touched: what a registered version or a pipeline's configuration refers to, a training that can be resumed, and anything at all
-while a run holds the workspace's lock.
+Not touched: what a registered version or a pipeline's configuration refers to, a training that can be resumed unless it is older
+than the days to keep, and anything at all while a run holds the workspace's lock.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,13 +19,17 @@ from rich.markup import escape
 from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen, show_table
 from workflows.runtime.registry import Registry
-from workflows.runtime.storage import listing
+from workflows.runtime.storage import cache_folder, listing
 from workflows.runtime.uri import is_remote, join, shown
 from workflows.runtime.workspace import RESULT, StageFolder, Workspace, changed, size_of
 
 YOUNG = 3600
 """Seconds. Workers of a driver that was killed live on for a moment without its lock: what they may be writing is left."""
 DAY = 86_400
+COPIES = 7.0
+"""Days after which a copy of remote files that nothing has used goes, where none are given. It is made again where it is wanted;
+one day is the least, as a run of another workspace may be reading it.
+"""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ def run_gc(
         with screen.status("looking"), space.tree() as tree:
             plan = make_plan(tree, tracking_uri, keep_days)
             _tracking(space, keep_days or 0, plan)
+            _copies(COPIES if keep_days is None else max(1.0, keep_days), plan)
         show(plan, screen)
         if plan.items and agree(f"Remove these {len(plan.items)}, {_size(plan.bytes)}?"):
             for item in plan.items:
@@ -88,12 +94,18 @@ def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | Non
     """What may go of the stages, trainings and files of a workspace in a folder."""
     plan, stages = Plan(), space.stages()
     trainings = {p.name: p for p in sorted((space.root / "ray").iterdir()) if p.is_dir() and p.name[0] != "."}
-    halfway = [s for s in stages if s.result is None and _checkpoints(trainings.get(s.path.name))]
+    oldest = None if keep_days is None else time.time() - keep_days * DAY
+
+    def given_up(stage: StageFolder) -> bool:
+        return oldest is not None and max(changed(stage.path), changed(trainings[stage.path.name])) <= oldest
+
+    halfway = [s for s in stages if s.result is None and _checkpoints(trainings.get(s.path.name)) and not given_up(s)]
     plan.kept += [
         f"{s.path.name}: a training that can be resumed, {_size(size_of(trainings[s.path.name]))}" for s in halfway
     ]
     wanted = _referenced(space, stages, halfway, tracking_uri, keep_days, plan)
-    _trainings(space, stages, trainings, plan)
+    left = [] if keep_days is None else [s for s in stages if s.result is None and s not in wanted]
+    _trainings(space, stages, trainings, left, plan)
     for stage in (s for s in stages if s not in wanted):
         end = "unfinished; " if stage.result is None else ""
         plan.add(space, stage.path, f"{end}no pipeline and no registered version refers to it")
@@ -102,14 +114,15 @@ def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | Non
         busy = space.root / "ray" in path.parents and changed(path) > time.time() - YOUNG
         if not doomed & {path, *path.parents} and not busy:
             plan.add(space, path, "left half written by a run that was killed")
-    if keep_days is not None:
-        oldest = time.time() - keep_days * DAY
+    if oldest is not None:
         plan.items = [item for item in plan.items if item.path and changed(space.root / item.path) <= oldest]
     return plan
 
 
-def _trainings(space: Workspace, stages: list[StageFolder], trainings: dict[str, Path], plan: Plan) -> None:
-    """Checkpoints that nothing will be resumed from."""
+def _trainings(
+    space: Workspace, stages: list[StageFolder], trainings: dict[str, Path], left: list[StageFolder], plan: Plan
+) -> None:
+    """Checkpoints that nothing will be resumed from; `left` are unfinished stages that nobody went on with for long."""
     by_name = {stage.path.name: stage for stage in stages}
     for name, path in trainings.items():
         stage = by_name.get(name)
@@ -117,6 +130,8 @@ def _trainings(space: Workspace, stages: list[StageFolder], trainings: dict[str,
             plan.add(space, path, "checkpoints of a stage that is not there")
         elif stage.result is not None:
             plan.add(space, path, "checkpoints of a training that ended; its model is kept")
+        elif stage in left:
+            plan.add(space, path, "checkpoints of a training that was not gone on with for so many days")
 
 
 def _checkpoints(training: Path | None) -> list[Path]:
@@ -207,6 +222,21 @@ def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:
 
         size, path = (size_of(here), here.relative_to(space.root)) if here else (0, None)
         plan.items.append(Item(f"{found.kind} {found.id}", why[found.kind], size, path, forgets))
+
+
+def _copies(days: float, plan: Plan) -> None:
+    """Copies of remote files on this machine, of whatever workspace, which nothing has used for so many days."""
+    folder = cache_folder() / "copies"
+    old = [path for path in sorted(folder.glob("*")) if path.lstat().st_mtime <= time.time() - days * DAY]
+
+    def forgets() -> None:
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
+
+    if old:
+        several = "ies" if len(old) > 1 else "y"
+        what = f"{len(old)} cop{several} of remote files in {folder}"
+        plan.items.append(Item(what, f"not used for {days:g} days", sum(map(size_of, old)), None, forgets))
 
 
 def show(plan: Plan, screen: Screen) -> None:

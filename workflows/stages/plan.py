@@ -27,12 +27,15 @@ BENCHES = Path(__file__).resolve().parents[2] / "docs" / "bench"
 def plan(
     config: RunConfig, counted: Counted, *, gpus: int, gib: float, bench: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Plain JSON. Raises UserError when no update fits, ConfigError when the GPUs can't share a batch."""
+    """Plain JSON. Raises UserError when no update fits, ConfigError when there are more GPUs than a batch has images for."""
     batches = {0: config.teacher.batch} | {k: config.distill.for_k(k).batch for k in config.distill.k}
-    for k, batch in batches.items():
-        if batch % gpus:
-            of = f"k = {k}" if k else "teacher"
-            raise ConfigError(f"--gpus: {gpus} does not divide the batch {batch} of {of}")
+    for trainings in counted.trainings.values():
+        for k, training in trainings.items():
+            if batches[k] < gpus * training.halves:
+                of = f"k = {k}" if k else "teacher"
+                raise ConfigError(
+                    f"--gpus: {gpus} is more than the batch {batches[k]} of {of} has images for, {training.halves} each"
+                )
     memory = {
         name: _most([_memory(t, k, batches[k], gpus, gib) for k, t in trainings.items()])
         for name, trainings in counted.trainings.items()
@@ -70,10 +73,12 @@ def _most(columns: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _memory(t: Training, k: int, batch: int, gpus: int, gib: float) -> dict[str, Any]:
-    """The largest micro-batch that fits and divides a GPU's part of the batch; None if not even one image does."""
+    """The largest micro-batch that fits and divides a GPU's part of the batch, of the GPU with the largest; None if not even one
+    image does.
+    """
     # Between GPUs gradients travel in buckets, which are a copy of them.
     fixed = t.fixed | {"buckets between GPUs": t.fixed["gradients"] if gpus > 1 else 0}
-    free, part = gib * GIB * (1 - RESERVE) - sum(fixed.values()), batch // gpus // t.halves
+    free, part = gib * GIB * (1 - RESERVE) - sum(fixed.values()), -(-batch // (gpus * t.halves))
     micro = next((m for m in range(part, 0, -1) if part % m == 0 and m * t.per_image <= free), None)
     return {
         "k": k,
@@ -84,7 +89,7 @@ def _memory(t: Training, k: int, batch: int, gpus: int, gib: float) -> dict[str,
         "updates": t.updates,
         "evaluations_per_image": t.evaluations,
         "micro_batch": micro,
-        "accumulate": micro and batch // gpus // micro,
+        "accumulate": micro and part * t.halves // micro,
         "bytes_in_use": micro and sum(fixed.values()) + micro * t.per_image,
     }
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from workflows.config import ConfigError
 from workflows.runtime.errors import UserError
+from workflows.runtime.intact import check_model
 from workflows.runtime.progress import Screen
 from workflows.values import brief
 
@@ -86,7 +87,7 @@ def check_out(out: Path) -> None:
 def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
     """The model's folder; of a registered one below `scratch`. Nothing is written to the workspace, nor to the store."""
     if "://" not in model and not model.startswith(("models:/", "runs:/")):
-        return Path(model)
+        return check_model(Path(model))
     if model.startswith("s3://"):
         from workflows.runtime.storage import fetch
 

@@ -257,5 +257,5 @@ def training_result(run: StageRun, summary: str) -> dict[str, Any]:
     if stops["times"]:
         times = f"{stops['times']} time{'s' * (stops['times'] > 1)}"
         summary += f"; interrupted {times}, {stops['again']:,} images trained again"
-    artifacts = ["model", EVENTS]
+    artifacts = ["model", EVENTS, *([FITTED] if (run.path / FITTED).is_dir() else [])]
     return {"identity": identity, "artifacts": artifacts, "summary": summary, "interruptions": stops, **counts}
