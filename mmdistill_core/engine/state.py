@@ -35,6 +35,7 @@ class TrainState:
     micro_batch            images a worker takes at once, or None for all of its part of the batch: gradients are accumulated
     averaged_over_workers  name -> tensor, to the mean over all workers
     unsynced               a context in which gradients stay with their worker, for all but the last part of a batch
+    skipped_in_a_row       role -> its updates without a finite gradient since the last that had one
     template               where workers hold networks in parts: the best role's, whole, with whatever weights
     """
 
@@ -54,7 +55,7 @@ class TrainState:
     n_images: int = 0
     forwards: int = 0
     skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -142,7 +143,7 @@ class TrainState:
         return {
             "networks": {name: n.state_dict() for name, n in self.networks.items() if name not in frozen},
             "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "counters": {name: copy.copy(getattr(self, name)) for name in _COUNTERS},
             "best": {
                 "score": self.best.score,
                 "n_images": self.best.n_images,
@@ -157,6 +158,8 @@ class TrainState:
             self.optimisers[name].load_state_dict(optimiser)
         for name, count in values["counters"].items():
             setattr(self, name, count)
+        if isinstance(in_a_row := values["counters"]["skipped_in_a_row"], int):  # before it was counted by role
+            self.skipped_in_a_row = dict.fromkeys(self.optimisers, in_a_row)
         self.best = Best(role=self.best.role, **values["best"])
 
 

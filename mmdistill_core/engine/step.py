@@ -15,11 +15,11 @@ from mmdistill_core.methods.base import Batch, Losses, Phase, Statistic
 from mmdistill_core.rng import Draws, derive_seed
 
 PATIENCE = 20
-"""Non-finite steps in a row after which training stops."""
+"""Updates of a role in a row without a finite gradient, after which training stops."""
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient was not finite for PATIENCE steps in a row."""
+    """A role's loss or gradient was not finite in PATIENCE updates in a row."""
 
 
 @dataclass(frozen=True)
@@ -121,19 +121,26 @@ def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world:
     }
     finite = bool(torch.stack(list(norms.values())).isfinite().all())
     if finite:
-        state.skipped_in_a_row = 0
         for role in phase.trains:
+            state.skipped_in_a_row[role] = 0
             options, optimiser = state.options[role], state.optimisers[role]
             optimiser.param_groups[0]["lr"] = options.lr_at(n_images=state.n_images, total=state.total_images)
             optimiser.step()
     else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row >= PATIENCE:
-            raise NonFiniteError(
-                f"the loss or gradient of {', '.join(phase.trains)} was not finite for {PATIENCE} steps in a row "
-                f"(at {state.n_images} images); lower the learning rate, or look at the data"
-            )
+        _skip(state, phase)
     of_all = state.global_batch / (1 if phase.statistic is None else 2)
     share = len(losses.per_sample[phase.trains[0]]) * world / of_all
     return PhaseLog(losses, {role: norm.detach() for role, norm in norms.items()}, not finite, share)
+
+
+def _skip(state: TrainState, phase: Phase) -> None:
+    """Counts for each role of the phase alone: the good steps of another one say nothing of these."""
+    state.skipped += 1
+    for role in phase.trains:
+        state.skipped_in_a_row[role] = state.skipped_in_a_row.get(role, 0) + 1
+    stuck = [role for role in phase.trains if state.skipped_in_a_row[role] >= PATIENCE]
+    if stuck:
+        raise NonFiniteError(
+            f"the loss or gradient of {', '.join(stuck)} was not finite in {PATIENCE} updates in a row "
+            f"(at {state.n_images} images); lower the learning rate, or look at the data"
+        )

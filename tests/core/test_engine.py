@@ -151,10 +151,10 @@ class TestNonFinite:
         train_step(state=state, batches=lambda n: Batch(gaussian_batch(8, generator(n))), seed=0)
         before = copy.deepcopy(state.networks["teacher"].state_dict())
         train_step(state=state, batches=lambda n: Batch(torch.full((8, 1), float("nan"))), seed=0)
-        assert state.skipped == state.skipped_in_a_row == 1
+        assert (state.skipped, state.skipped_in_a_row) == (1, {"teacher": 1})
         assert all(torch.equal(v, before[k]) for k, v in state.networks["teacher"].state_dict().items())
         train_step(state=state, batches=lambda n: Batch(gaussian_batch(8, generator(n))), seed=0)
-        assert (state.skipped, state.skipped_in_a_row) == (1, 0)
+        assert (state.skipped, state.skipped_in_a_row) == (1, {"teacher": 0})
         assert not all(torch.equal(v, before[k]) for k, v in state.networks["teacher"].state_dict().items())
 
     def test_an_infinite_loss_with_finite_gradients_is_skipped_too(self):
@@ -167,9 +167,39 @@ class TestNonFinite:
         bad = Batch(torch.full((8, 1), float("inf")))
         for _ in range(PATIENCE - 1):
             train_step(state=state, batches=lambda n: bad, seed=0)
-        with pytest.raises(NonFiniteError, match=f"{PATIENCE} steps in a row"):
+        with pytest.raises(NonFiniteError, match=f"teacher was not finite in {PATIENCE} updates in a row"):
             train_step(state=state, batches=lambda n: bad, seed=0)
         assert state.skipped == PATIENCE
+
+    def alternating(self):
+        """A state whose student's gradient is nan, and whose auxiliary's is not."""
+        state = make_state(MomentMatching(schedule=COSINE, k=1, update="alternating"), total=10**6, batch=4)
+        for parameter in state.networks["student"].parameters():
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+        return state
+
+    def steps(self, state, count):
+        for _ in range(count):
+            train_step(state=state, batches=make_batches(batch=4), seed=0)
+
+    def test_the_good_steps_of_one_role_do_not_hide_the_bad_ones_of_another(self):
+        state = self.alternating()
+        self.steps(state, 2 * PATIENCE - 1)
+        assert state.skipped_in_a_row == {"auxiliary": 0, "student": PATIENCE - 1}
+        with pytest.raises(NonFiniteError, match=f"gradient of student was not finite in {PATIENCE} updates in a row"):
+            self.steps(state, 1)
+
+    def test_the_counts_go_with_the_checkpoint(self, tmp_path):
+        state = self.alternating()
+        self.steps(state, 8)
+        save_checkpoint(tmp_path / "c", state.state_dict())
+        again = self.alternating()
+        again.load_state_dict(load_checkpoint(tmp_path / "c"))
+        assert again.skipped_in_a_row == {"auxiliary": 0, "student": 4}
+        older = load_checkpoint(tmp_path / "c")
+        older["counters"]["skipped_in_a_row"] = 3  # of all roles together
+        again.load_state_dict(older)
+        assert again.skipped_in_a_row == {"student": 3, "auxiliary": 3}
 
 
 class TestBatches:
