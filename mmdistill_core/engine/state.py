@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -36,6 +37,7 @@ class TrainState:
     averaged_over_workers  name -> tensor, to the mean over all workers
     unsynced               a context in which gradients stay with their worker, for all but the last part of a batch
     skipped_in_a_row       role -> its updates without a finite gradient since the last that had one
+    window                 the log window as it stood when the training was last saved: `fit` goes on with it
     template               where workers hold networks in parts: the best role's, whole, with whatever weights
     """
 
@@ -56,6 +58,7 @@ class TrainState:
     forwards: int = 0
     skipped: int = 0
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)
+    window: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -109,6 +112,12 @@ class TrainState:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Of what is trained."""
+        optimiser = next(iter(self.optimisers.values()))
+        return optimiser.param_groups[0]["params"][0].device
+
+    @property
     def averages(self) -> dict[str, str]:
         """ema role -> its source."""
         return {r.name: r.source for r in self.method.roles if r.life == "ema"}
@@ -149,6 +158,7 @@ class TrainState:
                 "n_images": self.best.n_images,
                 "weights": dict(self.best.weights),
             },
+            "window": self.window,
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -161,6 +171,7 @@ class TrainState:
         if isinstance(in_a_row := values["counters"]["skipped_in_a_row"], int):  # before it was counted by role
             self.skipped_in_a_row = dict.fromkeys(self.optimisers, in_a_row)
         self.best = Best(role=self.best.role, **values["best"])
+        self.window = values.get("window", {})  # checkpoints of before have none
 
 
 def uncut(value: Tensor) -> Tensor:

@@ -368,6 +368,71 @@ def test_logs_are_means_over_all_workers():
     assert whole.flush(lambda values: values) == {}
 
 
+class TestLogWindow:
+    def rows(self, state, stop_at=None):
+        """The rows that `fit` reports, but for what the clock tells, up to a stop that is asked for."""
+        rows = []
+        fit(
+            state=state,
+            batches=make_batches(),
+            options=FitOptions(log_every=64 * 6, checkpoint_every=64 * 4),
+            report=rows.append,
+            save=lambda s: None,
+            asked=lambda: "stop" if state.n_images == stop_at else "",
+        )
+        return [{name: v for name, v in row.items() if name != "images_per_second"} for row in rows]
+
+    @pytest.mark.parametrize("name", MAKE)
+    def test_it_goes_on_after_a_stop_as_if_there_had_been_none(self, name, tmp_path):
+        undisturbed = self.rows(make_state(MAKE[name]()))
+        first = make_state(MAKE[name]())
+        before = self.rows(first, stop_at=64 * 9)
+        save_checkpoint(tmp_path / "c", first.state_dict())
+        second = make_state(MAKE[name]())
+        second.load_state_dict(load_checkpoint(tmp_path / "c"))
+        assert (len(before), len(undisturbed)) == (1, 4)
+        assert before + self.rows(second) == undisturbed
+
+    def test_the_rate_is_of_the_whole_window(self):
+        state = make_state(MAKE["denoising"]())
+        self.rows(state, stop_at=64 * 9)
+        assert state.window["since"] == 64 * 6
+        assert state.window["seconds"] > 0
+
+    def test_a_checkpoint_of_before_starts_a_new_one(self, tmp_path):
+        state = make_state(MAKE["denoising"]())
+        self.rows(state, stop_at=64 * 9)
+        older = {name: value for name, value in state.state_dict().items() if name != "window"}
+        again = make_state(MAKE["denoising"]())
+        again.load_state_dict(older)
+        assert [row["n_images"] for row in self.rows(again)] == [64 * 12, 64 * 18, 64 * 24]
+
+    def test_what_several_workers_added_goes_on_with_each_of_them(self):
+        """A checkpoint has the mean over the workers; whoever goes on from there, and however many, flushes the mean of all."""
+
+        def log(x):
+            return PhaseLog(Losses({"teacher": x}, by_level={"l": x**2}, logsnr=x), {}, skipped=False)
+
+        first, second = torch.linspace(-8, 9, 24).view(2, 12)
+        whole = LogWindow()
+        whole.add(log(first))
+        whole.add(log(second))
+        wanted = whole.flush(lambda values: values)
+
+        def of(rank, summed):
+            def averaged(values):
+                return {name: summed(value) / 2 for name, value in values.items()}
+
+            own, window = slice(6 * rank, 6 * rank + 6), LogWindow()
+            window.add(log(first[own]))
+            window = LogWindow(window.partial(averaged))
+            window.add(log(second[own]))
+            return window.flush(averaged)
+
+        for found in together(2, of):
+            assert found == pytest.approx(wanted)
+
+
 def test_second_moments_collected_are_adams_at_learning_rate_zero():
     """Both are the mean of the squared gradients; Adam's with beta2 near 1 and its start corrected for."""
     method, teacher, batches = Denoising(schedule=COSINE), denoiser(), make_batches()
