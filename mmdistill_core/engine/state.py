@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mmdistill_core.engine.optim import OptimiserOptions, averaged
+from mmdistill_core.engine.optim import Average, OptimiserOptions
 from mmdistill_core.methods.base import Method, Role, Statistic
 from mmdistill_core.networks.denoiser import Denoiser
 
@@ -87,11 +87,8 @@ class TrainState:
             if role.name in given:
                 networks[role.name] = _told(given[role.name], role)
             elif role.life == "ema":
-                networks[role.name] = averaged(
-                    networks[role.source],
-                    half_life_images=ema_half_life_images,
-                    ramp=ema_ramp,
-                    images_per_update=global_batch,
+                networks[role.name] = Average(
+                    networks[role.source], half_life_images=ema_half_life_images, ramp=ema_ramp
                 )
             else:
                 networks[role.name] = _told(copy.deepcopy(networks[role.source]), role)

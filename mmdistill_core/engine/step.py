@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdistill_core.engine.batches import BatchSource, share_of
+from mmdistill_core.engine.optim import Average
 from mmdistill_core.engine.state import TrainState, uncut
 from mmdistill_core.methods.base import Batch, Losses, Phase, Statistic
 from mmdistill_core.rng import Draws, derive_seed
@@ -38,15 +39,17 @@ class PhaseLog:
 def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int = 0, world: int = 1) -> list[PhaseLog]:
     """All phases of this step, of which this worker takes its share of every batch; advances step and n_images."""
     rows = share_of(state.global_batch, rank=rank, world=world)
-    logs = []
+    logs, before = [], state.n_images
     for number, phase in enumerate(state.method.phases(state.step)):
         batch = batches(state.n_images)
         rng = Draws(derive_seed(seed, 0, state.n_images, number), rows, state.global_batch, device=batch.x.device)
         torch.manual_seed(derive_seed(seed, rank, state.n_images, number, 7))  # dropout takes no generator
         logs.append(_run_phase(state, phase, batch, rng, world))
         state.n_images += state.global_batch
-    for average, source in state.averages.items():
-        state.networks[average].update_parameters(state.networks[source])  # type: ignore[operator]
+    for name, source in state.averages.items():
+        average = state.networks[name]
+        assert isinstance(average, Average)
+        average.follow(state.networks[source], images=state.n_images - before, n_images=state.n_images)
     state.step += 1
     return logs
 

@@ -22,7 +22,7 @@ from mmdistill_core.engine import (
 from mmdistill_core.engine.batches import share_of
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
 from mmdistill_core.engine.fit import LogWindow
-from mmdistill_core.engine.optim import averaged
+from mmdistill_core.engine.optim import Average
 from mmdistill_core.engine.second_moments import collected, of_optimiser
 from mmdistill_core.engine.step import PATIENCE, PhaseLog, _parts, parts_of
 from mmdistill_core.methods import METHODS, Batch, Denoising, Losses, Method, MomentMatching, Phase, Role
@@ -243,12 +243,45 @@ class TestOptimiser:
     def test_average_forgets_by_half_in_its_half_life(self):
         network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(network.weight)
-        average = averaged(network, half_life_images=800, ramp=1e9, images_per_update=8)
-        average.update_parameters(network)
+        average = Average(network, half_life_images=800, ramp=1e9)
+        average.follow(network, images=8, n_images=8)
         nn.init.ones_(network.weight)
-        for _ in range(100):
-            average.update_parameters(network)
+        for step in range(100):
+            average.follow(network, images=8, n_images=16 + 8 * step)
         assert average.module.weight.item() == pytest.approx(0.5, abs=1e-5)
+
+    def test_the_ramp_is_a_share_of_the_images_seen(self):
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(network.weight)
+        average = Average(network, half_life_images=800, ramp=0.5)
+        average.follow(network, images=8, n_images=8)
+        nn.init.ones_(network.weight)
+        average.follow(network, images=20, n_images=40)
+        assert average.module.weight.item() == pytest.approx(0.5)
+        average.follow(network, images=800, n_images=10**6)
+        assert average.module.weight.item() == pytest.approx(0.75)
+
+    @pytest.mark.parametrize("phases", [1, 2, 5])
+    def test_half_lives_count_the_images_of_all_phases_of_a_step(self, phases):
+        """As progress does: 800 images after the weights jump, half of the jump is in the average."""
+        state = TrainState.create(
+            method=InPhases(phases),
+            given={"teacher": Affine(0.0, 0.1)},
+            options=OptimiserOptions(lr=0.0, warmup_images=0),
+            global_batch=8,
+            total_images=10**6,
+            best_role="teacher_ema",
+            ema_half_life_images=800,
+            ema_ramp=1e9,
+        )
+        batch = Batch(gaussian_batch(8, generator(0)))
+        train_step(state=state, batches=lambda n: batch, seed=0)
+        state.networks["teacher"].slope.data.fill_(1.0)
+        start = state.n_images
+        while state.n_images < start + 800:
+            train_step(state=state, batches=lambda n: batch, seed=0)
+        assert state.n_images == start + 800
+        assert state.networks["teacher_ema"].module.slope.item() == pytest.approx(0.5, abs=1e-4)
 
 
 def test_given_networks_are_checked():
@@ -288,6 +321,21 @@ class Square(Method):
     def _loss(self, nets, batch, rng, statistic=None):
         loss = (nets["teacher"](batch.x, batch.x[:, 0]) - (statistic or {"mean": 0})["mean"]).square().mean(1)
         return Losses({"teacher": loss}, logs={"l": loss}, by_level={"l": loss}, logsnr=batch.x[:, 0], forwards=1)
+
+
+class InPhases(Square):
+    """Several updates a step, each on a batch of its own, and an average."""
+
+    def __init__(self, phases):
+        super().__init__()
+        self.count = phases
+
+    @property
+    def roles(self):
+        return (*super().roles, Role("teacher_ema", "ema", source="teacher"))
+
+    def phases(self, step):
+        return super().phases(step) * self.count
 
 
 class TestAccumulation:
