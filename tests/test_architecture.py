@@ -1,6 +1,7 @@
 """Imports point one way: diffusion <- networks <- {methods, samplers, metrics} <- engine <- workflows."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,18 @@ ONLY = {
 }
 
 
+@cache
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+@cache
 def imports(path):
     """(module, is at the top level) of every import, wherever it stands."""
-    tree = ast.parse(path.read_text())
+    return tuple(_imports(parsed(path)))
+
+
+def _imports(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -128,6 +138,6 @@ def test_nothing_is_unpickled():
             text = file.read_text()
             for word in words:
                 assert word not in text, f"{file}: {word}"
-            for node in ast.walk(ast.parse(text)):
+            for node in ast.walk(parsed(file)):
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                     assert "weights_only=True" in ast.unparse(node), f"{file}: torch.load of more than weights"

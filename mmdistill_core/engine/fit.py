@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,42 +33,60 @@ class FitOptions:
 
 
 class LogWindow:
-    """Means over the steps since the last flush, and over all workers; kept on the device until then."""
+    """Means over the steps since the last flush, and over all workers; kept on the device until then. `held`, of `partial`, is what
+    was added before a training stopped: adding goes on where it was, in the same order, so that a row is the same to the last bit.
+    """
 
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
-        self._levels: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    def __init__(self, held: Mapping[str, Any] | None = None, device: torch.device | str = "cpu") -> None:
+        held = held or {}
+        self._sums: dict[str, Tensor] = {name: v.to(device) for name, v in held.get("sums", {}).items()}
+        self._counts: dict[str, int] = dict(held.get("counts", {}))
+        self._levels: dict[str, Tensor] = {name: v.to(device) for name, v in held.get("levels", {}).items()}
+        self._new: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
 
     def add(self, log: PhaseLog) -> None:
         if log.skipped:
             return
-        for role, loss in log.losses.per_sample.items():
-            self._values[f"loss/{role}"].append(loss.detach().mean() * log.share)
-        for role, norm in log.grad_norms.items():
-            self._values[f"grad_norm/{role}"].append(norm)
-        for name, value in log.losses.logs.items():
-            self._values[name].append(value.detach().mean() * log.share)
+        values = {f"loss/{role}": loss.detach().mean() * log.share for role, loss in log.losses.per_sample.items()}
+        values |= {f"grad_norm/{role}": norm for role, norm in log.grad_norms.items()}
+        values |= {name: value.detach().mean() * log.share for name, value in log.losses.logs.items()}
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
         if log.losses.logsnr is not None:
             for name, value in log.losses.by_level.items():
-                self._levels[name].append((value.detach(), log.losses.logsnr))
+                self._new[name].append((value.detach(), log.losses.logsnr))
+
+    def partial(self, averaged_over_workers: Callable[[Statistic], Statistic]) -> dict[str, Any]:
+        """What was added since the last flush, over all workers, for a checkpoint. It changes nothing here."""
+        self._count_levels()
+        sums, levels = (
+            averaged_over_workers({name: v.clone() for name, v in own.items()}) for own in (self._sums, self._levels)
+        )
+        return {"sums": sums, "counts": dict(self._counts), "levels": levels}
 
     def flush(self, averaged_over_workers: Callable[[Statistic], Statistic]) -> dict[str, float]:
-        means = {name: torch.stack(v).mean() for name, v in self._values.items()}
-        sums: Statistic = {}
-        for name, pairs in self._levels.items():
-            value, logsnr = (torch.cat(part) for part in zip(*pairs, strict=True))
-            level = torch.bucketize(logsnr, torch.tensor(LEVEL_EDGES, device=logsnr.device))
-            both = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)], 1)
-            sums[name] = torch.zeros(len(LEVEL_EDGES) + 1, 2, device=value.device).index_add_(0, level, both)
-        means, sums = averaged_over_workers(means), averaged_over_workers(sums)
+        self._count_levels()
+        means = averaged_over_workers({name: total / self._counts[name] for name, total in self._sums.items()})
+        levels = averaged_over_workers(self._levels)
         metrics = {name: value.item() for name, value in means.items()}
-        for name, value in sums.items():
+        for name, value in levels.items():
             for i, (total, count) in enumerate(value.tolist()):
                 if count:
                     metrics[f"{name}/level{i}"] = total / count
-        self._values.clear()
-        self._levels.clear()
+        self._sums, self._counts, self._levels = {}, {}, {}
         return metrics
+
+    def _count_levels(self) -> None:
+        """(sum, count) by level of what is new, added to what was counted."""
+        for name, pairs in self._new.items():
+            value, logsnr = (torch.cat(part) for part in zip(*pairs, strict=True))
+            level = torch.bucketize(logsnr, torch.tensor(LEVEL_EDGES, device=logsnr.device))
+            both = torch.stack([value.float(), torch.ones_like(value, dtype=torch.float32)], 1)
+            if name not in self._levels:
+                self._levels[name] = torch.zeros(len(LEVEL_EDGES) + 1, 2, device=value.device)
+            self._levels[name].index_add_(0, level, both)
+        self._new.clear()
 
 
 def fit(
@@ -88,7 +107,9 @@ def fit(
     save      called every checkpoint_every images and at the end
     asked     what is wanted after a step: "" nothing, "save" a checkpoint, "stop" one and the end, before all images are seen
     """
-    window, since, seen = LogWindow(), time.perf_counter(), state.n_images
+    window = LogWindow(state.window.get("means"), state.device)
+    since = time.perf_counter() - state.window.get("seconds", 0.0)
+    seen = state.window.get("since", state.n_images)
 
     def due(every: int, before: int) -> bool:
         return every > 0 and (state.n_images // every > before // every or state.n_images >= state.total_images)
@@ -119,6 +140,8 @@ def fit(
         wanted = asked()
         ends = state.n_images >= state.total_images
         if save is not None and (wanted or ends or due(options.checkpoint_every, before)):
+            means = window.partial(state.averaged_over_workers)
+            state.window = {"means": means, "seconds": time.perf_counter() - since, "since": seen}
             save(state)
         if wanted == "stop":
             break

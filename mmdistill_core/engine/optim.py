@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.optim import Adam
@@ -38,14 +36,17 @@ class OptimiserOptions:
         return self.lr * warm * left
 
 
-def averaged(network: nn.Module, *, half_life_images: float, ramp: float, images_per_update: int) -> AveragedModel:
-    """torch's AveragedModel with a half-life in images, no longer than `ramp` of the images seen (2312.02696, appendix):
-    so that a short run's average forgets its start.
+class Average(AveragedModel):
+    """An average of a network with a half-life in images, no longer than `ramp` of the images seen (2312.02696, appendix): so that
+    a short run's average forgets its start.
     """
 
-    def update(averages: Any, current: Any, n_averaged: Any) -> None:
-        half_life = min(half_life_images, ramp * (int(n_averaged) + 1) * images_per_update)
-        ema: Callable[..., None] = get_ema_multi_avg_fn(0.5 ** (images_per_update / half_life))
-        ema(averages, current, n_averaged)
+    def __init__(self, network: nn.Module, *, half_life_images: float, ramp: float) -> None:
+        super().__init__(network, use_buffers=False)
+        self.half_life_images, self.ramp = half_life_images, ramp
 
-    return AveragedModel(network, multi_avg_fn=update, use_buffers=False)
+    def follow(self, network: nn.Module, *, images: int, n_images: int) -> None:
+        """Takes the network in after `images` more, of all phases, which make `n_images` in all; the first time it is copied."""
+        half_life = min(self.half_life_images, self.ramp * n_images)
+        self.multi_avg_fn = get_ema_multi_avg_fn(0.5 ** (images / half_life))
+        self.update_parameters(network)

@@ -8,11 +8,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from mmdistill_core.engine.optim import OptimiserOptions, averaged
+from mmdistill_core.engine.optim import Average, OptimiserOptions
 from mmdistill_core.methods.base import Method, Role, Statistic
 from mmdistill_core.networks.denoiser import Denoiser
 
@@ -35,6 +36,8 @@ class TrainState:
     micro_batch            images a worker takes at once, or None for all of its part of the batch: gradients are accumulated
     averaged_over_workers  name -> tensor, to the mean over all workers
     unsynced               a context in which gradients stay with their worker, for all but the last part of a batch
+    skipped_in_a_row       role -> its updates without a finite gradient since the last that had one
+    window                 the log window as it stood when the training was last saved: `fit` goes on with it
     template               where workers hold networks in parts: the best role's, whole, with whatever weights
     """
 
@@ -54,7 +57,8 @@ class TrainState:
     n_images: int = 0
     forwards: int = 0
     skipped: int = 0
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: dict[str, int] = field(default_factory=dict)
+    window: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def create(
@@ -83,11 +87,8 @@ class TrainState:
             if role.name in given:
                 networks[role.name] = _told(given[role.name], role)
             elif role.life == "ema":
-                networks[role.name] = averaged(
-                    networks[role.source],
-                    half_life_images=ema_half_life_images,
-                    ramp=ema_ramp,
-                    images_per_update=global_batch,
+                networks[role.name] = Average(
+                    networks[role.source], half_life_images=ema_half_life_images, ramp=ema_ramp
                 )
             else:
                 networks[role.name] = _told(copy.deepcopy(networks[role.source]), role)
@@ -106,6 +107,12 @@ class TrainState:
             best=Best(role=best_role),
             micro_batch=micro_batch,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Of what is trained."""
+        optimiser = next(iter(self.optimisers.values()))
+        return optimiser.param_groups[0]["params"][0].device
 
     @property
     def averages(self) -> dict[str, str]:
@@ -142,12 +149,13 @@ class TrainState:
         return {
             "networks": {name: n.state_dict() for name, n in self.networks.items() if name not in frozen},
             "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "counters": {name: copy.copy(getattr(self, name)) for name in _COUNTERS},
             "best": {
                 "score": self.best.score,
                 "n_images": self.best.n_images,
                 "weights": dict(self.best.weights),
             },
+            "window": self.window,
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -157,7 +165,10 @@ class TrainState:
             self.optimisers[name].load_state_dict(optimiser)
         for name, count in values["counters"].items():
             setattr(self, name, count)
+        if isinstance(in_a_row := values["counters"]["skipped_in_a_row"], int):  # before it was counted by role
+            self.skipped_in_a_row = dict.fromkeys(self.optimisers, in_a_row)
         self.best = Best(role=self.best.role, **values["best"])
+        self.window = values.get("window", {})  # checkpoints of before have none
 
 
 def uncut(value: Tensor) -> Tensor:

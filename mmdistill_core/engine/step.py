@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from mmdistill_core.engine.batches import BatchSource, share_of
+from mmdistill_core.engine.optim import Average
 from mmdistill_core.engine.state import TrainState, uncut
 from mmdistill_core.methods.base import Batch, Losses, Phase, Statistic
 from mmdistill_core.rng import Draws, derive_seed
 
 PATIENCE = 20
-"""Non-finite steps in a row after which training stops."""
+"""Updates of a role in a row without a finite gradient, after which training stops."""
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient was not finite for PATIENCE steps in a row."""
+    """A role's loss or gradient was not finite in PATIENCE updates in a row."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,17 @@ class PhaseLog:
 def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int = 0, world: int = 1) -> list[PhaseLog]:
     """All phases of this step, of which this worker takes its share of every batch; advances step and n_images."""
     rows = share_of(state.global_batch, rank=rank, world=world)
-    logs = []
+    logs, before = [], state.n_images
     for number, phase in enumerate(state.method.phases(state.step)):
         batch = batches(state.n_images)
         rng = Draws(derive_seed(seed, 0, state.n_images, number), rows, state.global_batch, device=batch.x.device)
         torch.manual_seed(derive_seed(seed, rank, state.n_images, number, 7))  # dropout takes no generator
         logs.append(_run_phase(state, phase, batch, rng, world))
         state.n_images += state.global_batch
-    for average, source in state.averages.items():
-        state.networks[average].update_parameters(state.networks[source])  # type: ignore[operator]
+    for name, source in state.averages.items():
+        average = state.networks[name]
+        assert isinstance(average, Average)
+        average.follow(state.networks[source], images=state.n_images - before, n_images=state.n_images)
     state.step += 1
     return logs
 
@@ -121,19 +124,26 @@ def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world:
     }
     finite = bool(torch.stack(list(norms.values())).isfinite().all())
     if finite:
-        state.skipped_in_a_row = 0
         for role in phase.trains:
+            state.skipped_in_a_row[role] = 0
             options, optimiser = state.options[role], state.optimisers[role]
             optimiser.param_groups[0]["lr"] = options.lr_at(n_images=state.n_images, total=state.total_images)
             optimiser.step()
     else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-        if state.skipped_in_a_row >= PATIENCE:
-            raise NonFiniteError(
-                f"the loss or gradient of {', '.join(phase.trains)} was not finite for {PATIENCE} steps in a row "
-                f"(at {state.n_images} images); lower the learning rate, or look at the data"
-            )
+        _skip(state, phase)
     of_all = state.global_batch / (1 if phase.statistic is None else 2)
     share = len(losses.per_sample[phase.trains[0]]) * world / of_all
     return PhaseLog(losses, {role: norm.detach() for role, norm in norms.items()}, not finite, share)
+
+
+def _skip(state: TrainState, phase: Phase) -> None:
+    """Counts for each role of the phase alone: the good steps of another one say nothing of these."""
+    state.skipped += 1
+    for role in phase.trains:
+        state.skipped_in_a_row[role] = state.skipped_in_a_row.get(role, 0) + 1
+    stuck = [role for role in phase.trains if state.skipped_in_a_row[role] >= PATIENCE]
+    if stuck:
+        raise NonFiniteError(
+            f"the loss or gradient of {', '.join(stuck)} was not finite in {PATIENCE} updates in a row "
+            f"(at {state.n_images} images); lower the learning rate, or look at the data"
+        )

@@ -1,21 +1,25 @@
 """Costs on fake tensors against closed forms, against real tensors, and against torch's own tracker."""
 
 import contextlib
+from functools import cache
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmdistill_core.artifact import build_denoiser
 from mmdistill_core.diffusion.schedules import Cosine
 from mmdistill_core.engine import OptimiserOptions, TrainState
-from mmdistill_core.engine.cost import PeakMemory, forward_flops, phase_cost
+from mmdistill_core.engine.cost import FUSED_ATTENTION, Meter, forward_flops, phase_cost
+from mmdistill_core.engine.step import backward
 from mmdistill_core.methods import METHODS, Batch
 from mmdistill_core.networks.dit import DiTConfig
 from mmdistill_core.networks.preconditioner import Preconditioner
+from mmdistill_core.rng import Draws
 
-CONFIG = DiTConfig(image_size=16, channels=3, num_classes=10, patch=4, width=48, depth=3, heads=4)
+CONFIG = DiTConfig(image_size=16, channels=3, num_classes=10, patch=4, width=48, depth=2, heads=4)
 IMAGE = (3, 16, 16)
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -34,6 +38,7 @@ def state_of(update):
     )
 
 
+@cache
 def costs(update, fake):
     with FakeTensorMode() if fake else contextlib.nullcontext():
         state = state_of(update)
@@ -64,9 +69,22 @@ def test_a_backward_is_two_forwards(update, forwards):
         assert cost.flops / one == pytest.approx(forwards, rel=0.02)
 
 
+def test_operations_are_those_of_torchs_own_counter():
+    state = state_of("instant")
+    (phase,) = state.method.phases(0)
+    state.global_batch = 4
+    batch = Batch(torch.zeros(4, *IMAGE), torch.zeros(4, dtype=torch.long))
+    found = []
+    for counter in (Meter(), FlopCounterMode(display=False, custom_mapping=FUSED_ATTENTION)):
+        with FakeTensorMode(allow_non_fake_inputs=True), counter:
+            backward(state, phase, batch, Draws(0, range(4), 4))
+        found.append(counter.flops if isinstance(counter, Meter) else counter.get_total_flops())
+    assert found[0] == found[1] > 0
+
+
 def test_the_peak_counts_what_is_alive_at_once_and_views_once():
     mine = torch.zeros(1000)
-    with PeakMemory([mine]) as memory:
+    with Meter([mine]) as memory:
         a = torch.zeros(100)
         b = a.view(10, 10) + 1
         del a

@@ -22,7 +22,7 @@ from mmdistill_core.engine import (
 from mmdistill_core.engine.batches import share_of
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
 from mmdistill_core.engine.fit import LogWindow
-from mmdistill_core.engine.optim import averaged
+from mmdistill_core.engine.optim import Average
 from mmdistill_core.engine.second_moments import collected, of_optimiser
 from mmdistill_core.engine.step import PATIENCE, PhaseLog, _parts, parts_of
 from mmdistill_core.methods import METHODS, Batch, Denoising, Losses, Method, MomentMatching, Phase, Role
@@ -151,10 +151,10 @@ class TestNonFinite:
         train_step(state=state, batches=lambda n: Batch(gaussian_batch(8, generator(n))), seed=0)
         before = copy.deepcopy(state.networks["teacher"].state_dict())
         train_step(state=state, batches=lambda n: Batch(torch.full((8, 1), float("nan"))), seed=0)
-        assert state.skipped == state.skipped_in_a_row == 1
+        assert (state.skipped, state.skipped_in_a_row) == (1, {"teacher": 1})
         assert all(torch.equal(v, before[k]) for k, v in state.networks["teacher"].state_dict().items())
         train_step(state=state, batches=lambda n: Batch(gaussian_batch(8, generator(n))), seed=0)
-        assert (state.skipped, state.skipped_in_a_row) == (1, 0)
+        assert (state.skipped, state.skipped_in_a_row) == (1, {"teacher": 0})
         assert not all(torch.equal(v, before[k]) for k, v in state.networks["teacher"].state_dict().items())
 
     def test_an_infinite_loss_with_finite_gradients_is_skipped_too(self):
@@ -167,9 +167,39 @@ class TestNonFinite:
         bad = Batch(torch.full((8, 1), float("inf")))
         for _ in range(PATIENCE - 1):
             train_step(state=state, batches=lambda n: bad, seed=0)
-        with pytest.raises(NonFiniteError, match=f"{PATIENCE} steps in a row"):
+        with pytest.raises(NonFiniteError, match=f"teacher was not finite in {PATIENCE} updates in a row"):
             train_step(state=state, batches=lambda n: bad, seed=0)
         assert state.skipped == PATIENCE
+
+    def alternating(self):
+        """A state whose student's gradient is nan, and whose auxiliary's is not."""
+        state = make_state(MomentMatching(schedule=COSINE, k=1, update="alternating"), total=10**6, batch=4)
+        for parameter in state.networks["student"].parameters():
+            parameter.register_hook(lambda gradient: gradient * float("nan"))
+        return state
+
+    def steps(self, state, count):
+        for _ in range(count):
+            train_step(state=state, batches=make_batches(batch=4), seed=0)
+
+    def test_the_good_steps_of_one_role_do_not_hide_the_bad_ones_of_another(self):
+        state = self.alternating()
+        self.steps(state, 2 * PATIENCE - 1)
+        assert state.skipped_in_a_row == {"auxiliary": 0, "student": PATIENCE - 1}
+        with pytest.raises(NonFiniteError, match=f"gradient of student was not finite in {PATIENCE} updates in a row"):
+            self.steps(state, 1)
+
+    def test_the_counts_go_with_the_checkpoint(self, tmp_path):
+        state = self.alternating()
+        self.steps(state, 8)
+        save_checkpoint(tmp_path / "c", state.state_dict())
+        again = self.alternating()
+        again.load_state_dict(load_checkpoint(tmp_path / "c"))
+        assert again.skipped_in_a_row == {"auxiliary": 0, "student": 4}
+        older = load_checkpoint(tmp_path / "c")
+        older["counters"]["skipped_in_a_row"] = 3  # of all roles together
+        again.load_state_dict(older)
+        assert again.skipped_in_a_row == {"student": 3, "auxiliary": 3}
 
 
 class TestBatches:
@@ -213,12 +243,45 @@ class TestOptimiser:
     def test_average_forgets_by_half_in_its_half_life(self):
         network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(network.weight)
-        average = averaged(network, half_life_images=800, ramp=1e9, images_per_update=8)
-        average.update_parameters(network)
+        average = Average(network, half_life_images=800, ramp=1e9)
+        average.follow(network, images=8, n_images=8)
         nn.init.ones_(network.weight)
-        for _ in range(100):
-            average.update_parameters(network)
+        for step in range(100):
+            average.follow(network, images=8, n_images=16 + 8 * step)
         assert average.module.weight.item() == pytest.approx(0.5, abs=1e-5)
+
+    def test_the_ramp_is_a_share_of_the_images_seen(self):
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(network.weight)
+        average = Average(network, half_life_images=800, ramp=0.5)
+        average.follow(network, images=8, n_images=8)
+        nn.init.ones_(network.weight)
+        average.follow(network, images=20, n_images=40)
+        assert average.module.weight.item() == pytest.approx(0.5)
+        average.follow(network, images=800, n_images=10**6)
+        assert average.module.weight.item() == pytest.approx(0.75)
+
+    @pytest.mark.parametrize("phases", [1, 2, 5])
+    def test_half_lives_count_the_images_of_all_phases_of_a_step(self, phases):
+        """As progress does: 800 images after the weights jump, half of the jump is in the average."""
+        state = TrainState.create(
+            method=InPhases(phases),
+            given={"teacher": Affine(0.0, 0.1)},
+            options=OptimiserOptions(lr=0.0, warmup_images=0),
+            global_batch=8,
+            total_images=10**6,
+            best_role="teacher_ema",
+            ema_half_life_images=800,
+            ema_ramp=1e9,
+        )
+        batch = Batch(gaussian_batch(8, generator(0)))
+        train_step(state=state, batches=lambda n: batch, seed=0)
+        state.networks["teacher"].slope.data.fill_(1.0)
+        start = state.n_images
+        while state.n_images < start + 800:
+            train_step(state=state, batches=lambda n: batch, seed=0)
+        assert state.n_images == start + 800
+        assert state.networks["teacher_ema"].module.slope.item() == pytest.approx(0.5, abs=1e-4)
 
 
 def test_given_networks_are_checked():
@@ -258,6 +321,21 @@ class Square(Method):
     def _loss(self, nets, batch, rng, statistic=None):
         loss = (nets["teacher"](batch.x, batch.x[:, 0]) - (statistic or {"mean": 0})["mean"]).square().mean(1)
         return Losses({"teacher": loss}, logs={"l": loss}, by_level={"l": loss}, logsnr=batch.x[:, 0], forwards=1)
+
+
+class InPhases(Square):
+    """Several updates a step, each on a batch of its own, and an average."""
+
+    def __init__(self, phases):
+        super().__init__()
+        self.count = phases
+
+    @property
+    def roles(self):
+        return (*super().roles, Role("teacher_ema", "ema", source="teacher"))
+
+    def phases(self, step):
+        return super().phases(step) * self.count
 
 
 class TestAccumulation:
@@ -336,6 +414,71 @@ def test_logs_are_means_over_all_workers():
     for found in together(3, lambda rank, summed: of(slice(4 * rank, 4 * rank + 4), summed)):
         assert found == pytest.approx(wanted)
     assert whole.flush(lambda values: values) == {}
+
+
+class TestLogWindow:
+    def rows(self, state, stop_at=None):
+        """The rows that `fit` reports, but for what the clock tells, up to a stop that is asked for."""
+        rows = []
+        fit(
+            state=state,
+            batches=make_batches(),
+            options=FitOptions(log_every=64 * 6, checkpoint_every=64 * 4),
+            report=rows.append,
+            save=lambda s: None,
+            asked=lambda: "stop" if state.n_images == stop_at else "",
+        )
+        return [{name: v for name, v in row.items() if name != "images_per_second"} for row in rows]
+
+    @pytest.mark.parametrize("name", MAKE)
+    def test_it_goes_on_after_a_stop_as_if_there_had_been_none(self, name, tmp_path):
+        undisturbed = self.rows(make_state(MAKE[name]()))
+        first = make_state(MAKE[name]())
+        before = self.rows(first, stop_at=64 * 9)
+        save_checkpoint(tmp_path / "c", first.state_dict())
+        second = make_state(MAKE[name]())
+        second.load_state_dict(load_checkpoint(tmp_path / "c"))
+        assert (len(before), len(undisturbed)) == (1, 4)
+        assert before + self.rows(second) == undisturbed
+
+    def test_the_rate_is_of_the_whole_window(self):
+        state = make_state(MAKE["denoising"]())
+        self.rows(state, stop_at=64 * 9)
+        assert state.window["since"] == 64 * 6
+        assert state.window["seconds"] > 0
+
+    def test_a_checkpoint_of_before_starts_a_new_one(self, tmp_path):
+        state = make_state(MAKE["denoising"]())
+        self.rows(state, stop_at=64 * 9)
+        older = {name: value for name, value in state.state_dict().items() if name != "window"}
+        again = make_state(MAKE["denoising"]())
+        again.load_state_dict(older)
+        assert [row["n_images"] for row in self.rows(again)] == [64 * 12, 64 * 18, 64 * 24]
+
+    def test_what_several_workers_added_goes_on_with_each_of_them(self):
+        """A checkpoint has the mean over the workers; whoever goes on from there, and however many, flushes the mean of all."""
+
+        def log(x):
+            return PhaseLog(Losses({"teacher": x}, by_level={"l": x**2}, logsnr=x), {}, skipped=False)
+
+        first, second = torch.linspace(-8, 9, 24).view(2, 12)
+        whole = LogWindow()
+        whole.add(log(first))
+        whole.add(log(second))
+        wanted = whole.flush(lambda values: values)
+
+        def of(rank, summed):
+            def averaged(values):
+                return {name: summed(value) / 2 for name, value in values.items()}
+
+            own, window = slice(6 * rank, 6 * rank + 6), LogWindow()
+            window.add(log(first[own]))
+            window = LogWindow(window.partial(averaged))
+            window.add(log(second[own]))
+            return window.flush(averaged)
+
+        for found in together(2, of):
+            assert found == pytest.approx(wanted)
 
 
 def test_second_moments_collected_are_adams_at_learning_rate_zero():

@@ -162,8 +162,8 @@ def test_the_logged_curve_is_the_squared_moment_without_bias():
 
 @pytest.mark.parametrize("lam", ["identity", "adam"])
 def test_the_losses_have_the_closed_form(lam):
-    """At one (t, s): the same root of the same quadratic as Algorithm 2's (oracles.student_slope), whatever Lambda is; descent comes
-    to rest there.
+    """At one (t, s): the same root of the same quadratic as Algorithm 2's (oracles.student_slope), whatever Lambda is; there
+    descent comes to rest.
     """
     exact = gaussian_teacher().double()
     student = Affine(teacher_slope(T), 0.3).double()

@@ -77,7 +77,7 @@ def test_losses_that_are_no_numbers_end_the_run(tmp_path):
     process = Training(tmp_path, settings=["teacher.optimiser.lr=1e30"]).start()
     _, shown = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert re.search(r"error: teacher-\w+: training failed: .* was not finite for 20 steps in a row", shown)
+    assert re.search(r"error: teacher-\w+: training failed: .* was not finite in 20 updates in a row", shown)
     assert "the last checkpoint is kept" in shown
     assert shown.count("a worker failed") == 1
     assert "Traceback" not in shown

@@ -143,6 +143,7 @@ def _training(
     source, schedule = source_of(config.data), schedule_from_dict(config.schedule.as_dict())
     made = METHODS[method](schedule=schedule, **arguments)  # type: ignore[call-arg]
     phases = [phase for step in range(rounds) for phase in made.phases(step)]
+    kinds = {phase.trains: phase for phase in phases}
 
     def of_state(config: RunConfig) -> dict[Any, Any]:
         # Each network is made anew: a fake one can't be copied.
@@ -152,7 +153,9 @@ def _training(
         state = TrainState.create(
             method=made, given=given, options=OptimiserOptions(), global_batch=1, total_images=1, best_role=best
         )
-        costs = {p.trains: phase_cost(state, p, source.shape, label=source.num_classes > 0) for p in phases}
+        costs = {
+            trains: phase_cost(state, p, source.shape, label=source.num_classes > 0) for trains, p in kinds.items()
+        }
         return {
             **{("size", name): bytes_of(network) for name, network in state.networks.items()},
             **{("flops", trains): cost.flops for trains, cost in costs.items()},
