@@ -67,7 +67,7 @@ BAD = [
     (("run", "--workspace", ""), 2, "workspace: '' is no name of a folder"),
     (("run", "--checkpoint-every", "nanm"), 2, "should be images, such as 64000, or minutes, such as 10m"),
     (("run", "--checkpoint-every", "infm"), 2, "should be images, such as 64000, or minutes, such as 10m"),
-    (("bench", "everything"), 2, "engine, sampler, ray, scaling, tracking, memory, data"),
+    (("bench", "everything"), 2, "engine, sampler, start, ray, scaling, tracking, memory, data"),
 ]
 
 

@@ -198,7 +198,7 @@ BAD = {
     "k twice": ("digits", ["distill.overrides={4: {eta: 1}, '4': {eta: 0}}"], "distill.overrides: '4' stands twice"),
     "k of a k": ("digits", ["distill.overrides.4.k=[2]"], "distill.overrides.4.k: can't differ for one k"),
     "no date": ("digits", ["seed=2020-99-99"], "is not YAML: month must be in 1..12"),
-    "deep": ("digits", ["distill.overrides=" + "[" * 3000], "is nested deeper than 20 levels"),
+    "deep": ("digits", ["distill.overrides=" + "[" * 1500], "is nested deeper than 20 levels"),
     "deep field": ("digits", [".".join("a" * 3000) + "=1"], "no such option"),
     "a line break": ("digits", ['data={"a\\nb": 1}'], "data.a b: no such option"),
     "a long value": ("digits", ["prediction=" + "x" * 9999], "is not one of 'x', 'eps'"),
@@ -232,7 +232,7 @@ BAD_FILES = {
     "no name": (b"null: 3", "None: "),
     "an object": (b"seed: !!python/object:os.system x", "is not YAML: line 1: could not determine a constructor"),
     "a long number": (b"seed: " + b"9" * 9000, "is not YAML: Exceeds the limit"),
-    "deep": (b"[" * 3000, "is nested deeper than 20 levels"),
+    "deep": (b"[" * 1500, "is nested deeper than 20 levels"),
     "deep sections": (
         b"distill: {overrides: {1: " + b"{a: " * 200 + b"1" + b"}" * 202,
         "is nested deeper than 20 levels",

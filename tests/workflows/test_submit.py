@@ -50,6 +50,16 @@ BAD = [
     (("sweep", *PLACE, "--space", "pairng=grid"), 2, "pairng"),
     (("prepare", "s3://a/b", "s3://c/d"), 2, "--size"),
     (("run",), 2, "--workspace: .mmdistill is a place on this machine"),
+    (
+        ("run", "--workspace", "s3://a/runs[v2]"),
+        2,
+        "workspace: s3://a/runs[v2]: a prefix in an object store can't have [ ]",
+    ),
+    (
+        ("prepare", "s3://a/b", "s3://c/d?e", "--size", "8"),
+        2,
+        "DEST: s3://c/d?e: a prefix in an object store can't have ?",
+    ),
     (("run", "--workspace", "runs"), 2, "--workspace: runs is a place on this machine; for a cluster give s3://"),
     (("ablate", *PLACE), 2, "--page: ablation.md is a place on this machine; for a cluster give an absolute path"),
     (("sweep", *PLACE, "--out", "s3://a/rows.json"), 2, "--out: s3:/a/rows.json is a place on this machine"),

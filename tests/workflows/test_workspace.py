@@ -56,6 +56,13 @@ def test_a_name_that_cannot_be_shown_is_refused_at_the_start(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["a?b", "a#b", "runs[v2]", "a*"])
+def test_a_prefix_that_would_lead_elsewhere_is_refused_before_the_store_is_asked(name):
+    for looks in (True, False):
+        with pytest.raises(ConfigError, match="a prefix in an object store can't have"):
+            Workspace(f"s3://bucket/{name}", looks=looks)
+
+
 def test_a_stage_is_done_when_its_result_is_there(tmp_path):
     folder = Workspace(tmp_path).stage("teacher", "abc")
     assert folder.result is None

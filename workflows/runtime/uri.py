@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from workflows.runtime.errors import ConfigError
+
 USER = re.compile(
     r"""
     (?<=://)[^/\s]*@
@@ -27,6 +29,19 @@ def is_remote(uri: str | Path) -> bool:
 
 def join(uri: str | Path, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *parts])
+
+
+def check_name(what: str, uri: str | Path) -> None:
+    """Raises ConfigError for a place that can't be one: without a name, or with characters that can't be shown; in an object store
+    also with those that mean something in an address or a pattern of names, and would lead elsewhere.
+    """
+    text = str(uri)
+    if not text.strip() or not text.isprintable():
+        raise ConfigError(f"{what}: {text!r} is no name of a folder: empty, or with characters that can't be shown")
+    if is_remote(uri) and (wrong := sorted(set("?#[]*") & set(text))):
+        raise ConfigError(
+            f"{what}: {shown(text)}: a prefix in an object store can't have {' '.join(wrong)} in its name"
+        )
 
 
 def shown(uri: str | Path) -> str:

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from workflows.runtime import storage
-from workflows.runtime.errors import ConfigError, UserError
+from workflows.runtime.errors import UserError
 from workflows.runtime.lease import Lease
-from workflows.runtime.uri import is_remote, join
+from workflows.runtime.uri import check_name, is_remote, join
 
 RESULT = "result.json"
 RUNS = "runs.json"
@@ -155,6 +155,7 @@ class Workspace:
         """`minimum_free`: bytes that must be free on its disk; by default what a run may need. `looks`: to read only, so that
         nothing is made, and whether anything could be is not asked.
         """
+        check_name("workspace", root)
         self.remote = is_remote(root)
         if self.remote:
             self.uri = str(root).rstrip("/")
@@ -164,10 +165,7 @@ class Workspace:
         else:
             self.root = Path(str(root).removeprefix("file://")).expanduser().resolve()
             self.uri = str(self.root)
-        if not str(root).strip() or not self.uri.isprintable():
-            raise ConfigError(
-                f"workspace: {str(root)!r} is no name of a folder: empty, or with characters that can't be shown"
-            )
+            check_name("workspace", self.uri)  # the current folder's is part of it
         self._lease: Lease | None = None
         if looks:
             return

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from workflows.config import ConfigError, Data, digest
 from workflows.ingest import Listing
+from workflows.runtime.uri import check_name
 from workflows.runtime.workspace import code_version
 
 EXTRACTORS = get_args(Data.model_fields["extractor"].annotation)
@@ -64,6 +65,7 @@ class Preparation:
             raise ConfigError(f"--extractor-weights: {self.extractor_weights} is not a file")
         if not 0 <= self.max_bad < 1:
             raise ConfigError(f"--max-bad: {self.max_bad:g} is not a share")
+        check_name("DEST", self.dest)
         if self.latents and self.channels != 3:
             raise ConfigError("--latents: a VAE takes images of 3 channels")
 

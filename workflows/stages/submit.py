@@ -20,7 +20,7 @@ from workflows.runtime.lease import WAITS
 from workflows.runtime.progress import Screen, clock
 from workflows.runtime.s3 import told
 from workflows.runtime.source import PACKAGES, checkout, working_directory
-from workflows.runtime.uri import is_remote, secrets, shown
+from workflows.runtime.uri import check_name, is_remote, secrets, shown
 from workflows.runtime.workspace import code_version, git_commit
 
 STAGES = ("run", "prepare", "sweep", "ablate", "bench")
@@ -115,6 +115,8 @@ def _check_places(given: list[Given], config: RunConfig | None) -> None:
     for part in given:
         for value in part.values if part.name in PLACES else ():
             remote = is_remote(value) and part.name not in FILES
+            if part.name == "workspace":
+                check_name("workspace", value)
             if not remote and not value.removeprefix("file://").startswith("/"):
                 kinds = SHARED if part.name in FILES else f"s3://BUCKET/PREFIX, or {SHARED}"
                 option = part.option if part.option.startswith("-") else part.name.upper()
