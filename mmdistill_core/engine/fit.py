@@ -107,9 +107,9 @@ def fit(
     save      called every checkpoint_every images and at the end
     asked     what is wanted after a step: "" nothing, "save" a checkpoint, "stop" one and the end, before all images are seen
     """
-    window = LogWindow(state.window.get("means"), state.device)
-    since = time.perf_counter() - state.window.get("seconds", 0.0)
-    seen = state.window.get("since", state.n_images)
+    held, state.window = state.window, {}
+    window, seen = LogWindow(held.get("means"), state.device), held.get("since", state.n_images)
+    since = time.perf_counter() - held.get("seconds", 0.0)
 
     def due(every: int, before: int) -> bool:
         return every > 0 and (state.n_images // every > before // every or state.n_images >= state.total_images)

@@ -416,6 +416,33 @@ def test_logs_are_means_over_all_workers():
     assert whole.flush(lambda values: values) == {}
 
 
+def test_the_last_state_is_a_candidate_whatever_the_interval_and_after_a_stop(tmp_path):
+    """24 steps, validated every 7: at 7, 14, 21 and 24."""
+
+    def validated(state, stop_at=None):
+        seen = []
+        fit(
+            state=state,
+            batches=make_batches(),
+            options=FitOptions(log_every=0, validate_every=64 * 7),
+            report=lambda row: None,
+            save=lambda s: None,
+            validate=lambda s: seen.append(s.n_images // 64) or {"score": -float(s.n_images)},
+            asked=lambda: "stop" if state.n_images == stop_at else "",
+        )
+        return seen
+
+    whole, first = make_state(MAKE["denoising"]()), make_state(MAKE["denoising"]())
+    assert validated(whole) == [7, 14, 21, 24]
+    assert validated(first, stop_at=64 * 22) == [7, 14, 21]
+    save_checkpoint(tmp_path / "c", first.state_dict())
+    second = make_state(MAKE["denoising"]())
+    second.load_state_dict(load_checkpoint(tmp_path / "c"))
+    assert validated(second) == [24]
+    assert whole.best.n_images == second.best.n_images == 64 * 24
+    assert same(whole.best.weights, second.best.weights)
+
+
 class TestLogWindow:
     def rows(self, state, stop_at=None):
         """The rows that `fit` reports, but for what the clock tells, up to a stop that is asked for."""
