@@ -164,7 +164,7 @@ class Proxy:
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.uri = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self):
         self._server.shutdown()

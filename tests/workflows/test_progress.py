@@ -91,6 +91,16 @@ def test_every_figure_of_a_sweep_is_there_at_every_width(width):
     assert ("┃" in text) == (width == 120)
 
 
+def test_a_long_path_goes_on_in_the_next_line():
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("OK", "python", "3.11.7 on Linux")
+    table.add_row("OK", "workspace", "/" + "y" * 100)
+    screen, shown = screen_of(60)
+    show_table(screen.console, table)
+    assert shown.getvalue().count("y") == 101  # and that of python
+    assert "python" in next(line for line in shown.getvalue().splitlines() if "3.11.7" in line)
+
+
 def test_a_table_without_headers_or_with_a_long_cell_is_whole_on_a_small_terminal():
     table = Table(title="a title", show_header=False)
     table.add_column()

@@ -56,8 +56,8 @@ def drawn(capsys, tmp_path, *arguments):
     [
         (".", 2, "should end in .png"),
         ("folder.png", 2, "Is a directory"),
-        ("file/below.png", 2, "can't be written"),
-        ("file/far/below.npy", 2, "can't be written"),
+        ("file/below.png", 2, "can't be written: its folder is a file"),
+        ("file/far/below.npy", 2, "can't be written: its folder is a file"),
         ("x" * 300 + ".png", 2, "File name too long"),
         ("y" * 300 + "/x.npy", 2, "File name too long"),
         ("grid.gif", 2, "should end in .png"),

@@ -355,7 +355,7 @@ def server(status, body):
             pass
 
     there = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=there.serve_forever, daemon=True).start()
+    threading.Thread(target=there.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{there.server_address[1]}"
     finally:

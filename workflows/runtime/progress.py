@@ -13,6 +13,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 QUIET_INTERVAL = 15.0
+WORD = 16
+"""Columns of a cell that is broken into lines, at least."""
 NARROW = 72
 """Columns of a terminal below which a bar is a percentage and a time."""
 
@@ -34,11 +36,15 @@ def show_table(console: Console, table: Table) -> None:
     """The table; where the screen is too narrow for it, its rows one below the other, with a line for each cell: a figure that is
     cut is none.
     """
-    unbound = console.options.update(width=10_000)
-    for column in (column for column in table.columns if column.no_wrap):
-        cells = (column.header, *column.cells)
-        column.min_width = max(console.measure(cell, options=unbound).maximum for cell in cells)
-    if console.measure(table, options=unbound).minimum <= console.width:
+    unbound, gives = console.options.update(width=10_000), 0
+    for column in table.columns:
+        sizes = [console.measure(cell, options=unbound) for cell in (column.header, *column.cells)]
+        if column.no_wrap:
+            column.min_width = max(size.maximum for size in sizes)
+        else:  # a long word, such as a path, goes on in the next line
+            column.overflow = "fold"
+            gives += max(0, max(size.minimum for size in sizes) - WORD)
+    if console.measure(table, options=unbound).minimum - gives <= console.width:
         console.print(table, soft_wrap=False)
         return
     columns = [(" ".join(str(column.header).split()), [str(cell) for cell in column.cells]) for column in table.columns]

@@ -78,7 +78,8 @@ def check_out(out: Path) -> None:
         if new:
             out.unlink()
     except OSError as error:
-        reason = f"--out: {brief(str(out))} can't be written: {error.strerror}"
+        why = "its folder is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        reason = f"--out: {brief(str(out))} can't be written: {why}"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise UserError(reason) from error
         raise ConfigError(reason) from error
