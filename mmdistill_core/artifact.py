@@ -108,14 +108,15 @@ class DiffusionModel:
         clip_x: bool = False,
         **options: float,
     ) -> Tensor:
-        """n images [n, c, h, w] in [-1, 1] (clipped). Labels [n] are drawn evenly if the model has classes and none are given.
+        """Images `first` to `first + n` of a seed, [n, c, h, w] in [-1, 1] (clipped): image i depends on the seed, on i and on its
+        label alone. Labels [n] are all in turn, by i, if the model has classes and none are given.
         `options` are the sampler's (`samplers.ancestral`), in place of the model's own.
 
         Raises ValueError for a label out of range, and for guidance that the model does not know.
         """
         c = self.network
         if c.num_classes and label is None:
-            label = torch.arange(n) % c.num_classes
+            label = torch.arange(first, first + n) % c.num_classes
         if label is not None:
             self.check_labels(label.tolist())
         own = self.options if sampler in (None, self.sampler) else {}

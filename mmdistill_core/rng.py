@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -48,6 +49,52 @@ Rng = torch.Generator | Draws
 """Where a method's draws come from: a plain generator, or some rows of a global batch."""
 
 
+def _signed(bits: int) -> int:
+    """64 bits as torch has them, which knows no unsigned ones."""
+    return (bits + 2**63) % 2**64 - 2**63
+
+
+GOLDEN, FIRST, SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+AT_ONCE = 2**15
+"""Numbers that are drawn together: what is done to them one after the other stays in a processor's cache."""
+
+
+def mixed(z: Tensor) -> Tensor:
+    """64 bits that depend on all of z's: the output function of SplitMix64 (Steele, Lea, Flood 2014). int64, which wraps around."""
+    z = (z ^ (z >> 30 & 2**34 - 1)).mul_(FIRST)
+    z = (z ^ (z >> 27 & 2**37 - 1)).mul_(SECOND)
+    return z ^ (z >> 31 & 2**33 - 1)
+
+
+class Numbered:
+    """Normal draws of the samples `first` to `first + count` of a seed. Draw j of sample i is a function of (seed, i, j) alone: not
+    of how many samples there are, who draws which of them, how many at once, or on what device (but for rounding).
+
+    Element e of it: with `key = mixed(mixed(seed' + (i + 1) GOLDEN) + (j + 1) GOLDEN)`, where seed' is `derive_seed(seed)`, the two
+    halves of `mixed(key + (e + 1) GOLDEN)` are two uniforms, of which Box and Muller's transform makes two normals.
+    """
+
+    def __init__(self, seed: int, *, first: int, count: int, device: torch.device | str = "cpu") -> None:
+        numbers = torch.arange(first + 1, first + count + 1, device=device)
+        self._keys, self._drawn = mixed(numbers * GOLDEN + _signed(derive_seed(seed))), 0
+
+    def normal_like(self, x: Tensor) -> Tensor:
+        """The next draw, of x's shape [count, ...] and type."""
+        assert len(x) == len(self._keys)
+        self._drawn += 1
+        keys, size = mixed(self._keys + _signed(self._drawn * GOLDEN)), x[0].numel() if len(x) else 0
+        pairs = torch.arange(1, size // 2 + size % 2 + 1, device=x.device) * GOLDEN
+        parts = [self._normal(own, pairs) for own in keys.split(max(1, AT_ONCE // max(1, len(pairs))))]
+        return torch.cat(parts)[:, :size].reshape(x.shape).to(x.dtype) if len(x) else torch.empty_like(x)
+
+    @staticmethod
+    def _normal(keys: Tensor, pairs: Tensor) -> Tensor:
+        bits = mixed(keys[:, None] + pairs)
+        radius = (bits >> 32 & 2**32 - 1).float().add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+        angle = (bits & 2**32 - 1).float().mul_(2 * math.pi * 2.0**-32)
+        return torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], 1)
+
+
 def uniform(b: int, *, rng: Rng) -> Tensor:
     """U[0, 1], [b], on the rng's device."""
     if isinstance(rng, Draws):
@@ -56,8 +103,10 @@ def uniform(b: int, *, rng: Rng) -> Tensor:
     return torch.rand(b, generator=rng, device=rng.device)
 
 
-def normal_like(x: Tensor, *, rng: Rng) -> Tensor:
+def normal_like(x: Tensor, *, rng: Rng | Numbered) -> Tensor:
     """Standard normal of x's shape, type and device."""
+    if isinstance(rng, Numbered):
+        return rng.normal_like(x)
     if isinstance(rng, Draws):
         assert len(x) == len(rng.rows)
         shape = (rng.rows_of_all, *x.shape[1:])

@@ -17,7 +17,7 @@ from mmdistill_core.diffusion import process
 from mmdistill_core.diffusion.guidance import NULL_LABEL, guided, squeezed
 from mmdistill_core.diffusion.schedules import Schedule
 from mmdistill_core.diffusion.times import uniform_grid
-from mmdistill_core.rng import generator
+from mmdistill_core.rng import Numbered, Rng, normal_like
 
 Denoise = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -28,7 +28,7 @@ def ancestral(
     schedule: Schedule,
     z: Tensor,
     times: Tensor,
-    rng: torch.Generator,
+    rng: Rng | Numbered,
     label: Tensor | None,
     eta: float = 1.0,
     extra_noise: float = 0.0,
@@ -40,7 +40,7 @@ def ancestral(
         t, s = t.expand(len(z)), s.expand(len(z))
         x_hat = denoiser(z, t, label)
         if i < len(times) - 2:
-            noise = torch.randn(z.shape, generator=rng, dtype=z.dtype, device=z.device)
+            noise = normal_like(z, rng=rng)
             if eta == 1:
                 z = process.posterior(schedule=schedule, z_t=z, x=x_hat, t=t, s=s, noise=noise, extra_noise=extra_noise)
             else:
@@ -54,7 +54,7 @@ def ddim(
     schedule: Schedule,
     z: Tensor,
     times: Tensor,
-    rng: torch.Generator,
+    rng: Rng | Numbered,
     label: Tensor | None,
 ) -> Tensor:
     """Deterministic steps of the probability flow. k evaluations; rng is not used."""
@@ -67,7 +67,7 @@ def ddim(
 
 
 def heun(
-    *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: torch.Generator, label: Tensor | None
+    *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: Rng | Numbered, label: Tensor | None
 ) -> Tensor:
     """Second order: every DDIM step but the last is taken again with x_hat averaged over both of its ends.
 
@@ -86,7 +86,7 @@ def heun(
 
 
 def renoise(
-    *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: torch.Generator, label: Tensor | None
+    *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: Rng | Numbered, label: Tensor | None
 ) -> Tensor:
     """z_s ~ q(z_s | x_hat), noise afresh at every step but the last: a consistency model's sampler (2303.01469, Algorithm 1), and
     that of a student which was trained with the unconditional transition. k evaluations.
@@ -94,7 +94,7 @@ def renoise(
     for i, (t, s) in enumerate(pairwise(times)):
         x_hat = denoiser(z, t.expand(len(z)), label)
         if i < len(times) - 2:
-            noise = torch.randn(z.shape, generator=rng, dtype=z.dtype, device=z.device)
+            noise = normal_like(z, rng=rng)
             z = process.q_sample(schedule=schedule, x=x_hat, eps=noise, t=s.expand(len(z)))
     return x_hat
 
@@ -137,23 +137,21 @@ def sample(
     device: torch.device | str = "cpu",
     **options: float,
 ) -> Tensor:
-    """Samples `first` to `first + shape[0]` of the stream that `seed` and `batch` name, each of `shape[1:]`, in `k` steps.
+    """Samples `first` to `first + shape[0]` of those that `seed` names, each of `shape[1:]`, in `k` steps, `batch` at a time.
 
-    Batch number j of the stream has a generator of its own, whose first draw is the starting noise: so that workers may share
-    a stream (`first` a multiple of `batch`), and two denoisers, samplers or step counts start from the same noise. `options` are
-    the sampler's own: eta and extra_noise of `ancestral`.
+    Sample i depends on the seed, on i and on its label alone (`rng.Numbered`), but for rounding: however many there are, and
+    whoever draws which of them. Its first draw is the starting noise, so that two denoisers, samplers or step counts start from
+    the same. `options` are the sampler's own: eta and extra_noise of `ancestral`.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    if first % batch:
-        raise ValueError(f"first: {first} is not a multiple of the batch, {batch}")
     times = uniform_grid(k=k, device=device)
     sigma_1 = schedule.sigma(torch.ones(1, device=device))
     out = []
     for start in range(0, shape[0], batch):
         b = min(batch, shape[0] - start)
-        rng = generator(seed, (first + start) // batch, device=device)
-        z = sigma_1 * torch.randn(b, *shape[1:], generator=rng, device=device)
+        rng = Numbered(seed, first=first + start, count=b, device=device)
+        z = sigma_1 * normal_like(torch.empty(b, *shape[1:], device=device), rng=rng)
         part = None if label is None else label[start : start + b].to(device)
         out.append(
             SAMPLERS[sampler](denoiser=denoiser, schedule=schedule, z=z, times=times, rng=rng, label=part, **options)

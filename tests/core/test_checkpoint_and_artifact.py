@@ -78,6 +78,21 @@ def test_a_model_samples_the_same_after_a_round_trip(tmp_path, name, prediction)
     assert {p.name for p in (tmp_path / "m").iterdir()} == {"weights.safetensors", "model.json"}
 
 
+def test_an_image_depends_on_the_seed_its_number_and_its_label_alone():
+    """But for rounding: not on its neighbours, nor on how many there are."""
+    one = model(SCHEDULES["cosine"]())
+    for parameter in one.denoiser.parameters():  # of a new one labels change nothing
+        torch.nn.init.normal_(parameter, std=0.2)
+    many = one.sample(300, seed=5)
+    for n in (1, 8, 16):
+        torch.testing.assert_close(one.sample(n, seed=5), many[:n], rtol=0, atol=1e-5)
+    torch.testing.assert_close(one.sample(4, seed=5, first=7, batch=3), many[7:11], rtol=0, atol=1e-5)
+    beside = [one.sample(3, seed=5, label=torch.tensor([a, 1, b])) for a, b in ((1, 1), (0, 2))]
+    torch.testing.assert_close(beside[0][1], beside[1][1], rtol=0, atol=1e-5)
+    torch.testing.assert_close(beside[0][1], many[1], rtol=0, atol=1e-5)
+    assert (beside[0][0] - beside[1][0]).abs().max() > 0.01, "the label matters"
+
+
 def test_labels_are_checked():
     student = model(SCHEDULES["cosine"]())
     with pytest.raises(ValueError, match="0 to 2"):

@@ -61,17 +61,28 @@ def test_evaluations_are_counted(sampler, expected):
     assert len(calls) == expected
 
 
-def test_the_stream_does_not_depend_on_who_draws_which_part():
-    whole = draw_small(first=0, n=30)
-    parts = torch.cat([draw_small(first=0, n=10), draw_small(first=10, n=10), draw_small(first=20, n=10)])
-    assert torch.equal(whole, parts)
-    with pytest.raises(ValueError, match="multiple"):
-        draw_small(first=5, n=10)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sample_depends_on_the_seed_and_its_number_alone(sampler):
+    """Not on how many there are, how many are drawn at once, or who draws which part."""
+    whole = draw_small(sampler, first=0, n=30, batch=250)
+    for batch in (1, 7, 10, 30):
+        assert torch.equal(draw_small(sampler, first=0, n=30, batch=batch), whole)
+    for n in (1, 8, 16):
+        assert torch.equal(draw_small(sampler, first=0, n=n, batch=10), whole[:n])
+    parts = [draw_small(sampler, first=first, n=n, batch=4) for first, n in ((0, 5), (5, 1), (6, 24))]
+    assert torch.equal(torch.cat(parts), whole)
+    assert len(whole.unique()) == len(whole)
+    assert not torch.equal(draw_small(sampler, first=0, n=30, batch=10, seed=5), whole)
 
 
-def draw_small(*, first, n):
+def draw_small(sampler, *, first, n, batch, seed=4):
     teacher = GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=COSINE)
-    return sample(denoiser=teacher, schedule=COSINE, shape=(n, 1), k=3, batch=10, first=first, seed=4)
+    how = {"sampler": sampler, "batch": batch, "first": first, "seed": seed}
+    return sample(denoiser=teacher, schedule=COSINE, shape=(n, 1), k=3, **how)
+
+
+def test_no_samples_are_none():
+    assert draw_small("ancestral", first=3, n=0, batch=10).shape == (0, 1)
 
 
 def test_all_samplers_start_from_the_same_noise():

@@ -236,9 +236,9 @@ def test_a_run_against_images_never_trained_on(runner):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_cluster):
-    """550 samples in batches of 250: of five workers two have nothing to do. Each has the labels of its own."""
+@pytest.mark.parametrize(("world", "count"), [(2, 550), (3, 550), (5, 550), (5, 8)])
+def test_workers_share_a_validation_and_agree_on_its_score(world, count, tmp_path, ray_cluster):
+    """Each draws its part, with the labels of its own; of 8 samples four workers draw two, and one has nothing to do."""
     from workflows.runtime.job import build_state, validator
 
     save_extractor(tmp_path / "extractor", Pixels(), provenance={})
@@ -248,7 +248,7 @@ def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_
         tick=lambda _: None,
     )  # fmt: skip
     save_reference(tmp_path / "statistics", real)
-    samples = {"extractor": str(tmp_path / "extractor"), "reference": str(tmp_path / "statistics"), "samples": 550}
+    samples = {"extractor": str(tmp_path / "extractor"), "reference": str(tmp_path / "statistics"), "samples": count}
     job, labels = job_of(tmp_path, validate=samples, network=NETWORK | {"num_classes": 2}), torch.arange(90) % 2
 
     def state():
@@ -264,7 +264,8 @@ def test_workers_share_a_validation_and_agree_on_its_score(world, tmp_path, ray_
         return validator(job, labels, rank=rank, world=world, summed=summed)(states[rank])["score"]
 
     states = [state() for _ in range(world)]
-    assert together(world, on) == pytest.approx([alone] * world, rel=1e-8)
+    rounding = 1e-8 if count > 500 else 1e-6  # of few samples the covariance is singular
+    assert together(world, on) == pytest.approx([alone] * world, rel=rounding)
 
 
 @pytest.mark.ray

@@ -138,6 +138,10 @@ def test_more_images_than_are_drawn_at_once(capsys, tmp_path, models, monkeypatc
     assert whole.dtype == np.float32
     assert np.abs(whole).max() <= 1
     assert len(np.unique(whole.reshape(600, -1), axis=0)) > 590
+    for n in (1, 8, 16, 300):
+        assert drawn(capsys, tmp_path, models["plain"], "--n", n) == pytest.approx(whole[:n], abs=1e-5)
+    monkeypatch.setattr(stage, "AT_ONCE", 7)
+    assert drawn(capsys, tmp_path, models["plain"], "--n", 30) == pytest.approx(whole[:30], abs=1e-5)
 
 
 def test_a_grid_holds_what_fits_and_says_so(capsys, tmp_path, models, monkeypatch):
@@ -206,6 +210,22 @@ def test_a_predict_of_no_rows_is_no_images(models):
     assert predict(pd.DataFrame({"label": []})).shape == (0, 1, 4, 4)
     assert predict(pd.DataFrame({"label": [1, 2]})).shape == (2, 1, 4, 4)
     assert predictor(models["bare"])(pd.DataFrame({"label": []})).shape == (0, 1, 4, 4)
+
+
+def test_a_predicted_image_does_not_change_with_its_neighbours(models):
+    import pandas as pd
+
+    predict = predictor(models["plain"])
+
+    def images(*labels, **params):
+        return predict(pd.DataFrame({"label": labels}), params)
+
+    alone = images(1, seed=4)
+    for rest in ((0,), (2, 2, 0), (1,) * 20):
+        assert images(1, *rest, seed=4)[:1] == pytest.approx(alone, abs=1e-5)
+    assert images(0, 1, 2)[1] == pytest.approx(images(2, 1)[1], abs=1e-5)
+    assert np.abs(images(0, 1)[1] - images(0, 2)[1]).max() > 0.01
+    assert np.abs(images(1, 1)[0] - images(1, 1)[1]).max() > 0.01
 
 
 def predictor(folder):

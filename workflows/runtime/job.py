@@ -247,8 +247,7 @@ def validator(
     n, classes = int(job.validate["samples"]), int(job.network["num_classes"])
     extractor = load_extractor(fetch(job.validate["extractor"])).to(device)
     reference = load_reference(fetch(job.validate["reference"])).statistics.features
-    # Whole batches of the sampler's stream, so that the samples are the same whatever the number of workers.
-    share = -(-n // SAMPLED_AT_ONCE // world) * SAMPLED_AT_ONCE
+    share = -(-n // world)  # the samples are the same, whoever draws which
     first, last = min(rank * share, n), min((rank + 1) * share, n)
     drawn = data_labels(labels, n, job.seed, 1)[first:last] if classes else None
 

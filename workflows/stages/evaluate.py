@@ -307,7 +307,7 @@ def sample_strip(model: str, how: dict[str, Any], k: int, device: str) -> np.nda
 def sampled(
     diffusion: Any, extractor: Any, how: dict[str, Any], k: int, label: Any, seed: int, first: int, near: int
 ) -> Statistics:
-    """Statistics of samples `first` to `first + len(label)` of the stream `seed`; the features of its first `near` are kept."""
+    """Statistics of samples `first` to `first + len(label)` of `seed`; the features of its first `near` are kept."""
     import torch
 
     from mmdistill_core.metrics.statistics import statistics
