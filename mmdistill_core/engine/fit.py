@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdistill_core.engine.batches import BatchSource
 from mmdistill_core.engine.state import TrainState
@@ -97,6 +97,7 @@ def fit(
     report: Callable[[dict[str, float]], None],
     save: Callable[[TrainState], None] | None = None,
     validate: Callable[[TrainState], dict[str, float]] | None = None,
+    judge: Callable[[nn.Module], float] | None = None,
     asked: Callable[[], str] = lambda: "",
 ) -> TrainState:
     """Trains until state.total_images.
@@ -104,6 +105,8 @@ def fit(
     report    metrics of a log window, with n_images, images_per_second, lr and forwards (network evaluations so far, summed
               over samples and networks) among them; loss, gradient norm and by-level means are of the window
     validate  -> metrics; if "score" is among them the best role's weights are kept when it is the lowest so far
+    judge     a network -> its score, by draws of which no weights were chosen: at the end, of the kept weights and of the last,
+              which take their place if they are no worse
     save      called every checkpoint_every images and at the end
     asked     what is wanted after a step: "" nothing, "save" a checkpoint, "stop" one and the end, before all images are seen
     """
@@ -124,6 +127,8 @@ def fit(
             validated = validate(state)
             if "score" in validated:
                 state.keep_if_best(validated["score"])
+                if judge is not None and state.n_images >= state.total_images:
+                    validated |= _judged(state, validated["score"], judge)
                 validated |= {"best/score": state.best.score, "best/n_images": float(state.best.n_images)}
             since += time.perf_counter() - paused  # images/s is that of training
         if validated or due(options.log_every, before):
@@ -146,3 +151,15 @@ def fit(
         if wanted == "stop":
             break
     return state
+
+
+def _judged(state: TrainState, score: float, judge: Callable[[nn.Module], float]) -> dict[str, float]:
+    """The kept weights against the last ones, of that score. The lowest of many scores is low by luck as well, and the last one is
+    not, so neither's score counts here.
+    """
+    if not state.best.weights or state.best.n_images == state.n_images:
+        return {}
+    kept, last = judge(state.best_network()), judge(state.current_network())
+    if last <= kept:
+        state.keep(score)
+    return {"judged/kept": kept, "judged/last": last}

@@ -20,7 +20,7 @@ from mmdistill_core.networks.denoiser import Denoiser
 
 @dataclass
 class Best:
-    """The weights of `role` at the lowest validation score so far."""
+    """The weights of `role` at the lowest validation score so far, or at the end, if those were judged no worse (fit)."""
 
     role: str
     score: float = float("inf")
@@ -138,10 +138,14 @@ class TrainState:
     def keep_if_best(self, score: float) -> bool:
         if not score < self.best.score:
             return False
+        self.keep(score)
+        return True
+
+    def keep(self, score: float) -> None:
+        """The current weights as the best role's, whatever was kept before."""
         weights = self.networks[self.best.role].state_dict()
         self.best.score, self.best.n_images = score, self.n_images
         self.best.weights = {name: uncut(value.detach()).to("cpu", copy=True) for name, value in weights.items()}
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Frozen networks are left out: they are inputs, and did not change."""

@@ -443,6 +443,52 @@ def test_the_last_state_is_a_candidate_whatever_the_interval_and_after_a_stop(tm
     assert same(whole.best.weights, second.best.weights)
 
 
+class TestTheLastWord:
+    """Between the weights kept for the lowest score and the last ones, by draws that chose nothing."""
+
+    def trained(self, scores, judge):
+        """24 steps, validated every 8th with these scores; (the state, the last row)."""
+        state, rows, scores = make_state(MAKE["denoising"]()), [], list(scores)
+        fit(
+            state=state,
+            batches=make_batches(),
+            options=FitOptions(log_every=0, validate_every=64 * 8),
+            report=rows.append,
+            validate=lambda s: {"score": scores.pop(0)},
+            judge=judge,
+        )
+        return state, rows[-1]
+
+    @pytest.mark.parametrize(
+        ("kept", "last", "at"), [(0.5, 0.4, 24), (0.5, 0.5, 24), (0.4, 0.5, 8), (0.4, float("nan"), 8)]
+    )
+    def test_the_better_stay(self, kept, last, at):
+        judged = iter([kept, last])
+        state, row = self.trained([0.1, 0.3, 0.2], lambda network: next(judged))
+        assert state.best.n_images == row["best/n_images"] == 64 * at
+        assert state.best.score == row["best/score"] == (0.2 if at == 24 else 0.1)
+        assert row["judged/kept"] == kept
+        assert same(state.best_network().state_dict(), state.best.weights)
+        assert same(state.best.weights, state.networks["teacher_ema"].state_dict()) == (at == 24)
+
+    def test_both_are_judged_as_they_are(self):
+        seen = []
+
+        def judge(network):
+            seen.append(copy.deepcopy(network.state_dict()))
+            return float(len(seen))
+
+        state, _ = self.trained([0.1, 0.3, 0.2], judge)
+        assert same(seen[0], state.best.weights)
+        assert same(seen[1], state.networks["teacher_ema"].state_dict())
+
+    def test_the_last_ones_that_are_the_kept_ones_are_not_judged(self):
+        state, row = self.trained([0.3, 0.2, 0.1], None)
+        again, judged = self.trained([0.3, 0.2, 0.1], lambda network: 1 / 0)
+        assert same(state.best.weights, again.best.weights)
+        assert "judged/kept" not in row | judged
+
+
 class TestLogWindow:
     def rows(self, state, stop_at=None):
         """The rows that `fit` reports, but for what the clock tells, up to a stop that is asked for."""

@@ -68,7 +68,7 @@ def test_evaluations_are_the_recipes():
         images = {"k=1": 160_000, "k=2": 160_000, "k=4": 128_000, "k=8": 76_800}
         for k, n in images.items():
             assert e[update][k] == pytest.approx(each * n, rel=0.02)
-        assert e[update]["validation"] == 1797 * (12 * 1 + 12 * 2 + 10 * 4 + 6 * 8)
+        assert e[update]["validation"] == 1797 * ((13 + 6) * 1 + (13 + 6) * 2 + (10 + 6) * 4 + (6 + 6) * 8)
     assert {u: figures["memory"][u]["updates"] for u in UPDATES} == {"alternating": 0.5, "joint": 1, "instant": 1}
 
 

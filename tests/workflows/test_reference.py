@@ -239,7 +239,7 @@ def test_a_run_against_images_never_trained_on(runner):
 @pytest.mark.parametrize(("world", "count"), [(2, 550), (3, 550), (5, 550), (5, 8)])
 def test_workers_share_a_validation_and_agree_on_its_score(world, count, tmp_path, ray_cluster):
     """Each draws its part, with the labels of its own; of 8 samples four workers draw two, and one has nothing to do."""
-    from workflows.runtime.job import build_state, validator
+    from workflows.runtime.job import Validator, build_state
 
     save_extractor(tmp_path / "extractor", Pixels(), provenance={})
     real = build_reference(
@@ -257,15 +257,22 @@ def test_workers_share_a_validation_and_agree_on_its_score(world, count, tmp_pat
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
         return made
 
-    alone = validator(job, labels)(state())["score"]
-    assert alone != pytest.approx(validator(job, 1 - labels)(state())["score"], rel=1e-3), "the labels matter"
+    def scores(validator, state):
+        """By the draw of the validations, and by others."""
+        return [validator(state)["score"], validator.judge(state.networks["teacher_ema"])]
+
+    alone = scores(Validator(job, labels), state())
+    assert alone[0] != pytest.approx(alone[1], rel=1e-6)
+    assert alone[0] == pytest.approx(alone[1], rel=0.2)
+    assert alone[0] != pytest.approx(Validator(job, 1 - labels)(state())["score"], rel=1e-3), "the labels matter"
 
     def on(rank, summed):
-        return validator(job, labels, rank=rank, world=world, summed=summed)(states[rank])["score"]
+        return scores(Validator(job, labels, rank=rank, world=world, summed=summed), states[rank])
 
     states = [state() for _ in range(world)]
     rounding = 1e-8 if count > 500 else 1e-6  # of few samples the covariance is singular
-    assert together(world, on) == pytest.approx([alone] * world, rel=rounding)
+    for found in together(world, on):
+        assert found == pytest.approx(alone, rel=rounding)
 
 
 @pytest.mark.ray

@@ -14,6 +14,8 @@ from workflows.runtime.storage import fetch, publish
 from workflows.runtime.uri import is_remote
 
 SAMPLED_AT_ONCE = 250
+JUDGED = 3
+"""Draws by which the kept weights and the last ones are compared at the end."""
 
 
 @dataclass(frozen=True)
@@ -225,44 +227,62 @@ def export(job: Job, state: Any, *, rank: int = 0) -> None:
             publish(folder, job.output)
 
 
-def validator(
-    job: Job,
-    labels: Any,
-    device: Any = "cpu",
-    *,
-    rank: int = 0,
-    world: int = 1,
-    summed: Callable[[Any], Any] = lambda value: value,
-) -> Callable[[Any], dict[str, float]]:
+class Validator:
     """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}.
 
-    The workers share the samples, and all get the same score; `summed` adds a tensor over them.
+    The workers share the samples, and all get the same score; `summed` adds a tensor over them. `judge` scores a network by other
+    draws than those of which weights are chosen.
     """
-    from mmdistill_core.artifact import load_extractor
-    from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments, pooled
-    from mmdistill_core.samplers import data_labels
-    from workflows.reference import load_reference
 
-    assert job.validate is not None
-    n, classes = int(job.validate["samples"]), int(job.network["num_classes"])
-    extractor = load_extractor(fetch(job.validate["extractor"])).to(device)
-    reference = load_reference(fetch(job.validate["reference"])).statistics.features
-    share = -(-n // world)  # the samples are the same, whoever draws which
-    first, last = min(rank * share, n), min((rank + 1) * share, n)
-    drawn = data_labels(labels, n, job.seed, 1)[first:last] if classes else None
+    def __init__(
+        self,
+        job: Job,
+        labels: Any,
+        device: Any = "cpu",
+        *,
+        rank: int = 0,
+        world: int = 1,
+        summed: Callable[[Any], Any] = lambda value: value,
+    ) -> None:
+        from mmdistill_core.artifact import load_extractor
+        from workflows.reference import load_reference
 
-    def of_samples(network: Any) -> Any:
-        if first == last:
-            return Moments(0, 0 * reference.mean, 0 * reference.scatter)
-        options = {"label": drawn, "seed": job.seed + 104_729, "first": first, "batch": SAMPLED_AT_ONCE}
-        return moments(extractor.extract(model_of(job, network).sample(last - first, **options)))
+        assert job.validate is not None
+        self.job, self.labels, self.summed = job, labels, summed
+        self.n = int(job.validate["samples"])
+        self.extractor = load_extractor(fetch(job.validate["extractor"])).to(device)
+        self.reference = load_reference(fetch(job.validate["reference"])).statistics.features
+        share = -(-self.n // world)  # the samples are the same, whoever draws which
+        self.first, self.last = min(rank * share, self.n), min((rank + 1) * share, self.n)
 
-    def validate(state: Any) -> dict[str, float]:
-        network = state.current_network()
+    def __call__(self, state: Any) -> dict[str, float]:
+        return {"score": self._distance(state.current_network())}
+
+    def judge(self, network: Any) -> float:
+        """The mean over JUDGED draws of their own."""
+        return sum(self._distance(network, draw) for draw in range(1, JUDGED + 1)) / JUDGED
+
+    def _distance(self, network: Any, draw: int = 0) -> float:
+        from mmdistill_core.metrics.frechet import frechet_distance, pooled
+
         was_training = network.training
         network.eval()
-        own = of_samples(network)
+        own = self._moments(network, draw)
         network.train(was_training)
-        return {"score": frechet_distance(pooled(own, summed), reference)}
+        return frechet_distance(pooled(own, self.summed), self.reference)
 
-    return validate
+    def _moments(self, network: Any, draw: int) -> Any:
+        """Of this worker's samples. Draw 0 is that of every validation."""
+        from mmdistill_core.metrics.frechet import Moments, moments
+        from mmdistill_core.samplers import data_labels
+
+        if self.first == self.last:
+            return Moments(0, 0 * self.reference.mean, 0 * self.reference.scatter)
+        label = None
+        if self.job.network["num_classes"]:
+            of_draw = (self.job.seed, 1, draw) if draw else (self.job.seed, 1)
+            label = data_labels(self.labels, self.n, *of_draw)[self.first : self.last]
+        seed = self.job.seed + 104_729 * (1 + draw)
+        options = {"label": label, "seed": seed, "first": self.first, "batch": SAMPLED_AT_ONCE}
+        samples = model_of(self.job, network).sample(self.last - self.first, **options)
+        return moments(self.extractor.extract(samples))

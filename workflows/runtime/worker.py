@@ -13,7 +13,7 @@ from typing import Any
 from workflows.runtime.checkpoints import Checkpoints
 from workflows.runtime.errors import UserError, in_a_line
 from workflows.runtime.events import AT, event
-from workflows.runtime.job import Job, build_state, export, validator
+from workflows.runtime.job import Job, Validator, build_state, export
 from workflows.runtime.uri import join
 
 ASKED_EVERY = 0.5
@@ -106,7 +106,7 @@ class Training:
     options: Any
     report: Callable[[dict[str, float]], None]
     save: Callable[[Any], None]
-    validate: Callable[[Any], dict[str, float]] | None
+    validate: Validator | None
     asked: Asked
     tell: Callable[..., None]
     checkpoints: Checkpoints
@@ -204,7 +204,7 @@ def set_up(config: dict[str, Any]) -> Training:
         rank=rank,
         world=world,
     )
-    validate = validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
+    validate = Validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
     return Training(job, state, batches, options, report, save, validate, asked, tell, checkpoints, rank)
 
 
@@ -260,6 +260,7 @@ def train_worker(config: dict[str, Any]) -> int:
             report=t.report,
             save=t.save,
             validate=t.validate,
+            judge=t.validate.judge if t.validate else None,
             asked=t.asked,
         )
     finally:

@@ -6,6 +6,7 @@ All counts are of the code that training runs (plan_count.py); only the hours ar
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from workflows.config import ConfigError, RunConfig, load_config
 from workflows.runtime.errors import UserError
+from workflows.runtime.job import JUDGED
 from workflows.runtime.progress import short, show_table
 from workflows.stages.plan_count import UPDATES, Counted, Training, count
 
@@ -97,7 +99,11 @@ def _memory(t: Training, k: int, batch: int, gpus: int, gib: float) -> dict[str,
 def _evaluations(config: RunConfig, trainings: dict[int, Training]) -> dict[str, float]:
     """Of each student's training, and of all their validations: forwards, or as many operations."""
     sections = {k: config.distill.for_k(k) for k in config.distill.k}
-    measured = {k: own.images // own.validate_every if own.validate_every else 0 for k, own in sections.items()}
+    # The last state is measured too, and at most two networks are judged at the end.
+    measured = {
+        k: math.ceil(own.images / own.validate_every) + 2 * JUDGED if own.validate_every else 0
+        for k, own in sections.items()
+    }
     return {f"k={k}": own.images * trainings[k].evaluations for k, own in sections.items()} | {
         "validation": sum(measured[k] * own.validate_samples * k for k, own in sections.items())
     }

@@ -131,7 +131,7 @@ def run_trial(trial: Trial, shared: Shared) -> None:
     import torch
 
     from mmdistill_core.engine import FitOptions, NonFiniteError, fit
-    from workflows.runtime.job import export, validator
+    from workflows.runtime.job import Validator, export
 
     job, device = job_of_trial(shared, trial), "cuda" if shared.use_gpu else "cpu"
     torch.set_num_threads(job.threads)
@@ -151,9 +151,10 @@ def run_trial(trial: Trial, shared: Shared) -> None:
 
     options = FitOptions(log_every=job.log_every, validate_every=job.validate["every"] if job.validate else 0,
                          checkpoint_every=job.checkpoint_every, seed=job.seed)  # fmt: skip
-    validate = validator(job, labels, device) if job.validate else None
+    validate = Validator(job, labels, device) if job.validate else None
     try:
-        fit(state=state, batches=batches, options=options, report=diary.report, save=save, validate=validate)
+        fit(state=state, batches=batches, options=options, report=diary.report, save=save, validate=validate,
+            judge=validate.judge if validate else None)  # fmt: skip
     except (NonFiniteError, torch.linalg.LinAlgError) as error:
         why = str(error) if isinstance(error, NonFiniteError) else DIVERGED
         diary.end("failed", WORST, why=why, images=state.n_images)
