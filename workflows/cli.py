@@ -71,14 +71,16 @@ def run(
     tracking_wait: TrackingWait = None,
     workers: Annotated[
         str | None,
-        typer.Option(help="Workers of each training, or fewest:most, as 2:8; by default as many as fit."),
+        typer.Option(
+            help="Workers of each training, or fewest:most, as 2:8; by default as many as there is room for now."
+        ),
     ] = None,
     checkpoint_every: Annotated[
         str | None,
         typer.Option(help="Images, or minutes such as 10m; by default the recipe's images, or 15 minutes."),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option(help="Students trained at once; by default as many as fit.", min=1)
+        int | None, typer.Option(help="Students trained at once; by default as many as there is room for now.", min=1)
     ] = None,
     gpu: Annotated[
         bool | None, typer.Option("--gpu/--no-gpu", help="By default GPUs are used if there are any.")
