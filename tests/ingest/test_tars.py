@@ -511,6 +511,21 @@ def test_images_without_a_suffix_in_a_tar(tmp_path):
     assert counted(listing) == {("no suffix", "not images"): 1, (".xyz", "not images"): 1}
 
 
+def test_labels_and_captions_that_are_not_taken_are_counted(tmp_path, monkeypatch):
+    made(tmp_path / "x.tar", cls=lambda i: f"{i % 2}", txt=lambda i: "" if i == 2 else "a", caption=lambda i: "b")
+    listing, items = load(tmp_path)
+    assert [item.caption for item in items] == ["a", "a", "b"] + ["a"] * 6
+    assert counted(listing) == {(".caption", "not taken for labels or captions"): 8}
+    assert counted(list_source(str(tmp_path), captions="none")) == {
+        (kind, "not taken for labels or captions"): 9 for kind in (".txt", ".caption")
+    }
+    monkeypatch.setattr("workflows.ingest.tars.LOOKED", 3)
+    made(tmp_path / "x.tar", cls=lambda i: f"{i % 2}" if i > 4 else None)
+    assert counted(list_source(str(tmp_path))) == {(".cls", "not taken for labels or captions"): 4}
+    made(tmp_path / "x.tar", json=lambda i: json.dumps({"caption": {"en": "a"}}))
+    assert "the caption in caption is {'en': 'a'}, which is no text" in errors(load(tmp_path)[1]).values()
+
+
 def test_captions_in_lists_and_further_ones(tmp_path):
     made(tmp_path / "x.tar", json=lambda i: json.dumps({"caption": ["", "one", "two"] if i % 2 else []}))
     listing, items = load(tmp_path)

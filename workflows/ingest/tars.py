@@ -323,34 +323,45 @@ def _item(
         return Item(key, None, error=f"which is the image? {', '.join(fit)}: name one as the image column")
     number: int | None = None
     texts: list[str] = []
+    used: set[str] = set()
     names = (alike(key), alike(sample.key))
     try:
         if listing.class_depth is not None:
             number = label_number(key.split("/")[listing.class_depth], of, listing)
         elif listing.labelled:
             column = str(listing.label_column)
+            used.add(column if column in sample.texts else "json")
             value = _looked_up(sample, column) if labels is None else _by_name(labels, names)
             number = label_number(value, of, listing)
         if captions is not None:
             texts = captions_of(next((captions.values[n] for n in names if n in captions.values), None))
         else:
-            texts = _captions(sample, listing.caption_columns)
+            texts = _captions(sample, listing.caption_columns, used)
     except (KeyError, ValueError, IndexError) as error:
         return Item(key, None, error=line(error) if isinstance(error, ValueError) else str(error.args[0]))
     for extension in sample.images:
         if extension != fit[0]:
             files.leave(f".{clean(extension)}", "further images of a sample")
+    for extension in sample.texts.keys() - used:
+        files.leave(f".{clean(extension)}", "not taken for labels or captions")
     return Item(key, image, number, one_of(texts, files))
 
 
-def _captions(sample: Sample, columns: Sequence[str]) -> list[str]:
-    """Those of the first of these columns that has one. Raises NotText for what can't be read."""
+def _captions(sample: Sample, columns: Sequence[str], used: set[str]) -> list[str]:
+    """Those of the first of these columns that has one; the siblings that were looked at go into `used`. Raises ValueError for what
+    can't be read, or is no caption.
+    """
     for column in columns:
         try:
-            if found := captions_of(_value(sample, column, "caption")):
-                return found
+            value = _value(sample, column, "caption")
         except KeyError:
             continue
+        used.add(column if column in sample.texts else "json")
+        try:
+            if found := captions_of(value):
+                return found
+        except ValueError as error:
+            raise ValueError(f"the caption in {column} is {error}") from error
     return []
 
 
