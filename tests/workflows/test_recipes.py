@@ -57,10 +57,16 @@ def run(config, workspace, until):
     return run_pipeline(config, RunOptions(workspace=workspace, until=until), Screen())
 
 
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """One workspace for all recipes: a tracking store takes long to make."""
+    return tmp_path_factory.mktemp("recipes")
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_runs_three_steps(name, tmp_path, ray_cluster):
-    summary = run(load_config(name, ["distill.k=[8]"], smoke=True), tmp_path, "distill")
+def test_every_recipe_runs_three_steps(name, space, ray_cluster):
+    summary = run(load_config(name, ["distill.k=[8]"], smoke=True), space, "distill")
     assert [s["name"] for s in summary["stages"]] == ["prepare", "teacher", "distill-k8"]
 
 
