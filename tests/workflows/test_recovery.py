@@ -84,6 +84,22 @@ def test_losses_that_are_no_numbers_end_the_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_lost_connection_stops_it_as_sigterm_does(tmp_path):
+    """SIGHUP to all of its processes, as of a terminal that is gone; Ray's keep on until the checkpoint is written."""
+    command = Training(tmp_path / "workspace")
+
+    def hang_up(process):
+        for pid in [*processes_of(process.pid, b"gcs_server", b"raylet", *TRAIN), process.pid]:
+            os.kill(pid, signal.SIGHUP)
+
+    code, shown = command.disturb_at(40_000, hang_up)
+    assert code == 129
+    assert "stopping: each training writes a checkpoint first" in shown
+    assert "interrupted: finished stages and the last checkpoints are kept" in shown
+    assert newest_checkpoint(command.workspace) >= 40_000
+
+
+@pytest.mark.slow
 def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     command = Training(tmp_path / "workspace")
     code, shown = command.disturb_at(40_000, lambda process: process.send_signal(signal.SIGINT))
