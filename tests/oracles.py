@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdistill_core.diffusion.process import posterior_coefficients
 from mmdistill_core.diffusion.schedules import Cosine, Schedule
@@ -267,7 +268,8 @@ def together(world: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any])
             barrier.abort()  # the others would wait for this one
             raise
 
-    with ThreadPoolExecutor(world) as pool:
+    # Which attention torch takes is a setting of the process: workers that are threads must not switch it below one another.
+    with sdpa_kernel(SDPBackend.MATH), ThreadPoolExecutor(world) as pool:
         running = [pool.submit(on, rank) for rank in range(world)]
     errors = [e for done in running if (e := done.exception()) is not None]
     for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):

@@ -95,6 +95,7 @@ def test_trainings_follow_one_another_on_the_same_workers(tmp_path, ray_cluster)
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_lost_worker_takes_nothing_from_the_training_beside_it(tmp_path, ray_cluster):
     """Two trainings, each on a worker of its own; one of these is killed, once, after its training's first checkpoint."""
     from workflows.runtime.worker import train_worker
@@ -146,6 +147,7 @@ def test_a_lost_worker_takes_nothing_from_the_training_beside_it(tmp_path, ray_c
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_on_a_cluster_workers_hold_their_cpus_and_give_them_back(tmp_path, ray_cluster, monkeypatch):
     """At the end of a stage, and when an error ends them."""
     import ray

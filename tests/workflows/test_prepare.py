@@ -247,6 +247,7 @@ def test_a_part_whose_shard_is_gone_is_made_again(source, prepare, plain, tmp_pa
     assert not (tmp_path / "set/shards/litter-of-before.parquet").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_goes_on(tmp_path, prepare):
     """SIGKILL in the middle: no manifest; again: the parts that were there are not made again, and the result is the same."""
     source = tmp_path / "source"

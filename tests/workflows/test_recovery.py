@@ -26,7 +26,7 @@ from small import Runner
 from workflows.context import METRICS
 from workflows.runtime.cluster import Monitor
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,6 @@ def test_losses_that_are_no_numbers_end_the_run(tmp_path):
     assert "Traceback" not in shown
 
 
-@pytest.mark.slow
 def test_a_lost_connection_stops_it_as_sigterm_does(tmp_path):
     """SIGHUP to all of its processes, as of a terminal that is gone; Ray's keep on until the checkpoint is written."""
     command = Training(tmp_path / "workspace")
@@ -99,7 +98,6 @@ def test_a_lost_connection_stops_it_as_sigterm_does(tmp_path):
     assert newest_checkpoint(command.workspace) >= 40_000
 
 
-@pytest.mark.slow
 def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     command = Training(tmp_path / "workspace")
     code, shown = command.disturb_at(40_000, lambda process: process.send_signal(signal.SIGINT))
@@ -128,7 +126,6 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     assert_same(command.workspace, undisturbed, but=[-(-stopped // 2560) * 2560])  # a row of what came after the stop
 
 
-@pytest.mark.slow
 def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
     """The kernel's own "no space left on device", from /dev/full in the place of the metrics' file."""
     command = Training(tmp_path / "workspace")
@@ -150,7 +147,6 @@ def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
     assert_same(command.workspace, undisturbed)
 
 
-@pytest.mark.slow
 def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undisturbed):
     """The training goes on without it, and it has every step once when the run ends."""
     server = TrackingServer(tmp_path)
@@ -172,7 +168,6 @@ def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undi
         server.kill()
 
 
-@pytest.mark.slow
 def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_delivers(tmp_path, undisturbed, monkeypatch):
     monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", "2")
     server = TrackingServer(tmp_path)

@@ -213,6 +213,7 @@ def test_a_trial_that_an_error_ends_costs_none_of_the_others(swept, monkeypatch)
 
     sweep = Swept(workspace, "k=2,1", "eta=0,0.25", warm_start=True, register=False)
     with monkeypatch.context() as patch:
+        patch.setattr("workflows.stages.sweep.RETRIES", 1)
         patch.setattr(Ledger, "trial_of", in_the_way)
         with pytest.raises(UserError, match=r"a trial failed: .*trial-k2"):
             sweep()
@@ -282,6 +283,7 @@ class Sweep(Command):
         return list((self.workspace / "ray").glob("trial-*/checkpoint-*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
     """It ends with the very rows of a sweep that nobody disturbed, no trial is run twice, and none is tracked twice."""
     for name in ("undisturbed", "disturbed"):  # both with the teacher of the other sweep

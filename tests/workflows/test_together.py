@@ -30,6 +30,7 @@ def test_those_that_wait_for_their_turn_do_not_begin_after_an_error():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
     """Ray must not be shut down below them; and on a cluster that goes on they would hold their workers' CPUs, or take them as soon
     as there is room.

@@ -36,7 +36,7 @@ CAUSES = {
 
 LOST, FAILURE = "lost", "failed"
 FAILED = (LOST, FAILURE)
-FATAL = re.compile(r"No space left on device|was not finite for")
+FATAL = re.compile(r"No space left on device|was not finite in")
 """Errors of a worker that no other try mends."""
 
 

@@ -26,6 +26,9 @@ from workflows.stages.teacher import data_of
 if TYPE_CHECKING:
     from workflows.stages.sweep_search import Search, Source
 
+RETRIES = 3
+"""Further tries of a trial that an error ended."""
+
 
 def sweep(
     context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions, at_once: int | None
@@ -156,7 +159,7 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
                 storage_path=scratch,
                 stop=End(),
                 verbose=0,
-                failure_config=tune.FailureConfig(max_failures=3),
+                failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
         found: list[Any] = []
