@@ -1,5 +1,7 @@
 """The paper's choices through the whole pipeline: guidance, told students, noise of the teacher, instant, warm starts."""
 
+import json
+
 import pytest
 from small import Runner
 
@@ -35,8 +37,6 @@ def model(runner, stage):
 
 
 def test_rows_of_the_teachers_noise_and_of_guidance(chosen):
-    import json
-
     runner, summary = chosen
     table = json.loads(next((runner.workspace / "stages").glob("evaluate-*/table.json")).read_text())
     rows = {(r["who"], r["sampler"], r["k"]): r for r in table["rows"]}
@@ -94,8 +94,6 @@ def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatc
 
 def test_one_step_starts_from_two(chosen):
     """Its run waited for the other's, and names it in what it depends on."""
-    import json
-
     runner, _ = chosen
     stages = runner.workspace / "stages"
     depends = json.loads(next(stages.glob("distill-k1-*/depends.json")).read_text())
