@@ -14,6 +14,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Tests that run in the background have Ctrl-C ignored, and would pass that on to what they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
 sys.path.insert(0, str(Path(__file__).parent))
 
 from services import in_stack, server, stack  # noqa: F401  the fixtures of the marker `services`
