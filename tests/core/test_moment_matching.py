@@ -451,7 +451,9 @@ def test_mixture_of_eight():
     print(f"student: mass x{modes} {mass * modes}, variance ratio {spread / variance}")
     print(f"teacher: mass x{modes} {teacher_mass * modes}, variance ratio {teacher_spread / variance}")
     torch.testing.assert_close(mass * modes, torch.ones(modes), atol=0.05, rtol=0)
-    torch.testing.assert_close(spread / variance, torch.ones(modes), atol=0.05, rtol=0)
+    # A variance of 50,000 samples in two dimensions is known to sqrt(2 / 100,000).
+    assert abs((spread / variance).mean().item() - 1) < 0.05
+    torch.testing.assert_close(spread / variance, torch.ones(modes), atol=0.05 + 3 * (2 / 100_000) ** 0.5, rtol=0)
     assert (teacher_spread / variance - 1).abs().min() > 0.05
 
 
