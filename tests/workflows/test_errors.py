@@ -111,3 +111,11 @@ def test_a_schema_that_is_out_of_date_is_told_with_its_command(tmp_path):
 
 def test_a_page_is_not_told_whole():
     assert len(brief(RuntimeError("<html>" + "word " * 1000))) <= 500
+
+
+def test_of_an_error_within_an_error_the_inner_one_is_told():
+    """As requests and urllib3 tell of a connection that was closed in the middle of a request."""
+    closed = ConnectionError(
+        "Connection aborted.", ConnectionResetError("Remote end closed connection without response")
+    )
+    assert brief(ConnectionError(closed)) == "Remote end closed connection without response"

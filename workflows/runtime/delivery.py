@@ -139,8 +139,16 @@ def brief(error: BaseException) -> str:
     """The first line of what an error came from; what a store says at length is a page, and not its reason."""
     chain = _chain(error)
     inner = [part for cause in reversed(chain) for part in (cause, *cause.args) if getattr(part, "strerror", None)]
-    text = inner[0].strerror if inner else str(chain[-1])
+    text = inner[0].strerror if inner else str(_within(chain[-1]))
     return in_a_line((text.splitlines() or [type(chain[-1]).__name__])[0], AT_LENGTH)
+
+
+def _within(error: BaseException) -> BaseException:
+    """The innermost of the errors that an error was given as its arguments, as urllib3 does it."""
+    for part in error.args:
+        if isinstance(part, BaseException):
+            return _within(part)
+    return error
 
 
 def meaning(error: BaseException) -> str | None:

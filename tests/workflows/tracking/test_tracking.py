@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -64,7 +65,8 @@ def test_a_server_that_is_killed_and_comes_back_has_everything_once(tmp_path, op
     last = tracker.client.get_run(tracker.resolve(grandchild))
     assert last.data.tags["mlflow.parentRunId"] == child.info.run_id
     assert len(said) == 2
-    assert f"{server.uri} does not answer (Connection re" in said[0]  # refused, or reset
+    # Refused or reset; or, of a request that was under way, closed.
+    assert re.search(rf"{server.uri} does not answer \((Connection re|Remote end closed connection)", said[0])
     assert "everything that was queued was delivered" in said[1]
     assert not list(outbox_of(tmp_path / "outbox", server.uri).glob("files/*"))
 
