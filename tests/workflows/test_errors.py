@@ -115,7 +115,10 @@ def test_a_page_is_not_told_whole():
 
 def test_of_an_error_within_an_error_the_inner_one_is_told():
     """As requests and urllib3 tell of a connection that was closed in the middle of a request."""
-    closed = ConnectionError(
-        "Connection aborted.", ConnectionResetError("Remote end closed connection without response")
-    )
-    assert brief(ConnectionError(closed)) == "Remote end closed connection without response"
+    from http.client import RemoteDisconnected
+
+    import requests
+    from urllib3.exceptions import ProtocolError
+
+    closed = ProtocolError("Connection aborted.", RemoteDisconnected("Remote end closed connection without response"))
+    assert brief(requests.ConnectionError(closed)) == "Remote end closed connection without response"
