@@ -15,7 +15,7 @@ test: $(DONE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not services"
 
 test-all: test
-	$(BIN)/python -m pytest -m "slow and not gpu and not services"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not services"
 
 install: $(DONE)
 $(DONE): pyproject.toml infra/constraints.txt

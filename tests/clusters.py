@@ -67,14 +67,14 @@ class LocalCluster:
 
     def kill(self, number):
         """As a machine that is switched off: all its processes at once."""
-        _end(self.nodes[number], signal.SIGKILL)
+        end(self.nodes[number], signal.SIGKILL)
 
     def stop(self):
         for process in (*self.nodes, self.head):
-            _end(process, signal.SIGKILL)
+            end(process, signal.SIGKILL)
 
 
-def _end(process, how):
+def end(process, how):
     """Its session: Ray's processes of a node."""
     if process.poll() is None:
         for member in _session(process.pid):

@@ -14,7 +14,7 @@ from workflows.runtime import lines
 from workflows.runtime.events import EVENTS
 from workflows.runtime.workspace import Workspace
 
-IMAGES = 204_800
+IMAGES = 140_800
 LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560"]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ AGREE = ("extractor", "weights", "resolution", "preprocessing")
 ROWS = 4096
 """Images whose features are taken at once."""
 FLOORS = 3
+AT_HAND = 4 * 2**20
+"""Bytes of images whose statistics the driver takes itself, in less time than a Ray task's process takes to start."""
 
 
 @dataclass(frozen=True)
@@ -177,10 +180,9 @@ def build_reference(
     task: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> Reference:
-    """Statistics of these rows of a data set, by a Ray task a shard, `cpus` and a few at a time; features of `near` of them are
-    kept. `task` is what Ray gives each of them, `device` where it computes.
+    """Statistics of these rows of a data set, by a Ray task a shard, `cpus` and a few at a time, or at once where the images are
+    few; features of `near` of them are kept. `task` is what Ray gives each task, `device` where it computes.
     """
-    import ray
     import torch
 
     from mmdistill_core.metrics.statistics import merged
@@ -190,20 +192,55 @@ def build_reference(
     counts = [shard.count(which) for shard in shards]
     chosen = torch.randperm(sum(counts), generator=generator(seed, 6))[:near].sort().values
     own = [part.numpy() - first for part, first in _by_shard(chosen, counts)]
+    parts: dict[int, tuple[Any, Any]] = {}
+
+    def add(i: int, part: tuple[Any, Any]) -> None:
+        parts[i] = part
+        tick(sum(counts[i] for i in parts))
+
+    if device == "cpu" and fingerprint["extractor"] != "inception" and manifest.in_memory() <= AT_HAND:
+        with _one_thread():
+            for i, shard in enumerate(shards):
+                add(i, statistics_of(extractor, root, manifest, shard, which, own[i]))
+    else:
+        _spread(shards, (extractor, root, manifest, which, device), own, cpus, task, add)
+    ordered = [parts[i] for i in range(len(shards))]
+    statistics = merged([part for part, _ in ordered])
+    pixels = torch.cat([images for _, images in ordered]).flatten(1) if statistics.pixels else None
+    return Reference(statistics, fingerprint, floor(statistics.near, pixels))
+
+
+def _spread(
+    shards: list[Shard],
+    of: tuple[str, str, Manifest, str, str],
+    own: list[np.ndarray],
+    cpus: int,
+    task: dict[str, Any] | None,
+    add: Callable[[int, tuple[Any, Any]], None],
+) -> None:
+    """`statistics_of` each shard as a Ray task; `add(i, its result)` as they come."""
+    import ray
+
+    extractor, root, manifest, which, device = of
     remote, about = ray.remote(**task or task_options(use_gpu=False))(statistics_of), ray.put(manifest)
-    waiting, parts = list(range(len(shards))), {}
-    running: dict[Any, int] = {}
+    waiting, running = list(range(len(shards))), dict[Any, int]()
     while waiting or running:
         while waiting and len(running) < cpus + 2:
             i = waiting.pop(0)
             running[remote.remote(extractor, root, about, shards[i], which, own[i], device)] = i
         for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
-            parts[running.pop(done)] = ray.get(done)
-            tick(sum(counts[i] for i in parts))
-    ordered = [parts[i] for i in range(len(shards))]
-    statistics = merged([part for part, _ in ordered])
-    pixels = torch.cat([images for _, images in ordered]).flatten(1) if statistics.pixels else None
-    return Reference(statistics, fingerprint, floor(statistics.near, pixels))
+            add(running.pop(done), ray.get(done))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _by_shard(chosen: Any, counts: list[int]) -> Iterator[tuple[Any, int]]:

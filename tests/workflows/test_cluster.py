@@ -9,6 +9,7 @@ import sys
 import tempfile
 
 import pytest
+from clusters import end
 from small import ROOT, SMALL
 
 pytestmark = pytest.mark.ray
@@ -36,9 +37,7 @@ def head(tmp_path):
         else:
             raise AssertionError(shown)
         yield found[1], environment | {"RAY_TMPDIR": folder}, process
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=60)
+        end(process, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -69,6 +68,28 @@ def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
         [sys.executable, "-c", script], env=environment | {"RAY_ADDRESS": address}, capture_output=True, text=True
     )
     assert still.stdout.split() == ["2.0"], still.stderr
+
+
+JOINS = """
+import ray
+from workflows.runtime.cluster import own_ray, ray_session
+
+with ray_session():
+    print(own_ray(), ray.cluster_resources()["CPU"])
+print(own_ray())
+"""
+
+
+def test_a_ray_that_another_process_started_for_itself_is_not_ones_own(ray_cluster):
+    """Workers that hold nothing would be beside those of the other."""
+    import ray
+
+    from workflows.runtime.cluster import own_ray
+
+    environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", JOINS], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "2.0", "False"], done.stderr
+    assert own_ray()
 
 
 @pytest.mark.slow

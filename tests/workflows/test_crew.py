@@ -96,6 +96,19 @@ def test_trainings_follow_one_another_on_the_same_workers(tmp_path, ray_cluster)
 
 
 @pytest.mark.ray
+def test_on_this_machine_alone_ray_train_brings_workers_and_what_leads_them(tmp_path, ray_cluster):
+    """What it has for clusters would be a process each, and the workers' variables another start of theirs."""
+    from ray._private.state import actors
+
+    def seen(config):
+        return os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
+
+    assert train(job_of(tmp_path), Monitor(), loop=seen) == "0.2"
+    there = {actor["ActorClassName"] for actor in actors().values() if actor["State"] == "ALIVE"}
+    assert there == {"Mailbox", "LocalTrainController", "RayTrainWorker", "SynchronizationActor"}
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_lost_worker_takes_nothing_from_the_training_beside_it(tmp_path, ray_cluster):
     """Two trainings, each on a worker of its own; one of these is killed, once, after its training's first checkpoint."""

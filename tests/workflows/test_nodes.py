@@ -28,7 +28,7 @@ from workflows.context import read_metrics
 from workflows.runtime.events import interruptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
-IMAGES = 204_800
+IMAGES = 102_400
 ENDLESS = 100_000_000
 WAITS = r"teacher: its workers \(3\) have not begun for 30 s"
 

@@ -14,6 +14,7 @@ from mmdistill_core.artifact import save_extractor
 from mmdistill_core.metrics.frechet import moments
 from mmdistill_core.networks.inception import Inception
 from mmdistill_core.networks.pixels import Pixels
+from workflows import reference
 from workflows.config import load_config
 from workflows.extractors import Wanted, make_extractor
 from workflows.reference import (
@@ -70,8 +71,17 @@ def prepared(tmp_path, ray_cluster):
 
 
 @pytest.mark.ray
-def test_statistics_by_tasks_are_those_of_all_images_and_are_kept(tmp_path, ray_cluster):
+@pytest.mark.parametrize("at_hand", [0, reference.AT_HAND])
+def test_statistics_by_tasks_or_at_once_are_those_of_all_images_and_are_kept(
+    tmp_path, ray_cluster, monkeypatch, at_hand
+):
+    by_tasks, spread = [], reference._spread
+    monkeypatch.setattr(reference, "AT_HAND", at_hand)
+    monkeypatch.setattr(reference, "_spread", lambda *how: (by_tasks.append(1), spread(*how)))
+    threads = torch.get_num_threads()
     built(tmp_path, Pixels())
+    assert bool(by_tasks) == (at_hand == 0)
+    assert torch.get_num_threads() == threads
     back = load_reference(tmp_path / "statistics" / "all")
     whole = moments(torch.from_numpy(noise(30)).flatten(1))
     assert back.statistics.count == 30

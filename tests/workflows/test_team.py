@@ -17,7 +17,7 @@ from services import clean_environment
 from small import ROOT, SMALL
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
-IMAGES = 204_800
+IMAGES = 102_400
 LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560", "distill.k=[1]"]
 names = itertools.count()
 

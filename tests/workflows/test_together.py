@@ -40,6 +40,7 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
 
     from workflows.context import Context
     from workflows.runtime import crew
+    from workflows.runtime.trainer import CONTROLLERS
 
     class Holder:
         def there(self):
@@ -64,7 +65,7 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
         return tick
 
     def controllers():
-        return [a for a in actors().values() if a["ActorClassName"] == "TrainController" and a["State"] == "ALIVE"]
+        return [a for a in actors().values() if a["ActorClassName"] in CONTROLLERS and a["State"] == "ALIVE"]
 
     runner(until="teacher")
     before, ticks = threading.active_count(), Context.tick

@@ -38,7 +38,13 @@ QUIET = {
 
 
 OWN = "mmdistill"
-"""A resource by which a Ray of our own, on this machine alone, is known."""
+"""A resource of a Ray of our own, which workers that hold no CPU ask for: Ray Train wants them to ask for something."""
+_own = False
+
+
+def own_ray() -> bool:
+    """Whether this process started its Ray, of this machine alone, for itself alone."""
+    return _own
 
 
 @contextmanager
@@ -50,6 +56,7 @@ def ray_session(
 
     Raises ConfigError or UserError where there is none to be had.
     """
+    global _own
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
@@ -79,11 +86,13 @@ def ray_session(
                 ray.init(place.address, **options)
         except Exception as error:  # Ray raises bare ones too
             raise explained(error, place) from error
+        _own = place.own
         try:
             yield room()
         finally:
             while _before_shutdown:
                 _before_shutdown.pop()()
+            _own = False
             ray.shutdown()
 
 

@@ -20,15 +20,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from workflows.runtime.checkpoints import Checkpoints
-from workflows.runtime.cluster import OWN, Workers, before_shutdown
+from workflows.runtime.cluster import OWN, Workers, before_shutdown, own_ray
 from workflows.runtime.errors import UserError, training_failed
-from workflows.runtime.events import DOWN, FAILURE, LOST, event
 from workflows.runtime.job import Job
 from workflows.runtime.mailbox import CLOSED, Order
 from workflows.runtime.s3 import arrow_filesystem
 from workflows.runtime.storage import delete
 from workflows.runtime.uri import is_remote, join
-from workflows.runtime.worker import BROKEN, root_cause, train_worker
+from workflows.runtime.worker import root_cause, train_worker
 
 FAILURES = 3
 """Lost workers without a checkpoint between them, after which a training is given up."""
@@ -140,37 +139,18 @@ class Crew:
                 return
 
     def _trainer(self) -> Any:
-        import ray.train
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
-        from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-        from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+        from workflows.runtime.trainer import Down, LocalTrainer, Losses, Trainer
 
         desk, name, shape = self.desk, self.name, self.shape
 
-        class Down(WorkerGroupCallback):
-            """Tells that there are no workers now: a group that ends as its node is to go meets with no exception."""
-
-            def before_worker_group_shutdown(self, worker_group: Any) -> None:
-                desk.tell.remote(name, event(DOWN))
-
-        class Losses(ray.train.UserCallback):
-            """Tells of workers that went away as soon as Ray Train knows: of them, or of what the others met with."""
-
-            def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-                told = {rank: _told(error) for rank, error in worker_exceptions.items()}
-                gone = [row for rank, row in told.items() if hasattr(worker_exceptions[rank], "health_check_failure")]
-                desk.tell.remote(name, (gone or list(told.values()))[0], told)
-
-        class Trainer(TorchTrainer):
-            def _create_default_callbacks(self) -> list[Any]:
-                """Without Ray's cleaner of placement groups where there is no dashboard, whose API it asks for all it does."""
-                callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-                return [c for c in callbacks if not (own_ray() and isinstance(c, PlacementGroupCleanerCallback))]
+        def tell(*what: Any) -> None:
+            desk.tell.remote(name, *what)
 
         remote, workers = is_remote(shape.storage), shape.workers
         filesystem, path = arrow_filesystem(shape.storage) if remote else (None, shape.storage)
-        return Trainer(
+        return (LocalTrainer if own_ray() else Trainer)(
             serve,
             train_loop_config={"crew": name, "desk": desk},
             scaling_config=ScalingConfig(
@@ -184,16 +164,9 @@ class Crew:
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=FAILURES),
-                callbacks=[Losses(), Down()],  # type: ignore[list-item]
+                callbacks=[Losses(tell), Down(tell)],  # type: ignore[list-item]
             ),
         )
-
-
-def _told(error: Exception) -> dict[str, Any]:
-    """An error of a worker as an event."""
-    why = root_cause(error)
-    lost = hasattr(error, "health_check_failure") or BROKEN.search(why)
-    return event(LOST if lost else FAILURE, why=why)
 
 
 def serve(config: dict[str, Any]) -> None:
@@ -217,13 +190,6 @@ def serve(config: dict[str, Any]) -> None:
         number, since = order.number, time.monotonic()
         del loop, settings, answer
         gc.collect()
-
-
-def own_ray() -> bool:
-    """Whether Ray is this process's own, of this machine alone."""
-    import ray
-
-    return OWN in ray.cluster_resources()
 
 
 class Crews:
@@ -325,9 +291,11 @@ def abort(*, kill: bool = False) -> None:
     from ray._private.state import actors
     from ray._private.worker import global_worker
 
+    from workflows.runtime.trainer import CONTROLLERS
+
     driver: Any = global_worker
     own = ray.get_runtime_context().get_job_id()
     for name, actor in actors().items():
-        if (actor["ActorClassName"], actor["JobID"], actor["State"]) == ("TrainController", own, "ALIVE"):
+        if actor["ActorClassName"] in CONTROLLERS and (actor["JobID"], actor["State"]) == (own, "ALIVE"):
             controller = driver.core_worker.get_actor_handle(ray.ActorID.from_hex(name))
             ray.kill(controller) if kill else controller.abort.remote()
