@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -16,6 +17,12 @@ QUICK = {
 }
 """So that a node that is gone is missed within seconds, where Ray's own numbers make it half a minute and more; and one that is
 told to go does.
+"""
+
+
+LOOKS_EVERY = 21
+"""Seconds between looks of Ray Train's autoscaler for nodes, and one. It lives as long as the cluster: a run that may have fewer
+workers and begins sooner begins with those that there was room for before.
 """
 
 
@@ -58,11 +65,13 @@ class LocalCluster:
                 return process, found[0] if not found.groups() else found[1]
         raise AssertionError(shown)
 
-    def add(self, *, cpus):
-        """A node more; its number."""
+    def add(self, *, cpus, noticed=False):
+        """A node more; its number. `noticed`: once Ray Train knows of it as well, which has looked before."""
         ip = f"127.0.0.{2 + len(self.nodes)}"
         words = f"--address {self.environment['RAY_ADDRESS']} --num-cpus {cpus}"
         self.nodes.append(self._start(ip, words, r"Ray runtime started")[0])
+        if noticed:
+            time.sleep(LOOKS_EVERY)
         return len(self.nodes) - 1
 
     def kill(self, number):

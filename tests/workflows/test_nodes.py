@@ -72,7 +72,7 @@ def test_a_stopped_training_ends_with_a_checkpoint_and_goes_on_with_more_workers
 
 def test_a_node_is_lost(cluster, alone, tmp_path):
     """It goes on with what is left, and ends."""
-    spot = cluster.add(cpus=1)
+    spot = cluster.add(cpus=1, noticed=True)
     try:
         run = command(cluster, tmp_path, "--workers", "1:3")
         process = run.start()
@@ -120,7 +120,7 @@ def test_a_node_comes(cluster, tmp_path):
 
 def test_a_node_is_announced_to_go(cluster, tmp_path):
     """By SIGTERM, as a machine hears that it is taken away: there is a checkpoint before it goes, though none was due."""
-    spot = cluster.add(cpus=1)
+    spot = cluster.add(cpus=1, noticed=True)
     run = command(cluster, tmp_path, "--workers", "1:3", "--checkpoint-every", f"{ENDLESS}", images=ENDLESS)
     try:
         process = run.start()

@@ -20,8 +20,8 @@ from workflows.runtime.sessions import end_orphans, noted
 from workflows.runtime.stopping import hangups_kept_from_children
 
 QUIET = {
-    # Ray Train looks so often whether its workers live, or have ended; by default every 2 s.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Ray Train looks so often whether its workers live; by default every 2 s.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
     # Workers are first asked for on a node that is gone and not yet missed; the next try counts the nodes anew.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",

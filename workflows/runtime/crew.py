@@ -33,6 +33,8 @@ FAILURES = 3
 """Lost workers without a checkpoint between them, after which a training is given up."""
 RESIZED_EVERY = 60.0
 """Seconds between looks for more nodes, of a training that may grow; MMDISTILL_RESIZED_EVERY has others."""
+PAUSES = (*[0.05] * 40, 0.2)
+"""Seconds between looks for a training's answer: short ones first, for short trainings."""
 AWAKE, SOON, LATER = 2.0, 0.02, 0.25
 """A worker without an order looks for one every SOON seconds for AWAKE seconds, and then every LATER ones."""
 
@@ -93,14 +95,14 @@ class Crew:
         self._storage[job.name] = storage, Checkpoints(storage).images()
         try:
             self.desk.post.remote(self.name, Order(number, rank, job.name, mailbox, [ray.put((loop, settings))]))
-            while True:
+            for pause in itertools.chain(PAUSES, itertools.repeat(PAUSES[-1])):
                 ended = self.ended  # before the answer, which may come with the crew's end
                 if answer := ray.get(self.desk.answer.remote(self.name, number)):
                     self._finished += 1
                     return answer[0]
                 if ended:
                     raise training_failed(job.name, self._why) from self._error
-                time.sleep(0.05)
+                time.sleep(pause)
         finally:
             del self._storage[job.name]
             self.desk.withdraw.remote(self.name, number)
