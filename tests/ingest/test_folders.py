@@ -158,6 +158,9 @@ def test_captions_in_a_file(folder, tmp_path):
         ("l.json", '["a", "a"]', "the class a is there twice"),
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),
         ("l.csv", "a,b,c\nx.png,1,2\n", "no column of paths among a, b, c"),
+        ("l.csv", "file_name,label\ncats/0.png,a cat, asleep\n", r"line 2 has 3 cells, and the first line 2: a text with ','"),
+        ("l.csv", 'file_name,label\ncats/0.png,"a\ncats/1.png,b\n', "line 3: a quote in a cell is doubled"),
+        ("l.tsv", 'file_name\tlabel\ncats/0.png\t"a" b\n', "line 2: a quote in a cell is doubled"),
         ("l.csv", "file_name,label\ncats/0.png,a\ncats/0.png,b\n", "two values for cats/0.png: a and b"),
         (
             "l.csv",
@@ -489,6 +492,8 @@ def json_lines(*rows):
         ("metadata.csv", "file_name,label\n000.png,1.0\n001.png,0.0\n002.png,\n", None, [1, 0, None]),
         ("metadata.csv", "file_name,label\n000.png,1\n001.png,0\n002.png,NaN\n", None, [1, 0, None]),
         ("metadata.csv", "file_name,label\n000.png,None\n001.png,a\n002.png,b\n", None, [0, 1, 2]),
+        ("metadata.csv", "file_name, label\n000.png, a \n001.png, b\n002.png, -1\n", None, [0, 1, None]),
+        ("metadata.csv", "file_name,label,\n000.png,a,\n001.png,b, ,\n002.png\n", None, [0, 1, None]),
         ("metadata.csv", "file_name,label\n000.png,010\n001.png,002\n002.png,001\n", None, [2, 1, 0]),
         ("metadata.csv", "file_name,label\n000.png,10 cm\n001.png,a dog\n002.png,10 cm\n", None, [0, 1, 0]),
         (

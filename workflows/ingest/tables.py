@@ -150,7 +150,7 @@ class _Parser:
     def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
         """`written`: as text, which doesn't tell numbers from names: they are numbers if all are."""
         pairs = list(pairs)
-        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1] not in MISSING]
+        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1].strip() not in MISSING]
         numbers = (
             written and self.what == "label" and bool(texts) and all(NUMBER.fullmatch(text.strip()) for text in texts)
         )
@@ -159,7 +159,9 @@ class _Parser:
             if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise UserError(f"{self.name}: a path and a value are expected, not {clean(str(pair))[:60]}")
             path, value = pair
-            value = _number(value) if numbers and value else self._value(path, value)
+            if written and self.what == "label" and value:
+                value = _written(value.strip(), numbers=numbers)
+            value = self._value(path, value)
             if path in out and self.what == "caption":
                 self.further += value is not None and out[path] is not None
                 value = value if out[path] is None else out[path]
@@ -180,8 +182,11 @@ class _Parser:
         return found[0] if found else None
 
 
-def _number(text: str) -> str | int | None:
-    return None if text in MISSING else written_label(text)
+def _written(text: str, *, numbers: bool) -> str | int | None:
+    """A label as a cell has it; -1 is none among names as well."""
+    if numbers:
+        return None if text in MISSING else written_label(text)
+    return None if text == "-1" else text
 
 
 def _nested(values: dict[str, Any]) -> bool:
@@ -201,13 +206,22 @@ def _json_rows(text: str) -> list[Any]:
 
 
 def _csv_rows(text: str) -> list[Any]:
+    """Lists of cells, or of a file with a header objects. Raises NotText for quotes that don't close, and cells without a column."""
     csv.field_size_limit(MAX_TABLE)
-    head = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(head)) if row]
-    header = [cell.strip() for cell in rows[0]] if rows else []
+    mark = _delimiter(re.split(r"[\r\n]", text, maxsplit=1)[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    try:
+        lines = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise NotText(f"line {reader.line_num}: a quote in a cell is doubled, and the cell quoted ({error})") from error
+    header = [cell.strip() for cell in lines[0][1]] if lines else []
     if not any(cell in PATHS for cell in header) and len(header) == 2:
-        return rows
-    return [dict(zip(header, row, strict=False)) for row in rows[1:]]
+        return [row for _, row in lines]
+    for number, row in lines[1:]:
+        if any(cell.strip() for cell in row[len(header) :]):
+            said = f"line {number} has {len(row)} cells, and the first line {len(header)}"
+            raise NotText(f"{said}: a text with {mark!r} in it is put in quotes")
+    return [dict(zip(header, row, strict=False)) for _, row in lines[1:]]
 
 
 def _delimiter(head: str) -> str:
