@@ -158,7 +158,11 @@ def test_captions_in_a_file(folder, tmp_path):
         ("l.json", '["a", "a"]', "the class a is there twice"),
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),
         ("l.csv", "a,b,c\nx.png,1,2\n", "no column of paths among a, b, c"),
-        ("l.csv", "file_name,label\ncats/0.png,a cat, asleep\n", r"line 2 has 3 cells, and the first line 2: a text with ','"),
+        (
+            "l.csv",
+            "file_name,label\ncats/0.png,a cat, asleep\n",
+            r"line 2 has 3 cells, and the first line 2: a text with ','",
+        ),
         ("l.csv", 'file_name,label\ncats/0.png,"a\ncats/1.png,b\n', "line 3: a quote in a cell is doubled"),
         ("l.tsv", 'file_name\tlabel\ncats/0.png\t"a" b\n', "line 2: a quote in a cell is doubled"),
         ("l.csv", "file_name,label\ncats/0.png,a\ncats/0.png,b\n", "two values for cats/0.png: a and b"),
@@ -421,6 +425,16 @@ def test_captions_in_files_beside_the_images(tmp_path, end, encoding):
     assert left(listing) == {(".md", "not images"): 1}
     assert {item.caption for item in load(tmp_path, captions="none")[1]} == {None}
     assert [item.caption for item in load(tmp_path, limit=2)[1]] == ["a bëar, number 0", "a bëar, number 3"]
+
+
+def test_boxes_beside_the_images_are_no_captions(tmp_path):
+    flat(tmp_path)
+    for i in range(5):
+        (tmp_path / f"{i:03}.txt").write_text("a bear" if i == 4 else "" if i == 3 else f"{i} 0.5 0.5 0.25 0.25\n" * 2)
+    listing, counted = list_source(str(tmp_path)), Counter()
+    items = [item for unit in listing.units for item in read_unit(listing, unit, left_out=counted)]
+    assert [item.caption for item in items] == [None] * 4 + ["a bear", None]
+    assert counted == {(".txt", "boxes, not captions"): 3}
 
 
 def test_a_caption_beside_an_image_that_is_no_text_names_its_file(tmp_path):

@@ -8,6 +8,8 @@ import tarfile
 import tracemalloc
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pictures import array, encoded, errors, good, load, png, read
 from PIL import Image
@@ -62,6 +64,22 @@ def test_what_webdatasets_own_writer_wrote(tmp_path):
     assert len(load(tmp_path)[0].units) == 1
 
 
+def test_what_img2dataset_wrote(tmp_path):
+    """A table of each tar's rows lies beside it."""
+    for shard in ("00000", "00001"):
+        tarred(
+            tmp_path / f"{shard}.tar", samples(0, 5, cls=None, txt="number {i}", json='{"caption": "x", "url": "y"}')
+        )
+        pq.write_table(pa.table({"url": ["y"] * 5, "caption": ["x"] * 5}), tmp_path / f"{shard}.parquet")
+        (tmp_path / f"{shard}_stats.json").write_text("{}")
+    listing, items = load(tmp_path)
+    assert (listing.kind, listing.captioned, len(items)) == ("webdataset", "txt", 10)
+    assert [item.caption for item in items] == [f"number {i}" for i in range(5)] * 2
+    assert listing.left_out == ((".json", "beside the tar files", 2), (".parquet", "beside the tar files", 2))
+    pq.write_table(pa.table({"image": [png(0)]}), tmp_path / "more.parquet")
+    assert "holds both Parquet files (00000.parquet) and tar files (00000.tar)" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "mode"), [("x.tar.gz", "w:gz"), ("x.tgz", "w:gz"), ("x.tar.bz2", "w:bz2"), ("x.tar", "w")]
 )
@@ -93,6 +111,16 @@ def test_fields_of_json(tmp_path):
     assert "no label kind in the first 6 samples, 0000 to 0005, which have json" in refused(
         tmp_path, label_column="kind"
     )
+
+
+def test_boxes_are_no_captions(tmp_path):
+    tarred(tmp_path / "x.tar", samples(0, 6, cls=None, txt="0 0.5 0.5 0.25 0.25\n"))
+    listing, counted = list_source(str(tmp_path)), Counter()
+    items = [item for unit in listing.units for item in read_unit(listing, unit, left_out=counted)]
+    assert (listing.captioned, {item.caption for item in items}) == ("", {None})
+    assert counted == {(".txt", "boxes, not captions"): 6}
+    tarred(tmp_path / "x.tar", samples(0, 6, cls=None, txt="0 0.5 0.5 0.25 0.25\n", json='{"caption": "a {i}"}'))
+    assert [item.caption for item in load(tmp_path)[1]] == [f"a {i}" for i in range(6)]
 
 
 def test_a_caption_in_json_with_half_an_emoji_can_be_written(tmp_path):

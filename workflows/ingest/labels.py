@@ -14,6 +14,7 @@ from workflows.runtime.errors import UserError
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 MOST_CLASSES = 100_000
 FURTHER = "an image has one"
+BOXES = "boxes, not captions"
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,10 @@ def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
             f"{files.source} has no images; its files are {kinds(file.name for file in found)}",
             hint=f"known: {', '.join(SAID.values())}",
         )
+    if set(of) == {"tar", "parquet"} and {_stem(file.name) for file in of["parquet"]} <= {
+        _stem(file.name) for file in of["tar"]
+    }:
+        del of["parquet"]  # img2dataset's tables of what the tars hold
     if len(of) > 1:
         first, second, *_ = sorted(of)
         shown = " and ".join(f"{SAID[kind]} ({clean(of[kind][0].name)})" for kind in (first, second))
@@ -130,6 +134,12 @@ def _kind(name: str) -> str | None:
     if low.endswith(TARS):
         return "tar"
     return "images" if is_image(low) else {".zip": "zip", ".parquet": "parquet", ".arrow": "arrow"}.get(suffix(low))
+
+
+def _stem(name: str) -> str:
+    """A name without what tells the kind: 00000 of 00000.tar.gz."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
 
 
 def _named(listing: Listing, reader: str, files: Files, found: list[File], chosen: list[File], ask: Ask) -> Listing:

@@ -206,7 +206,7 @@ def _json_rows(text: str) -> list[Any]:
 
 
 def _csv_rows(text: str) -> list[Any]:
-    """Lists of cells, or of a file with a header objects. Raises NotText for quotes that don't close, and cells without a column."""
+    """Lists of cells, or objects where there is a header. Raises NotText for quotes left open, and cells without a column."""
     csv.field_size_limit(MAX_TABLE)
     mark = _delimiter(re.split(r"[\r\n]", text, maxsplit=1)[0])
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)

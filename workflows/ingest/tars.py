@@ -17,11 +17,11 @@ from workflows.ingest.columns import label_number
 from workflows.ingest.decode import MAX_BYTES, START, SUFFIXES, starts_as_image
 from workflows.ingest.files import NO_SUFFIX, File, Files, clean, hidden, inside, line
 from workflows.ingest.images import NOT_IMAGES, may_be_image, one_of
-from workflows.ingest.labels import FURTHER, MOST_CLASSES, caption_table, class_depth, label_table, numbered
+from workflows.ingest.labels import BOXES, FURTHER, MOST_CLASSES, caption_table, class_depth, label_table, numbered
 from workflows.ingest.listing import Item, Listing, Unit
 from workflows.ingest.spread import grouped
 from workflows.ingest.tables import Table, What, open_table, parse_table
-from workflows.ingest.text import alike, are_names, captions_of, json_of, label_of, text_of, written_label
+from workflows.ingest.text import alike, are_boxes, are_names, captions_of, json_of, label_of, text_of, written_label
 from workflows.runtime.errors import UserError
 
 MAX_SIBLING = 2**20
@@ -211,7 +211,7 @@ def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str,
     if captions:
         out |= {"caption_file": ask.captions, "captioned": captions.name, "caption_column": ask.caption_column}
     elif ask.captions != "none":
-        column = _column(first, ask.caption_column, ask.caption_columns, "caption", lambda value: captions_of(value))
+        column = _column(first, ask.caption_column, ask.caption_columns, "caption", _no_boxes)
         out |= {"caption_columns": ask.caption_columns, "captioned": column or ""}
     if labels and labels.values:
         out["classes"], _ = numbered(list(labels.values.values()), labels.classes, labels.name)
@@ -336,7 +336,7 @@ def _item(
         if captions is not None:
             texts = captions_of(next((captions.values[n] for n in names if n in captions.values), None))
         else:
-            texts = _captions(sample, listing.caption_columns, used)
+            texts = _captions(sample, listing.caption_columns, used, files)
     except (KeyError, ValueError, IndexError) as error:
         return Item(key, None, error=line(error) if isinstance(error, ValueError) else str(error.args[0]))
     for extension in sample.images:
@@ -347,7 +347,7 @@ def _item(
     return Item(key, image, number, one_of(texts, files))
 
 
-def _captions(sample: Sample, columns: Sequence[str], used: set[str]) -> list[str]:
+def _captions(sample: Sample, columns: Sequence[str], used: set[str], files: Files) -> list[str]:
     """Those of the first of these columns that has one; the siblings that were looked at go into `used`. Raises ValueError for what
     can't be read, or is no caption.
     """
@@ -357,12 +357,19 @@ def _captions(sample: Sample, columns: Sequence[str], used: set[str]) -> list[st
         except KeyError:
             continue
         used.add(column if column in sample.texts else "json")
+        if column in sample.texts and are_boxes(value):
+            files.leave(f".{clean(column)}", BOXES)
+            continue
         try:
             if found := captions_of(value):
                 return found
         except ValueError as error:
             raise ValueError(f"the caption in {column} is {error}") from error
     return []
+
+
+def _no_boxes(value: Any) -> list[str]:
+    return [caption for caption in captions_of(value) if not are_boxes(caption)]
 
 
 def _by_name(table: Table, names: Sequence[str]) -> str | int | None:

@@ -22,6 +22,7 @@ MARKS = (
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.0*)?")
 """A whole number as programs write it: "001" is a name."""
 VALUE = re.compile(r"[+-]?\d+(\.\d+)?")
+BOX = re.compile(r"\d+(\s+-?\d+(\.\d+)?(e-?\d+)?){4,}")
 
 
 class NotText(ValueError):
@@ -94,6 +95,12 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [str(value)]
     raise ValueError(f"{repr(value)[:40]}, which is no text")
+
+
+def are_boxes(text: str) -> bool:
+    """Whether a file beside an image tells where things are, as YOLO has it: lines of a class's number and at least four others."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return bool(lines) and all("." in line and BOX.fullmatch(line) for line in lines)
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
