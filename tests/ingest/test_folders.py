@@ -81,6 +81,12 @@ def test_splits_are_no_classes(folder):
     assert "holds the splits test, train, which are no classes" in said
     assert "/test; or --labels none" in said
     assert load(folder, labels="none")[0].count == 10
+    for split in ("train", "test"):
+        (folder / split / "metadata.csv").write_text(
+            "file_name,label\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(5))
+        )
+    assert "holds the splits test, train, which are no classes" in refused(folder)
+    assert load(folder / "train")[0].classes == ("0", "1")
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,15 @@ def test_what_img2dataset_wrote(tmp_path):
     assert "holds both Parquet files (00000.parquet) and tar files (00000.tar)" in refused(tmp_path)
 
 
+def test_one_split_must_be_named(tmp_path):
+    for i, split in enumerate(("train", "train", "validation")):
+        tarred(tmp_path / f"imagenet1k-{split}-000{i}.tar", samples(3 * i, 3 * i + 3))
+    with pytest.raises(UserError, match=r"more than one split: train \(.*\), validation \(.*\)") as caught:
+        list_source(str(tmp_path))
+    assert caught.value.hint == f"name one: {tmp_path}/imagenet1k-train-*.tar"
+    assert len(load(f"{tmp_path}/imagenet1k-train-*.tar")[1]) == 6
+
+
 @pytest.mark.parametrize(
     ("name", "mode"), [("x.tar.gz", "w:gz"), ("x.tgz", "w:gz"), ("x.tar.bz2", "w:bz2"), ("x.tar", "w")]
 )

@@ -102,6 +102,10 @@ class Files:
         except OSError as error:
             raise UserError(f"{clean(name)} in {self.source}: {self.lost(error)}") from error
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file or folder: what an archive holds is none."""
+        return bool(self.fs.exists(self._full(name)))
+
     def starts(self, names: Sequence[str], count: int) -> Iterator[bytes]:
         """The first `count` bytes of each file; b"" of one that can't be read, as is said when it is."""
         for first in range(0, len(names), FILES_AT_ONCE):

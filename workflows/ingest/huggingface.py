@@ -11,6 +11,7 @@ import yaml
 
 from workflows.ingest.asides import CAPTIONS, LABELS, Ask
 from workflows.ingest.files import File, Files, clean
+from workflows.ingest.labels import SPLITS
 from workflows.ingest.tables import Table, What, columns_in, parse_table
 from workflows.runtime.errors import UserError
 
@@ -36,17 +37,17 @@ def class_names(files: Files, found: Sequence[File]) -> dict[str, tuple[str, ...
 
 
 def one_split(files: Files, chosen: Sequence[File]) -> None:
-    """Raises UserError where tables are of more than one split: `train-00000-of-00002.parquet`, `test/data-0000.arrow`."""
+    """Raises UserError where files are of more than one split: `train-00000-of-00002.parquet`, `test/data-0000.arrow`,
+    `imagenet-val-0000.tar`.
+    """
     splits: dict[str, str] = {}
     for file in chosen:
-        folder, _, name = file.name.rpartition("/")
-        match = re.match(r"(train|test|validation|val|dev)(?:[-_.]|$)", name, re.IGNORECASE)
-        last = folder.rpartition("/")[2].lower()
-        split = match[1].lower() if match else last if last in ("train", "test", "validation", "val", "dev") else ""
-        splits.setdefault(split, file.name)
+        *folders, name = file.name.lower().split("/")
+        words = [*re.split(r"[-_.]", name), *reversed(folders)]
+        splits.setdefault(next((word for word in words if word in SPLITS), ""), file.name)
     if len(splits) > 1:
         name = next(iter(splits.values()))
-        pattern = re.sub(r"-\d+-of-\d+.*?(\.\w+)$", r"-*\1", name)
+        pattern = re.sub(r"\d+(-of-\d+.*?)?(\.[a-z][\w.]*)$", r"*\2", name)
         shown = ", ".join(f"{split or 'none'} ({clean(name)})" for split, name in sorted(splits.items()))
         raise UserError(
             f"{files.source} holds more than one split: {shown}",

@@ -72,6 +72,7 @@ def list_source(
     if reader in ("parquet", "arrow"):
         listing = _tables(listing, reader, files, found, chosen, ask)
     elif reader == "tar":
+        one_split(files, chosen)
         fields, contents = list_tars(files, chosen, ask)
         listing = replace(listing, kind="webdataset", fingerprint=_with(listing, contents), **fields)
         taken = {file.name for file in chosen}
@@ -147,6 +148,7 @@ def _named(listing: Listing, reader: str, files: Files, found: list[File], chose
     taken = {file.name for file in chosen}
     others = [file.name for file in found if file.name not in taken]
     if reader == "zip":
+        one_split(files, chosen)
         units, available, about = list_zips(files, chosen, ask)
         tables: frozenset[str] = frozenset()
     else:
@@ -195,6 +197,10 @@ def _tables(listing: Listing, reader: str, files: Files, found: list[File], chos
     _leave(files, others, {ask.labels, ask.captions}, reader)
     for column in tables.columns.others:
         files.leave(f"column {clean(column)}", "neither image, label nor caption")
+    for column in dict.fromkeys(
+        part.partition("=")[0] for name in taken for part in name.split("/")[:-1] if "=" in part
+    ):
+        files.leave(f"column {clean(column)}", "in the folders' names")
     return replace(
         listing,
         kind="huggingface" if own or tables.columns.described or reader == "arrow" else "parquet",

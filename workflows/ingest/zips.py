@@ -93,7 +93,7 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
         return content
 
     labels, captions, tables = own_tables(list(others), whole, ask)
-    about = describe(files, names, ask, Own(list(others), read, labels, captions))
+    about = describe(files, names, ask, Own(list(others), read, labels, captions, zips=len(chosen) > 1))
     for name in others.keys() - tables - about.used:
         files.leave(called(name), NOT_IMAGES)
     units = []
