@@ -405,8 +405,15 @@ def test_images_are_known_by_their_content_where_their_names_say_nothing(tmp_pat
         (tmp_path / name).write_bytes(jpeg)
     for i, name in enumerate(("x.HEIC", "y.heic", "z.dng", "LICENSE", "notes.TXT", "t.unknown")):
         (tmp_path / name).write_bytes(b"II*\0" * 9 if name == "z.dng" else b"text %d" % i)
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/a.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "Desktop.ini",
+        "__MACOSX/a.png",
+        "@eaDir/000.png/THUMB.png",
+        "$RECYCLE.BIN/b.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(png(1))
     listing, items = load(tmp_path)
     assert sorted(good(items)) == sorted([f"{i:03}.png" for i in range(6)] + names)
@@ -571,6 +578,44 @@ def test_metadata_that_tell_neither_label_nor_caption_are_left_out_like_any_file
     listing, items = load(tmp_path)
     assert ({item.caption for item in items}, left(listing)) == ({None}, {(".csv", "not images"): 1})
     assert [item.caption for item in load(tmp_path, caption_column="author")[1]] == ["me", None, None]
+
+
+def test_further_columns_of_metadata_are_told(tmp_path):
+    flat(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text,breed,url\n" + "".join(f"00{i}.png,a,collie,x\n" for i in range(3))
+    )
+    why = "neither image, label nor caption"
+    assert left(load(tmp_path)[0]) == {("column breed", why): 1, ("column url", why): 1}
+    assert load(tmp_path, label_column="breed")[0].classes == ("collie",)
+    listing, _ = load(tmp_path, label_column="url", captions="none", labels="none")
+    assert left(listing) == {(".csv", "not images"): 1}
+
+
+@pytest.mark.parametrize("text", ['{"name": "x", "info": {"a": 1}}', '{"name": "x", "version": 1}', "[1,"])
+def test_what_the_user_does_not_want_is_no_hindrance(folder, text):
+    (folder / "dataset.json").write_text(text)
+    (folder / "metadata.csv").write_text("file_name,label\n000.png,a,b\n")
+    assert "metadata.csv can't be read: line 2 has 3 cells" in refused(folder)
+    (folder / "metadata.csv").unlink()
+    assert refused(folder).startswith("dataset.json")
+    for labels in ("none", "folders"):
+        listing, _ = load(folder, labels=labels)
+        assert left(listing) == {(".json", "not images"): 1, (".txt", "not images"): 1}
+
+
+def test_a_named_column_that_nothing_has_is_refused(folder):
+    said = refused(folder, label_column="breed")
+    assert "no breed for labels: neither in a metadata file nor in files beside the images" in said
+    assert "[--labels FILE names a file that has this column]" in said
+    assert "no words for captions" in refused(folder, caption_column="words")
+    assert load(folder, labels="none", label_column="breed")[0].classes == ()
+
+
+def test_two_labels_for_one_image_are_refused_however_it_is_written(folder, tmp_path):
+    of = {f"{c}/{i}.png": c for c in ("cats", "dogs") for i in range(5)} | {"./cats/0.png": "dogs"}
+    (tmp_path / "labels.json").write_text(json.dumps(of))
+    assert "two values for cats/0.png: cats and dogs" in refused(folder, labels=str(tmp_path / "labels.json"))
 
 
 def test_metadata_with_old_line_ends_and_paths_from_where_it_lies(tmp_path):

@@ -94,6 +94,11 @@ def test_nothing_left_out_and_nothing_taken_are_said(tmp_path):
     assert manifest.columns == {}
 
 
+def test_names_of_classes_make_no_lines(tmp_path):
+    manifest = prepared(folder(tmp_path / "source", classes=("a\nb", os.fsdecode(b"caf\xe9"))), tmp_path / "set")
+    assert manifest.taken["said"].startswith("labels: 2 classes by folders (a\\x0ab, caf\\udce9); captions")
+
+
 def test_images_without_labels_are_refused_as_such(tmp_path):
     source = folder(tmp_path / "source")
     told = {f"{c}/{i:03}.png": None if c == "a" else i % 2 for c in "ab" for i in range(60)}

@@ -24,6 +24,13 @@ BLOCK = 8 * 2**20
 AT_ONCE, FILES_AT_ONCE = 4 * 2**20, 32
 """What is asked of a store at once when a file is an image."""
 NO_SUFFIX = "no suffix"
+SYSTEMS = frozenset(
+    (
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin"),
+        *("system volume information", "lost+found"),
+    )
+)
+"""What macOS, Windows and network drives put beside files, thumbnails and deleted ones among them; in small letters."""
 DENIED = "it may not be read: permission denied"
 OUTAGES = frozenset(
     (
@@ -131,6 +138,11 @@ class Files:
         """Notes what is left out, so that it can be told."""
         self.left_out[what, why] += count
 
+    def leave_columns(self, names: Iterable[str]) -> None:
+        """Notes columns of tables that are not taken."""
+        for name in names:
+            self.leave(f"column {clean(name)}", "neither image, label nor caption")
+
     def read_many(self, names: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | str]:
         """The content of each file, or why it has none, in one line. Some are asked for at once where the store can.
 
@@ -217,7 +229,7 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
         entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir():
-            if not entry.name.startswith("."):
+            if not hidden(entry.name):
                 yield from walk(entry.path, above | {this})
             continue
         try:
@@ -268,7 +280,7 @@ def suffix(name: str) -> str:
 
 def hidden(name: str) -> bool:
     """Whether it is what systems leave in folders, and not worth a word."""
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in name.split("/"))
+    return any(part.startswith(".") or part.lower() in SYSTEMS for part in name.split("/"))
 
 
 def called(name: str) -> str:

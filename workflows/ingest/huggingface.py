@@ -72,35 +72,42 @@ def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> 
 
 def metadata(
     names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
-) -> tuple[Table | None, Table | None, frozenset[str]]:
-    """(labels, captions, the files that they are from) of the metadata files among `names`, of a folder or an archive of images;
-    their paths are relative to where each lies.
+) -> tuple[Table | None, Table | None, frozenset[str], tuple[str, ...]]:
+    """(labels, captions, the files that they are from, further columns of these) of the metadata files among `names`, of a folder
+    or an archive of images; their paths are relative to where each lies.
     """
     labels: dict[str, str | int | None] = {}
     captions: dict[str, str | int | None] = {}
-    found, used, further = [name for name in names if is_metadata(name)], set[str](), 0
-    for name in found:
+    kinds: list[tuple[dict[str, str | int | None], str | None, Sequence[str], What]] = []
+    if ask.labels not in ("none", "folders"):
+        kinds.append((labels, ask.label_column, LABELS, "label"))
+    if ask.captions is None:
+        kinds.append((captions, ask.caption_column, CAPTIONS, "caption"))
+    used, others, further = list[str](), dict[str, None](), 0
+    for name in names if kinds else ():
+        if not is_metadata(name):
+            continue
         content = whole(name)
         folder = "".join(name.rpartition("/")[:2])
         columns = columns_in(clean(name), content)
-        if {*LABELS, *CAPTIONS, ask.label_column, ask.caption_column}.isdisjoint(columns):
+        if {c for _, column, usual, _ in kinds for c in (*usual, column)}.isdisjoint(columns):
             continue
-        used.add(name)
-        kinds: tuple[tuple[dict[str, str | int | None], str | None, Sequence[str], What], ...] = (
-            (labels, ask.label_column, LABELS, "label"),
-            (captions, ask.caption_column, CAPTIONS, "caption"),
-        )
+        used.append(name)
+        taken = set[str]()
         for into, column, usual, what in kinds:
             wanted = column or next((c for c in usual if c in columns), None)
             if wanted:
+                taken.add(wanted)
                 table = parse_table(clean(name), content, column=wanted, defaults=usual, what=what)
                 into |= {folder + path: value for path, value in table.values.items()}
                 further += table.further
-    shown = clean(found[0]) if found else ""
+        others |= dict.fromkeys(column for column in columns if column not in taken)
+    shown = clean(used[0]) if used else ""
     return (
         Table(shown, labels) if labels else None,
         Table(shown, captions, further=further) if captions else None,
         frozenset(used),
+        tuple(others),
     )
 
 

@@ -103,6 +103,7 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
             files.leave("captions", FURTHER, told.further)
     elif ask.captions is None and any(asides.captions):
         beside, captioned = asides.captions, asides.captioned
+    _check_named(files, ask, labels=labelled not in ("", "folders"), captions=bool(captioned))
     return Described(
         classes=classes,
         labels=labels,
@@ -116,6 +117,15 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
         tables=(label_bytes, caption_bytes),
         notes=notes,
     )
+
+
+def _check_named(files: Files, ask: Ask, *, labels: bool, captions: bool) -> None:
+    """Raises UserError where a column is named, and there is nothing that has columns."""
+    wanted = (("label", ask.label_column, ask.labels, labels), ("caption", ask.caption_column, ask.captions, captions))
+    for what, column, asked, taken in wanted:
+        if column and asked not in ("none", "folders") and not taken:
+            said = f"{files.source}: no {column} for {what}s: neither in a metadata file nor in files beside the images"
+            raise UserError(said, hint=f"--{what}s FILE names a file that has this column")
 
 
 def numbered(
@@ -171,6 +181,8 @@ def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, mus
         name = path if path in there else likes.get(alike(path))
         if name is None:
             strange.append(path)
+        elif what == "label" and found.get(name, value) != value:
+            raise UserError(f"{table.name}: two values for {clean(name)}: {found[name]} and {value}")
         else:
             found[name] = value
     if strange and (must or not found):

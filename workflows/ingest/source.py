@@ -152,7 +152,8 @@ def _named(listing: Listing, reader: str, files: Files, found: list[File], chose
         units, available, about = list_zips(files, chosen, ask)
         tables: frozenset[str] = frozenset()
     else:
-        labels, captions, tables = own_tables(others, files.whole, ask)
+        labels, captions, tables, columns = own_tables(others, files.whole, ask)
+        files.leave_columns(columns)
         if any(is_metadata(name) for name in tables):
             listing = replace(listing, kind="huggingface")
         names = [file.name for file in chosen]
@@ -195,8 +196,7 @@ def _tables(listing: Listing, reader: str, files: Files, found: list[File], chos
     taken = {file.name for file in chosen}
     others = [file.name for file in found if file.name not in taken and file.name.rpartition("/")[2] not in DESCRIBED]
     _leave(files, others, {ask.labels, ask.captions}, reader)
-    for column in tables.columns.others:
-        files.leave(f"column {clean(column)}", "neither image, label nor caption")
+    files.leave_columns(tables.columns.others)
     for column in dict.fromkeys(
         part.partition("=")[0] for name in taken for part in name.split("/")[:-1] if "=" in part
     ):
