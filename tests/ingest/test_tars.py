@@ -122,6 +122,32 @@ def test_fields_of_json(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("[0, 1, 0]", "0000: in label is a list of 3 values, such as one-hot or several classes"),
+        ("0.5", "0000: in label is 0.5, which is neither a name nor a whole number"),
+        ('{"id": 1}', "0000: in label is {'id': 1}, which is neither"),
+    ],
+)
+def test_labels_that_are_none_are_refused_for_what_they_are(tmp_path, label, said):
+    tarred(tmp_path / "x.tar", samples(0, 6, cls=None, json=f'{{"label": {label}}}'))
+    for column in (None, "label"):
+        assert said in refused(tmp_path, label_column=column)
+    assert {item.label for item in load(tmp_path, labels="none")[1]} == {None}
+
+
+def test_what_follows_the_end_mark_is_told(tmp_path):
+    parts = [tarred(tmp_path / f"{i}", samples(3 * i, 3 * i + 3)).read_bytes() for i in (0, 1)]
+    (tmp_path / "x.tar").write_bytes(b"".join(parts))
+    _, items = load(tmp_path / "x.tar")
+    assert len(good(items)) == 3
+    said = "more follows the tar's end mark, and is not read: several tars in one file?"
+    assert errors(items) == {"x.tar#~end": said}
+    (tmp_path / "x.tar").write_bytes(parts[0] + b"\0" * 3 * 2**20)
+    assert not errors(load(tmp_path / "x.tar")[1])
+
+
 def test_boxes_are_no_captions(tmp_path):
     tarred(tmp_path / "x.tar", samples(0, 6, cls=None, txt="0 0.5 0.5 0.25 0.25\n"))
     listing, counted = list_source(str(tmp_path)), Counter()

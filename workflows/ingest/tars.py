@@ -21,7 +21,17 @@ from workflows.ingest.labels import BOXES, FURTHER, MOST_CLASSES, caption_table,
 from workflows.ingest.listing import Item, Listing, Unit
 from workflows.ingest.spread import grouped
 from workflows.ingest.tables import Table, What, open_table, parse_table
-from workflows.ingest.text import alike, are_boxes, are_names, captions_of, json_of, label_of, text_of, written_label
+from workflows.ingest.text import (
+    NotText,
+    alike,
+    are_boxes,
+    are_names,
+    captions_of,
+    json_of,
+    label_of,
+    text_of,
+    written_label,
+)
 from workflows.runtime.errors import UserError
 
 MAX_SIBLING = 2**20
@@ -132,6 +142,8 @@ def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
                 if member.size > MAX_BYTES and compressed:
                     raise BrokenTar(f"{name_} has {member.size:,} bytes; what follows in a compressed tar is not read")
                 _add(sample, archive, member, name_, extension, files)
+            if not compressed and _goes_on(archive):
+                stop = "more follows the tar's end mark, and is not read: several tars in one file?"
     except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
         stop = f"the tar is broken or cut here: {line(error)}"
     except OSError as error:
@@ -140,6 +152,15 @@ def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
         yield from _told(sample, image)
     if stop:
         yield Sample("", error=stop)
+
+
+def _goes_on(archive: tarfile.TarFile) -> bool:
+    """Whether there is anything but zeros after the end mark."""
+    assert archive.fileobj is not None
+    while block := archive.fileobj.read(2**20):
+        if block.strip(b"\0"):
+            return True
+    return False
 
 
 def _told(sample: Sample, image: str) -> list[Sample]:
@@ -418,12 +439,26 @@ def _column(
     for column in [named] if named else defaults:
         if any(_looked(sample, column, taken) not in (None, []) for sample in first):
             return column
+    if what == "label":
+        _check_labels(first, [named] if named else defaults)
     if named:
         there = ", ".join(dict.fromkeys(extension for sample in first for extension in sample.texts))
         raise UserError(
             f"no {what} {named} in the first {_many(first)}, which {'has' if len(first) == 1 else 'have'} {there or 'none'}"
         )
     return None
+
+
+def _check_labels(first: Sequence[Sample], columns: Sequence[str]) -> None:
+    """Raises UserError where the samples have something there that is no label, and says what it is."""
+    for column in columns:
+        for sample in first:
+            try:
+                label_of(_value(sample, column, "label"))
+            except (KeyError, NotText):
+                continue
+            except ValueError as error:
+                raise UserError(f"{sample.key}: in {column} is {error}", hint="--labels none: no classes") from error
 
 
 def _many(first: Sequence[Sample]) -> str:

@@ -414,6 +414,8 @@ def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -
             f"{shown(p.source)}: {said}, more than {p.max_bad:.3%}; such as {first['path']}: {first['reason']}",
             hint=f"{hint}; the parts that are done are kept",
         )
+    if whole and listing.caption_file and listing.limit is None and not tally.captioned:
+        raise UserError(f"{listing.captioned}: none of its captions is of an image of {shown(p.source)}")
     if whole and tally.images < FEWEST:
         raise UserError(f"{shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed")
 
