@@ -164,6 +164,7 @@ def test_captions_in_a_file(folder, tmp_path):
         ("l.json", '["a", "a"]', "the class a is there twice"),
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),
         ("l.csv", "a,b,c\nx.png,1,2\n", "no column of paths among a, b, c"),
+        ("l.csv", "a| b| c\nx.png| 1| 2, 3\n", "no column of paths among a| b| c".replace("|", "[|]")),
         (
             "l.csv",
             "file_name,label\ncats/0.png,a cat, asleep\n",
@@ -590,6 +591,16 @@ def test_further_columns_of_metadata_are_told(tmp_path):
     assert load(tmp_path, label_column="breed")[0].classes == ("collie",)
     listing, _ = load(tmp_path, label_column="url", captions="none", labels="none")
     assert left(listing) == {(".csv", "not images"): 1}
+
+
+def test_a_table_that_holds_none_is_told(folder, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps({"cats/0.png": "", "dogs/0.png": None}))
+    assert "captions.json: there are no captions in it" in refused(folder, captions=str(tmp_path / "captions.json"))
+    rows = "".join(f"{c}/{i}.png,,a {c}\n" for c in ("cats", "dogs") for i in range(5))
+    (folder / "metadata.csv").write_text("file_name,label,text\n" + rows)
+    listing, items = load(folder)
+    assert listing.notes == ("no labels: metadata.csv holds none: all are empty or -1",)
+    assert ({item.label for item in items}, items[0].caption) == ({None}, "a cats")
 
 
 @pytest.mark.parametrize("text", ['{"name": "x", "info": {"a": 1}}', '{"name": "x", "version": 1}', "[1,"])

@@ -37,6 +37,7 @@ def test_edms_zip_has_its_labels(tmp_path):
 def test_null_labels_are_none(tmp_path):
     listing, items = load(edm(tmp_path / "x.zip", labels=None))
     assert (listing.classes, {item.label for item in items}) == ((), {None})
+    assert listing.notes == ("no labels: dataset.json holds none: all are empty or -1",)
 
 
 def test_folders_in_a_zip_and_several_zips(tmp_path):

@@ -107,6 +107,8 @@ def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> No
         for name, schema in schemas:
             if column not in schema.names:
                 raise UserError(f"{clean(name)} has no column {column}, which {clean(having)} has", hint=hint)
+            if schema.names.count(column) > 1:
+                raise UserError(f"{clean(name)} has the column {column} twice", hint=hint)
             kind = schema.field(column).type
             if _kind(kind) == "null":
                 continue

@@ -130,7 +130,9 @@ def _named(feature: dict[str, Any]) -> dict[str, Any]:
     kind = feature.get("dtype")
     names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
     if isinstance(names, dict):
-        names = [names[key] for key in sorted(names, key=int)]
+        numbers = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+        whole = sorted(numbers) == list(range(len(names)))
+        names = [numbers[i] for i in sorted(numbers)] if whole else None  # else the numbers are their names
     return {"names": names}
 
 

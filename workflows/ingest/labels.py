@@ -65,6 +65,8 @@ def caption_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
     table = parse_table(name, content, column=ask.caption_column, defaults=CAPTIONS, what="caption")
     if table.classes or not table.values:
         raise UserError(f"{name}: captions by path are expected")
+    if not any(table.values.values()):
+        raise UserError(f"{name}: there are no captions in it")
     return table, content
 
 
@@ -94,6 +96,8 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
             found = [name.split("/")[depth] for name in names]
             classes, labels = numbered(found, class_list, ask.labels or "folders")
             labelled = "folders"
+    elif own.labels and ask.labels != "none":
+        notes = (f"no labels: {own.labels.name} holds none: all are empty or -1",)
     captions, captioned, beside = tuple[str | None, ...](), "", tuple[str | None, ...]()
     told = texts or (own.captions if ask.captions is None else None)
     if told:

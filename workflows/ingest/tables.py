@@ -215,10 +215,11 @@ def _csv_rows(text: str) -> list[Any]:
     except csv.Error as error:
         raise NotText(f"line {reader.line_num}: a quote in a cell is doubled, and the cell quoted ({error})") from error
     header = [cell.strip() for cell in lines[0][1]] if lines else []
-    if not any(cell in PATHS for cell in header) and len(header) == 2:
+    named = any(cell in PATHS for cell in header)
+    if not named and len(header) == 2:
         return [row for _, row in lines]
     for number, row in lines[1:]:
-        if any(cell.strip() for cell in row[len(header) :]):
+        if named and any(cell.strip() for cell in row[len(header) :]):
             said = f"line {number} has {len(row)} cells, and the first line {len(header)}"
             raise NotText(f"{said}: a text with {mark!r} in it is put in quotes")
     return [dict(zip(header, row, strict=False)) for _, row in lines[1:]]
