@@ -1,8 +1,10 @@
 """WebDataset tars: samples, labels and captions beside the images, compressed ones, and what can be wrong."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import re
 import tarfile
 import tracemalloc
@@ -135,6 +137,16 @@ def test_labels_that_are_none_are_refused_for_what_they_are(tmp_path, label, sai
     for column in (None, "label"):
         assert said in refused(tmp_path, label_column=column)
     assert {item.label for item in load(tmp_path, labels="none")[1]} == {None}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_compressed_in_several_pieces(tmp_path, pack):
+    content = tarred(tmp_path / "0", samples(0, 9)).read_bytes()
+    (tmp_path / "x.tar.gz").write_bytes(b"".join(pack(content[i : i + 5000]) for i in range(0, len(content), 5000)))
+    _, items = load(tmp_path / "x.tar.gz")
+    assert [item.label for item in items] == [i % 3 for i in range(9)]
+    (tmp_path / "x.tar.gz").write_bytes(pack(content) * 2)
+    assert list(errors(load(tmp_path / "x.tar.gz")[1])) == ["x.tar.gz#~end"]
 
 
 def test_what_follows_the_end_mark_is_told(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import re
 import tarfile
 import zlib
@@ -39,6 +42,12 @@ MAX_SIBLING = 2**20
 MOST_IMAGES = 1000
 """Of one sample: frames of a video, such as clip.0001.jpg, have one name up to the first dot."""
 TEXTS = ("cls", "txt", "json", "text", "caption", "label", "class", "prompt")
+PACKED: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7z": lzma.LZMAFile,
+}
+"""What reads a compressed tar, by its first bytes."""
 LOOKED = 100
 """Samples that tell where labels and captions are."""
 HEADERS = (
@@ -111,14 +120,30 @@ class Sample:
         )
 
 
+class Unpacked:
+    """A compressed stream that gives what it has before it finds that it is cut."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def read(self, size: int) -> bytes:
+        content: bytes = self.stream.read1(size)
+        return content
+
+
 @contextmanager
 def _opened(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
-    """(the tar, read forward only; whether it is compressed)."""
+    """(the tar, read forward only; whether it is compressed). tarfile's own decompressors end with the first of several streams, as
+    pbzip2, bgzip and cat write them.
+    """
     with files.open(name) as stream:
-        compressed = stream.read(3).startswith((b"\x1f\x8b", b"BZh", b"\xfd7z"))
+        start = stream.read(3)
         stream.seek(0)
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as archive:
-            yield archive, compressed
+        unpacked: Any = next(
+            (Unpacked(opened(stream)) for mark, opened in PACKED.items() if start.startswith(mark)), None
+        )
+        with tarfile.open(fileobj=unpacked or stream, mode="r|", tarinfo=Header) as archive:
+            yield archive, unpacked is not None
 
 
 def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
@@ -142,9 +167,9 @@ def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
                 if member.size > MAX_BYTES and compressed:
                     raise BrokenTar(f"{name_} has {member.size:,} bytes; what follows in a compressed tar is not read")
                 _add(sample, archive, member, name_, extension, files)
-            if not compressed and _goes_on(archive):
+            if _goes_on(archive):
                 stop = "more follows the tar's end mark, and is not read: several tars in one file?"
-    except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
         stop = f"the tar is broken or cut here: {line(error)}"
     except OSError as error:
         stop = files.lost(error)
