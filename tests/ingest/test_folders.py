@@ -609,7 +609,9 @@ def test_what_the_user_does_not_want_is_no_hindrance(folder, text):
     (folder / "metadata.csv").write_text("file_name,label\n000.png,a,b\n")
     assert "metadata.csv can't be read: line 2 has 3 cells" in refused(folder)
     (folder / "metadata.csv").unlink()
-    assert refused(folder).startswith("dataset.json")
+    said = refused(folder)
+    assert said.startswith("dataset.json")
+    assert "[without it: --labels none, or --labels folders]" in said
     for labels in ("none", "folders"):
         listing, _ = load(folder, labels=labels)
         assert left(listing) == {(".json", "not images"): 1, (".txt", "not images"): 1}

@@ -15,6 +15,7 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 MOST_CLASSES = 100_000
 FURTHER = "an image has one"
 BOXES = "boxes, not captions"
+WITHOUT = "without it: --labels none, or --labels folders"
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, mus
             found[name] = value
     if strange and (must or not found):
         many = f"{len(strange):,} of its {len(table.values):,} images are"
-        raise UserError(f"{table.name}: {many} not in {files.source}, such as {clean(strange[0])}")
+        hint = WITHOUT if what == "label" else "without it: --captions none"
+        raise UserError(f"{table.name}: {many} not in {files.source}, such as {clean(strange[0])}", hint=hint)
     if strange:
         files.leave(f"rows of {table.name}", "their images are not there", len(strange))
     lacking = [name for name in names if name not in found] if what == "label" else []

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from workflows.ingest.asides import Ask
 from workflows.ingest.files import clean
 from workflows.ingest.huggingface import metadata
+from workflows.ingest.labels import WITHOUT
 from workflows.ingest.tables import Table, parse_table
+from workflows.runtime.errors import UserError
 
 DATASET = "dataset.json"
 
@@ -23,7 +25,10 @@ def own_tables(
     labels, captions, used, others = metadata(names, whole, ask)
     wanted = labels is None and ask.labels not in ("none", "folders")
     if wanted and (found := [name for name in names if name.rpartition("/")[2] == DATASET]):
-        labels, used = _edm(found, whole), used | set(found)
+        try:
+            labels, used = _edm(found, whole), used | set(found)
+        except UserError as error:  # such as another program's
+            raise UserError(str(error), hint=error.hint or WITHOUT) from error
     return labels, captions, used, others
 
 
