@@ -164,6 +164,7 @@ def test_captions_in_a_file(folder, tmp_path):
         ("l.json", '["a", "a"]', "the class a is there twice"),
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),
         ("l.csv", "a,b,c\nx.png,1,2\n", "no column of paths among a, b, c"),
+        ("l.jsonl", "".join(f'{{"{i}.png": 1}}\n' for i in range(25)), "among 0.png, .*, 19.png, and 5 more"),
         ("l.csv", "a| b| c\nx.png| 1| 2, 3\n", "no column of paths among a| b| c".replace("|", "[|]")),
         (
             "l.csv",

@@ -21,6 +21,8 @@ MAX_TABLE = 2**30
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 MISSING = ("nan", "NaN", "NA", "<NA>", "null", "NULL", "None")
 """What programs write among numbers where one is missing."""
+MOST_NAMES = 20
+"""Of columns that an error names."""
 DELIMITERS = ",;\t|"
 What = Literal["label", "caption"]
 
@@ -137,14 +139,14 @@ class _Parser:
         names = list(dict.fromkeys(key for row in rows for key in row))
         path = next((key for key in PATHS if key in names and key != self.column), None)
         if path is None:
-            said, hint = f"no column of paths among {', '.join(names)}", f"it is called {', '.join(PATHS)}"
+            said, hint = f"no column of paths among {_few(names)}", f"it is called {', '.join(PATHS)}"
             raise UserError(f"{self.name}: {said}", hint=hint)
         others = [key for key in names if key != path]
         usual = next((key for key in self.defaults if key in others), others[0] if len(others) == 1 else None)
         wanted = self.column or usual
         if wanted is None or wanted not in others:
             said = f"no column {self.column}" if self.column else f"no column {' or '.join(self.defaults)}"
-            raise UserError(f"{self.name}: {said}; there are {', '.join(others) or 'no others'}")
+            raise UserError(f"{self.name}: {said}; there are {_few(others) or 'no others'}")
         return self._pairs([[row.get(path), row.get(wanted)] for row in rows], written=written)
 
     def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
@@ -187,6 +189,13 @@ def _written(text: str, *, numbers: bool) -> str | int | None:
     if numbers:
         return None if text in MISSING else written_label(text)
     return None if text == "-1" else text
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of these names: objects whose fields are paths have as many as images."""
+    return clean(", ".join(names[:MOST_NAMES])) + (
+        f", and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    )
 
 
 def _nested(values: dict[str, Any]) -> bool:
