@@ -91,7 +91,7 @@ class Files:
             raise UserError(f"{self.source} can't be listed: {line(error)}") from error
         files = sorted((file for file in found if not hidden(file.name)), key=lambda file: file.name)
         if not files:
-            raise UserError(f"{self.source} has no files" if self._there() else f"{self.source} is not there")
+            raise UserError(f"{self.source} has no files" if self._there(self.path) else f"{self.source} is not there")
         return files
 
     def open(self, name: str) -> Any:
@@ -111,7 +111,7 @@ class Files:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file or folder: what an archive holds is none."""
-        return bool(self.fs.exists(self._full(name)))
+        return self._there(self._full(name))
 
     def starts(self, names: Sequence[str], count: int) -> Iterator[bytes]:
         """The first `count` bytes of each file; b"" of one that can't be read, as is said when it is."""
@@ -209,9 +209,9 @@ class Files:
     def _name(self, path: str) -> str:
         return path[len(self.root) :].lstrip("/")
 
-    def _there(self) -> bool:
+    def _there(self, path: str) -> bool:
         try:
-            return bool(self.fs.exists(self.path))
+            return bool(self.fs.exists(path))
         except Exception:  # the question is only for better words
             return True
 
