@@ -160,6 +160,7 @@ def test_captions_in_a_file(folder, tmp_path):
         ("l.json", '{"cats/0.png": 1.5}', "a whole number is expected for cats/0.png, not 1.5"),
         ("l.json", '{"cats/0.png": [0, 1]}', "is expected for cats/0.png, not a list of 2 values, such as one-hot"),
         ("l.json", '{"cats/0.png": ', r"l.json can't be read: it is no JSON \(Expecting value"),
+        ("l.json", '{"cats/0.png": "a", "cats/0.png": "b"}', "it has two values for 'cats/0.png'"),
         ("l.json", "3", "an object or a list is expected, not int"),
         ("l.json", '["a", "a"]', "the class a is there twice"),
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),

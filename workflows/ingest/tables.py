@@ -103,7 +103,7 @@ class _Parser:
     def parsed(self, content: bytes) -> Table:
         low = self.name.lower()
         if low.endswith(".json"):
-            return self._json(json_of(content, "it"))
+            return self._json(json_of(content, "it", once=True))
         text = text_of(content, "it")
         if low.endswith(".txt"):
             rows = (row.strip() for row in text.split("\n"))

@@ -39,10 +39,19 @@ def text_of(content: bytes, what: str) -> str:
         raise NotText(f"{what} is no UTF-8 text (byte 0x{byte} in line {where})") from error
 
 
-def json_of(content: bytes, what: str) -> Any:
-    """Raises NotText for what is no JSON either."""
+def json_of(content: bytes, what: str, *, once: bool = False) -> Any:
+    """Raises NotText for what is no JSON either; if it shall be `once`, for a name with two values as well."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in found:
+            if name in values and values[name] != value:
+                raise NotText(f"{what} has two values for {name[:80]!r}")
+            values[name] = value
+        return values
+
     try:
-        return json.loads(text_of(content, what))
+        return json.loads(text_of(content, what), object_pairs_hook=pairs if once else None)
     except (json.JSONDecodeError, RecursionError) as error:
         raise NotText(f"{what} is no JSON ({' '.join(str(error).split())[:80]})") from error
 
