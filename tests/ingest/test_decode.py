@@ -204,6 +204,10 @@ JPEG = encoded(array(4, 64, 64), "JPEG")
         (b"", "an empty file"),
         (b"\x00" * 100, "not an image that can be read"),
         (b"  <!DOCTYPE html><html>404", "not an image but HTML or XML"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+            "not an image but a pointer of Git LFS, in whose place",
+        ),
         (b"\xef\xbb\xbf<?xml version='1.0'?><svg/>", "not an image but HTML or XML"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
         (JPEG[: len(JPEG) // 2], "broken: .*truncated"),

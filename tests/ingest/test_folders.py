@@ -81,6 +81,12 @@ def test_splits_are_no_classes(folder):
     assert "holds the splits test, train, which are no classes" in said
     assert "/test; or --labels none" in said
     assert load(folder, labels="none")[0].count == 10
+    for split in ("train", "test"):
+        (folder / split / "metadata.csv").write_text(
+            "file_name,label\n" + "".join(f"{i}.png,{i % 2}\n" for i in range(5))
+        )
+    assert "holds the splits test, train, which are no classes" in refused(folder)
+    assert load(folder / "train")[0].classes == ("0", "1")
 
 
 @pytest.mark.parametrize(
@@ -154,10 +160,20 @@ def test_captions_in_a_file(folder, tmp_path):
         ("l.json", '{"cats/0.png": 1.5}', "a whole number is expected for cats/0.png, not 1.5"),
         ("l.json", '{"cats/0.png": [0, 1]}', "is expected for cats/0.png, not a list of 2 values, such as one-hot"),
         ("l.json", '{"cats/0.png": ', r"l.json can't be read: it is no JSON \(Expecting value"),
+        ("l.json", '{"cats/0.png": "a", "cats/0.png": "b"}', "it has two values for 'cats/0.png'"),
         ("l.json", "3", "an object or a list is expected, not int"),
         ("l.json", '["a", "a"]', "the class a is there twice"),
         ("l.csv", "file_name,a,b\nx.png,1,2\n", "no column label or .*; there are a, b"),
         ("l.csv", "a,b,c\nx.png,1,2\n", "no column of paths among a, b, c"),
+        ("l.jsonl", "".join(f'{{"{i}.png": 1}}\n' for i in range(25)), "among 0.png, .*, 19.png, and 5 more"),
+        ("l.csv", "a| b| c\nx.png| 1| 2, 3\n", "no column of paths among a| b| c".replace("|", "[|]")),
+        (
+            "l.csv",
+            "file_name,label\ncats/0.png,a cat, asleep\n",
+            r"line 2 has 3 cells, and the first line 2: a text with ','",
+        ),
+        ("l.csv", 'file_name,label\ncats/0.png,"a\ncats/1.png,b\n', "line 3: a quote in a cell is doubled"),
+        ("l.tsv", 'file_name\tlabel\ncats/0.png\t"a" b\n', "line 2: a quote in a cell is doubled"),
         ("l.csv", "file_name,label\ncats/0.png,a\ncats/0.png,b\n", "two values for cats/0.png: a and b"),
         (
             "l.csv",
@@ -392,8 +408,15 @@ def test_images_are_known_by_their_content_where_their_names_say_nothing(tmp_pat
         (tmp_path / name).write_bytes(jpeg)
     for i, name in enumerate(("x.HEIC", "y.heic", "z.dng", "LICENSE", "notes.TXT", "t.unknown")):
         (tmp_path / name).write_bytes(b"II*\0" * 9 if name == "z.dng" else b"text %d" % i)
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "__MACOSX/a.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "Desktop.ini",
+        "__MACOSX/a.png",
+        "@eaDir/000.png/THUMB.png",
+        "$RECYCLE.BIN/b.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(png(1))
     listing, items = load(tmp_path)
     assert sorted(good(items)) == sorted([f"{i:03}.png" for i in range(6)] + names)
@@ -418,6 +441,16 @@ def test_captions_in_files_beside_the_images(tmp_path, end, encoding):
     assert left(listing) == {(".md", "not images"): 1}
     assert {item.caption for item in load(tmp_path, captions="none")[1]} == {None}
     assert [item.caption for item in load(tmp_path, limit=2)[1]] == ["a bëar, number 0", "a bëar, number 3"]
+
+
+def test_boxes_beside_the_images_are_no_captions(tmp_path):
+    flat(tmp_path)
+    for i in range(5):
+        (tmp_path / f"{i:03}.txt").write_text("a bear" if i == 4 else "" if i == 3 else f"{i} 0.5 0.5 0.25 0.25\n" * 2)
+    listing, counted = list_source(str(tmp_path)), Counter()
+    items = [item for unit in listing.units for item in read_unit(listing, unit, left_out=counted)]
+    assert [item.caption for item in items] == [None] * 4 + ["a bear", None]
+    assert counted == {(".txt", "boxes, not captions"): 3}
 
 
 def test_a_caption_beside_an_image_that_is_no_text_names_its_file(tmp_path):
@@ -489,6 +522,8 @@ def json_lines(*rows):
         ("metadata.csv", "file_name,label\n000.png,1.0\n001.png,0.0\n002.png,\n", None, [1, 0, None]),
         ("metadata.csv", "file_name,label\n000.png,1\n001.png,0\n002.png,NaN\n", None, [1, 0, None]),
         ("metadata.csv", "file_name,label\n000.png,None\n001.png,a\n002.png,b\n", None, [0, 1, 2]),
+        ("metadata.csv", "file_name, label\n000.png, a \n001.png, b\n002.png, -1\n", None, [0, 1, None]),
+        ("metadata.csv", "file_name,label,\n000.png,a,\n001.png,b, ,\n002.png\n", None, [0, 1, None]),
         ("metadata.csv", "file_name,label\n000.png,010\n001.png,002\n002.png,001\n", None, [2, 1, 0]),
         ("metadata.csv", "file_name,label\n000.png,10 cm\n001.png,a dog\n002.png,10 cm\n", None, [0, 1, 0]),
         (
@@ -546,6 +581,56 @@ def test_metadata_that_tell_neither_label_nor_caption_are_left_out_like_any_file
     listing, items = load(tmp_path)
     assert ({item.caption for item in items}, left(listing)) == ({None}, {(".csv", "not images"): 1})
     assert [item.caption for item in load(tmp_path, caption_column="author")[1]] == ["me", None, None]
+
+
+def test_further_columns_of_metadata_are_told(tmp_path):
+    flat(tmp_path, 3)
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text,breed,url\n" + "".join(f"00{i}.png,a,collie,x\n" for i in range(3))
+    )
+    why = "neither image, label nor caption"
+    assert left(load(tmp_path)[0]) == {("column breed", why): 1, ("column url", why): 1}
+    assert load(tmp_path, label_column="breed")[0].classes == ("collie",)
+    listing, _ = load(tmp_path, label_column="url", captions="none", labels="none")
+    assert left(listing) == {(".csv", "not images"): 1}
+
+
+def test_a_table_that_holds_none_is_told(folder, tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps({"cats/0.png": "", "dogs/0.png": None}))
+    assert "captions.json: there are no captions in it" in refused(folder, captions=str(tmp_path / "captions.json"))
+    rows = "".join(f"{c}/{i}.png,,a {c}\n" for c in ("cats", "dogs") for i in range(5))
+    (folder / "metadata.csv").write_text("file_name,label,text\n" + rows)
+    listing, items = load(folder)
+    assert listing.notes == ("no labels: metadata.csv holds none: all are empty or -1",)
+    assert ({item.label for item in items}, items[0].caption) == ({None}, "a cats")
+
+
+@pytest.mark.parametrize("text", ['{"name": "x", "info": {"a": 1}}', '{"name": "x", "version": 1}', "[1,"])
+def test_what_the_user_does_not_want_is_no_hindrance(folder, text):
+    (folder / "dataset.json").write_text(text)
+    (folder / "metadata.csv").write_text("file_name,label\n000.png,a,b\n")
+    assert "metadata.csv can't be read: line 2 has 3 cells" in refused(folder)
+    (folder / "metadata.csv").unlink()
+    said = refused(folder)
+    assert said.startswith("dataset.json")
+    assert "[without it: --labels none, or --labels folders]" in said
+    for labels in ("none", "folders"):
+        listing, _ = load(folder, labels=labels)
+        assert left(listing) == {(".json", "not images"): 1, (".txt", "not images"): 1}
+
+
+def test_a_named_column_that_nothing_has_is_refused(folder):
+    said = refused(folder, label_column="breed")
+    assert "no breed for labels: neither in a metadata file nor in files beside the images" in said
+    assert "[--labels FILE names a file that has this column]" in said
+    assert "no words for captions" in refused(folder, caption_column="words")
+    assert load(folder, labels="none", label_column="breed")[0].classes == ()
+
+
+def test_two_labels_for_one_image_are_refused_however_it_is_written(folder, tmp_path):
+    of = {f"{c}/{i}.png": c for c in ("cats", "dogs") for i in range(5)} | {"./cats/0.png": "dogs"}
+    (tmp_path / "labels.json").write_text(json.dumps(of))
+    assert "two values for cats/0.png: cats and dogs" in refused(folder, labels=str(tmp_path / "labels.json"))
 
 
 def test_metadata_with_old_line_ends_and_paths_from_where_it_lies(tmp_path):

@@ -48,6 +48,13 @@ def test_parquet_with_class_names_beside_it(tmp_path, card):
     assert items[7].key == "data/train-00001-of-00002.parquet#2"
 
 
+@pytest.mark.parametrize("number", ["a", "5"])
+def test_a_card_that_does_not_number_its_classes_names_none(tmp_path, number):
+    pq.write_table(rows(0, 6), tmp_path / "train-00000-of-00001.parquet")
+    (tmp_path / "README.md").write_text(CARD.replace("'1': car", f"{number}: car"))
+    assert load(tmp_path)[0].classes == ("0", "1", "2")
+
+
 def test_one_split_must_be_named(tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("train-00000-of-00001", "test-00000-of-00001"):

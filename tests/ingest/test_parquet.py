@@ -216,6 +216,34 @@ def test_files_of_different_columns(tmp_path):
     assert "b.parquet has no column label, which a.parquet has" in refused(tmp_path)
     written(tmp_path / "b.parquet", table(0, 3, label=["a", "b", "c"]))
     assert "column label is string in b.parquet and int64 in a.parquet" in refused(tmp_path)
+    twice = pa.table([table(0, 3)["image"], [0, 1, 2], [2, 1, 0]], names=["image", "label", "label"])
+    written(tmp_path / "a.parquet", twice)
+    assert "a.parquet has the column label twice" in refused(tmp_path / "a.parquet")
+    written(tmp_path / "a.parquet", table(0, 3))
+    assert "a.parquet has no column label, which b.parquet has" in refused(tmp_path)
+    assert load(tmp_path, labels="none")[0].left_out == (("column label", "neither image, label nor caption", 1),)
+
+
+def test_files_whose_classes_have_other_names(tmp_path):
+    for name, classes in (("a", None), ("b", ["cat", "dog"]), ("c", ["dog", "cat"])):
+        feature = {"label": {"_type": "ClassLabel", "names": classes}} if classes else {}
+        described = {"huggingface": json.dumps({"info": {"features": feature}})}
+        written(tmp_path / f"{name}.parquet", table(0, 2, label=[0, 1]).replace_schema_metadata(described))
+    said = (
+        "column label has classes of other names in each file, such as cat, dog in b.parquet and dog, cat in c.parquet"
+    )
+    assert said in refused(tmp_path)
+    (tmp_path / "c.parquet").unlink()
+    assert load(tmp_path)[0].classes == ("cat", "dog")
+
+
+def test_columns_in_the_folders_names_are_told(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / f"label={name}").mkdir()
+        written(tmp_path / f"label={name}" / "0.parquet", table(0, 2))
+    listing, items = load(tmp_path)
+    assert (listing.labelled, len(items)) == ("", 4)
+    assert listing.left_out == (("column label", "in the folders' names", 1),)
 
 
 # As pandas, polars and datasets write them

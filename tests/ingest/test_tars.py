@@ -1,13 +1,17 @@
 """WebDataset tars: samples, labels and captions beside the images, compressed ones, and what can be wrong."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import re
 import tarfile
 import tracemalloc
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pictures import array, encoded, errors, good, load, png, read
 from PIL import Image
@@ -62,6 +66,31 @@ def test_what_webdatasets_own_writer_wrote(tmp_path):
     assert len(load(tmp_path)[0].units) == 1
 
 
+def test_what_img2dataset_wrote(tmp_path):
+    """A table of each tar's rows lies beside it."""
+    for shard in ("00000", "00001"):
+        tarred(
+            tmp_path / f"{shard}.tar", samples(0, 5, cls=None, txt="number {i}", json='{"caption": "x", "url": "y"}')
+        )
+        pq.write_table(pa.table({"url": ["y"] * 5, "caption": ["x"] * 5}), tmp_path / f"{shard}.parquet")
+        (tmp_path / f"{shard}_stats.json").write_text("{}")
+    listing, items = load(tmp_path)
+    assert (listing.kind, listing.captioned, len(items)) == ("webdataset", "txt", 10)
+    assert [item.caption for item in items] == [f"number {i}" for i in range(5)] * 2
+    assert listing.left_out == ((".json", "beside the tar files", 2), (".parquet", "beside the tar files", 2))
+    pq.write_table(pa.table({"image": [png(0)]}), tmp_path / "more.parquet")
+    assert "holds both Parquet files (00000.parquet) and tar files (00000.tar)" in refused(tmp_path)
+
+
+def test_one_split_must_be_named(tmp_path):
+    for i, split in enumerate(("train", "train", "validation")):
+        tarred(tmp_path / f"imagenet1k-{split}-000{i}.tar", samples(3 * i, 3 * i + 3))
+    with pytest.raises(UserError, match=r"more than one split: train \(.*\), validation \(.*\)") as caught:
+        list_source(str(tmp_path))
+    assert caught.value.hint == f"name one: {tmp_path}/imagenet1k-train-*.tar"
+    assert len(load(f"{tmp_path}/imagenet1k-train-*.tar")[1]) == 6
+
+
 @pytest.mark.parametrize(
     ("name", "mode"), [("x.tar.gz", "w:gz"), ("x.tgz", "w:gz"), ("x.tar.bz2", "w:bz2"), ("x.tar", "w")]
 )
@@ -93,6 +122,52 @@ def test_fields_of_json(tmp_path):
     assert "no label kind in the first 6 samples, 0000 to 0005, which have json" in refused(
         tmp_path, label_column="kind"
     )
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("[0, 1, 0]", "0000: in label is a list of 3 values, such as one-hot or several classes"),
+        ("0.5", "0000: in label is 0.5, which is neither a name nor a whole number"),
+        ('{"id": 1}', "0000: in label is {'id': 1}, which is neither"),
+    ],
+)
+def test_labels_that_are_none_are_refused_for_what_they_are(tmp_path, label, said):
+    tarred(tmp_path / "x.tar", samples(0, 6, cls=None, json=f'{{"label": {label}}}'))
+    for column in (None, "label"):
+        assert said in refused(tmp_path, label_column=column)
+    assert {item.label for item in load(tmp_path, labels="none")[1]} == {None}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_compressed_in_several_pieces(tmp_path, pack):
+    content = tarred(tmp_path / "0", samples(0, 9)).read_bytes()
+    (tmp_path / "x.tar.gz").write_bytes(b"".join(pack(content[i : i + 5000]) for i in range(0, len(content), 5000)))
+    _, items = load(tmp_path / "x.tar.gz")
+    assert [item.label for item in items] == [i % 3 for i in range(9)]
+    (tmp_path / "x.tar.gz").write_bytes(pack(content) * 2)
+    assert list(errors(load(tmp_path / "x.tar.gz")[1])) == ["x.tar.gz#~end"]
+
+
+def test_what_follows_the_end_mark_is_told(tmp_path):
+    parts = [tarred(tmp_path / f"{i}", samples(3 * i, 3 * i + 3)).read_bytes() for i in (0, 1)]
+    (tmp_path / "x.tar").write_bytes(b"".join(parts))
+    _, items = load(tmp_path / "x.tar")
+    assert len(good(items)) == 3
+    said = "more follows the tar's end mark, and is not read: several tars in one file?"
+    assert errors(items) == {"x.tar#~end": said}
+    (tmp_path / "x.tar").write_bytes(parts[0] + b"\0" * 3 * 2**20)
+    assert not errors(load(tmp_path / "x.tar")[1])
+
+
+def test_boxes_are_no_captions(tmp_path):
+    tarred(tmp_path / "x.tar", samples(0, 6, cls=None, txt="0 0.5 0.5 0.25 0.25\n"))
+    listing, counted = list_source(str(tmp_path)), Counter()
+    items = [item for unit in listing.units for item in read_unit(listing, unit, left_out=counted)]
+    assert (listing.captioned, {item.caption for item in items}) == ("", {None})
+    assert counted == {(".txt", "boxes, not captions"): 6}
+    tarred(tmp_path / "x.tar", samples(0, 6, cls=None, txt="0 0.5 0.5 0.25 0.25\n", json='{"caption": "a {i}"}'))
+    assert [item.caption for item in load(tmp_path)[1]] == [f"a {i}" for i in range(6)]
 
 
 def test_a_caption_in_json_with_half_an_emoji_can_be_written(tmp_path):

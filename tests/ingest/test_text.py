@@ -5,7 +5,17 @@ from decimal import Decimal
 
 import pytest
 
-from workflows.ingest.text import NotText, alike, are_names, captions_of, in_order, label_of, text_of, written_label
+from workflows.ingest.text import (
+    NotText,
+    alike,
+    are_boxes,
+    are_names,
+    captions_of,
+    in_order,
+    label_of,
+    text_of,
+    written_label,
+)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -62,6 +72,22 @@ def test_captions_stay_as_they_are_written():
     assert [captions_of(value) for value in (None, "", "  ", math.nan, [])] == [[]] * 5
     with pytest.raises(ValueError, match="no text"):
         captions_of({"en": "a"})
+
+
+@pytest.mark.parametrize(
+    ("text", "are"),
+    [
+        ("0 0.5 0.5 0.25 0.25\n12 0.1 1 1e-05 0.2\n", True),
+        ("3 0.5 0.5 0.25 0.25 0.1 0.9\r\n\r\n", True),
+        ("0 0.5 0.5 0.25 0.25\na cat", False),
+        ("0.5 0.5 0.25 0.25", False),
+        ("7 8 9 10 11", False),
+        ("00001", False),
+        ("", False),
+    ],
+)
+def test_boxes_are_no_captions(text, are):
+    assert are_boxes(text) == are
 
 
 def test_classes_are_in_the_order_of_their_numbers():

@@ -37,6 +37,7 @@ def test_edms_zip_has_its_labels(tmp_path):
 def test_null_labels_are_none(tmp_path):
     listing, items = load(edm(tmp_path / "x.zip", labels=None))
     assert (listing.classes, {item.label for item in items}) == ((), {None})
+    assert listing.notes == ("no labels: dataset.json holds none: all are empty or -1",)
 
 
 def test_folders_in_a_zip_and_several_zips(tmp_path):
@@ -49,6 +50,31 @@ def test_folders_in_a_zip_and_several_zips(tmp_path):
     listing, items = load(tmp_path, labels="none", unit_bytes=1000)
     assert listing.count == 12
     assert {key.partition("#")[0] for key in good(items)} == {"a.zip", "b.zip"}
+
+
+def test_parts_of_an_archive_are_no_classes(tmp_path):
+    for part in "ab":
+        zipped(tmp_path / f"{part}.zip", {f"{name}/{part}{i}.png": png(i) for name in ("cat", "dog") for i in range(3)})
+    listing, items = load(tmp_path)
+    assert (listing.classes, [item.label for item in items]) == (("cat", "dog"), [0, 0, 0, 1, 1, 1] * 2)
+    for part in "ab":
+        zipped(tmp_path / f"{part}.zip", {f"{part}{i}.png": png(i) for i in range(3)})
+    listing, _ = load(tmp_path)
+    assert (listing.labelled, listing.notes) == ("", ("no labels: if the zip files are the classes: --labels folders",))
+    listing, items = load(tmp_path, labels="folders")
+    assert (listing.classes, [item.label for item in items]) == (("a.zip", "b.zip"), [0, 0, 0, 1, 1, 1])
+
+
+def test_one_split_must_be_named(tmp_path):
+    for part in ("train", "test"):
+        zipped(tmp_path / f"{part}.zip", {f"{i}.png": png(i) for i in range(3)})
+    with pytest.raises(UserError, match=r"more than one split: test \(test.zip\), train \(train.zip\)") as caught:
+        list_source(str(tmp_path))
+    assert load(caught.value.hint.removeprefix("name one: "))[0].count == 3
+    zipped(tmp_path / "both.zip", {f"{part}/{i}.png": png(i) for part in ("train", "test") for i in range(3)})
+    with pytest.raises(UserError, match="holds the splits test, train") as caught:
+        list_source(str(tmp_path / "both.zip"))
+    assert caught.value.hint == "unpack one of them; or --labels none"
 
 
 def test_the_limit_is_spread_over_all_zips(tmp_path):

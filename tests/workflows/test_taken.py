@@ -88,10 +88,26 @@ def test_what_only_reading_tells_is_told_too(tmp_path):
     assert manifest.skipped["listed"] == [{"path": "x.tar#007.png", "reason": "has no label"}]
 
 
+def test_captions_of_other_images_than_a_tar_has_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for i in range(110):
+            info = tarfile.TarInfo(f"{i:03}.png")
+            info.size = len(png(i))
+            archive.addfile(info, io.BytesIO(png(i)))
+    (tmp_path / "captions.csv").write_text("file_name,caption\nx.png,a\ny.png,b\n")
+    with pytest.raises(UserError, match=r"captions.csv: none of its captions is of an image of .*x.tar"):
+        prepared(tmp_path / "x.tar", tmp_path / "set", captions=str(tmp_path / "captions.csv"))
+
+
 def test_nothing_left_out_and_nothing_taken_are_said(tmp_path):
     manifest = prepared(folder(tmp_path / "source", classes=("a",), n=100), tmp_path / "set")
     assert manifest.taken["said"] == "labels: none; captions: none; left out: nothing"
     assert manifest.columns == {}
+
+
+def test_names_of_classes_make_no_lines(tmp_path):
+    manifest = prepared(folder(tmp_path / "source", classes=("a\nb", os.fsdecode(b"caf\xe9"))), tmp_path / "set")
+    assert manifest.taken["said"].startswith("labels: 2 classes by folders (a\\x0ab, caf\\udce9); captions")
 
 
 def test_images_without_labels_are_refused_as_such(tmp_path):

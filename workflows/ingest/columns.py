@@ -47,9 +47,7 @@ def columns_of(where: str, schema: pa.Schema, ask: Ask, names: dict[str, tuple[s
     for option, name in (("image", ask.image_column), ("label", ask.label_column), ("caption", ask.caption_column)):
         if name is not None and name not in schema.names:
             raise UserError(f"{where}: no column {name} for {option}s; there are {_shown(schema)}")
-    names = names | {
-        name: tuple(f["names"]) for name, f in features.items() if f.get("_type") == "ClassLabel" and "names" in f
-    }
+    names = names | _class_names(schema)
     label = None if ask.labels == "none" else ask.label_column or _label(schema, names)
     texts = [name for name in CAPTIONS if name in schema.names and _is_text(schema.field(name).type)]
     caption = None if ask.captions == "none" else ask.caption_column or next((n for n in texts if n != label), None)
@@ -85,29 +83,32 @@ def is_bytes(kind: Any) -> bool:
 
 
 def merged(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
-    """The schema of several files (by name): that of the first, in which a column that is empty there has the type of the first
-    file that has values in it.
-    """
+    """The schema of several files (by name): all their columns, with the type of the first file that has values in them."""
     import pyarrow as pa
     import pyarrow.types as t
 
-    first = schemas[0][1]
-    fields = []
-    for field in first:
-        same = (other.field(field.name) for _, other in schemas if field.name in other.names)
-        fields.append(next((f for f in same if not t.is_null(f.type)), field))
-    return pa.schema(fields, metadata=first.metadata)
+    fields: dict[str, Any] = {}
+    for _, schema in schemas:
+        for field in schema:
+            if field.name not in fields or t.is_null(fields[field.name].type):
+                fields[field.name] = field
+    described = next((schema for _, schema in schemas if features_of(schema)), schemas[0][1])
+    return pa.schema(fields.values(), metadata=described.metadata)
 
 
 def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> None:
-    """Raises UserError where files have other columns than the first, or columns of another kind. Widths may differ, and columns
-    that are empty are of any kind.
+    """Raises UserError where a file lacks a column that is read, or has it of another kind or with other names of classes. Widths
+    may differ, and columns that are empty are of any kind.
     """
     for column in columns.read():
         told: tuple[str, Any] | None = None
+        having = next(name for name, schema in schemas if column in schema.names)
+        hint = {columns.label: "--labels none", columns.caption: "--captions none"}.get(column, "")
         for name, schema in schemas:
             if column not in schema.names:
-                raise UserError(f"{clean(name)} has no column {column}, which {clean(schemas[0][0])} has")
+                raise UserError(f"{clean(name)} has no column {column}, which {clean(having)} has", hint=hint)
+            if schema.names.count(column) > 1:
+                raise UserError(f"{clean(name)} has the column {column} twice", hint=hint)
             kind = schema.field(column).type
             if _kind(kind) == "null":
                 continue
@@ -115,6 +116,19 @@ def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> No
             if _kind(kind) != _kind(told[1]):
                 types = f"{str(kind)[:60]} in {clean(name)} and {str(told[1])[:60]} in {clean(told[0])}"
                 raise UserError(f"column {column} is {types}")
+    named = [(name, found) for name, schema in schemas if (found := _class_names(schema).get(columns.label or ""))]
+    other = next((pair for pair in named if pair[1] != named[0][1]), None)
+    if other:
+        shown = " and ".join(f"{', '.join(found[:3])} in {clean(name)}" for name, found in (named[0], other))
+        raise UserError(
+            f"column {columns.label} has classes of other names in each file, such as {shown}", hint="--labels none"
+        )
+
+
+def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """Names of the classes by column, as a schema itself tells them."""
+    told = features_of(schema).items()
+    return {name: tuple(f["names"]) for name, f in told if f.get("_type") == "ClassLabel" and "names" in f}
 
 
 def _kind(kind: Any) -> str:

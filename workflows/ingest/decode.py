@@ -215,6 +215,8 @@ def _no_image(image: bytes) -> str:
     start = image[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head", b"<body")):
         return "not an image but HTML or XML"
+    if start.startswith(b"version https://git-lfs"):
+        return "not an image but a pointer of Git LFS, in whose place `git lfs pull` puts it"
     return f"not an image that can be read ({', '.join(FORMATS)})"
 
 

@@ -24,6 +24,13 @@ BLOCK = 8 * 2**20
 AT_ONCE, FILES_AT_ONCE = 4 * 2**20, 32
 """What is asked of a store at once when a file is an image."""
 NO_SUFFIX = "no suffix"
+SYSTEMS = frozenset(
+    (
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin"),
+        *("system volume information", "lost+found"),
+    )
+)
+"""What macOS, Windows and network drives put beside files, thumbnails and deleted ones among them; in small letters."""
 DENIED = "it may not be read: permission denied"
 OUTAGES = frozenset(
     (
@@ -84,7 +91,7 @@ class Files:
             raise UserError(f"{self.source} can't be listed: {line(error)}") from error
         files = sorted((file for file in found if not hidden(file.name)), key=lambda file: file.name)
         if not files:
-            raise UserError(f"{self.source} has no files" if self._there() else f"{self.source} is not there")
+            raise UserError(f"{self.source} has no files" if self._there(self.path) else f"{self.source} is not there")
         return files
 
     def open(self, name: str) -> Any:
@@ -101,6 +108,10 @@ class Files:
             return self.read(name)
         except OSError as error:
             raise UserError(f"{clean(name)} in {self.source}: {self.lost(error)}") from error
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file or folder: what an archive holds is none."""
+        return self._there(self._full(name))
 
     def starts(self, names: Sequence[str], count: int) -> Iterator[bytes]:
         """The first `count` bytes of each file; b"" of one that can't be read, as is said when it is."""
@@ -126,6 +137,11 @@ class Files:
     def leave(self, what: str, why: str, count: int = 1) -> None:
         """Notes what is left out, so that it can be told."""
         self.left_out[what, why] += count
+
+    def leave_columns(self, names: Iterable[str]) -> None:
+        """Notes columns of tables that are not taken."""
+        for name in names:
+            self.leave(f"column {clean(name)}", "neither image, label nor caption")
 
     def read_many(self, names: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | str]:
         """The content of each file, or why it has none, in one line. Some are asked for at once where the store can.
@@ -193,9 +209,9 @@ class Files:
     def _name(self, path: str) -> str:
         return path[len(self.root) :].lstrip("/")
 
-    def _there(self) -> bool:
+    def _there(self, path: str) -> bool:
         try:
-            return bool(self.fs.exists(self.path))
+            return bool(self.fs.exists(path))
         except Exception:  # the question is only for better words
             return True
 
@@ -213,7 +229,7 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
         entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_dir():
-            if not entry.name.startswith("."):
+            if not hidden(entry.name):
                 yield from walk(entry.path, above | {this})
             continue
         try:
@@ -264,7 +280,7 @@ def suffix(name: str) -> str:
 
 def hidden(name: str) -> bool:
     """Whether it is what systems leave in folders, and not worth a word."""
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in name.split("/"))
+    return any(part.startswith(".") or part.lower() in SYSTEMS for part in name.split("/"))
 
 
 def called(name: str) -> str:

@@ -11,6 +11,7 @@ import yaml
 
 from workflows.ingest.asides import CAPTIONS, LABELS, Ask
 from workflows.ingest.files import File, Files, clean
+from workflows.ingest.labels import SPLITS
 from workflows.ingest.tables import Table, What, columns_in, parse_table
 from workflows.runtime.errors import UserError
 
@@ -36,17 +37,17 @@ def class_names(files: Files, found: Sequence[File]) -> dict[str, tuple[str, ...
 
 
 def one_split(files: Files, chosen: Sequence[File]) -> None:
-    """Raises UserError where tables are of more than one split: `train-00000-of-00002.parquet`, `test/data-0000.arrow`."""
+    """Raises UserError where files are of more than one split: `train-00000-of-00002.parquet`, `test/data-0000.arrow`,
+    `imagenet-val-0000.tar`.
+    """
     splits: dict[str, str] = {}
     for file in chosen:
-        folder, _, name = file.name.rpartition("/")
-        match = re.match(r"(train|test|validation|val|dev)(?:[-_.]|$)", name, re.IGNORECASE)
-        last = folder.rpartition("/")[2].lower()
-        split = match[1].lower() if match else last if last in ("train", "test", "validation", "val", "dev") else ""
-        splits.setdefault(split, file.name)
+        *folders, name = file.name.lower().split("/")
+        words = [*re.split(r"[-_.]", name), *reversed(folders)]
+        splits.setdefault(next((word for word in words if word in SPLITS), ""), file.name)
     if len(splits) > 1:
         name = next(iter(splits.values()))
-        pattern = re.sub(r"-\d+-of-\d+.*?(\.\w+)$", r"-*\1", name)
+        pattern = re.sub(r"\d+(-of-\d+.*?)?(\.[a-z][\w.]*)$", r"*\2", name)
         shown = ", ".join(f"{split or 'none'} ({clean(name)})" for split, name in sorted(splits.items()))
         raise UserError(
             f"{files.source} holds more than one split: {shown}",
@@ -71,35 +72,42 @@ def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> 
 
 def metadata(
     names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
-) -> tuple[Table | None, Table | None, frozenset[str]]:
-    """(labels, captions, the files that they are from) of the metadata files among `names`, of a folder or an archive of images;
-    their paths are relative to where each lies.
+) -> tuple[Table | None, Table | None, frozenset[str], tuple[str, ...]]:
+    """(labels, captions, the files that they are from, further columns of these) of the metadata files among `names`, of a folder
+    or an archive of images; their paths are relative to where each lies.
     """
     labels: dict[str, str | int | None] = {}
     captions: dict[str, str | int | None] = {}
-    found, used, further = [name for name in names if is_metadata(name)], set[str](), 0
-    for name in found:
+    kinds: list[tuple[dict[str, str | int | None], str | None, Sequence[str], What]] = []
+    if ask.labels not in ("none", "folders"):
+        kinds.append((labels, ask.label_column, LABELS, "label"))
+    if ask.captions is None:
+        kinds.append((captions, ask.caption_column, CAPTIONS, "caption"))
+    used, others, further = list[str](), dict[str, None](), 0
+    for name in names if kinds else ():
+        if not is_metadata(name):
+            continue
         content = whole(name)
         folder = "".join(name.rpartition("/")[:2])
         columns = columns_in(clean(name), content)
-        if {*LABELS, *CAPTIONS, ask.label_column, ask.caption_column}.isdisjoint(columns):
+        if {c for _, column, usual, _ in kinds for c in (*usual, column)}.isdisjoint(columns):
             continue
-        used.add(name)
-        kinds: tuple[tuple[dict[str, str | int | None], str | None, Sequence[str], What], ...] = (
-            (labels, ask.label_column, LABELS, "label"),
-            (captions, ask.caption_column, CAPTIONS, "caption"),
-        )
+        used.append(name)
+        taken = set[str]()
         for into, column, usual, what in kinds:
             wanted = column or next((c for c in usual if c in columns), None)
             if wanted:
+                taken.add(wanted)
                 table = parse_table(clean(name), content, column=wanted, defaults=usual, what=what)
                 into |= {folder + path: value for path, value in table.values.items()}
                 further += table.further
-    shown = clean(found[0]) if found else ""
+        others |= dict.fromkeys(column for column in columns if column not in taken)
+    shown = clean(used[0]) if used else ""
     return (
         Table(shown, labels) if labels else None,
         Table(shown, captions, further=further) if captions else None,
         frozenset(used),
+        tuple(others),
     )
 
 
@@ -122,7 +130,9 @@ def _named(feature: dict[str, Any]) -> dict[str, Any]:
     kind = feature.get("dtype")
     names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
     if isinstance(names, dict):
-        names = [names[key] for key in sorted(names, key=int)]
+        numbers = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+        whole = sorted(numbers) == list(range(len(names)))
+        names = [numbers[i] for i in sorted(numbers)] if whole else None  # else the numbers are their names
     return {"names": names}
 
 

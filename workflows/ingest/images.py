@@ -7,11 +7,11 @@ from typing import Any
 
 from workflows.ingest.asides import Ask, caption_of
 from workflows.ingest.decode import START, SUFFIXES, starts_as_image
-from workflows.ingest.files import File, Files, clean, suffix
-from workflows.ingest.labels import FURTHER, Described
+from workflows.ingest.files import File, Files, called, clean, suffix
+from workflows.ingest.labels import BOXES, FURTHER, Described
 from workflows.ingest.listing import Item, Listing, Unit
 from workflows.ingest.spread import evenly, grouped
-from workflows.ingest.text import NotText
+from workflows.ingest.text import NotText, are_boxes
 
 MOST = 10_000
 """Files a unit."""
@@ -116,6 +116,9 @@ def aside_caption(name: str, content: bytes | str, listing: Listing, files: File
         found = caption_of(name, content, listing.caption_columns)
     except NotText as error:
         return None, str(error)
+    if suffix(name) != ".json" and found and are_boxes(found[0]):
+        files.leave(called(name), BOXES)
+        return None, None
     return one_of(found, files), None
 
 

@@ -14,6 +14,8 @@ from workflows.runtime.errors import UserError
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 MOST_CLASSES = 100_000
 FURTHER = "an image has one"
+BOXES = "boxes, not captions"
+WITHOUT = "without it: --labels none, or --labels folders"
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class Described:
 @dataclass(frozen=True)
 class Own:
     """What a source of named images has besides them: tables of labels and captions, and `others`, the names of all other files,
-    which `read` reads.
+    which `read` reads. zips: the names begin with the zip files', of which there are several.
     """
 
     others: Sequence[str] = ()
     read: Callable[[Sequence[str]], Iterator[bytes | str]] = lambda names: iter(())
     labels: Table | None = None
     captions: Table | None = None
+    zips: bool = False
 
 
 def label_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
@@ -63,13 +66,17 @@ def caption_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
     table = parse_table(name, content, column=ask.caption_column, defaults=CAPTIONS, what="caption")
     if table.classes or not table.values:
         raise UserError(f"{name}: captions by path are expected")
+    if not any(table.values.values()):
+        raise UserError(f"{name}: there are no captions in it")
     return table, content
 
 
 def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Described:
     """Labels and captions of images that are known by name: the user's files, else the source's own tables, else files beside the
-    images, else folders.
+    images, else folders. Raises UserError for several splits, unless the user tells what labels are.
     """
+    if ask.labels is None:
+        _one_split(files, _within(names) if own.zips else names)
     given, label_bytes = label_table(files, ask)
     texts, caption_bytes = caption_table(files, ask)
     class_list = given.classes if given else ()
@@ -84,11 +91,14 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
         classes, labels = numbered(asides.labels, class_list, asides.labelled)
         labelled = asides.labelled
     elif ask.labels == "folders" or (ask.labels != "none" and not own.labels):
-        depth, notes = class_depth(files, names, must=ask.labels == "folders" or bool(class_list))
+        depth_of = _depth_in_zips if own.zips else class_depth
+        depth, notes = depth_of(files, names, must=ask.labels == "folders" or bool(class_list))
         if depth is not None:
             found = [name.split("/")[depth] for name in names]
             classes, labels = numbered(found, class_list, ask.labels or "folders")
             labelled = "folders"
+    elif own.labels and ask.labels != "none":
+        notes = (f"no labels: {own.labels.name} holds none: all are empty or -1",)
     captions, captioned, beside = tuple[str | None, ...](), "", tuple[str | None, ...]()
     told = texts or (own.captions if ask.captions is None else None)
     if told:
@@ -98,6 +108,7 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
             files.leave("captions", FURTHER, told.further)
     elif ask.captions is None and any(asides.captions):
         beside, captioned = asides.captions, asides.captioned
+    _check_named(files, ask, labels=labelled not in ("", "folders"), captions=bool(captioned))
     return Described(
         classes=classes,
         labels=labels,
@@ -111,6 +122,15 @@ def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Describe
         tables=(label_bytes, caption_bytes),
         notes=notes,
     )
+
+
+def _check_named(files: Files, ask: Ask, *, labels: bool, captions: bool) -> None:
+    """Raises UserError where a column is named, and there is nothing that has columns."""
+    wanted = (("label", ask.label_column, ask.labels, labels), ("caption", ask.caption_column, ask.captions, captions))
+    for what, column, asked, taken in wanted:
+        if column and asked not in ("none", "folders") and not taken:
+            said = f"{files.source}: no {column} for {what}s: neither in a metadata file nor in files beside the images"
+            raise UserError(said, hint=f"--{what}s FILE names a file that has this column")
 
 
 def numbered(
@@ -166,11 +186,14 @@ def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, mus
         name = path if path in there else likes.get(alike(path))
         if name is None:
             strange.append(path)
+        elif what == "label" and found.get(name, value) != value:
+            raise UserError(f"{table.name}: two values for {clean(name)}: {found[name]} and {value}")
         else:
             found[name] = value
     if strange and (must or not found):
         many = f"{len(strange):,} of its {len(table.values):,} images are"
-        raise UserError(f"{table.name}: {many} not in {files.source}, such as {clean(strange[0])}")
+        hint = WITHOUT if what == "label" else "without it: --captions none"
+        raise UserError(f"{table.name}: {many} not in {files.source}, such as {clean(strange[0])}", hint=hint)
     if strange:
         files.leave(f"rows of {table.name}", "their images are not there", len(strange))
     lacking = [name for name in names if name not in found] if what == "label" else []
@@ -182,14 +205,7 @@ def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, mus
 
 def class_depth(files: Files, names: Sequence[str], *, must: bool) -> tuple[int | None, tuple[str, ...]]:
     """Which of its folders is each name's class: the first in which they differ. (None, notes) where folders are no classes."""
-    parents = [name.split("/")[:-1] for name in names]
-    low, high = min(parents), max(parents)
-    common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    loose = next((name for name, parent in zip(names, parents, strict=True) if len(parent) == common), None)
-    found = sorted({parent[common] for parent in parents if len(parent) > common})
-    if found and {name.lower() for name in found} <= SPLITS and loose is None:
-        hint = f"name one of them: {files.source.rstrip('/')}/{'/'.join([*parents[0][:common], found[0]])}; or --labels none"
-        raise UserError(f"{files.source} holds the splits {', '.join(found)}, which are no classes", hint=hint)
+    common, found, loose = _one_split(files, names)
     if loose is None and len(found) > 1:
         return common, ()
     if not must:
@@ -198,6 +214,35 @@ def class_depth(files: Files, names: Sequence[str], *, must: bool) -> tuple[int 
     if loose is not None and found:
         raise UserError(f"{files.source}: {clean(loose)} lies in no class's folder", hint="--labels none: no classes")
     raise UserError(f"{files.source}: labels by folder need two folders, and all images lie in one")
+
+
+def _depth_in_zips(files: Files, names: Sequence[str], *, must: bool) -> tuple[int | None, tuple[str, ...]]:
+    """As `class_depth`, of names that begin with the zip files': they are classes if it must be and there are no folders."""
+    depth, notes = class_depth(files, _within(names), must=False)
+    if depth is not None:
+        return depth + 1, notes
+    if must:
+        return class_depth(files, names, must=True)
+    return None, notes or ("no labels: if the zip files are the classes: --labels folders",)
+
+
+def _within(names: Sequence[str]) -> list[str]:
+    return [name.partition("/")[2] for name in names]
+
+
+def _one_split(files: Files, names: Sequence[str]) -> tuple[int, list[str], str | None]:
+    """(how many folders all have in common, those that come next, an image in none of these). Raises UserError for splits."""
+    parents = [name.split("/")[:-1] for name in names]
+    low, high = min(parents), max(parents)
+    common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    loose = next((name for name, parent in zip(names, parents, strict=True) if len(parent) == common), None)
+    found = sorted({parent[common] for parent in parents if len(parent) > common})
+    if found and {name.lower() for name in found} <= SPLITS and loose is None:
+        place = "/".join([*parents[0][:common], found[0]])
+        named = f"name one of them: {files.source.rstrip('/')}/{place}" if files.has(place) else "unpack one of them"
+        hint = f"{named}; or --labels none"
+        raise UserError(f"{files.source} holds the splits {', '.join(found)}, which are no classes", hint=hint)
+    return common, found, loose
 
 
 def _few(classes: tuple[str, ...]) -> str:

@@ -7,22 +7,29 @@ from collections.abc import Callable, Sequence
 from workflows.ingest.asides import Ask
 from workflows.ingest.files import clean
 from workflows.ingest.huggingface import metadata
+from workflows.ingest.labels import WITHOUT
 from workflows.ingest.tables import Table, parse_table
+from workflows.runtime.errors import UserError
 
 DATASET = "dataset.json"
 
 
 def own_tables(
     names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
-) -> tuple[Table | None, Table | None, frozenset[str]]:
-    """(labels, captions, the files that they are from) among the files `names`, which `whole` reads. Metadata come before EDM's.
+) -> tuple[Table | None, Table | None, frozenset[str], tuple[str, ...]]:
+    """(labels, captions, the files that they are from, further columns of these) among the files `names`, which `whole` reads.
+    Metadata come before EDM's. What the user doesn't want is not looked at.
 
     Raises UserError for one that can't be read.
     """
-    labels, captions, used = metadata(names, whole, ask)
-    if labels is None and (found := [name for name in names if name.rpartition("/")[2] == DATASET]):
-        labels, used = _edm(found, whole), used | set(found)
-    return labels, captions, used
+    labels, captions, used, others = metadata(names, whole, ask)
+    wanted = labels is None and ask.labels not in ("none", "folders")
+    if wanted and (found := [name for name in names if name.rpartition("/")[2] == DATASET]):
+        try:
+            labels, used = _edm(found, whole), used | set(found)
+        except UserError as error:  # such as another program's
+            raise UserError(str(error), hint=error.hint or WITHOUT) from error
+    return labels, captions, used, others
 
 
 def _edm(names: Sequence[str], whole: Callable[[str], bytes]) -> Table:

@@ -72,6 +72,7 @@ def list_source(
     if reader in ("parquet", "arrow"):
         listing = _tables(listing, reader, files, found, chosen, ask)
     elif reader == "tar":
+        one_split(files, chosen)
         fields, contents = list_tars(files, chosen, ask)
         listing = replace(listing, kind="webdataset", fingerprint=_with(listing, contents), **fields)
         taken = {file.name for file in chosen}
@@ -116,6 +117,10 @@ def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
             f"{files.source} has no images; its files are {kinds(file.name for file in found)}",
             hint=f"known: {', '.join(SAID.values())}",
         )
+    if set(of) == {"tar", "parquet"} and {_stem(file.name) for file in of["parquet"]} <= {
+        _stem(file.name) for file in of["tar"]
+    }:
+        del of["parquet"]  # img2dataset's tables of what the tars hold
     if len(of) > 1:
         first, second, *_ = sorted(of)
         shown = " and ".join(f"{SAID[kind]} ({clean(of[kind][0].name)})" for kind in (first, second))
@@ -132,15 +137,23 @@ def _kind(name: str) -> str | None:
     return "images" if is_image(low) else {".zip": "zip", ".parquet": "parquet", ".arrow": "arrow"}.get(suffix(low))
 
 
+def _stem(name: str) -> str:
+    """A name without what tells the kind: 00000 of 00000.tar.gz."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]
+
+
 def _named(listing: Listing, reader: str, files: Files, found: list[File], chosen: list[File], ask: Ask) -> Listing:
     """A source whose images have names that are known."""
     taken = {file.name for file in chosen}
     others = [file.name for file in found if file.name not in taken]
     if reader == "zip":
+        one_split(files, chosen)
         units, available, about = list_zips(files, chosen, ask)
         tables: frozenset[str] = frozenset()
     else:
-        labels, captions, tables = own_tables(others, files.whole, ask)
+        labels, captions, tables, columns = own_tables(others, files.whole, ask)
+        files.leave_columns(columns)
         if any(is_metadata(name) for name in tables):
             listing = replace(listing, kind="huggingface")
         names = [file.name for file in chosen]
@@ -183,8 +196,11 @@ def _tables(listing: Listing, reader: str, files: Files, found: list[File], chos
     taken = {file.name for file in chosen}
     others = [file.name for file in found if file.name not in taken and file.name.rpartition("/")[2] not in DESCRIBED]
     _leave(files, others, {ask.labels, ask.captions}, reader)
-    for column in tables.columns.others:
-        files.leave(f"column {clean(column)}", "neither image, label nor caption")
+    files.leave_columns(tables.columns.others)
+    for column in dict.fromkeys(
+        part.partition("=")[0] for name in taken for part in name.split("/")[:-1] if "=" in part
+    ):
+        files.leave(f"column {clean(column)}", "in the folders' names")
     return replace(
         listing,
         kind="huggingface" if own or tables.columns.described or reader == "arrow" else "parquet",

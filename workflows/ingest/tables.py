@@ -21,6 +21,8 @@ MAX_TABLE = 2**30
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 MISSING = ("nan", "NaN", "NA", "<NA>", "null", "NULL", "None")
 """What programs write among numbers where one is missing."""
+MOST_NAMES = 20
+"""Of columns that an error names."""
 DELIMITERS = ",;\t|"
 What = Literal["label", "caption"]
 
@@ -101,7 +103,7 @@ class _Parser:
     def parsed(self, content: bytes) -> Table:
         low = self.name.lower()
         if low.endswith(".json"):
-            return self._json(json_of(content, "it"))
+            return self._json(json_of(content, "it", once=True))
         text = text_of(content, "it")
         if low.endswith(".txt"):
             rows = (row.strip() for row in text.split("\n"))
@@ -137,20 +139,20 @@ class _Parser:
         names = list(dict.fromkeys(key for row in rows for key in row))
         path = next((key for key in PATHS if key in names and key != self.column), None)
         if path is None:
-            said, hint = f"no column of paths among {', '.join(names)}", f"it is called {', '.join(PATHS)}"
+            said, hint = f"no column of paths among {_few(names)}", f"it is called {', '.join(PATHS)}"
             raise UserError(f"{self.name}: {said}", hint=hint)
         others = [key for key in names if key != path]
         usual = next((key for key in self.defaults if key in others), others[0] if len(others) == 1 else None)
         wanted = self.column or usual
         if wanted is None or wanted not in others:
             said = f"no column {self.column}" if self.column else f"no column {' or '.join(self.defaults)}"
-            raise UserError(f"{self.name}: {said}; there are {', '.join(others) or 'no others'}")
+            raise UserError(f"{self.name}: {said}; there are {_few(others) or 'no others'}")
         return self._pairs([[row.get(path), row.get(wanted)] for row in rows], written=written)
 
     def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
         """`written`: as text, which doesn't tell numbers from names: they are numbers if all are."""
         pairs = list(pairs)
-        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1] not in MISSING]
+        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1].strip() not in MISSING]
         numbers = (
             written and self.what == "label" and bool(texts) and all(NUMBER.fullmatch(text.strip()) for text in texts)
         )
@@ -159,7 +161,9 @@ class _Parser:
             if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
                 raise UserError(f"{self.name}: a path and a value are expected, not {clean(str(pair))[:60]}")
             path, value = pair
-            value = _number(value) if numbers and value else self._value(path, value)
+            if written and self.what == "label" and value:
+                value = _written(value.strip(), numbers=numbers)
+            value = self._value(path, value)
             if path in out and self.what == "caption":
                 self.further += value is not None and out[path] is not None
                 value = value if out[path] is None else out[path]
@@ -180,8 +184,18 @@ class _Parser:
         return found[0] if found else None
 
 
-def _number(text: str) -> str | int | None:
-    return None if text in MISSING else written_label(text)
+def _written(text: str, *, numbers: bool) -> str | int | None:
+    """A label as a cell has it; -1 is none among names as well."""
+    if numbers:
+        return None if text in MISSING else written_label(text)
+    return None if text == "-1" else text
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of these names: objects whose fields are paths have as many as images."""
+    return clean(", ".join(names[:MOST_NAMES])) + (
+        f", and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    )
 
 
 def _nested(values: dict[str, Any]) -> bool:
@@ -201,13 +215,23 @@ def _json_rows(text: str) -> list[Any]:
 
 
 def _csv_rows(text: str) -> list[Any]:
+    """Lists of cells, or objects where there is a header. Raises NotText for quotes left open, and cells without a column."""
     csv.field_size_limit(MAX_TABLE)
-    head = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(head)) if row]
-    header = [cell.strip() for cell in rows[0]] if rows else []
-    if not any(cell in PATHS for cell in header) and len(header) == 2:
-        return rows
-    return [dict(zip(header, row, strict=False)) for row in rows[1:]]
+    mark = _delimiter(re.split(r"[\r\n]", text, maxsplit=1)[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    try:
+        lines = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise NotText(f"line {reader.line_num}: a quote in a cell is doubled, and the cell quoted ({error})") from error
+    header = [cell.strip() for cell in lines[0][1]] if lines else []
+    named = any(cell in PATHS for cell in header)
+    if not named and len(header) == 2:
+        return [row for _, row in lines]
+    for number, row in lines[1:]:
+        if named and any(cell.strip() for cell in row[len(header) :]):
+            said = f"line {number} has {len(row)} cells, and the first line {len(header)}"
+            raise NotText(f"{said}: a text with {mark!r} in it is put in quotes")
+    return [dict(zip(header, row, strict=False)) for _, row in lines[1:]]
 
 
 def _delimiter(head: str) -> str:

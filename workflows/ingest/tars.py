@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import re
 import tarfile
 import zlib
@@ -17,11 +20,21 @@ from workflows.ingest.columns import label_number
 from workflows.ingest.decode import MAX_BYTES, START, SUFFIXES, starts_as_image
 from workflows.ingest.files import NO_SUFFIX, File, Files, clean, hidden, inside, line
 from workflows.ingest.images import NOT_IMAGES, may_be_image, one_of
-from workflows.ingest.labels import FURTHER, MOST_CLASSES, caption_table, class_depth, label_table, numbered
+from workflows.ingest.labels import BOXES, FURTHER, MOST_CLASSES, caption_table, class_depth, label_table, numbered
 from workflows.ingest.listing import Item, Listing, Unit
 from workflows.ingest.spread import grouped
 from workflows.ingest.tables import Table, What, open_table, parse_table
-from workflows.ingest.text import alike, are_names, captions_of, json_of, label_of, text_of, written_label
+from workflows.ingest.text import (
+    NotText,
+    alike,
+    are_boxes,
+    are_names,
+    captions_of,
+    json_of,
+    label_of,
+    text_of,
+    written_label,
+)
 from workflows.runtime.errors import UserError
 
 MAX_SIBLING = 2**20
@@ -29,6 +42,12 @@ MAX_SIBLING = 2**20
 MOST_IMAGES = 1000
 """Of one sample: frames of a video, such as clip.0001.jpg, have one name up to the first dot."""
 TEXTS = ("cls", "txt", "json", "text", "caption", "label", "class", "prompt")
+PACKED: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7z": lzma.LZMAFile,
+}
+"""What reads a compressed tar, by its first bytes."""
 LOOKED = 100
 """Samples that tell where labels and captions are."""
 HEADERS = (
@@ -101,14 +120,30 @@ class Sample:
         )
 
 
+class Unpacked:
+    """A compressed stream that gives what it has before it finds that it is cut."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def read(self, size: int) -> bytes:
+        content: bytes = self.stream.read1(size)
+        return content
+
+
 @contextmanager
 def _opened(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
-    """(the tar, read forward only; whether it is compressed)."""
+    """(the tar, read forward only; whether it is compressed). tarfile's own decompressors end with the first of several streams, as
+    pbzip2, bgzip and cat write them.
+    """
     with files.open(name) as stream:
-        compressed = stream.read(3).startswith((b"\x1f\x8b", b"BZh", b"\xfd7z"))
+        start = stream.read(3)
         stream.seek(0)
-        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as archive:
-            yield archive, compressed
+        unpacked: Any = next(
+            (Unpacked(opened(stream)) for mark, opened in PACKED.items() if start.startswith(mark)), None
+        )
+        with tarfile.open(fileobj=unpacked or stream, mode="r|", tarinfo=Header) as archive:
+            yield archive, unpacked is not None
 
 
 def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
@@ -132,7 +167,9 @@ def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
                 if member.size > MAX_BYTES and compressed:
                     raise BrokenTar(f"{name_} has {member.size:,} bytes; what follows in a compressed tar is not read")
                 _add(sample, archive, member, name_, extension, files)
-    except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+            if _goes_on(archive):
+                stop = "more follows the tar's end mark, and is not read: several tars in one file?"
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
         stop = f"the tar is broken or cut here: {line(error)}"
     except OSError as error:
         stop = files.lost(error)
@@ -140,6 +177,15 @@ def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
         yield from _told(sample, image)
     if stop:
         yield Sample("", error=stop)
+
+
+def _goes_on(archive: tarfile.TarFile) -> bool:
+    """Whether there is anything but zeros after the end mark."""
+    assert archive.fileobj is not None
+    while block := archive.fileobj.read(2**20):
+        if block.strip(b"\0"):
+            return True
+    return False
 
 
 def _told(sample: Sample, image: str) -> list[Sample]:
@@ -211,7 +257,7 @@ def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str,
     if captions:
         out |= {"caption_file": ask.captions, "captioned": captions.name, "caption_column": ask.caption_column}
     elif ask.captions != "none":
-        column = _column(first, ask.caption_column, ask.caption_columns, "caption", lambda value: captions_of(value))
+        column = _column(first, ask.caption_column, ask.caption_columns, "caption", _no_boxes)
         out |= {"caption_columns": ask.caption_columns, "captioned": column or ""}
     if labels and labels.values:
         out["classes"], _ = numbered(list(labels.values.values()), labels.classes, labels.name)
@@ -336,7 +382,7 @@ def _item(
         if captions is not None:
             texts = captions_of(next((captions.values[n] for n in names if n in captions.values), None))
         else:
-            texts = _captions(sample, listing.caption_columns, used)
+            texts = _captions(sample, listing.caption_columns, used, files)
     except (KeyError, ValueError, IndexError) as error:
         return Item(key, None, error=line(error) if isinstance(error, ValueError) else str(error.args[0]))
     for extension in sample.images:
@@ -347,7 +393,7 @@ def _item(
     return Item(key, image, number, one_of(texts, files))
 
 
-def _captions(sample: Sample, columns: Sequence[str], used: set[str]) -> list[str]:
+def _captions(sample: Sample, columns: Sequence[str], used: set[str], files: Files) -> list[str]:
     """Those of the first of these columns that has one; the siblings that were looked at go into `used`. Raises ValueError for what
     can't be read, or is no caption.
     """
@@ -357,12 +403,19 @@ def _captions(sample: Sample, columns: Sequence[str], used: set[str]) -> list[st
         except KeyError:
             continue
         used.add(column if column in sample.texts else "json")
+        if column in sample.texts and are_boxes(value):
+            files.leave(f".{clean(column)}", BOXES)
+            continue
         try:
             if found := captions_of(value):
                 return found
         except ValueError as error:
             raise ValueError(f"the caption in {column} is {error}") from error
     return []
+
+
+def _no_boxes(value: Any) -> list[str]:
+    return [caption for caption in captions_of(value) if not are_boxes(caption)]
 
 
 def _by_name(table: Table, names: Sequence[str]) -> str | int | None:
@@ -411,12 +464,26 @@ def _column(
     for column in [named] if named else defaults:
         if any(_looked(sample, column, taken) not in (None, []) for sample in first):
             return column
+    if what == "label":
+        _check_labels(first, [named] if named else defaults)
     if named:
         there = ", ".join(dict.fromkeys(extension for sample in first for extension in sample.texts))
         raise UserError(
             f"no {what} {named} in the first {_many(first)}, which {'has' if len(first) == 1 else 'have'} {there or 'none'}"
         )
     return None
+
+
+def _check_labels(first: Sequence[Sample], columns: Sequence[str]) -> None:
+    """Raises UserError where the samples have something there that is no label, and says what it is."""
+    for column in columns:
+        for sample in first:
+            try:
+                label_of(_value(sample, column, "label"))
+            except (KeyError, NotText):
+                continue
+            except ValueError as error:
+                raise UserError(f"{sample.key}: in {column} is {error}", hint="--labels none: no classes") from error
 
 
 def _many(first: Sequence[Sample]) -> str:

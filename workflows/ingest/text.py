@@ -22,6 +22,7 @@ MARKS = (
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.0*)?")
 """A whole number as programs write it: "001" is a name."""
 VALUE = re.compile(r"[+-]?\d+(\.\d+)?")
+BOX = re.compile(r"\d+(\s+-?\d+(\.\d+)?(e-?\d+)?){4,}")
 
 
 class NotText(ValueError):
@@ -38,10 +39,19 @@ def text_of(content: bytes, what: str) -> str:
         raise NotText(f"{what} is no UTF-8 text (byte 0x{byte} in line {where})") from error
 
 
-def json_of(content: bytes, what: str) -> Any:
-    """Raises NotText for what is no JSON either."""
+def json_of(content: bytes, what: str, *, once: bool = False) -> Any:
+    """Raises NotText for what is no JSON either; if it shall be `once`, for a name with two values as well."""
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in found:
+            if name in values and values[name] != value:
+                raise NotText(f"{what} has two values for {name[:80]!r}")
+            values[name] = value
+        return values
+
     try:
-        return json.loads(text_of(content, what))
+        return json.loads(text_of(content, what), object_pairs_hook=pairs if once else None)
     except (json.JSONDecodeError, RecursionError) as error:
         raise NotText(f"{what} is no JSON ({' '.join(str(error).split())[:80]})") from error
 
@@ -94,6 +104,12 @@ def captions_of(value: Any) -> list[str]:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [str(value)]
     raise ValueError(f"{repr(value)[:40]}, which is no text")
+
+
+def are_boxes(text: str) -> bool:
+    """Whether a file beside an image tells where things are, as YOLO has it: lines of a class's number and at least four others."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return bool(lines) and all("." in line and BOX.fullmatch(line) for line in lines)
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:

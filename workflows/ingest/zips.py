@@ -92,8 +92,9 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
             raise UserError(f"{clean(name)} in {files.source}: {content}")
         return content
 
-    labels, captions, tables = own_tables(list(others), whole, ask)
-    about = describe(files, names, ask, Own(list(others), read, labels, captions))
+    labels, captions, tables, columns = own_tables(list(others), whole, ask)
+    files.leave_columns(columns)
+    about = describe(files, names, ask, Own(list(others), read, labels, captions, zips=len(chosen) > 1))
     for name in others.keys() - tables - about.used:
         files.leave(called(name), NOT_IMAGES)
     units = []

@@ -113,7 +113,7 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
         if f"{inner}/".startswith(f"{outer}/"):
             raise UserError(f"{shown(inner)}: lies in {shown(outer)}", hint="name a folder beside the source")
     storage.check(p.dest)
-    with screen.status(f"listing {shown(p.source)}"):
+    with screen.status(f"listing {escape(shown(p.source))}"):
         listing = list_source(
             p.source,
             labels=p.labels,
@@ -140,7 +140,7 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
     if is_data_set(p.dest) and (there := _there(p, listing, columns, screen)):
         return there
     for note in listing.notes:
-        screen.line(f"[yellow]![/] {note}")
+        screen.line(f"[yellow]![/] {escape(note)}")
     tally = _write_parts(p, listing, plan, screen)
     manifest = _manifest(p, listing, columns, tally)
     if p.extractor:
@@ -414,6 +414,8 @@ def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -
             f"{shown(p.source)}: {said}, more than {p.max_bad:.3%}; such as {first['path']}: {first['reason']}",
             hint=f"{hint}; the parts that are done are kept",
         )
+    if whole and listing.caption_file and listing.limit is None and not tally.captioned:
+        raise UserError(f"{listing.captioned}: none of its captions is of an image of {shown(p.source)}")
     if whole and tally.images < FEWEST:
         raise UserError(f"{shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed")
 

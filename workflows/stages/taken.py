@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from workflows.ingest import Listing
-from workflows.ingest.files import NO_SUFFIX, LeftOut
+from workflows.ingest.files import NO_SUFFIX, LeftOut, clean
 
 SHOWN, KINDS = 5, 20
 """Names in the line; kinds of reasons in the manifest, the most frequent ones, others together."""
@@ -46,7 +46,7 @@ def taken_of(
 def said_of(taken: Mapping[str, Any], classes: Sequence[str], images: int) -> str:
     """Such as: labels: 3 classes by folders (a, b, c); captions: none; left out: 120 .txt, 20 .heic (not images)."""
     by, count = taken["labels"]["by"], taken["labels"]["classes"]
-    names = f" ({_few(classes)})" if classes else ""
+    names = f" ({_few([clean(name) for name in classes])})" if classes else ""
     labels = f"{count:,} class{'es' if count > 1 else ''} by {by}{names}" if by else "none"
     by, captioned = taken["captions"]["by"], taken["captions"]["images"]
     without = images - captioned
