@@ -316,7 +316,7 @@ class Evaluate(Section):
     kid_subsets: int = Field(0, ge=0, description="of 1,000 each, as the field has 100 of; 0: all pairs, the same mean")
     inception_splits: int = Field(10, ge=1)
 
-    @field_validator("samplers", "teacher_noise", "guidance")
+    @field_validator("samplers", "teacher_steps", "teacher_noise", "guidance")
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
@@ -597,7 +597,8 @@ def exists(path: Path) -> bool:
 
 def _parse_override(text: str) -> dict[str, Any]:
     field, equals, value = text.partition("=")
-    if not equals or not field:
+    field = field.strip()
+    if not equals or not all(field.split(".")):
         raise ConfigError(f"--set: {brief(text)} should read section.field=value")
     if field.count(".") >= DEEPEST:
         raise ConfigError(f"--set: {brief(field)}: no such option")
