@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from workflows.runtime.errors import ConfigError
+from workflows.runtime.errors import ConfigError, expanded
 from workflows.smoke import smoke_values
 from workflows.sources import SHAPED, SOURCES, Source, source_of
 from workflows.values import DEEPEST, brief, merge, nested, parsed, without
@@ -517,7 +517,7 @@ def recipe_names() -> tuple[str, ...]:
 
 def recipe_file(recipe: str) -> Path:
     """The file of a recipe: of the house's, by name, or the user's own. Raises ConfigError where there is none."""
-    path = Path(recipe).expanduser()
+    path = expanded(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not exists(path):
             raise ConfigError(f"recipe: no such file {recipe}")
@@ -571,7 +571,7 @@ def _beside(path: Path, parent: Any) -> str | None:
         )
     if Path(parent).suffix not in (".yaml", ".yml"):
         return parent
-    return str(path.parent / Path(parent).expanduser())
+    return str(path.parent / expanded(parent))
 
 
 def whole(recipe: str) -> dict[str, Any]:

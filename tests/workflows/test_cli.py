@@ -105,10 +105,23 @@ def test_a_number_that_is_none_is_refused(capsys, command, option, value):
 def test_a_wait_that_is_none_is_refused(monkeypatch, value):
     from workflows.config import ConfigError
     from workflows.pipeline import RunOptions, wait_of
+    from workflows.runtime.crew import resized_every
 
     monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", value)
     with pytest.raises(ConfigError, match=f"MMDISTILL_TRACKING_WAIT: '{value}' is not a number of seconds"):
         wait_of(RunOptions("."))
+    monkeypatch.setenv("MMDISTILL_RESIZED_EVERY", value)
+    with pytest.raises(ConfigError, match=f"MMDISTILL_RESIZED_EVERY: '{value}' is not a number of seconds"):
+        resized_every()
+
+
+@pytest.mark.parametrize("name", ["MMDISTILL_TRACKING_WAIT", "MMDISTILL_RESIZED_EVERY"])
+def test_the_environment_is_looked_at_before_anything_is_made(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.setenv(name, "soon")
+    code, _, err = inside(capsys, "run", "--workspace", str(tmp_path / "w"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"error: {name}: 'soon' is not a number of seconds" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback():

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from workflows.runtime import storage
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import ConfigError, UserError
 from workflows.runtime.lease import Lease
-from workflows.runtime.uri import check_name, is_remote, join
+from workflows.runtime.uri import absolute, check_name, is_remote, join, shown
 
 RESULT = "result.json"
 RUNS = "runs.json"
@@ -157,13 +157,17 @@ class Workspace:
         """
         check_name("workspace", root)
         self.remote = is_remote(root)
+        if self.remote and not str(root).startswith(
+            ("s3://", "s3a://")
+        ):  # of others none can be held by one run at a time
+            raise ConfigError(f"workspace: {shown(root)} should be a folder, or s3://BUCKET/PREFIX")
         if self.remote:
             self.uri = str(root).rstrip("/")
             if not looks:
                 storage.check(self.uri)
             self.root = storage.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
         else:
-            self.root = Path(str(root).removeprefix("file://")).expanduser().resolve()
+            self.root = absolute(root)
             self.uri = str(self.root)
             check_name("workspace", self.uri)  # the current folder's is part of it
         self._lease: Lease | None = None

@@ -20,7 +20,7 @@ from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen, show_table
 from workflows.runtime.registry import Registry
 from workflows.runtime.storage import cache_folder, listing
-from workflows.runtime.uri import is_remote, join, shown
+from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import RESULT, StageFolder, Workspace, changed, size_of
 
 YOUNG = 3600
@@ -68,7 +68,8 @@ def run_gc(
     keep_days: float | None = None,
 ) -> Plan:
     """Shows the plan and, if `agree` says yes to its question, removes what it names. Raises UserError while a run is on."""
-    if not (listing(join(workspace, "pipelines")) if is_remote(workspace) else (Path(workspace) / "stages").is_dir()):
+    looked = Workspace(workspace, looks=True)
+    if not (listing(join(looked.uri, "pipelines")) if looked.remote else (looked.root / "stages").is_dir()):
         raise UserError(f"{workspace}: not a workspace", hint="name one with --workspace or MMDISTILL_HOME")
     space = Workspace(workspace, minimum_free=0)  # a full disk is what one comes here for
     with space.lock():
