@@ -35,6 +35,8 @@ from workflows.runtime.uri import absolute, check_name, is_remote, join, shown
 RESULT = "result.json"
 RUNS = "runs.json"
 """The ids of a stage's tracking runs, by store."""
+WORLDS = (errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EMFILE, errno.ENFILE)
+"""Errors of files that are never a fault of this program's."""
 MINIMUM_FREE = 200 * 1024**2
 
 
@@ -246,11 +248,16 @@ class Workspace:
         return [StageFolder(name, key, path, str(path)) for path, name, _, key in parts]
 
     def pipelines(self) -> dict[str, dict[str, Any]]:
-        """The records of the configurations that were run, by name, each with "used", when (seconds since 1970)."""
-        found = {}
+        """The records of the configurations that were run, by name, each with "used", when (seconds since 1970). One that is not
+        as it was written has that alone.
+        """
+        found: dict[str, dict[str, Any]] = {}
         for path in sorted((self.root / "pipelines").glob("*.json")):
+            record: Any = None
             with contextlib.suppress(OSError, ValueError):
-                found[path.stem] = json.loads(path.read_text()) | {"used": path.stat().st_mtime}
+                record = json.loads(path.read_text())
+            whole = isinstance(record, dict) and isinstance(record.get("stages", {}), dict)
+            found[path.stem] = (record if whole else {}) | {"used": path.lstat().st_mtime}
         return found
 
     def refer(self, pipeline: str, folder: StageFolder) -> None:
@@ -357,6 +364,8 @@ def explain_os_error(error: OSError, workspace: str | Path | None = None) -> Use
         return UserError(f"{full}{saved}", hint="free space, run it again")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"{where or 'a file'} cannot be written{saved}", hint="mend that, run it again")
+    if error.errno in WORLDS and where:
+        return UserError(f"{where}: {error.strerror}{saved}", hint="mend that, run it again")
     return None
 
 

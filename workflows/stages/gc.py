@@ -154,7 +154,8 @@ def _referenced(
     records = {name: record for name, record in space.pipelines().items() if record["used"] >= since}
     if old := [name for name, record in records.items() if "stages" not in record]:
         plan.kept.append(
-            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before it was written down which stages are theirs; "
+            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before it was written down which stages are theirs, "
+            f"or the record of it is damaged ({', '.join(old[:3])}{', ...' * (len(old) > 3)}); "
             "run them again, or leave them out by --keep-days"
         )
         return stages
@@ -178,7 +179,7 @@ def _referenced(
     while True:  # what a kept stage was made from is kept: one folder for each identity
         needed |= {identity for stage in kept for identity in _made_from(stage)}
         have = {str((stage.result or {}).get("identity")) for stage in kept}
-        made = [s for s in stages if s.result and s.result.get("identity") in needed - have]
+        made = [s for s in stages if s.result and str(s.result.get("identity")) in needed - have]
         settings = "\n".join(json.dumps(stage.read("depends.json")) for stage in kept)
         named = [s for s in stages if s not in kept and s.path.name in settings]
         if not made and not named:
