@@ -51,6 +51,12 @@ def check_name(what: str, uri: str | Path) -> None:
         )
 
 
+def check_here(what: str, path: str | Path) -> None:
+    """Raises ConfigError for an address, where only a path on this machine can be."""
+    if is_remote(path) or SLIP.match(str(path)):
+        raise ConfigError(f"{what}: {shown(path)} is an address, and should be a path on this machine")
+
+
 def shown(uri: str | Path) -> str:
     """The URI, or a text with URIs, without users and passwords: as it may be shown and stored."""
     return QUERIED.sub(r"\1***", USER.sub("", str(uri)))
