@@ -118,4 +118,5 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    """A line on stderr; what would break it, or colour it, is written out."""
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)
