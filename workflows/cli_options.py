@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,10 +90,12 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
     143 for SIGTERM, 129 for SIGHUP.
     """
     from workflows.runtime.errors import ConfigError, UserError, foreign
+    from workflows.runtime.stopping import listening
     from workflows.runtime.workspace import explain_os_error
 
     try:
-        yield
+        with listening() if continues else nullcontext():
+            yield
     except KeyboardInterrupt as stopped:
         say(
             "interrupted: finished stages and the last checkpoints are kept"
