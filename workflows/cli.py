@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,13 @@ from workflows.cli_options import (
     checked,
     errors,
     finite,
+    say,
 )
 from workflows.cli_registry import app as registry
 from workflows.cli_sweep import app as sweeps
+
+USAGE: Any = typer.BadParameter.__base__
+"""A command line that can't be: an option that is not there, a number that is none."""
 
 app = typer.Typer(
     add_completion=False,
@@ -278,7 +283,9 @@ def sample(
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1, max=2**24)
     ] = None,
-    out: Annotated[Path, typer.Option(help="A .png for a grid, or a .npy for the images.")] = Path("grid.png"),
+    out: Annotated[
+        str, typer.Option(help="A .png for a grid, a .npy for the images, or FOLDER/ for a .png of each.")
+    ] = "grid.png",
     columns: Annotated[int | None, typer.Option(help="Images in a row of the grid.", min=1)] = None,
     guidance: Annotated[
         float | None,
@@ -348,7 +355,10 @@ def bench(
     with errors(debug):
         checked()
         from workflows.stages.bench import run_bench
+        from workflows.stages.sample import check_out
 
+        if out:
+            check_out(out, str(out))
         run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place, workers=workers)
 
 
@@ -357,9 +367,23 @@ app.add_typer(jobs, name="jobs")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point. typer's own usage errors exit with 2, in a line."""
+    """The entry point. typer's own usage errors exit with 2, in a line. What a stream can't show is written out, as \\xe9."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     command: Callable[..., Any] = app
-    command(args=arguments, prog_name="mmdistill")
+    try:
+        code = command(args=arguments, prog_name="mmdistill", standalone_mode=False)
+    except USAGE as error:
+        if type(error).__name__ != "NoArgsIsHelpError":  # which has shown the help
+            say(f"error: {error.format_message()}")
+            if error.ctx is not None:
+                say(f"       {error.ctx.command_path} --help tells what there is")
+        code = error.exit_code
+    except typer.Abort:  # at a question
+        say("aborted")
+        code = 1
+    sys.exit(code or 0)
 
 
 if __name__ == "__main__":

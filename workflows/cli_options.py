@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,10 +90,12 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
     143 for SIGTERM, 129 for SIGHUP.
     """
     from workflows.runtime.errors import ConfigError, UserError, foreign
+    from workflows.runtime.stopping import listening
     from workflows.runtime.workspace import explain_os_error
 
     try:
-        yield
+        with listening() if continues else nullcontext():
+            yield
     except KeyboardInterrupt as stopped:
         say(
             "interrupted: finished stages and the last checkpoints are kept"
@@ -118,4 +120,5 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr)
+    """A line on stderr; what would break it, or colour it, is written out."""
+    print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)

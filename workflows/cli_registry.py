@@ -81,6 +81,7 @@ def gc(
         typer.Option(
             help="Keep what changed in the last N days, and count only configurations that ran in them; by default all count.",
             min=0,
+            max=1_000_000,
         ),
     ] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,

@@ -74,6 +74,7 @@ def sweep(
         from workflows.pipeline import RunOptions, run_sweep
         from workflows.runtime.progress import Screen
         from workflows.runtime.uri import shown
+        from workflows.stages.sample import check_out
         from workflows.stages.sweep_options import SweepOptions
         from workflows.stages.sweep_space import read_space
 
@@ -84,6 +85,8 @@ def sweep(
         )
         how = SweepOptions(search, scheduler, trials, warm_start, register, hours, cpus, gpus)
         checked(config)
+        if out:
+            check_out(out, str(out))
         try:
             run_sweep(config, options, Screen(), space=fields, how=how, out=out)
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from workflows.runtime.errors import ConfigError
+from workflows.runtime.errors import ConfigError, expanded
 from workflows.smoke import smoke_values
 from workflows.sources import SHAPED, SOURCES, Source, source_of
 from workflows.values import DEEPEST, brief, merge, nested, parsed, without
@@ -316,7 +316,7 @@ class Evaluate(Section):
     kid_subsets: int = Field(0, ge=0, description="of 1,000 each, as the field has 100 of; 0: all pairs, the same mean")
     inception_splits: int = Field(10, ge=1)
 
-    @field_validator("samplers", "teacher_noise", "guidance")
+    @field_validator("samplers", "teacher_steps", "teacher_noise", "guidance")
     @classmethod
     def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         if len(set(values)) < len(values):
@@ -517,7 +517,7 @@ def recipe_names() -> tuple[str, ...]:
 
 def recipe_file(recipe: str) -> Path:
     """The file of a recipe: of the house's, by name, or the user's own. Raises ConfigError where there is none."""
-    path = Path(recipe).expanduser()
+    path = expanded(recipe)
     if path.suffix in (".yaml", ".yml"):
         if not exists(path):
             raise ConfigError(f"recipe: no such file {recipe}")
@@ -571,7 +571,7 @@ def _beside(path: Path, parent: Any) -> str | None:
         )
     if Path(parent).suffix not in (".yaml", ".yml"):
         return parent
-    return str(path.parent / Path(parent).expanduser())
+    return str(path.parent / expanded(parent))
 
 
 def whole(recipe: str) -> dict[str, Any]:
@@ -597,7 +597,8 @@ def exists(path: Path) -> bool:
 
 def _parse_override(text: str) -> dict[str, Any]:
     field, equals, value = text.partition("=")
-    if not equals or not field:
+    field = field.strip()
+    if not equals or not all(field.split(".")):
         raise ConfigError(f"--set: {brief(text)} should read section.field=value")
     if field.count(".") >= DEEPEST:
         raise ConfigError(f"--set: {brief(field)}: no such option")

@@ -5,8 +5,6 @@ prepare -> teacher -> distill (each k) -> evaluate -> register -> report
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +22,8 @@ from workflows.context import Context, Done, Placement, settle
 from workflows.reference import check_inputs, check_reference
 from workflows.runtime.addresses import check_environment
 from workflows.runtime.cluster import Monitor, Workers, present, ray_session, require
-from workflows.runtime.errors import UserError
+from workflows.runtime.crew import resized_every
+from workflows.runtime.errors import UserError, seconds_of
 from workflows.runtime.job import Every
 from workflows.runtime.progress import Screen
 from workflows.runtime.stopping import listening
@@ -149,7 +148,9 @@ def open_context(
     `apart`: what beside the configuration makes it another run.
     """
     check_environment()
-    workspace, wait = Workspace(options.workspace), wait_of(options)
+    wait = wait_of(options)
+    resized_every()
+    workspace = Workspace(options.workspace)
     with ExitStack() as stack:
         stack.enter_context(workspace.explained())
         stack.enter_context(workspace.lock())
@@ -256,14 +257,7 @@ def wait_of(options: RunOptions) -> float:
     """Seconds to wait for the tracking store: the option, MMDISTILL_TRACKING_WAIT, or 120."""
     if options.tracking_wait is not None:
         return options.tracking_wait
-    text = os.environ.get("MMDISTILL_TRACKING_WAIT") or str(WAIT)
-    try:
-        wait = float(text)
-    except ValueError:
-        wait = math.nan
-    if not 0 <= wait < math.inf:
-        raise ConfigError(f"MMDISTILL_TRACKING_WAIT: {text!r} is not a number of seconds")
-    return wait
+    return seconds_of("MMDISTILL_TRACKING_WAIT", WAIT)
 
 
 def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) -> None:

@@ -23,7 +23,7 @@ from workflows.runtime.errors import UserError
 from workflows.runtime.manifest import Manifest, Shard
 from workflows.runtime.shards import REPAIR, read_shards
 from workflows.runtime.storage import fetch
-from workflows.runtime.uri import is_remote, join, shown
+from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import write_json
 from workflows.sources import source_of
 from workflows.sources.folder import checked
@@ -101,8 +101,7 @@ def load_reference(folder: Path) -> Reference:
 
 def reference_folder(config: RunConfig, statistics: str) -> Path:
     """The statistics that samples are measured against: the user's, or the run's own, which are below `statistics`."""
-    return fetch(Path(named).expanduser() if (named := config.evaluate.reference) and not is_remote(named)
-                 else named or join(statistics, config.data.reference))  # fmt: skip
+    return fetch(config.evaluate.reference or join(statistics, config.data.reference))
 
 
 def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) -> Path:

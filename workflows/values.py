@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Hashable
 from typing import Any
@@ -51,8 +52,29 @@ def nested(field: str, value: Any) -> dict[str, Any]:
     return value
 
 
+_TAG = "tag:yaml.org,2002:"
+_OLD = re.compile(r"[-+]?0[0-9_]+|.*:.*")
+"""Numbers of YAML 1.1 that are others, or none, to anybody else: 010, which is 8 there, and 1:30, which is 90."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values. A key that stands twice in a section is refused: YAML would drop the first without a word."""
+    """YAML's plain values. A key that stands twice in a section is refused: YAML would drop the first without a word. What looks
+    like a date is text, as no setting is one, and a folder's name may look so.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, looks) for tag, looks in known if tag != f"{_TAG}timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag in (f"{_TAG}int", f"{_TAG}float") and isinstance(node.value, str) and _OLD.fullmatch(node.value):
+            return node.value
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError):  # of a value that is not of its tag, as in !!bool maybe
+            problem = f"{brief(node.value)} is no {node.tag.removeprefix(_TAG)}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()

@@ -211,6 +211,17 @@ def test_a_folder_too_long_for_sockets_is_refused(monkeypatch, name):
     os.rmdir("/tmp/" + "x" * 20)
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("value", ["", "scratch", "~/scratch"])
+def test_a_folder_that_means_another_to_each_process_is_refused(monkeypatch, tmp_path, name, value):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"^{name}: '{value}' should be an absolute path"):
+        check_sockets()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_longest_socket_is_as_long_as_rays(monkeypatch):
     from ray._private.utils import validate_socket_filepath
 

@@ -1,5 +1,6 @@
 """The command line: fast to answer, clear about mistakes, two names for one program."""
 
+import os
 import subprocess
 import sys
 
@@ -101,14 +102,71 @@ def test_a_number_that_is_none_is_refused(capsys, command, option, value):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("config", "--foo"), "No such option: --foo"),
+        (("confg",), "No such command 'confg'."),
+        (("run", "--at-once", "x"), "Invalid value for '--at-once': Input should be a valid integer"),
+        (("submit", "run", "--at-once", "0"), "Invalid value for '--at-once'"),
+        (("sample",), "Missing argument"),
+    ],
+)
+def test_a_usage_error_is_a_line_and_where_to_look(capsys, monkeypatch, arguments, said):
+    monkeypatch.setenv("COLUMNS", "10")
+    code, out, err = inside(capsys, *arguments)
+    first, second = err.splitlines()
+    assert (code, out) == (2, "")
+    assert first.startswith(f"error: {said}")
+    assert second.startswith("       mmdistill ")
+    assert second.endswith("--help tells what there is")
+
+
+def test_without_arguments_the_help_is_shown(capsys):
+    for arguments in ((), ("jobs",)):
+        code, out, err = inside(capsys, *arguments)
+        assert (code, err) == (2, "")
+        assert "Usage: mmdistill" in out
+
+
+def test_what_breaks_a_line_or_a_stream_is_written_out(capsys, tmp_path):
+    assert inside(capsys, "config", "-r", "a\n\x1b[31m.yaml")[2] == "error: recipe: no such file a\\n\\x1b[31m.yaml\n"
+    probe = "import workflows.cli as c, sys\nc.json\nc.app.registered_commands[:] = []\n"
+    probe += (
+        "@c.app.command()\ndef one(): print('caf\\xe9 \\udcff')\n@c.app.command()\ndef two(): pass\nc.main(['one'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, timeout=60, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout) == (0, b"caf\\xe9 \\udcff\n"), done.stderr
+
+
+@pytest.mark.parametrize("days", ["inf", "nan", "1e300"])
+def test_days_that_no_calendar_has(capsys, tmp_path, days):
+    assert inside(capsys, "gc", "--keep-days", days, "--workspace", str(tmp_path))[0] == 2
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon"])
 def test_a_wait_that_is_none_is_refused(monkeypatch, value):
     from workflows.config import ConfigError
     from workflows.pipeline import RunOptions, wait_of
+    from workflows.runtime.crew import resized_every
 
     monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", value)
     with pytest.raises(ConfigError, match=f"MMDISTILL_TRACKING_WAIT: '{value}' is not a number of seconds"):
         wait_of(RunOptions("."))
+    monkeypatch.setenv("MMDISTILL_RESIZED_EVERY", value)
+    with pytest.raises(ConfigError, match=f"MMDISTILL_RESIZED_EVERY: '{value}' is not a number of seconds"):
+        resized_every()
+
+
+@pytest.mark.parametrize("name", ["MMDISTILL_TRACKING_WAIT", "MMDISTILL_RESIZED_EVERY"])
+def test_the_environment_is_looked_at_before_anything_is_made(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.setenv(name, "soon")
+    code, _, err = inside(capsys, "run", "--workspace", str(tmp_path / "w"))
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"error: {name}: 'soon' is not a number of seconds" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_debug_shows_the_traceback():

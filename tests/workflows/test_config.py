@@ -197,7 +197,13 @@ BAD = {
     "k of yes": ("digits", ["distill.overrides={yes: {eta: 1}}"], "distill.overrides: True is no k"),
     "k twice": ("digits", ["distill.overrides={4: {eta: 1}, '4': {eta: 0}}"], "distill.overrides: '4' stands twice"),
     "k of a k": ("digits", ["distill.overrides.4.k=[2]"], "distill.overrides.4.k: can't differ for one k"),
-    "no date": ("digits", ["seed=2020-99-99"], "is not YAML: month must be in 1..12"),
+    "no date": ("digits", ["seed=2020-99-99"], "seed: '2020-99-99' should be a valid integer"),
+    "hours and minutes": ("digits", ["seed=1:30"], "seed: '1:30' should be a valid integer"),
+    "not of its tag": ("digits", ["compute.shard=!!bool maybe"], "is not YAML: line 1: 'maybe' is no bool"),
+    "nothing of a tag": ("digits", ["seed=!!int ''"], "is not YAML: line 1: '' is no int"),
+    "no name of a field": ("digits", [".seed=1"], "'.seed=1' should read section.field=value"),
+    "no name in the middle": ("digits", ["teacher..images=1"], "'teacher..images=1' should read section.field=value"),
+    "steps twice": ("digits", ["evaluate.teacher_steps=[4,4]"], "evaluate.teacher_steps: [4, 4] has one of them twice"),
     "deep": ("digits", ["distill.overrides=" + "[" * 1500], "is nested deeper than 20 levels"),
     "deep field": ("digits", [".".join("a" * 3000) + "=1"], "no such option"),
     "a line break": ("digits", ['data={"a\\nb": 1}'], "data.a b: no such option"),
@@ -216,6 +222,16 @@ def test_mistakes_are_one_line_with_field_value_and_choices(case):
     assert said in message
     assert "\n" not in message
     assert len(message) < 500
+
+
+def test_values_are_read_as_they_look():
+    """A leading zero makes no octal of a number, and a folder may have the name of a date, or of a number with a zero."""
+    assert load_config("digits", ["seed=010"]).seed == 10
+    assert load_config("digits", ["distill.overrides={08: {images: 640}}"]).distill.for_k(8).images == 640
+    assert load_config("digits", ["seed = 5"]).seed == 5
+    for name in ("2024-01-31", "0012"):
+        set_ = ["data.source=folder", f"data.path={name}", "data.image_size=8", "data.extractor=pixels"]
+        assert load_config("digits", set_, only_shown=True).data.path == name
 
 
 BAD_FILES = {

@@ -6,7 +6,7 @@ import pytest
 from servers import PostgreSQL
 
 from workflows.runtime.tracking import Tracker, made, origin
-from workflows.stages.doctor import _tracking
+from workflows.stages.doctor import _object_store, _tracking, _workspace
 
 
 def line(workspace, uri=None):
@@ -27,6 +27,16 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path, monkeypatch):
     assert (tmp_path / "empty.db").stat().st_size == 0
     assert not list(tmp_path.rglob("*mlflow*"))
     assert not (tmp_path / "none.db").exists()
+
+
+def test_a_wrong_variable_or_name_is_a_line(monkeypatch):
+    monkeypatch.setenv("MMDISTILL_S3_ADDRESSING", "sideways")
+    assert list(_object_store()) == [
+        (False, "object store", "MMDISTILL_S3_ADDRESSING: 'sideways' is not one of auto, path, virtual")
+    ]
+    ((fine, _, said),) = _workspace("s3:/bucket/runs")
+    assert fine is False
+    assert said.endswith("has a slash too few, of s3://BUCKET/PREFIX or file:///FOLDER")
 
 
 def test_in_one_that_is_there_no_experiment_is_made(tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 import pytest
 import typer
 
+from workflows.cli import main
 from workflows.cli_options import errors
 from workflows.runtime.delivery import brief
 from workflows.runtime.errors import UserError, in_a_line
+from workflows.runtime.tracking import Tracker
 from workflows.runtime.worker import root_cause
 
 DIED = (
@@ -107,6 +109,22 @@ def test_a_schema_that_is_out_of_date_is_told_with_its_command(tmp_path):
     assert "out-of-date database schema" in str(caught.value)
     assert "mlflow db upgrade" in str(caught.value)
     assert str(caught.value).endswith(".")
+
+
+def test_a_damaged_store_is_not_one_that_is_away(tmp_path):
+    """There is nothing to wait for."""
+    (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError, match="file is not a database") as caught:
+        Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", looks=True)
+    assert "when that is mended" in caught.value.hint
+
+
+def test_what_the_disk_says_is_a_line(tmp_path, capsys):
+    """Of a name that is too long here, or of too many open files."""
+    with pytest.raises(SystemExit) as caught:
+        main(["sample", "x" * 300, "--out", str(tmp_path / "x.png")])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith(f"error: {'x' * 300}/model.json: File name too long")
 
 
 def test_a_page_is_not_told_whole():

@@ -16,6 +16,7 @@ from workflows.runtime.intact import check_model, damage, files_of
 from workflows.runtime.progress import Screen
 from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace
+from workflows.stages.gc import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +161,25 @@ def test_the_first_damage_is_told_and_sizes_come_first(tmp_path):
     assert damage(tmp_path, files).startswith(f"{tmp_path / 'b' / 'c'} has 0 bytes")
     (tmp_path / "b" / "c").write_text("b/c")
     assert damage(tmp_path, files).startswith(f"{tmp_path / 'a'} has another content")
+
+
+@pytest.mark.parametrize(
+    "content", ["", '{"run_id": "1", "sta', "[1]", '{"stages": [1]}', '{"stages": null}', b"\xff\xfe"]
+)
+def test_a_damaged_record_of_a_configuration_costs_no_stage(tmp_path, tracker, content):
+    """Which stages it refers to can't be read, so that gc leaves all of them."""
+    stage(context_in(tmp_path, tracker))
+    assert make_plan(Workspace(tmp_path), None, None).items == []
+    record = tmp_path / "pipelines" / "p.json"
+    record.write_bytes(content if isinstance(content, bytes) else content.encode())
+    plan = make_plan(Workspace(tmp_path), None, None)
+    assert plan.items == []
+    assert "or the record of it is damaged (p)" in plan.kept[0]
+
+
+def test_a_result_of_another_format_damages_no_model(tmp_path, tracker):
+    done = stage(context_in(tmp_path, tracker))
+    for files in (5, {"model/weights.safetensors": 5}, {"model/weights.safetensors": {}}):
+        (done.folder / "result.json").write_text(json.dumps({"identity": [1], "files": files}))
+        assert check_model(done.folder / "model") == done.folder / "model"
+        make_plan(Workspace(tmp_path), None, None)

@@ -251,6 +251,25 @@ def test_an_export_is_whole_hashed_and_recorded(shelf, tmp_path, capsys):
     assert len(shelf.registry.one(uri).tags) == before + 1
 
 
+@pytest.mark.parametrize(
+    ("there", "code", "said"),
+    [
+        ("s3://bucket/folder", 2, "is an address, and should be a path on this machine"),
+        ("file:///folder", 2, "is an address, and should be a path on this machine"),
+        ("file/below", 1, "can't be made: Not a directory"),
+        ("x" * 300, 1, "File name too long"),
+    ],
+)
+def test_an_export_to_where_none_can_be(shelf, tmp_path, monkeypatch, capsys, there, code, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        main(["export", f"models:/{STUDENT}/2", there, "--tracking-uri", shelf.uri])
+    assert caught.value.code == code
+    assert said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_fetching_for_samples_is_no_export(shelf, tmp_path):
     before = shelf.registry.one(f"models:/{STUDENT}/2").tags
     shelf.registry.download(f"models:/{STUDENT}/2", tmp_path)

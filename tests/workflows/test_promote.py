@@ -227,6 +227,8 @@ def test_promote_needs_no_workspace_and_says_what_it_did(shelf, tmp_path):
         (["models:/mmdistill-tiny-studen/1", "--alias", ALIAS], 1, "did you mean mmdistill-tiny-student?"),
         (["models:/mmdistill-tiny-student/1", "--alias", "latest"], 2, "--alias: 'latest'"),
         (["models:/mmdistill-tiny-student/1", "--alias", "a.b"], 2, "--alias: 'a.b'"),
+        (["models:/mmdistill-tiny-student/1", "--alias", "a\n"], 2, "--alias: 'a\\n'"),
+        (["models:/mmdistill-tiny-student/1", "--alias", "a" * 101], 2, "should be at most 100 letters"),
         (["models:/mmdistill-tiny-student/1", "--alias", ALIAS, "--why", "x" * 1001], 2, "at most 1000 are kept"),
     ],
 )

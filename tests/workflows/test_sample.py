@@ -1,6 +1,7 @@
 """sample: what it writes, and what it refuses before anything is drawn. Models are folders: no store is asked."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -61,17 +62,24 @@ def drawn(capsys, tmp_path, *arguments):
         ("x" * 300 + ".png", 2, "File name too long"),
         ("y" * 300 + "/x.npy", 2, "File name too long"),
         ("grid.gif", 2, "should end in .png"),
+        ("s3://bucket/x.npy", 2, "is an address, and should be a path on this machine"),
+        ("s3:/bucket/x.png", 2, "is an address, and should be a path on this machine"),
+        ("~nobody-of-that-name/x.png", 2, "there is no such home"),
+        ("pipe.png", 2, "is neither a file nor a folder"),
+        ("./", 2, "has files in it; name a new folder, or an empty one"),
+        ("file/", 2, "can't be written: its folder is a file"),
     ],
 )
 def test_a_place_that_can_t_be_is_refused_before_anything_is_drawn(capsys, tmp_path, monkeypatch, out, code, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe.png")
     got, text, err = called(capsys, "/nowhere", "--out", out)
     assert (got, text, err.count("\n")) == (code, "", 1)
     assert said in err
     assert "not a model folder" not in err
-    assert {path.name for path in tmp_path.iterdir()} == {"folder.png", "file"}
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.png", "file", "pipe.png"}
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -81,6 +89,91 @@ def test_nothing_is_left_of_a_file_that_was_not_there_and_nothing_changed_of_one
         assert called(capsys, "/nowhere", "--out", tmp_path / out)[0] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["old.png"]
     assert (tmp_path / "old.png").read_text() == "old"
+
+
+def test_a_link_leads_to_where_it_leads(capsys, tmp_path, models, monkeypatch):
+    (tmp_path / "link.png").symlink_to(tmp_path / "there" / "x.png")
+    assert called(capsys, "/nowhere", "--out", tmp_path / "link.png")[0] == 1
+    assert list((tmp_path / "there").iterdir()) == []
+    assert called(capsys, models["plain"], "--n", 2, "--out", tmp_path / "link.png")[0] == 0
+    assert (tmp_path / "link.png").is_symlink()
+    assert (tmp_path / "there" / "x.png").is_file()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert called(capsys, models["plain"], "--n", 2, "--out", "~/home.png")[0] == 0
+    assert (tmp_path / "home.png").is_file()
+
+
+def test_a_folder_gets_a_picture_of_each(capsys, tmp_path, models, monkeypatch):
+    whole = drawn(capsys, tmp_path, models["plain"], "--n", 8)
+    monkeypatch.setattr(stage, "AT_ONCE", 3)
+    code, text, err = called(capsys, models["plain"], "--n", 8, "--out", f"{tmp_path}/new/folder/")
+    assert (code, err) == (0, "")
+    assert text == f"8 samples of 2 steps: {tmp_path}/new/folder/\n"
+    folder = tmp_path / "new" / "folder"
+    assert sorted(path.name for path in folder.iterdir()) == [f"{i:06}.png" for i in range(8)]
+    for i in range(8):
+        with Image.open(folder / f"{i:06}.png") as picture:
+            assert (picture.mode, picture.size) == ("L", (4, 4))
+            assert np.abs(np.asarray(picture) / 127.5 - 1 - whole[i, 0]).max() <= 1 / 127
+    code, _, err = called(capsys, models["plain"], "--out", f"{folder}/")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has files in it" in err
+    code, _, err = called(capsys, models["plain"], "--columns", 2, "--out", f"{tmp_path}/other/")
+    assert code == 2
+    assert "--columns: 2 are of a grid, a .png" in err
+
+
+def test_an_error_half_way_leaves_a_folder_empty(capsys, tmp_path, models, monkeypatch):
+    monkeypatch.setattr(stage, "AT_ONCE", 2)
+    save, saved = Image.Image.save, []
+
+    def full(picture, path):
+        saved.append(path)
+        save(picture, path)
+        if len(saved) == 5:
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    code, _, err = called(capsys, models["plain"], "--n", 8, "--out", f"{tmp_path}/folder/")
+    assert code == 1
+    assert "the disk is full" in err
+    assert len(saved) == 5
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_name_that_is_a_number_is_told(capsys, tmp_path):
+    """As of folders 0 to 10, which stand in the order of their names: 10 is the third."""
+    model = tiny(tmp_path / "numbers", provenance={"classes": ["0", "1", "10"]})
+    code, _, err = called(capsys, model, "--n", 1, "--labels", "1,2", "--out", tmp_path / "x.npy")
+    assert (code, err.count("\n")) == (0, 0)
+    model = tiny(tmp_path / "more", provenance={"classes": ["0", "2", "10"]})
+    code, _, err = called(capsys, model, "--n", 1, "--labels", "2", "--out", tmp_path / "x.npy")
+    assert code == 0
+    assert "label 2 is taken as a number, of the class named 10; the class named 2 has the number 1" in err
+    model = tiny(tmp_path / "twice", provenance={"classes": ["cat", "dog", "cat"]})
+    code, _, err = called(capsys, model, "--n", 1, "--labels", "cat", "--out", tmp_path / "x.npy")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "'cat' is the name of several classes; give the number: 0, 2" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("http://host/model", "http://"),
+        ("zip://model", "zip://"),
+        ("nosuch://model", "nosuch://"),
+        ("~nobody-of-that-name/model", "there is no such home"),
+    ],
+)
+def test_an_address_that_is_no_registrys_is_not_asked_of_one(capsys, tmp_path, model, said):
+    code, _, err = called(capsys, model, "--out", tmp_path / "x.npy", "--workspace", tmp_path)
+    assert code in (1, 2)
+    assert said in err.splitlines()[0]
+    assert "nothing is registered" not in err
+
+
+def test_a_folder_by_its_address(capsys, tmp_path, models):
+    assert called(capsys, f"file://{models['plain']}", "--n", 1, "--out", tmp_path / "x.npy")[0] == 0
 
 
 def test_a_disk_without_room_is_told_before_anything_is_drawn(capsys, tmp_path, models, monkeypatch):

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import typer
 from small import ROOT
 
-from workflows.runtime.stopping import Stopped, hangups_kept_from_children, listening
+from workflows.cli_options import errors
+from workflows.runtime.stopping import Stopped, hangups_kept_from_children, heard_later, listening
 
 ALL = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
 
@@ -88,3 +91,40 @@ def test_a_lost_terminal_is_no_error_of_what_is_said_to_it(tmp_path):
     os.close(own)
     assert process.wait(20) == 0
     assert (tmp_path / "saved").read_text() == "saved"
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_command_hears_from_its_beginning_to_its_end(capsys, number):
+    """Before a run listens itself, and when it does no more: as to a second signal while Ray is shut down."""
+    before = signal.getsignal(number)
+
+    def work(ended):
+        with errors(False, continues=True):
+            if ended:
+                with listening():
+                    pass
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    for ended in (False, True):
+        with pytest.raises(typer.Exit) as caught:
+            work(ended)
+        assert caught.value.exit_code == 128 + number
+        assert "run the same command again to go on from there" in capsys.readouterr().err
+        assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_what_must_not_be_cut_is_not(number):
+    done = []
+
+    def work():
+        with listening(), heard_later():
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+            done.append(number)
+
+    with pytest.raises(Stopped) as caught:
+        work()
+    assert caught.value.number == number
+    assert done == [number]

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from workflows.cli import main
 from workflows.context import read_metrics
 from workflows.runtime import tracking
 from workflows.runtime import workspace as module
 from workflows.runtime.errors import ConfigError, UserError
+from workflows.runtime.tracking import Tracker
 from workflows.runtime.workspace import Workspace, code_version, explain_os_error
+from workflows.stages.lineage import open_registry
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -61,6 +64,45 @@ def test_a_prefix_that_would_lead_elsewhere_is_refused_before_the_store_is_asked
     for looks in (True, False):
         with pytest.raises(ConfigError, match="a prefix in an object store can't have"):
             Workspace(f"s3://bucket/{name}", looks=looks)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("s3:/bucket/runs", "has a slash too few"),
+        ("file:/runs", "has a slash too few"),
+        ("s3://", "names no bucket"),
+        ("s3:///runs", "names no bucket"),
+        ("gs://bucket/runs", "should be a folder, or s3://BUCKET/PREFIX"),
+        ("ftp://host/runs", "should be a folder, or s3://BUCKET/PREFIX"),
+        ("~nobody-of-that-name/runs", "there is no such home"),
+    ],
+)
+def test_a_place_that_is_none_is_refused_and_nothing_is_made(tmp_path, monkeypatch, place, said):
+    monkeypatch.chdir(tmp_path)
+    for looks in (True, False):
+        with pytest.raises(ConfigError, match=said):
+            Workspace(place, looks=looks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_links_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises((ConfigError, UserError), match=r"links in a circle|cannot be written"):
+        Workspace(tmp_path / "link")
+
+
+def test_all_commands_mean_the_same_place(tmp_path, monkeypatch, capsys):
+    """With ~ and by file:// too, as `run` does."""
+    Workspace(tmp_path / "w")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in ("~/w", f"file://{tmp_path}/w"):
+        with pytest.raises(SystemExit) as caught:
+            main(["gc", "--workspace", place])
+        assert caught.value.code == 0, capsys.readouterr().err
+    Tracker(Workspace(tmp_path / "w").default_tracking_uri)
+    assert open_registry("~/w", None).names() == open_registry(f"file://{tmp_path}/w", None).names() == []
 
 
 def test_a_stage_is_done_when_its_result_is_there(tmp_path):

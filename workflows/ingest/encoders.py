@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -178,7 +178,7 @@ def _needs(package: str, extra: str) -> None:
 
 def _root(folder: str, part: str) -> Path:
     """The model's folder: this one, or `part` of a whole pipeline's."""
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
         raise UserError(f"{folder} is not a folder", hint="weights are not fetched: name a folder of this machine")
     return root / part if (root / part / "config.json").is_file() else root
@@ -204,7 +204,7 @@ def _weights(root: Path) -> None:
 def _tokenizer_of(root: Path, named: str | None) -> Path:
     """Named, beside the weights, or where a pipeline has it: text_encoder_2 -> tokenizer_2."""
     beside = root.parent / root.name.replace("text_encoder", "tokenizer")
-    places = [Path(named).expanduser()] if named else [root, beside]
+    places = [expanded(named)] if named else [root, beside]
     for place in places:
         if (place / "tokenizer_config.json").is_file():
             return place

@@ -194,9 +194,13 @@ def ray_folder() -> Path:
 
 
 def check_sockets() -> None:
-    """Raises ConfigError where Ray's sockets can't be: their paths have a limit, and their folder has to be there."""
+    """Raises ConfigError where Ray's sockets can't be: their paths have a limit, mean the same to all of its processes, and their
+    folder has to be there.
+    """
     folder = ray_folder()
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    if not folder.is_absolute():
+        raise ConfigError(f"{name}: {os.environ[name]!r} should be an absolute path: Ray keeps its sockets below it")
     length = len(os.fsencode(folder / SOCKET))
     if length > LONGEST:
         raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from workflows.runtime.launch import possible
 from workflows.runtime.mailbox import Mailbox
 from workflows.runtime.s3 import told
 from workflows.runtime.sessions import end_orphans, noted
-from workflows.runtime.stopping import hangups_kept_from_children
+from workflows.runtime.stopping import hangups_kept_from_children, heard_later
 
 QUIET = {
     # Ray Train looks so often whether its workers live; by default every 2 s.
@@ -81,19 +82,23 @@ def ray_session(
             options["resources"] = {OWN: 1}
         else:
             options["runtime_env"] = {"env_vars": {name: os.environ[name] for name in QUIET} | told()}
+        heard = signal.getsignal(signal.SIGTERM)
         try:
             with hangups_kept_from_children():
                 ray.init(place.address, **options)
+            if callable(heard):  # Ray puts its own in its place, which ends the process with exit code 15
+                signal.signal(signal.SIGTERM, heard)
         except Exception as error:  # Ray raises bare ones too
             raise explained(error, place) from error
         _own = place.own
         try:
             yield room()
         finally:
-            while _before_shutdown:
-                _before_shutdown.pop()()
-            _own = False
-            ray.shutdown()
+            with heard_later():  # cut short, Ray ends the process by itself, with exit code 1
+                while _before_shutdown:
+                    _before_shutdown.pop()()
+                _own = False
+                ray.shutdown()
 
 
 _before_shutdown: list[Callable[[], None]] = []

@@ -9,7 +9,6 @@ one by itself. On a cluster a crew holds what its workers compute on, serves one
 from __future__ import annotations
 
 import itertools
-import os
 import tempfile
 import threading
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 from workflows.runtime.checkpoints import Checkpoints
 from workflows.runtime.cluster import OWN, Workers, before_shutdown, own_ray
-from workflows.runtime.errors import UserError, training_failed
+from workflows.runtime.errors import UserError, seconds_of, training_failed
 from workflows.runtime.job import Job
 from workflows.runtime.mailbox import CLOSED, Order
 from workflows.runtime.s3 import arrow_filesystem
@@ -37,6 +36,11 @@ PAUSES = (*[0.05] * 40, 0.2)
 """Seconds between looks for a training's answer: short ones first, for short trainings."""
 AWAKE, SOON, LATER = 2.0, 0.02, 0.25
 """A worker without an order looks for one every SOON seconds for AWAKE seconds, and then every LATER ones."""
+
+
+def resized_every() -> float:
+    """RESIZED_EVERY, or as the environment has it. Raises ConfigError."""
+    return seconds_of("MMDISTILL_RESIZED_EVERY", RESIZED_EVERY, least=0.1)
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Crew:
                 num_workers=workers.most if workers.fixed else (workers.fewest, workers.most),  # type: ignore[arg-type]
                 use_gpu=shape.use_gpu,
                 resources_per_worker=shape.resources,
-                elastic_resize_monitor_interval_s=float(os.environ.get("MMDISTILL_RESIZED_EVERY", RESIZED_EVERY)),  # type: ignore[call-arg]
+                elastic_resize_monitor_interval_s=resized_every(),  # type: ignore[call-arg]
             ),
             run_config=RunConfig(
                 name=name,

@@ -7,6 +7,7 @@ time goes with it. A run is found again by the tag `mmdistill.run`, which holds 
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -152,11 +153,13 @@ def _within(error: BaseException) -> BaseException:
 
 
 def meaning(error: BaseException) -> str | None:
-    """What an error of a call to the store means: "away" (try again later), "denied" (credentials, an address that cannot be),
-    "refused" (this very request), or None: it is not the store's, but this machine's or our own.
+    """What an error of a call to the store means: "away" (try again later), "denied" (credentials, an address
+    or a file that cannot be), "refused" (this very request), or None: it is not the store's, but this machine's or our own.
     """
     chain = _chain(error)
     names = {kind.__name__ for part in chain for kind in type(part).__mro__}
+    if any(type(part) is sqlite3.DatabaseError for part in chain):  # a file that is damaged, or no database
+        return "denied"
     if names & set(AMISS) or any("CERTIFICATE_VERIFY_FAILED" in str(part) for part in chain):
         return "denied"
     status = next((code for part in chain if (code := _status(part)) is not None), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from pathlib import Path
 
@@ -38,6 +40,27 @@ def home() -> Path:
         raise UserError(
             "HOME is not set, and this user has no home by name", hint="set HOME to a folder of yours"
         ) from None
+
+
+def expanded(path: str | Path) -> Path:
+    """A local path with ~ written out. Raises ConfigError where that is nobody's home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: there is no such home: write the path out, or set HOME") from None
+
+
+def seconds_of(name: str, usual: float, *, least: float = 0) -> float:
+    """An environment variable that is a number of seconds; unset or empty, the usual one. Raises ConfigError."""
+    text = os.environ.get(name) or str(usual)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not least <= seconds < math.inf:
+        of = f" of at least {least:g}" if least else ""
+        raise ConfigError(f"{name}: {text!r} is not a number of seconds{of}")
+    return seconds
 
 
 FOREIGN = {

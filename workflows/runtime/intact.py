@@ -48,7 +48,7 @@ def damage(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
 def check_model(folder: Path) -> Path:
     """The model folder, if it is as its stage made it, or no stage's. Raises UserError."""
     whole = folder.resolve()
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):  # a result of another format
         files = json.loads((whole.parent / "result.json").read_text()).get("files", {})
         own = {name: was for name, was in files.items() if name.startswith(f"{whole.name}/")}
         if why := damage(whole.parent, own):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workflows.runtime.errors import UserError, home
+from workflows.runtime.errors import UserError, expanded, home
 from workflows.runtime.uri import shown
 
 SECONDS = (5.0, 60.0)
@@ -88,7 +88,7 @@ def token() -> tuple[str | None, str]:
     if given := env.get("RAY_AUTH_TOKEN", "").strip():
         return given, "RAY_AUTH_TOKEN"
     named = env.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named).expanduser() if named else home() / ".ray" / "auth_token"
+    path = expanded(named) if named else home() / ".ray" / "auth_token"
     try:
         return path.read_text().strip() or None, str(path)
     except FileNotFoundError:

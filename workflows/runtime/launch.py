@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from workflows.runtime.errors import expanded
+
 # Ray's schema lets any key pass in `provider`; these it knows without naming them there.
 PROVIDER_KEYS = {"key_pair", "aws_credentials", "coordinator_address", "foreground_node_launch", "external_head_ip"}
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
@@ -48,7 +50,7 @@ def possible(bootstrap: Path = BOOTSTRAP) -> dict[str, float]:
     """
     if told := os.environ.get(ROOM):
         return {name: float(most) for name, most in json.loads(told).items()}
-    file = bootstrap.expanduser()
+    file = expanded(bootstrap)
     if not file.exists():
         return {}
     config = json.loads(file.read_text())
@@ -162,7 +164,7 @@ def _compute_engine() -> dict[str, Any]:
 
 def _mounts(config: dict[str, Any]) -> Iterator[str]:
     for remote, local in (config.get("file_mounts") or {}).items():
-        file, token = Path(local).expanduser(), str(remote).endswith("auth_token")
+        file, token = expanded(local), str(remote).endswith("auth_token")
         if not file.exists():
             make = ": make it with `ray get-auth-token --generate`" if token else ""
             yield f"file_mounts: {local} is not there{make}"

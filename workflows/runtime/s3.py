@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import ConfigError, UserError, expanded, seconds_of
 from workflows.runtime.uri import is_remote, shown
 
 T = TypeVar("T")
@@ -69,19 +69,14 @@ class S3Settings:
         env = os.environ
         addressing = env.get("MMDISTILL_S3_ADDRESSING", "auto")
         if addressing not in ("auto", "path", "virtual"):
-            raise UserError(f"MMDISTILL_S3_ADDRESSING: {addressing!r} is not one of auto, path, virtual")
-        try:
-            timeout = float(env.get("MMDISTILL_S3_TIMEOUT", 30))
-        except ValueError:
-            raise UserError(
-                f"MMDISTILL_S3_TIMEOUT: {env['MMDISTILL_S3_TIMEOUT']!r} is not a number of seconds"
-            ) from None
+            raise ConfigError(f"MMDISTILL_S3_ADDRESSING: {addressing!r} is not one of auto, path, virtual")
+        timeout = seconds_of("MMDISTILL_S3_TIMEOUT", 30, least=0.1)
         ca = env.get("AWS_CA_BUNDLE")
         if ca and not Path(ca).is_file():
             raise UserError(f"AWS_CA_BUNDLE: {ca} is not a file")
         endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
         if endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or "@" in endpoint):
-            raise UserError(
+            raise ConfigError(
                 f"AWS_ENDPOINT_URL: {shown(endpoint)!r} should be http://HOST or https://HOST, without credentials in it"
             )
         return S3Settings(
@@ -109,7 +104,7 @@ def filesystem(uri: str | Path, **changes: Any) -> tuple[Any, str]:
     """
     protocol, _, rest = str(uri).rpartition("://") if "://" in str(uri) else ("file", "", str(uri))
     if protocol == "file":
-        return _filesystem("file", None), str(Path(rest).expanduser().absolute())
+        return _filesystem("file", None), str(expanded(rest).absolute())
     settings = replace(S3Settings.of_environment(), **changes) if protocol in ("s3", "s3a") else None
     return _filesystem(protocol, settings), rest.rstrip("/")
 
@@ -132,7 +127,7 @@ def _filesystem(protocol: str, s3: S3Settings | None) -> Any:
         )
         fs.retries = 2  # botocore tries again below, `again` above
         return fs
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, TypeError, OSError) as error:
         raise UserError(
             f"{protocol}://: {str(error).splitlines()[0]}", hint="file paths and s3:// are always there"
         ) from error

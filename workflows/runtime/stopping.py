@@ -75,6 +75,25 @@ def listening() -> Iterator[Stopping]:
 
 
 @contextmanager
+def heard_later() -> Iterator[None]:
+    """A signal that comes within the block is heard at its end: for what must not be cut in the middle, and does not take long."""
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    before = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for one in heard[:1]:
+            signal.raise_signal(one)
+
+
+@contextmanager
 def hangups_kept_from_children() -> Iterator[None]:
     """What is started within the block does not hear SIGHUP: a terminal that is lost tells all processes, and a training's workers
     have a checkpoint to write.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from workflows.runtime.errors import UserError, home
+from workflows.runtime.errors import UserError, expanded, home
 from workflows.runtime.s3 import PART, Changed, S3Settings, again, client, code_of, explained, filesystem
 from workflows.runtime.uri import is_remote, join, shown
 
@@ -33,7 +33,7 @@ class Entry:
 def cache_folder() -> Path:
     """Where copies of remote files are kept on this machine. Raises UserError where there is no such place."""
     if named := os.environ.get("MMDISTILL_CACHE"):
-        return Path(named).expanduser()
+        return expanded(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "mmdistill"
 
 
@@ -250,7 +250,7 @@ def skeleton(uri: str, folder: Path, *, whole: Callable[[str], bool]) -> None:
 def fetch(uri: str | Path) -> Path:
     """A folder as a local one: itself if it is, else a copy on this machine, made once for what it holds now."""
     if not is_remote(uri):
-        return Path(str(uri).removeprefix("file://"))
+        return expanded(str(uri).removeprefix("file://"))
     entries = listing(uri)
     if not entries:
         raise UserError(f"{shown(uri)}: there is nothing")

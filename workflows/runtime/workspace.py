@@ -28,13 +28,15 @@ from pathlib import Path
 from typing import Any
 
 from workflows.runtime import storage
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import ConfigError, UserError
 from workflows.runtime.lease import Lease
-from workflows.runtime.uri import check_name, is_remote, join
+from workflows.runtime.uri import absolute, check_name, is_remote, join, shown
 
 RESULT = "result.json"
 RUNS = "runs.json"
 """The ids of a stage's tracking runs, by store."""
+WORLDS = (errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EMFILE, errno.ENFILE)
+"""Errors of files that are never a fault of this program's."""
 MINIMUM_FREE = 200 * 1024**2
 
 
@@ -157,13 +159,17 @@ class Workspace:
         """
         check_name("workspace", root)
         self.remote = is_remote(root)
+        if self.remote and not str(root).startswith(
+            ("s3://", "s3a://")
+        ):  # of others none can be held by one run at a time
+            raise ConfigError(f"workspace: {shown(root)} should be a folder, or s3://BUCKET/PREFIX")
         if self.remote:
             self.uri = str(root).rstrip("/")
             if not looks:
                 storage.check(self.uri)
             self.root = storage.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
         else:
-            self.root = Path(str(root).removeprefix("file://")).expanduser().resolve()
+            self.root = absolute(root)
             self.uri = str(self.root)
             check_name("workspace", self.uri)  # the current folder's is part of it
         self._lease: Lease | None = None
@@ -242,11 +248,16 @@ class Workspace:
         return [StageFolder(name, key, path, str(path)) for path, name, _, key in parts]
 
     def pipelines(self) -> dict[str, dict[str, Any]]:
-        """The records of the configurations that were run, by name, each with "used", when (seconds since 1970)."""
-        found = {}
+        """The records of the configurations that were run, by name, each with "used", when (seconds since 1970). One that is not
+        as it was written has that alone.
+        """
+        found: dict[str, dict[str, Any]] = {}
         for path in sorted((self.root / "pipelines").glob("*.json")):
+            record: Any = None
             with contextlib.suppress(OSError, ValueError):
-                found[path.stem] = json.loads(path.read_text()) | {"used": path.stat().st_mtime}
+                record = json.loads(path.read_text())
+            whole = isinstance(record, dict) and isinstance(record.get("stages", {}), dict)
+            found[path.stem] = (record if whole else {}) | {"used": path.lstat().st_mtime}
         return found
 
     def refer(self, pipeline: str, folder: StageFolder) -> None:
@@ -353,6 +364,8 @@ def explain_os_error(error: OSError, workspace: str | Path | None = None) -> Use
         return UserError(f"{full}{saved}", hint="free space, run it again")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return UserError(f"{where or 'a file'} cannot be written{saved}", hint="mend that, run it again")
+    if error.errno in WORLDS and where:
+        return UserError(f"{where}: {error.strerror}{saved}", hint="mend that, run it again")
     return None
 
 

@@ -15,7 +15,7 @@ from workflows.ingest.files import called, hidden, walk
 from workflows.ingest.images import is_image, may_be_image
 from workflows.ingest.spread import evenly
 from workflows.ingest.text import in_order
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, expanded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ def checked(path: str | None) -> Path:
     if path is None:
         hint = "--set data.path=FOLDER, with a subfolder a class; or --smoke, to try the recipe on made images"
         raise UserError("data.path: this recipe needs a folder of images", hint=hint)
-    root = Path(path).expanduser()
+    root = expanded(path)
     if not root.is_dir():
         raise UserError(f"data.path: {path} is not a folder")
     return root

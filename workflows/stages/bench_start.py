@@ -15,7 +15,7 @@ from typing import Any
 from workflows.config import RunConfig
 from workflows.context import METRICS
 from workflows.runtime import lines
-from workflows.runtime.errors import UserError
+from workflows.runtime.errors import UserError, in_a_line
 
 TARGETS = {"to_the_first_update": 15.0, "to_a_further_training": 4.0, "cpu_seconds": 50.0}
 
@@ -45,7 +45,7 @@ def _smoke(recipe: str) -> dict[str, float]:
         ended = time.time()
         meter.stop()
         if process.returncode:
-            raise UserError(f"bench: mmdistill {' '.join(words)} failed:\n{shown[-2000:]}")
+            raise UserError(f"bench: mmdistill {' '.join(words)} failed: {in_a_line(shown[-300:])}")
         updates = {
             path.name: [row["time"] / 1000 for row in lines.read(path / METRICS)]
             for path in (Path(scratch) / "stages").iterdir()

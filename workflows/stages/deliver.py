@@ -20,14 +20,14 @@ def deliver(workspace: str | Path, tracking_uri: str | None, screen: Screen, *, 
 
     Raises UserError if the store does not answer at all or refuses, or if a run has the workspace.
     """
-    space = Workspace(workspace)
+    seconds, space = wait_of(RunOptions(workspace, tracking_wait=wait)), Workspace(workspace)
     with space.lock():
         uri = address_of(tracking_uri, space.default_tracking_uri)
         folder = outbox_of(space.outbox, uri)
         left, refused = queued(folder), 0
         if left:
             with open_tracker(space, uri, screen) as tracker:
-                settle(tracker, screen, wait_of(RunOptions(space.root, tracking_wait=wait)))
+                settle(tracker, screen, seconds)
                 say_what_is_queued(tracker, screen, workspace)
                 before, left, refused = left, tracker.pending, tracker.refused
                 done = before - left - refused

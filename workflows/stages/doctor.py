@@ -94,7 +94,7 @@ def _workspace(path: str) -> Iterator[Line]:
     try:
         space = Workspace(path)
         yield True, "workspace", f"{space.uri}, {shutil.disk_usage(space.root).free / 2**30:.0f} GiB free"
-    except UserError as error:
+    except (ConfigError, UserError) as error:
         yield False, "workspace", _told(error)
 
 
@@ -134,7 +134,10 @@ def _told(error: Exception) -> str:
 def _object_store() -> Iterator[Line]:
     from workflows.runtime.s3 import object_store_status
 
-    ok, found = object_store_status()
+    try:
+        ok, found = object_store_status()
+    except (ConfigError, UserError) as error:
+        ok, found = False, _told(error)
     yield ok, "object store", found
 
 

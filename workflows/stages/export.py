@@ -11,6 +11,7 @@ from pathlib import Path
 from workflows.runtime.errors import UserError
 from workflows.runtime.intact import sha256_of
 from workflows.runtime.registry import Export, Registry, now
+from workflows.runtime.uri import check_here
 from workflows.stages.promote import user
 
 SUMS = "SHA256SUMS"
@@ -20,12 +21,16 @@ FORMAT = "mmdistill"
 def run_export(registry: Registry, model: str, destination: Path, *, who: str | None = None) -> str:
     """Writes the model's files and SHA256SUMS (for `sha256sum -c`) to a new or empty folder; gives a line that says so."""
     version = registry.one(model)
+    check_here("FOLDER", destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} is there already", hint="name a folder that is new or empty")
+    try:
+        destination.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{destination} can't be made: {error.strerror}") from error
     with tempfile.TemporaryDirectory() as scratch:
         folder = registry.download(version.uri, Path(scratch))
         files = sorted(p for p in folder.iterdir() if p.is_file())
-        destination.mkdir(parents=True, exist_ok=True)
         for file in files:
             shutil.copyfile(file, destination / file.name)
     sums = "".join(f"{sha256_of(destination / file.name)}  {file.name}\n" for file in files)

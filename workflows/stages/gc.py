@@ -20,7 +20,7 @@ from workflows.runtime.errors import UserError
 from workflows.runtime.progress import Screen, show_table
 from workflows.runtime.registry import Registry
 from workflows.runtime.storage import cache_folder, listing
-from workflows.runtime.uri import is_remote, join, shown
+from workflows.runtime.uri import join, shown
 from workflows.runtime.workspace import RESULT, StageFolder, Workspace, changed, size_of
 
 YOUNG = 3600
@@ -68,7 +68,8 @@ def run_gc(
     keep_days: float | None = None,
 ) -> Plan:
     """Shows the plan and, if `agree` says yes to its question, removes what it names. Raises UserError while a run is on."""
-    if not (listing(join(workspace, "pipelines")) if is_remote(workspace) else (Path(workspace) / "stages").is_dir()):
+    looked = Workspace(workspace, looks=True)
+    if not (listing(join(looked.uri, "pipelines")) if looked.remote else (looked.root / "stages").is_dir()):
         raise UserError(f"{workspace}: not a workspace", hint="name one with --workspace or MMDISTILL_HOME")
     space = Workspace(workspace, minimum_free=0)  # a full disk is what one comes here for
     with space.lock():
@@ -153,7 +154,8 @@ def _referenced(
     records = {name: record for name, record in space.pipelines().items() if record["used"] >= since}
     if old := [name for name, record in records.items() if "stages" not in record]:
         plan.kept.append(
-            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before it was written down which stages are theirs; "
+            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before it was written down which stages are theirs, "
+            f"or the record of it is damaged ({', '.join(old[:3])}{', ...' * (len(old) > 3)}); "
             "run them again, or leave them out by --keep-days"
         )
         return stages
@@ -177,7 +179,7 @@ def _referenced(
     while True:  # what a kept stage was made from is kept: one folder for each identity
         needed |= {identity for stage in kept for identity in _made_from(stage)}
         have = {str((stage.result or {}).get("identity")) for stage in kept}
-        made = [s for s in stages if s.result and s.result.get("identity") in needed - have]
+        made = [s for s in stages if s.result and str(s.result.get("identity")) in needed - have]
         settings = "\n".join(json.dumps(stage.read("depends.json")) for stage in kept)
         named = [s for s in stages if s not in kept and s.path.name in settings]
         if not made and not named:

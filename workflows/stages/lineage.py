@@ -25,17 +25,17 @@ def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
     UserError where there is neither.
     """
     from workflows.runtime.tracking import Tracker
-    from workflows.runtime.uri import is_remote
     from workflows.runtime.workspace import Workspace
 
     if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         return Registry(Tracker(uri, looks=True))
-    if not is_remote(workspace) and not (Path(workspace) / "mlflow.db").exists():
+    space = Workspace(workspace, looks=True)
+    if not space.remote and not (space.root / "mlflow.db").exists():
         raise UserError(
             f"{workspace}: nothing is registered in this workspace",
             hint="name the store with --tracking-uri, or another --workspace, or run `mmdistill run` first",
         )
-    return Registry(Tracker(Workspace(workspace, looks=True).default_tracking_uri, looks=True))
+    return Registry(Tracker(space.default_tracking_uri, looks=True))
 
 
 def lineage(registry: Registry, model: str) -> dict[str, Any]:

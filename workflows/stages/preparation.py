@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from workflows.config import ConfigError, Data, digest
 from workflows.ingest import Listing
+from workflows.runtime.errors import expanded
 from workflows.runtime.uri import check_name
 from workflows.runtime.workspace import code_version
 
@@ -61,7 +61,7 @@ class Preparation:
             raise ConfigError(f"--extractor: {self.extractor!r} is not one of {', '.join(EXTRACTORS)}")
         if (self.extractor == "inception") != (self.extractor_weights is not None):
             raise ConfigError("--extractor inception and --extractor-weights, the file of its weights, belong together")
-        if self.extractor_weights and not Path(self.extractor_weights).expanduser().is_file():
+        if self.extractor_weights and not expanded(self.extractor_weights).is_file():
             raise ConfigError(f"--extractor-weights: {self.extractor_weights} is not a file")
         if not 0 <= self.max_bad < 1:
             raise ConfigError(f"--max-bad: {self.max_bad:g} is not a share")
@@ -86,7 +86,7 @@ class Preparation:
     def features(self) -> dict[str, Any]:
         """What decides which features statistics are of."""
         weights = self.extractor_weights
-        content = hashlib.sha256(Path(weights).expanduser().read_bytes()).hexdigest() if weights else None
+        content = hashlib.sha256(expanded(weights).read_bytes()).hexdigest() if weights else None
         return {"extractor": self.extractor, "weights": content, "seed": self.seed}
 
     @property

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from workflows.config import ConfigError, Gate
 from workflows.runtime.errors import UserError
 from workflows.runtime.registry import MOST_TEXT, Registry, Version
+from workflows.values import brief
 
-ALIAS = re.compile(r"^(?!v[0-9]+$|latest$)[A-Za-z0-9_-]+$")
+ALIAS = re.compile(r"(?!v[0-9]+$|latest$)[A-Za-z0-9_-]{1,100}")
 OF_STEPS = re.compile(r"^k([0-9]+)-")
 ALIKE = {"k": "steps", "data_fingerprint": "data", "reference": "reference statistics", "samples": "samples"}
 """What two versions must have been measured with alike for their distances to be compared."""
@@ -152,9 +153,9 @@ def user(given: str | None = None) -> str:
 
 def run_promote(registry: Registry, model: str, *, alias: str, why: str, who: str | None, force: bool) -> str:
     """`mmdistill promote`: a line that says what was done. Raises UserError, with the figures, where the gate refuses."""
-    if not ALIAS.match(alias):
+    if not ALIAS.fullmatch(alias):
         raise ConfigError(
-            f"--alias: {alias!r} should be letters, digits, _ and -, and neither latest nor v and a number"
+            f"--alias: {brief(alias)} should be at most 100 letters, digits, _ and -, and neither latest nor v and a number"
         )
     if len(why) > MOST_TEXT:
         raise ConfigError(f"--why: {len(why)} characters, at most {MOST_TEXT} are kept")

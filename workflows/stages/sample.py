@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from workflows.config import ConfigError
 from workflows.runtime.errors import UserError
 from workflows.runtime.intact import check_model
 from workflows.runtime.progress import Screen
+from workflows.runtime.uri import absolute, check_here, is_remote
 from workflows.values import brief
 
 if TYPE_CHECKING:
@@ -42,15 +45,20 @@ class Wanted:
     guidance: float | None
 
 
-def draw(model: str, wanted: Wanted, *, out: Path, workspace: str, tracking_uri: str | None, screen: Screen) -> str:
-    """Writes the samples to `out`; returns a line that says what was written. Raises ConfigError and UserError for what can't be,
-    before anything is drawn.
+def draw(model: str, wanted: Wanted, *, out: str, workspace: str, tracking_uri: str | None, screen: Screen) -> str:
+    """Writes the samples to `out`: a .png, a .npy or, with / at its end, a folder. Returns a line that says what was written.
+    Raises ConfigError and UserError for what can't be, before anything is drawn.
     """
     from mmdistill_core.artifact import NotAModel, load_model
 
-    if out.suffix not in (".png", ".npy"):
-        raise ConfigError(f"--out: {brief(str(out))} should end in .png (a grid) or .npy (the images)")
-    check_out(out)
+    place, folder = absolute(out), out.endswith("/")
+    if not folder and place.suffix not in (".png", ".npy"):
+        raise ConfigError(
+            f"--out: {brief(out)} should end in .png (a grid), .npy (the images) or / (a folder of them, a .png each)"
+        )
+    if wanted.columns and (folder or place.suffix != ".png"):
+        raise ConfigError(f"--columns: {wanted.columns} are of a grid, a .png, which {brief(out)} is not")
+    check_out(place, out, folder=folder)
     names = _parts(wanted.labels)
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -59,27 +67,38 @@ def draw(model: str, wanted: Wanted, *, out: Path, workspace: str, tracking_uri:
             raise UserError(str(error)) from error
     if names and not diffusion.network.num_classes:
         raise ConfigError(f"--labels: {brief(wanted.labels)}: the model is unconditional")
-    classes = [_class(name, diffusion) for name in names] or list(range(diffusion.network.num_classes))
+    classes = [_class(name, diffusion, screen) for name in names] or list(range(diffusion.network.num_classes))
     steps = wanted.steps or diffusion.k
     said = f"of {steps} step{'s' if steps > 1 else ''}: {out}"
-    if out.suffix == ".npy":
-        _save(out, _batches(diffusion, wanted, wanted.n, classes, screen), _shape(diffusion, wanted.n))
+    if folder:
+        _separate(place, _batches(diffusion, wanted, wanted.n, classes, screen), wanted.n)
         return f"{wanted.n} samples {said}"
-    return _grid(out, diffusion, wanted, classes, screen) + said
+    if place.suffix == ".npy":
+        _save(place, _batches(diffusion, wanted, wanted.n, classes, screen), _shape(diffusion, wanted.n))
+        return f"{wanted.n} samples {said}"
+    return _grid(place, diffusion, wanted, classes, screen) + said
 
 
-def check_out(out: Path) -> None:
-    """Raises ConfigError for a file that can't be, UserError for one that can't be written. Leaves nothing new but its folder."""
+def check_out(out: Path, said: str, *, folder: bool = False) -> None:
+    """Raises ConfigError for a file that can't be, or a folder that is not empty, UserError for one that can't be written. Leaves
+    nothing new but the folder. `said`: as the user wrote it.
+    """
+    check_here("--out", said)
+    file = out / ".probe" if folder else out
     try:
-        new = not out.exists()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("ab"):
+        if folder and out.is_dir() and any(out.iterdir()):
+            raise ConfigError(f"--out: {brief(said)} has files in it; name a new folder, or an empty one")
+        new = not file.exists()
+        if not (new or file.is_file() or file.is_dir()):
+            raise ConfigError(f"--out: {brief(said)} is neither a file nor a folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("ab"):
             pass
         if new:
-            out.unlink()
+            file.unlink()
     except OSError as error:
         why = "its folder is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        reason = f"--out: {brief(str(out))} can't be written: {why}"
+        reason = f"--out: {brief(said)} can't be written: {why}"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise UserError(reason) from error
         raise ConfigError(reason) from error
@@ -87,15 +106,13 @@ def check_out(out: Path) -> None:
 
 def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
     """The model's folder; of a registered one below `scratch`. Nothing is written to the workspace, nor to the store."""
-    if "://" not in model and not model.startswith(("models:/", "runs:/")):
-        return check_model(Path(model))
-    if model.startswith("s3://"):
-        from workflows.runtime.storage import fetch
+    if model.startswith(("models:/", "runs:/")):
+        from workflows.stages.lineage import open_registry
 
-        return fetch(model)
-    from workflows.stages.lineage import open_registry
+        return open_registry(workspace, tracking_uri).download(model, scratch)
+    from workflows.runtime.storage import fetch
 
-    return open_registry(workspace, tracking_uri).download(model, scratch)
+    return fetch(model) if is_remote(model) else check_model(fetch(model))
 
 
 def _parts(text: str | None) -> list[str]:
@@ -106,15 +123,25 @@ def _parts(text: str | None) -> list[str]:
     return parts
 
 
-def _class(name: str, model: DiffusionModel) -> int:
-    """The number of a class, from its number, or its name where the model's data had names. Raises ConfigError."""
+def _class(name: str, model: DiffusionModel, screen: Screen) -> int:
+    """The number of a class, from its number, or its name where the model's data had names; says so where a number is the name of
+    another. Raises ConfigError.
+    """
     known = [str(one) for one in model.provenance.get("classes") or []]
     if re.fullmatch(r"-?[0-9]{1,18}", name):
         try:
             model.check_labels([int(name)])
         except ValueError as error:
             raise ConfigError(f"--{error}") from None
+        if name in known and known[int(name)] != name:
+            screen.line(
+                f"[yellow]![/] label {name} is taken as a number, of the class named {escape(known[int(name)])}; "
+                f"the class named {name} has the number {known.index(name)}"
+            )
         return int(name)
+    if known.count(name) > 1:
+        numbers = ", ".join(str(i) for i, other in enumerate(known) if other == name)
+        raise ConfigError(f"--labels: {brief(name)} is the name of several classes; give the number: {numbers}")
     if name in known:
         return known.index(name)
     near = difflib.get_close_matches(name, known, n=1)
@@ -171,6 +198,22 @@ def _save(out: Path, batches: Iterator[np.ndarray], shape: tuple[int, ...]) -> N
     _whole(out, write)
 
 
+def _separate(out: Path, batches: Iterator[np.ndarray], n: int) -> None:
+    """A picture of its own for each sample, pixel for pixel: 000000.png and so on. All of them, or none."""
+    from workflows.images import image_grid
+
+    written: list[Path] = []
+    try:
+        for images in batches:
+            for i in range(len(images)):
+                written.append(out / f"{len(written):0{max(6, len(str(n - 1)))}}.png")
+                image_grid(images[i : i + 1], columns=1, pixel=1, gap=0).save(written[-1])
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
 def _grid(out: Path, model: DiffusionModel, wanted: Wanted, classes: list[int], screen: Screen) -> str:
     """A picture of as many of the samples as it holds; says how many."""
     import numpy as np
@@ -184,7 +227,8 @@ def _grid(out: Path, model: DiffusionModel, wanted: Wanted, classes: list[int], 
         raise ConfigError(f"--columns: {columns} are more than the {most} that a picture {SIDE:,} pixels wide holds")
     if shown < wanted.n:
         screen.line(
-            f"[yellow]![/] {shown:,} of {wanted.n:,} images fit into a grid of {SIDE:,} pixels a side; a .npy takes all"
+            f"[yellow]![/] {shown:,} of {wanted.n:,} images fit into a grid of {SIDE:,} pixels a side; a .npy takes all, "
+            "or a folder/"
         )
     images = np.concatenate(list(_batches(model, wanted, shown, classes, screen)))
     _whole(out, lambda partial: image_grid(images, columns=columns).save(partial, format="png"))
