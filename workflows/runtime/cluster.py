@@ -86,7 +86,8 @@ def ray_session(
         try:
             with hangups_kept_from_children():
                 ray.init(place.address, **options)
-            if callable(heard):  # Ray puts its own in its place, which ends the process with exit code 15
+            if callable(heard) and threading.current_thread() is threading.main_thread():
+                # Ray has put its own in its place, which ends the process with exit code 15.
                 signal.signal(signal.SIGTERM, heard)
         except Exception as error:  # Ray raises bare ones too
             raise explained(error, place) from error
