@@ -103,9 +103,11 @@ def test_on_this_machine_alone_ray_train_brings_workers_and_what_leads_them(tmp_
     def seen(config):
         return os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]
 
+    crew.CREWS.dismiss()
+    before = actors()
     assert train(job_of(tmp_path), Monitor(), loop=seen) == "1"
-    there = {actor["ActorClassName"] for actor in actors().values() if actor["State"] == "ALIVE"}
-    assert there == {"Mailbox", "LocalTrainController", "RayTrainWorker", "SynchronizationActor"}
+    new = {actor["ActorClassName"] for name, actor in actors().items() if name not in before}
+    assert new == {"Mailbox", "LocalTrainController", "RayTrainWorker", "SynchronizationActor"}
 
 
 @pytest.mark.ray
