@@ -159,7 +159,7 @@ def test_a_name_that_is_a_number_is_told(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("http://host/model", "http://"),
+        ("http://127.0.0.1:9/model", "http://"),
         ("zip://model", "zip://"),
         ("nosuch://model", "nosuch://"),
         ("~nobody-of-that-name/model", "there is no such home"),

@@ -20,7 +20,7 @@ from workflows.config import ConfigError
 from workflows.runtime.errors import UserError
 from workflows.runtime.intact import check_model
 from workflows.runtime.progress import Screen
-from workflows.runtime.uri import absolute, check_here, is_remote
+from workflows.runtime.uri import absolute, check_here, is_remote, shown
 from workflows.values import brief
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | N
         from workflows.stages.lineage import open_registry
 
         return open_registry(workspace, tracking_uri).download(model, scratch)
+    if model.startswith(("http://", "https://")):  # pages have no folders to be listed
+        raise ConfigError(f"{brief(shown(model))} should be a folder, s3://BUCKET/FOLDER or models:/NAME/VERSION")
     from workflows.runtime.storage import fetch
 
     return fetch(model) if is_remote(model) else check_model(fetch(model))
