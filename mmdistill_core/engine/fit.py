@@ -34,7 +34,8 @@ class FitOptions:
 
 class LogWindow:
     """Means over the steps since the last flush, and over all workers; kept on the device until then. `held`, of `partial`, is what
-    was added before a training stopped: adding goes on where it was, in the same order, so that a row is the same to the last bit.
+    was added before a training stopped: adding goes on where it was, so that a row is the same; on one worker to the last bit, as
+    it is added in the same order there.
     """
 
     def __init__(self, held: Mapping[str, Any] | None = None, device: torch.device | str = "cpu") -> None:

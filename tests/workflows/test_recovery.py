@@ -123,7 +123,7 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     assert "reused" in shown  # prepare
     assert "is damaged" in shown
     assert "goes on from" in shown
-    assert_same(command.workspace, undisturbed)
+    assert_same(command.workspace, undisturbed, stopped=stopped)
 
 
 def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
