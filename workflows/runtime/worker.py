@@ -1,6 +1,6 @@
 """A training on its workers: `train_worker` is what every one of them runs. It builds, wraps, restores, and hands `engine.fit` its
-three callables. With crew.py, which brings workers and trainings together, and trainer.py, which is a run of Ray Train, all that knows
-ray.train.
+three callables. Ray Train is known to this file, to crew.py, which brings workers and trainings together, and to trainer.py, a run
+of it.
 """
 
 from __future__ import annotations
