@@ -20,6 +20,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from services import in_stack, server, stack  # noqa: F401  the fixtures of the marker `services`
 
+# By their minutes in the tiers `slow` and `services`: the order in which streams of files end together.
+LONGEST = [
+    "test_team",
+    "test_nodes",
+    "test_ray_up",
+    "test_stack",
+    "test_jobs",
+    "test_recovery",
+    "test_outage",
+    "test_terraform",
+]
+LONGEST += ["test_parallel", "test_backup", "test_sweep", "test_upgrade"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; all others as they were found."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(autouse=True)
 def _own_tracking_store(monkeypatch):
