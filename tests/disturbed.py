@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from small import ROOT, SMALL
 
-from workflows.context import read_metrics
-from workflows.runtime import lines
-from workflows.runtime.events import EVENTS
-from workflows.runtime.workspace import Workspace
+from workflows.session.context import read_metrics
+from workflows.storage import jsonl as lines
+from workflows.storage.workspace import Workspace
+from workflows.training.events import EVENTS
 
 IMAGES, LOG_EVERY = 140_800, 2560
 LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", f"teacher.log_every={LOG_EVERY}"]
@@ -93,7 +93,7 @@ def assert_alike(workspace, undisturbed, tracking_uri=None, *, images=IMAGES):
 
 
 def assert_each_step_once(workspace, tracking_uri=None, images=IMAGES):
-    from workflows.runtime.tracking import Tracker
+    from workflows.tracking.tracker import Tracker
 
     steps = [step for step, _ in outcome(workspace)[1]]
     assert steps == list(range(2560, images + 1, 2560)), "a step is missing or doubled"

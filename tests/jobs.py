@@ -15,7 +15,7 @@ def noise(n, channels=1, size=4, seed=0):
 
 def job_of(folder, **fields):
     """Of the data set in `folder`/data."""
-    from workflows.runtime.job import Job
+    from workflows.training.job import Job
 
     job = Job(name="rows", output=str(folder / "m"), storage=str(folder / "ray"), data=str(folder / "data"), seed=0,
               method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=NETWORK,
@@ -25,7 +25,7 @@ def job_of(folder, **fields):
 
 
 def write_data(folder, n=120):
-    from workflows.runtime.shards import write_shards
+    from workflows.dataset.shards import write_shards
 
     write_shards(
         folder / "data", source="test", images=(noise(n, size=8) + 1) / 2, labels=np.zeros(n, int), num_classes=1,

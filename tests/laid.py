@@ -10,7 +10,7 @@ from trainings import MAKE, make_batches, make_state
 
 from mmdistill_core.engine import train_step
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
-from workflows.runtime.parallel import Compute, cut_like, gathered, lay
+from workflows.training.parallelize import Compute, cut_like, gathered, lay
 
 STEPS = 3
 

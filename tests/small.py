@@ -38,9 +38,9 @@ class Runner:
         self.workspace, self.text = workspace, ""
 
     def __call__(self, *overrides: str, **options):
-        from workflows.config import load_config
-        from workflows.pipeline import RunOptions, run_pipeline
-        from workflows.runtime.progress import Screen
+        from workflows.config.schema import load_config
+        from workflows.pipeline.run import RunOptions, run_pipeline
+        from workflows.rendering.screen import Screen
 
         shown = io.StringIO()
         screen = Screen(Console(file=shown, width=200, highlight=False))

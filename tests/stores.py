@@ -56,7 +56,7 @@ def forget_clients() -> None:
     """The next use of a store reads the environment again."""
     import s3fs
 
-    from workflows.runtime import s3
+    from workflows.storage import s3
 
     s3._filesystem.cache_clear()
     s3.client.cache_clear()

@@ -86,7 +86,7 @@ def test_readers_of_sources_know_nothing_of_the_stages():
     for file in (ROOT / "workflows/ingest").glob("*.py"):
         for module, top in imports(file):
             if module.startswith("workflows."):
-                assert module.startswith(("workflows.ingest", "workflows.runtime.errors")), (
+                assert module.startswith(("workflows.dataset.readers", "workflows.errors")), (
                     f"{file.name} imports {module}"
                 )
             heavy = {"torch", "ray", "mlflow", "numpy", "PIL", "pyarrow", "fsspec", "diffusers", "transformers"}

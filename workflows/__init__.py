@@ -1,1 +1,1 @@
-"""The engine room: stages, Ray, MLflow and the command line around mmdistill_core."""
+"""The workflow around mmdistill_core: stages, Ray, MLflow, storage and the command line."""

@@ -1,6 +1,6 @@
 """`python -m workflows` is `mmdistill`."""
 
-from workflows.cli import main
+from workflows.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from services import ROOT
 
-from workflows.runtime.launch import ROOM
-from workflows.runtime.lease import WAITS
+from workflows.cluster.check import ROOM
+from workflows.storage.lease import WAITS
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install 'mmdistill[dev]'")
 FOLDER = ROOT / "cluster/kuberay"

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from services import ROOT
 
-from workflows.runtime.launch import check_cluster, possible
+from workflows.cluster.check import check_cluster, possible
 
 FILES = ("aws", "gcp", "local")
 VERSION = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]  # type: ignore[index]

@@ -10,7 +10,7 @@ import pytest
 from services import Server, command, free_ports
 from stores import forget_clients, use
 
-from workflows.runtime import s3
+from workflows.storage import s3
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]  # a fixture starts a whole stack
 WORDS = (
@@ -156,8 +156,8 @@ def test_the_s3_store_through_the_proxy(fresh, tmp_path):
 
 
 def test_storage_trusts_the_ca_that_is_named_and_no_other(fresh, tmp_path, monkeypatch):
-    from workflows.runtime import storage
-    from workflows.runtime.errors import UserError
+    from workflows.errors import UserError
+    from workflows.storage import store as storage
 
     env = fresh.environment()
     use(

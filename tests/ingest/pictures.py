@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 from PIL import Image
 
-from workflows.ingest import list_source, read_unit
+from workflows.dataset.readers import list_source, read_unit
 
 
 def array(value, width=12, height=8, channels=3):

@@ -9,7 +9,7 @@ import pytest
 from pictures import array, encoded
 from PIL import Image, ImageOps
 
-from workflows.ingest.decode import BY_NAME, MAX_BYTES, START, SUFFIXES, BadImage, decode, starts_as_image
+from workflows.dataset.readers.decode import BY_NAME, MAX_BYTES, START, SUFFIXES, BadImage, decode, starts_as_image
 
 
 def formula(content, size, channels):
@@ -249,7 +249,7 @@ def test_a_ppm_of_8_bits_or_fewer_is_read(content):
 
 
 def test_bytes_that_are_too_many_are_not_looked_at(monkeypatch):
-    monkeypatch.setattr("workflows.ingest.decode.MAX_BYTES", 100)
+    monkeypatch.setattr("workflows.dataset.readers.decode.MAX_BYTES", 100)
     with pytest.raises(BadImage, match="bytes, more than 100"):
         decode(JPEG, size=8, channels=3)
     assert MAX_BYTES >= 2**26
@@ -259,7 +259,7 @@ def test_the_limit_of_pixels(recwarn, monkeypatch):
     large = header_of(13_500, 13_500)  # more than twice Pillow's limit, at which it refuses
     with pytest.raises(BadImage, match="more than 89,478,485 pixels"):
         decode(large, size=8, channels=1)
-    monkeypatch.setattr("workflows.ingest.decode.MAX_PIXELS", 1199)
+    monkeypatch.setattr("workflows.dataset.readers.decode.MAX_PIXELS", 1199)
     with pytest.raises(BadImage, match="40x30: more than 1,199 pixels"):
         decode(encoded(array(5, 40, 30)), size=8, channels=3)
     assert not recwarn.list

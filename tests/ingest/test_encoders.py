@@ -9,8 +9,8 @@ import torch
 from pictures import array
 from tiny_models import save_models
 
+from workflows.errors import UserError
 from workflows.ingest.encoders import Latents, TextEmbeddings
-from workflows.runtime.errors import UserError
 
 IMAGES = np.stack([array(i, 16, 16).transpose(2, 0, 1) for i in range(6)])
 KEYS = [f"{i}.png" for i in range(6)]

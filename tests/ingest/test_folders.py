@@ -12,8 +12,8 @@ import pytest
 from pictures import array, encoded, errors, good, load, png
 from PIL import Image
 
-from workflows.ingest import list_source, read_unit
-from workflows.runtime.errors import UserError
+from workflows.dataset.readers import list_source, read_unit
+from workflows.errors import UserError
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_broken_files_are_items_with_an_error(folder, monkeypatch):
     assert found.pop("cats/1.png").startswith("changed since it was listed: ")
     assert not found
     (folder / "cats" / "link.png").symlink_to(folder / "nothing")
-    monkeypatch.setattr("workflows.ingest.files.MAX_BYTES", 2000)
+    monkeypatch.setattr("workflows.dataset.readers.files.MAX_BYTES", 2000)
     assert errors(load(folder)[1]) == {
         "cats/1.png": "a file of 2,500 bytes, more than 2,000",
         "cats/link.png": "it is no longer there",

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from pictures import errors, load, png
 
-from workflows.ingest import list_source
-from workflows.runtime.errors import UserError
+from workflows.dataset.readers import list_source
+from workflows.errors import UserError
 
 CARD = """---
 license: mit

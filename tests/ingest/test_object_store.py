@@ -10,9 +10,9 @@ from pictures import errors, good, load, png, read
 from stores import moto, use
 from test_tars import samples, tarred
 
-from workflows.ingest import list_source, read_unit
-from workflows.runtime import s3
-from workflows.runtime.errors import UserError
+from workflows.dataset.readers import list_source, read_unit
+from workflows.errors import UserError
+from workflows.storage import s3
 
 OPTIONS = {"key": "testing", "secret": "hidden-secret"}
 

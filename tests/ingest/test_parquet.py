@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from pictures import errors, load, png, read
 
-from workflows.ingest import list_source, read_unit
-from workflows.runtime.errors import UserError
+from workflows.dataset.readers import list_source, read_unit
+from workflows.errors import UserError
 
 
 def table(first, last, **columns):
@@ -126,7 +126,7 @@ def test_large_row_groups_are_not_held_whole(tmp_path):
     listing = list_source(str(tmp_path / "a.parquet"))
     filesystem.open = counting
     try:
-        from workflows.ingest import read_unit
+        from workflows.dataset.readers import read_unit
 
         first = next(read_unit(listing, listing.units[0], filesystem))
     finally:

@@ -16,8 +16,8 @@ import pytest
 from pictures import array, encoded, errors, good, load, png, read
 from PIL import Image
 
-from workflows.ingest import list_source, read_unit
-from workflows.runtime.errors import UserError
+from workflows.dataset.readers import list_source, read_unit
+from workflows.errors import UserError
 
 
 def tarred(path, members, mode="w", **options):
@@ -334,7 +334,7 @@ def test_a_file_that_is_no_tar(tmp_path, content):
 
 def test_members_that_are_too_large(tmp_path, monkeypatch):
     members = [*samples(0, 2), ("big.png", b"\0" * 300_000), ("big.cls", "1"), *samples(2, 4)]
-    monkeypatch.setattr("workflows.ingest.tars.MAX_BYTES", 200_000)
+    monkeypatch.setattr("workflows.dataset.readers.tars.MAX_BYTES", 200_000)
     tarred(tmp_path / "x.tar", members)
     _, items = load(tmp_path)
     assert (len(good(items)), list(errors(items).values())) == (4, ["big.png has 300,000 bytes, more than 200,000"])
@@ -348,8 +348,8 @@ def test_members_that_are_too_large(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("size", "images"), [(10_000, 1000), (10, 20)])
 def test_a_sample_is_bounded_however_many_siblings_it_has(tmp_path, monkeypatch, size, images):
     """Frames of a video gather in one sample: what is past its bytes or its number is not kept."""
-    monkeypatch.setattr("workflows.ingest.tars.MAX_BYTES", 200_000)
-    monkeypatch.setattr("workflows.ingest.tars.MOST_IMAGES", images)
+    monkeypatch.setattr("workflows.dataset.readers.tars.MAX_BYTES", 200_000)
+    monkeypatch.setattr("workflows.dataset.readers.tars.MOST_IMAGES", images)
     frames = [(f"video.f{i:04}.jpg", bytes([i % 256]) * size) for i in range(400)]
     tarred(tmp_path / "x.tar", [*samples(0, 1, cls=None), *frames, *samples(1, 2, cls=None)])
     listing = list_source(str(tmp_path))
@@ -450,7 +450,7 @@ def test_one_sample_does_not_decide_for_all(tmp_path, first):
 
 
 def test_captions_that_come_after_all_that_is_looked_at_are_not_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("workflows.ingest.tars.LOOKED", 5)
+    monkeypatch.setattr("workflows.dataset.readers.tars.LOOKED", 5)
     made(tmp_path / "x.tar", txt=lambda i: f"number {i}" if i > 6 else None)
     listing, items = load(tmp_path)
     assert (listing.captioned, bool(listing.caption_columns)) == ("", True)
@@ -594,7 +594,7 @@ def test_labels_and_captions_that_are_not_taken_are_counted(tmp_path, monkeypatc
     assert counted(list_source(str(tmp_path), captions="none")) == {
         (kind, "not taken for labels or captions"): 9 for kind in (".txt", ".caption")
     }
-    monkeypatch.setattr("workflows.ingest.tars.LOOKED", 3)
+    monkeypatch.setattr("workflows.dataset.readers.tars.LOOKED", 3)
     made(tmp_path / "x.tar", cls=lambda i: f"{i % 2}" if i > 4 else None)
     assert counted(list_source(str(tmp_path))) == {(".cls", "not taken for labels or captions"): 4}
     made(tmp_path / "x.tar", json=lambda i: json.dumps({"caption": {"en": "a"}}))

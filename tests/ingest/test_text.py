@@ -5,7 +5,7 @@ from decimal import Decimal
 
 import pytest
 
-from workflows.ingest.text import (
+from workflows.dataset.readers.text import (
     NotText,
     alike,
     are_boxes,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pictures import png, read
 from test_tars import tarred
 
-from workflows.ingest import list_source
-from workflows.ingest.spread import evenly, grouped
+from workflows.dataset.readers import list_source
+from workflows.dataset.readers.spread import evenly, grouped
 
 SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=60)
 

@@ -8,8 +8,8 @@ import pytest
 from pictures import array, encoded, errors, good, load, png, read
 from PIL import Image
 
-from workflows.ingest import list_source
-from workflows.runtime.errors import UserError
+from workflows.dataset.readers import list_source
+from workflows.errors import UserError
 
 
 def zipped(path, members, **options):
@@ -151,14 +151,14 @@ def test_members_that_are_broken_encrypted_or_too_large(tmp_path, monkeypatch):
         "x.zip#1.png": "broken in the zip: Bad CR",
         "x.zip#2.png": "encrypted",
     }
-    monkeypatch.setattr("workflows.ingest.zips.MAX_BYTES", 100)
+    monkeypatch.setattr("workflows.dataset.readers.zips.MAX_BYTES", 100)
     path = path.rename(tmp_path / "y.zip")
     assert set(errors(load(path)[1])) == {f"y.zip#{i}.png" for i in range(4)}
 
 
 def test_a_bomb_is_refused_by_what_it_declares(tmp_path, monkeypatch):
     path = zipped(tmp_path / "x.zip", {f"{i}.png": b"\0" * 10**6 for i in range(3)}, compression=zipfile.ZIP_DEFLATED)
-    monkeypatch.setattr("workflows.ingest.zips.MAX_BYTES", 10**6)
+    monkeypatch.setattr("workflows.dataset.readers.zips.MAX_BYTES", 10**6)
     with pytest.raises(UserError, match=r"x.zip declares 3,000,000 bytes within [0-9,]+: a zip bomb\?"):
         list_source(str(path))
 

@@ -14,7 +14,7 @@ def ray_cluster(moto_server):
     """One Ray for all tests of this process: starting it takes seconds. Its workers know the store in memory, with the planted key:
     they inherit the environment of now.
     """
-    from workflows.runtime.cluster import ray_session
+    from workflows.cluster.session import ray_session
 
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:

@@ -6,10 +6,10 @@ import torch
 
 from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
 from mmdistill_core.networks.dit import DiTConfig
-from workflows.config import Gate
-from workflows.runtime.registry import Registry
-from workflows.runtime.tracking import Tracker
-from workflows.stages.promote import gate_tag
+from workflows.config.schema import Gate
+from workflows.registry.promote import gate_tag
+from workflows.registry.versions import Registry
+from workflows.tracking.tracker import Tracker
 
 TEACHER, STUDENT = "mmdistill-tiny-teacher", "mmdistill-tiny-student"
 COMMON = {

@@ -2,11 +2,11 @@
 
 import pytest
 
-from workflows.config import ConfigError, load_config
-from workflows.pipeline import RunOptions
-from workflows.runtime.progress import Screen
-from workflows.stages.ablation import CHOICES, COST, IMAGES, merge_rows, run_ablation, setting, table, write_table
-from workflows.stages.sweep_space import section
+from benchmarks.ablation import CHOICES, COST, IMAGES, merge_rows, run_ablation, setting, table, write_table
+from workflows.config.schema import ConfigError, load_config
+from workflows.pipeline.run import RunOptions
+from workflows.rendering.screen import Screen
+from workflows.sweep.space import section
 
 
 @pytest.mark.parametrize("recipe", IMAGES)

@@ -12,9 +12,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from small import ROOT
 
-from workflows.config import ConfigError
-from workflows.runtime import addresses
-from workflows.runtime.addresses import (
+from workflows.cluster import addresses
+from workflows.cluster.addresses import (
     OWN,
     check_environment,
     check_sockets,
@@ -24,7 +23,8 @@ from workflows.runtime.addresses import (
     find_place,
     refusal,
 )
-from workflows.runtime.errors import UserError
+from workflows.config.schema import ConfigError
+from workflows.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -243,8 +243,8 @@ def test_a_folder_that_cannot_be_written_is_refused(monkeypatch, tmp_path):
 
 NAMELESS = """
 import sys
-from workflows.runtime.addresses import check_token
-from workflows.runtime.errors import UserError
+from workflows.cluster.addresses import check_token
+from workflows.errors import UserError
 try:
     check_token()
 except UserError as error:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from workflows.config import load_config
-from workflows.stages.memory import bench_memory
+from benchmarks.memory import bench_memory
+from workflows.config.schema import load_config
 
 
 @pytest.mark.slow

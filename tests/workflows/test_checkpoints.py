@@ -8,9 +8,9 @@ import torch
 from stores import bucket, use
 
 from mmdistill_core.engine import checkpoint
-from workflows.runtime import storage
-from workflows.runtime.checkpoints import Checkpoints, complete, name_of
-from workflows.runtime.errors import UserError
+from workflows.errors import UserError
+from workflows.storage import store as storage
+from workflows.training.checkpoints import Checkpoints, complete, name_of
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -74,8 +74,8 @@ def test_the_report_says_which_curve_is_an_instant_students(chosen):
 
 def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatch):
     """Panels for both kinds, each with its mean and its levels; values below 0 are there."""
-    from workflows.context import read_metrics
-    from workflows.stages import figures
+    from workflows.rendering import plots as figures
+    from workflows.session.context import read_metrics
 
     folders = {k: next((chosen[0].workspace / "stages").glob(f"distill-k{k}-*")) for k in (1, 2)}
     drawn = {}
@@ -106,7 +106,7 @@ def test_a_lambda_that_does_not_fit_is_a_line(chosen, tmp_path, missing):
     """Before training starts, and naming what to do."""
     import shutil
 
-    from workflows.runtime.errors import UserError
+    from workflows.errors import UserError
 
     runner = Runner(tmp_path / "w")
     shutil.copytree(

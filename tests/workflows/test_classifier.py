@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from workflows import extractors
-from workflows.ingest.spread import evenly
-from workflows.runtime.errors import UserError
-from workflows.runtime.shards import read_all, write_shards
+from workflows.dataset import extractors
+from workflows.dataset.readers.spread import evenly
+from workflows.dataset.shards import read_all, write_shards
+from workflows.errors import UserError
 
 
 def test_a_classifier_is_fitted_to_rows_of_all_shards(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from workflows.cli import main
+from workflows.cli.main import main
 
 
 def run(*arguments):
@@ -31,7 +31,7 @@ def test_help_names_every_command():
 
 def test_help_loads_nothing_heavy():
     probe = (
-        "import sys\nfrom workflows.cli import main\n"
+        "import sys\nfrom workflows.cli.main import main\n"
         "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'ray', 'mlflow', 'pandas', 'numpy', 'sklearn', 'matplotlib', 'boto3'} & set(sys.modules)\n"
         "assert not heavy, heavy"
@@ -131,7 +131,7 @@ def test_without_arguments_the_help_is_shown(capsys):
 
 def test_what_breaks_a_line_or_a_stream_is_written_out(capsys, tmp_path):
     assert inside(capsys, "config", "-r", "a\n\x1b[31m.yaml")[2] == "error: recipe: no such file a\\n\\x1b[31m.yaml\n"
-    probe = "import workflows.cli as c, sys\nc.json\nc.app.registered_commands[:] = []\n"
+    probe = "import workflows.cli.main as c, sys\nc.json\nc.app.registered_commands[:] = []\n"
     probe += (
         "@c.app.command()\ndef one(): print('caf\\xe9 \\udcff')\n@c.app.command()\ndef two(): pass\nc.main(['one'])"
     )
@@ -148,9 +148,9 @@ def test_days_that_no_calendar_has(capsys, tmp_path, days):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1", "soon"])
 def test_a_wait_that_is_none_is_refused(monkeypatch, value):
-    from workflows.config import ConfigError
-    from workflows.pipeline import RunOptions, wait_of
-    from workflows.runtime.crew import resized_every
+    from workflows.config.schema import ConfigError
+    from workflows.pipeline.run import RunOptions, wait_of
+    from workflows.training.crew import resized_every
 
     monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", value)
     with pytest.raises(ConfigError, match=f"MMDISTILL_TRACKING_WAIT: '{value}' is not a number of seconds"):

@@ -72,7 +72,7 @@ def test_a_run_joins_the_cluster_of_ray_address_and_leaves_it(head, tmp_path):
 
 JOINS = """
 import ray
-from workflows.runtime.cluster import own_ray, ray_session
+from workflows.cluster.session import own_ray, ray_session
 
 with ray_session():
     print(own_ray(), ray.cluster_resources()["CPU"])
@@ -84,7 +84,7 @@ def test_a_ray_that_another_process_started_for_itself_is_not_ones_own(ray_clust
     """Workers that hold nothing would be beside those of the other."""
     import ray
 
-    from workflows.runtime.cluster import own_ray
+    from workflows.cluster.session import own_ray
 
     environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", JOINS], env=environment, capture_output=True, text=True, timeout=120)
@@ -125,7 +125,7 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path):
 
 TASKS = """
 import os, ray, time
-from workflows.runtime.cluster import device_of_task, task_options
+from workflows.cluster.session import device_of_task, task_options
 
 ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, logging_level=40)
 

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from workflows.config import RECIPES, ConfigError, RunConfig, digest, load_config, recipe_names
+from workflows.config.schema import RECIPES, ConfigError, RunConfig, digest, load_config, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -327,7 +327,7 @@ def test_digest_is_stable_and_does_not_mind_order():
 def test_without_labels_there_is_no_classifier(monkeypatch):
     from dataclasses import replace
 
-    from workflows.sources import SOURCES
+    from workflows.dataset.sources import SOURCES
 
     monkeypatch.setitem(SOURCES, "bare", replace(SOURCES["digits"], num_classes=0))
     for kind in ("classifier", "mixture"):

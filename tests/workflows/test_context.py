@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from workflows.context import StageRun, read_metrics
-from workflows.runtime import worker
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.workspace import Workspace
+from workflows.session.context import StageRun, read_metrics
+from workflows.storage.workspace import Workspace
+from workflows.tracking.tracker import Tracker
+from workflows.training import worker
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import time
 import pytest
 from jobs import job_of, write_data
 
-from workflows.runtime import crew
-from workflows.runtime.cluster import Monitor, Workers
-from workflows.runtime.errors import UserError
-from workflows.runtime.mailbox import CLOSED, Mailbox, Order
+from workflows.cluster.mailbox import CLOSED, Mailbox, Order
+from workflows.cluster.session import Monitor, Workers
+from workflows.errors import UserError
+from workflows.training import crew
 
 
 class Kept:
@@ -114,14 +114,14 @@ def test_on_this_machine_alone_ray_train_brings_workers_and_what_leads_them(tmp_
 @pytest.mark.slow
 def test_a_lost_worker_takes_nothing_from_the_training_beside_it(tmp_path, ray_cluster):
     """Two trainings, each on a worker of its own; one of these is killed, once, after its training's first checkpoint."""
-    from workflows.runtime.worker import train_worker
+    from workflows.training.worker import train_worker
 
     write_data(tmp_path)
     monitor, events = Monitor(), []
 
     def dying(config):
-        from workflows.runtime.checkpoints import Checkpoints
-        from workflows.runtime.uri import join
+        from workflows.storage.uri import join
+        from workflows.training.checkpoints import Checkpoints
 
         job = config["job"]
         kept = Checkpoints(join(job["storage"], job["name"]))

@@ -8,12 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import workflows.runtime.manifest as manifests
-from workflows.config import ConfigError, load_config, recipe_names
-from workflows.runtime.data import Ahead, Plan, StreamedBatches, spread
-from workflows.runtime.errors import UserError
-from workflows.runtime.manifest import MANIFEST, Shard, is_data_set, read_manifest, write_manifest
-from workflows.runtime.shards import (
+import workflows.dataset.manifest as manifests
+from workflows.config.schema import ConfigError, load_config, recipe_names
+from workflows.dataset.manifest import MANIFEST, Shard, is_data_set, read_manifest, write_manifest
+from workflows.dataset.shards import (
     Rows,
     decode,
     held_out,
@@ -24,6 +22,8 @@ from workflows.runtime.shards import (
     save_shard,
     write_shards,
 )
+from workflows.dataset.streaming import Ahead, Plan, StreamedBatches, spread
+from workflows.errors import UserError
 
 SHAPE = (3, 4, 4)
 
@@ -335,8 +335,8 @@ def test_the_default_holds_out_the_images_that_figures_were_made_with():
 def test_labels_to_draw_come_from_their_column_alone(tmp_path, monkeypatch, encoding, which):
     manifest = data_set(tmp_path, encoding=encoding)
     expected = read_all(tmp_path, which).labels
-    monkeypatch.setattr("workflows.runtime.shards.decode", pytest.fail)
-    monkeypatch.setattr("workflows.runtime.shards.load_shard", pytest.fail)
+    monkeypatch.setattr("workflows.dataset.shards.decode", pytest.fail)
+    monkeypatch.setattr("workflows.dataset.shards.load_shard", pytest.fail)
     assert label_pool(tmp_path, which, most=2**30).tolist() == expected.tolist()
     (tmp_path / manifest.shards[1].file).write_bytes(b"no Parquet")
     with pytest.raises(UserError, match=r"1\.parquet: the shard differs from its manifest"):
@@ -385,7 +385,7 @@ def test_a_data_set_serves_any_recipe_in_small(tmp_path):
 
 
 def test_a_configuration_is_shown_without_its_data_set(monkeypatch, capsys):
-    from workflows.cli import main
+    from workflows.cli.main import main
 
     monkeypatch.setattr(manifests, "read", pytest.fail)
     for recipe in recipe_names():

@@ -5,8 +5,8 @@ import os
 import pytest
 from servers import PostgreSQL
 
-from workflows.runtime.tracking import Tracker, made, origin
-from workflows.stages.doctor import _object_store, _tracking, _workspace
+from workflows.tools.doctor import _object_store, _tracking, _workspace
+from workflows.tracking.tracker import Tracker, made, origin
 
 
 def line(workspace, uri=None):

@@ -3,12 +3,12 @@
 import pytest
 import typer
 
-from workflows.cli import main
-from workflows.cli_options import errors
-from workflows.runtime.delivery import brief
-from workflows.runtime.errors import UserError, in_a_line
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.worker import root_cause
+from workflows.cli.main import main
+from workflows.cli.options import errors
+from workflows.errors import UserError, in_a_line
+from workflows.tracking.delivery import brief
+from workflows.tracking.tracker import Tracker
+from workflows.training.worker import root_cause
 
 DIED = (
     "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker "
@@ -97,7 +97,7 @@ def test_a_schema_that_is_out_of_date_is_told_with_its_command(tmp_path):
     from mlflow.store.db.base_sql_model import Base
     from mlflow.store.tracking import sqlalchemy_store  # noqa: F401  whose tables are known then
 
-    from workflows.runtime.tracking import Tracker
+    from workflows.tracking.tracker import Tracker
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store, store:

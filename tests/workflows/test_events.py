@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from workflows.context import training_listener
-from workflows.runtime import lines
-from workflows.runtime.events import AT, Events, interruptions
-from workflows.runtime.progress import Screen
-from workflows.stages.figures import Course, timeline
+from workflows.rendering.plots import Course, timeline
+from workflows.rendering.screen import Screen
+from workflows.session.context import training_listener
+from workflows.storage import jsonl as lines
+from workflows.training.events import AT, Events, interruptions
 
 
 def row(name, seconds, **more):

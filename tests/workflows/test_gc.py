@@ -16,17 +16,17 @@ from rich.console import Console
 from small import ROOT
 from stores import bucket, use
 
-from workflows.cli import main
-from workflows.config import load_config
-from workflows.pipeline import RunOptions, run_pipeline
-from workflows.runtime.errors import UserError
-from workflows.runtime.progress import Screen
-from workflows.runtime.registry import Registry
-from workflows.runtime.storage import listing, publish
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.workspace import Workspace
-from workflows.stages.gc import make_plan, run_gc
-from workflows.stages.lineage import lineage
+from workflows.cli.main import main
+from workflows.config.schema import load_config
+from workflows.errors import UserError
+from workflows.pipeline.run import RunOptions, run_pipeline
+from workflows.registry.lineage import lineage
+from workflows.registry.versions import Registry
+from workflows.rendering.screen import Screen
+from workflows.storage.store import listing, publish
+from workflows.storage.workspace import Workspace
+from workflows.tools.gc import make_plan, run_gc
+from workflows.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.ray
 SETTINGS = ["distill.k=[1,2]", "distill.warm_start=true", "teacher.images=48"]
@@ -250,14 +250,14 @@ def tracked(folder, uri, run_id):
 
 def test_a_store_is_asked_with_the_password_that_was_given(tmp_path, monkeypatch):
     space, asked = tracked(tmp_path, "http://host", "0" * 32), []
-    monkeypatch.setattr("workflows.stages.gc._registered", lambda uri, runs: asked.append(uri) or set())
+    monkeypatch.setattr("workflows.tools.gc._registered", lambda uri, runs: asked.append(uri) or set())
     assert names(make_plan(space, "http://ada:secret@host", None)) == {f"stages/report-{'0' * 12}"}
     assert asked == ["http://ada:secret@host"]
 
     def denied(uri, runs):
         raise UserError("no")
 
-    monkeypatch.setattr("workflows.stages.gc._registered", denied)
+    monkeypatch.setattr("workflows.tools.gc._registered", denied)
     plan = make_plan(space, "http://ada:secret@host", None)
     assert names(plan) == set()
     assert "secret" not in str(plan.kept)
@@ -317,7 +317,7 @@ def test_deleted_runs_and_models_go_and_those_of_versions_stay(workspace):
 
 HOLD = """
 import sys, time
-from workflows.runtime.workspace import Workspace
+from workflows.storage.workspace import Workspace
 with Workspace(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)
@@ -390,7 +390,7 @@ def test_a_folder_that_is_no_workspace_is_left_alone(tmp_path):
 
 
 def test_a_full_disk_is_no_reason_not_to(workspace, monkeypatch):
-    from workflows.runtime import workspace as module
+    from workflows.storage import workspace as module
 
     monkeypatch.setattr(module, "MINIMUM_FREE", 10**18)
     assert collect(workspace)[0].items

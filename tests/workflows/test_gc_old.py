@@ -9,10 +9,10 @@ import pytest
 from rich.console import Console
 from stores import bucket, use
 
-from workflows.runtime import storage
-from workflows.runtime.progress import Screen
-from workflows.runtime.workspace import Workspace
-from workflows.stages.gc import make_plan, run_gc
+from workflows.rendering.screen import Screen
+from workflows.storage import store as storage
+from workflows.storage.workspace import Workspace
+from workflows.tools.gc import make_plan, run_gc
 
 NAME = f"teacher-{'1' * 12}"
 

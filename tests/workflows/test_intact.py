@@ -9,14 +9,14 @@ from rich.console import Console
 from stores import bucket, use
 from tracked import history
 
-from workflows.context import Done, open_stage, run_stage
-from workflows.runtime import storage
-from workflows.runtime.errors import UserError
-from workflows.runtime.intact import check_model, damage, files_of
-from workflows.runtime.progress import Screen
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.workspace import Workspace
-from workflows.stages.gc import make_plan
+from workflows.errors import UserError
+from workflows.rendering.screen import Screen
+from workflows.session.context import Done, open_stage, run_stage
+from workflows.storage import store as storage
+from workflows.storage.integrity import check_model, damage, files_of
+from workflows.storage.workspace import Workspace
+from workflows.tools.gc import make_plan
+from workflows.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from heads import TOKEN, ray_head
 from small import ROOT
 from stores import KEYS, PLANTED, bucket
 
-from workflows.runtime.errors import UserError
-from workflows.runtime.jobs import NAME, Head
-from workflows.runtime.progress import Screen
-from workflows.stages.submit import COMMAND, Submission, environment, submit
+from workflows.errors import UserError
+from workflows.jobs.client import NAME, Head
+from workflows.jobs.submit import COMMAND, Submission, environment, submit
+from workflows.rendering.screen import Screen
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SHORT = ("run", "--smoke", "-s", "distill.k=[1]")

@@ -14,15 +14,15 @@ from registered import STUDENT, TEACHER, Shelf
 from rich.console import Console
 from small import ROOT
 
-from workflows.cli import main
-from workflows.runtime.errors import UserError
-from workflows.runtime.leftovers import leftovers
-from workflows.runtime.registry import Export, now
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.uri import shown
-from workflows.stages import lineage as stage
-from workflows.stages.drawing import draw
-from workflows.stages.promote import promote
+from workflows.cli.main import main
+from workflows.errors import UserError
+from workflows.registry import lineage as stage
+from workflows.registry.drawing import draw
+from workflows.registry.leftovers import leftovers
+from workflows.registry.promote import promote
+from workflows.registry.versions import Export, now
+from workflows.storage.uri import shown
+from workflows.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")

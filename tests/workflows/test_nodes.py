@@ -24,8 +24,8 @@ from faults import Faults
 from heads import Shown
 from stores import KEYS, bucket
 
-from workflows.context import read_metrics
-from workflows.runtime.events import interruptions
+from workflows.session.context import read_metrics
+from workflows.training.events import interruptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 IMAGES = 102_400

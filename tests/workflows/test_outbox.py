@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 from small import ROOT
 
-from workflows.runtime import outbox as module
-from workflows.runtime.outbox import JOURNAL, MOST, REFUSED, Away, Outbox, Refused, queued
+from workflows.tracking import outbox as module
+from workflows.tracking.outbox import JOURNAL, MOST, REFUSED, Away, Outbox, Refused, queued
 
 
 class Receiver:
@@ -191,7 +191,7 @@ def test_a_copy_that_was_lost_is_set_aside_and_holds_up_nothing(tmp_path, receiv
 CHILD = """
 import sys
 from pathlib import Path
-from workflows.runtime.outbox import Away, Outbox
+from workflows.tracking.outbox import Away, Outbox
 def deliver(operations):
     if operations[0]["n"] > 40:
         raise Away("gone")

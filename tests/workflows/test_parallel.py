@@ -13,7 +13,7 @@ from trainings import MAKE, make_batches, make_state
 
 from mmdistill_core.engine import train_step
 from mmdistill_core.engine.checkpoint import load_checkpoint
-from workflows.runtime.parallel import Autocast, Compute, lay
+from workflows.training.parallelize import Autocast, Compute, lay
 
 WAYS = {
     "copies": {},

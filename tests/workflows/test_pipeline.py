@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from workflows.cli import main
-from workflows.runtime.progress import Screen
-from workflows.runtime.registry import Registry
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.workspace import Workspace
+from workflows.cli.main import main
+from workflows.registry.versions import Registry
+from workflows.rendering.screen import Screen
 from workflows.stages.report import last_screen
+from workflows.storage.workspace import Workspace
+from workflows.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.ray
 STAGES = ["prepare", "teacher", "distill-k1", "distill-k2", "evaluate", "register", "report"]
@@ -240,7 +240,7 @@ def test_what_the_demo_shows_at_its_end(finished, capsys):
 
     from rich.console import Console
 
-    from workflows.runtime.progress import Screen
+    from workflows.rendering.screen import Screen
     from workflows.stages.report import last_screen
 
     shown = io.StringIO()

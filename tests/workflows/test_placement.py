@@ -5,10 +5,10 @@ import io
 import pytest
 from rich.console import Console
 
-from workflows.config import load_config
-from workflows.pipeline import RunOptions, _say_room, place
-from workflows.runtime.cluster import Workers
-from workflows.runtime.progress import Screen
+from workflows.cluster.session import Workers
+from workflows.config.schema import load_config
+from workflows.pipeline.run import RunOptions, _say_room, place
+from workflows.rendering.screen import Screen
 
 
 def placed(resources, there=None, recipe="digits", **options):

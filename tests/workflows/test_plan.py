@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from workflows.cli import main
-from workflows.config import ConfigError, load_config, recipe_names
-from workflows.runtime.errors import UserError
-from workflows.stages import plan_count
-from workflows.stages.plan import RESERVE, notes, plan
-from workflows.stages.plan_count import UPDATES, Counted, Training, count
+from workflows.cli.main import main
+from workflows.config.schema import ConfigError, load_config, recipe_names
+from workflows.errors import UserError
+from workflows.plan import count as plan_count
+from workflows.plan.count import UPDATES, Counted, Training, count
+from workflows.plan.plan import RESERVE, notes, plan
 
 SIZES = ["network.width=64", "network.depth=2", "network.heads=4", "distill.ema=true"]
 

@@ -16,18 +16,18 @@ from rich.console import Console
 from small import ROOT, SMALL, Runner
 from stores import bucket, use
 
-from workflows.config import ConfigError, load_config
-from workflows.ingest.decode import decode
-from workflows.runtime.errors import UserError
-from workflows.runtime.manifest import is_data_set, read_manifest
-from workflows.runtime.progress import Screen
-from workflows.runtime.shards import decode as decode_shard
-from workflows.runtime.shards import held_out, load_shard, read_all
-from workflows.runtime.storage import listing, write
-from workflows.runtime.uri import join
-from workflows.stages import ingest
-from workflows.stages.ingest import prepare_data_set
-from workflows.stages.preparation import Preparation, parse_share, parse_split
+from workflows.config.schema import ConfigError, load_config
+from workflows.dataset.manifest import is_data_set, read_manifest
+from workflows.dataset.readers.decode import decode
+from workflows.dataset.shards import decode as decode_shard
+from workflows.dataset.shards import held_out, load_shard, read_all
+from workflows.errors import UserError
+from workflows.ingest import prepare as ingest
+from workflows.ingest.options import Preparation, parse_share, parse_split
+from workflows.ingest.prepare import prepare_data_set
+from workflows.rendering.screen import Screen
+from workflows.storage.store import listing, write
+from workflows.storage.uri import join
 
 pytestmark = pytest.mark.ray
 
@@ -253,7 +253,7 @@ def test_killed_and_started_again_it_goes_on(tmp_path, prepare):
     source = tmp_path / "source"
     pictures(source, n=600, width=300, height=300)
     words = [sys.executable, "-c", "import sys; from workflows.stages import ingest; ingest.UNIT = 200_000; "
-             "ingest.SMALL = 20; from workflows.cli import main; main(sys.argv[1:])",
+             "ingest.SMALL = 20; from workflows.cli.main import main; main(sys.argv[1:])",
              "prepare", str(source), str(tmp_path / "set"), "--size", "32", "--shard-mb", "0.1"]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
     driver = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

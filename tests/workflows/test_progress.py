@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from workflows.runtime.progress import Screen, show_table
-from workflows.stages import sweep_table
+from workflows.rendering.screen import Screen, show_table
 from workflows.stages.report import last_screen
+from workflows.sweep import table as sweep_table
 
 
 def screen_of(width):

@@ -11,11 +11,11 @@ import pytest
 from registered import STUDENT, Shelf, student_tags
 from small import ROOT
 
-from workflows.cli import main
-from workflows.config import ConfigError, Gate, load_config
-from workflows.runtime.errors import UserError
-from workflows.runtime.registry import Version
-from workflows.stages.promote import judge, promote, run_promote, user
+from workflows.cli.main import main
+from workflows.config.schema import ConfigError, Gate, load_config
+from workflows.errors import UserError
+from workflows.registry.promote import judge, promote, run_promote, user
+from workflows.registry.versions import Version
 
 ALIAS = "k8-champion"
 UNJUDGED = "it carries no figures to judge by: register it anew with `mmdistill run`"

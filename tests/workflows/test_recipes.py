@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from mmdistill_core.artifact import load_model
-from workflows.cli import main
-from workflows.config import load_config, recipe_names
-from workflows.stages.sample import fetch_model
+from workflows.cli.main import main
+from workflows.config.schema import load_config, recipe_names
+from workflows.tools.sample import fetch_model
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -51,8 +51,8 @@ def test_a_recipe_without_its_folder_is_a_line_before_anything_starts(name, tmp_
 
 
 def run(config, workspace, until):
-    from workflows.pipeline import RunOptions, run_pipeline
-    from workflows.runtime.progress import Screen
+    from workflows.pipeline.run import RunOptions, run_pipeline
+    from workflows.rendering.screen import Screen
 
     return run_pipeline(config, RunOptions(workspace=workspace, until=until), Screen())
 

@@ -23,8 +23,8 @@ from disturbed import (
 from servers import TrackingServer
 from small import Runner
 
-from workflows.context import METRICS
-from workflows.runtime.cluster import Monitor
+from workflows.cluster.session import Monitor
+from workflows.session.context import METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,10 +14,10 @@ from mmdistill_core.artifact import save_extractor
 from mmdistill_core.metrics.frechet import moments
 from mmdistill_core.networks.inception import Inception
 from mmdistill_core.networks.pixels import Pixels
-from workflows import reference
-from workflows.config import load_config
-from workflows.extractors import Wanted, make_extractor
-from workflows.reference import (
+from workflows.config.schema import load_config
+from workflows.dataset import reference
+from workflows.dataset.extractors import Wanted, make_extractor
+from workflows.dataset.reference import (
     ABOUT,
     Reference,
     build_reference,
@@ -26,8 +26,8 @@ from workflows.reference import (
     load_reference,
     save_reference,
 )
-from workflows.runtime.errors import UserError
-from workflows.runtime.shards import Arrays, Rows, manifest_of, save_shard
+from workflows.dataset.shards import Arrays, Rows, manifest_of, save_shard
+from workflows.errors import UserError
 from workflows.stages.evaluate import CHUNK, _against, chunk_of, measure, sampled
 
 ABOUT_PIXELS = {
@@ -220,7 +220,7 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
 @pytest.mark.ray
 def test_a_run_against_images_never_trained_on(runner):
     """Teacher and student leave out what is held out; few samples are warned of; no label is asked for."""
-    from workflows.runtime.manifest import read_manifest
+    from workflows.dataset.manifest import read_manifest
 
     few = (
         "data.reference=holdout",
@@ -249,7 +249,7 @@ def test_a_run_against_images_never_trained_on(runner):
 @pytest.mark.parametrize(("world", "count"), [(2, 550), (3, 550), (5, 550), (5, 8)])
 def test_workers_share_a_validation_and_agree_on_its_score(world, count, tmp_path, ray_cluster):
     """Each draws its part, with the labels of its own; of 8 samples four workers draw two, and one has nothing to do."""
-    from workflows.runtime.job import Validator, build_state
+    from workflows.training.job import Validator, build_state
 
     save_extractor(tmp_path / "extractor", Pixels(), provenance={})
     real = build_reference(
@@ -290,9 +290,9 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
     """A training that goes on has the one of before, from its checkpoint."""
     from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
     from mmdistill_core.networks.dit import DiTConfig
-    from workflows.runtime.cluster import Monitor, Workers
-    from workflows.runtime.crew import train
-    from workflows.runtime.worker import set_up
+    from workflows.cluster.session import Monitor, Workers
+    from workflows.training.crew import train
+    from workflows.training.worker import set_up
 
     write_data(tmp_path)
     torch.manual_seed(0)
@@ -336,9 +336,9 @@ def test_a_collected_preconditioner_is_not_collected_again(tmp_path, ray_cluster
 @pytest.mark.ray
 def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     """What the loop of a worker is handed: the images not held out, and a validation against their statistics."""
-    from workflows.runtime.crew import train
-    from workflows.runtime.shards import read_all
-    from workflows.runtime.worker import set_up
+    from workflows.dataset.shards import read_all
+    from workflows.training.crew import train
+    from workflows.training.worker import set_up
 
     write_data(tmp_path)
     rest = read_all(tmp_path / "data").rows("rest")
@@ -347,7 +347,7 @@ def test_a_training_sees_its_rows_alone(tmp_path, ray_cluster):
     def loop(config):
         return {"images": set_up(config).batches.x.numpy()}
 
-    from workflows.runtime.cluster import Monitor, Workers
+    from workflows.cluster.session import Monitor, Workers
 
     for rows, expected in (("rest", rest), ("all", read_all(tmp_path / "data"))):
         own = job_of(tmp_path, rows=rows, name=f"rows-{rows}")

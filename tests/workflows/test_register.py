@@ -9,12 +9,12 @@ import pytest
 from registered import Shelf
 from rich.console import Console
 
-from workflows.config import load_config
-from workflows.context import Done
-from workflows.runtime.errors import UserError
-from workflows.runtime.progress import Screen
-from workflows.runtime.workspace import Workspace
+from workflows.config.schema import load_config
+from workflows.errors import UserError
+from workflows.rendering.screen import Screen
+from workflows.session.context import Done
 from workflows.stages.register import register
+from workflows.storage.workspace import Workspace
 
 TEACHER, STUDENT = "mmdistill-digits-teacher", "mmdistill-digits-student"
 

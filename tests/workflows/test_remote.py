@@ -13,13 +13,13 @@ import pytest
 from small import Runner
 from stores import PLANTED, bucket, use
 
-from workflows.context import StageRun, read_metrics
-from workflows.runtime import storage
-from workflows.runtime.errors import UserError
-from workflows.runtime.lease import WAITS, Lease
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.uri import join
-from workflows.runtime.workspace import RUNS, Workspace
+from workflows.errors import UserError
+from workflows.session.context import StageRun, read_metrics
+from workflows.storage import store as storage
+from workflows.storage.lease import WAITS, Lease
+from workflows.storage.uri import join
+from workflows.storage.workspace import RUNS, Workspace
+from workflows.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.ray
 SHORT = ("teacher.images=3840", "distill.k=[1]", "distill.images=1920", "distill.validate_every=1920")

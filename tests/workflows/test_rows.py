@@ -1,6 +1,6 @@
 """The rows of the evaluation's table: who is sampled, by which sampler, under which name."""
 
-from workflows.config import load_config
+from workflows.config.schema import load_config
 from workflows.stages.evaluate import rows_of
 
 GUIDED = ["teacher.label_dropout=0.1", "distill.guidance=[0,2]", "distill.k=[1,2,4]", "evaluate.guidance=[1,3]"]

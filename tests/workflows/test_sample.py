@@ -11,9 +11,9 @@ from PIL import Image
 
 from mmdistill_core.artifact import DiffusionModel, build_denoiser, save_model
 from mmdistill_core.networks.dit import DiTConfig
-from workflows.cli import main
-from workflows.runtime.errors import UserError
-from workflows.stages import sample as stage
+from workflows.cli.main import main
+from workflows.errors import UserError
+from workflows.tools import sample as stage
 
 NAMES = ["bird", "cat", "dog"]
 
@@ -265,13 +265,13 @@ def test_an_error_half_way_leaves_the_file_as_it_was(capsys, tmp_path, models, m
 
 def test_a_workspace_is_only_read(tmp_path, monkeypatch):
     """By those who may not write to it too: no folder is made, no probe is written."""
-    from workflows.runtime.workspace import Workspace
+    from workflows.storage.workspace import Workspace
 
     def refuse(*_, **__):
         raise UserError("nothing may be written")
 
     for name in ("check", "write", "upload"):
-        monkeypatch.setattr(f"workflows.runtime.storage.{name}", refuse)
+        monkeypatch.setattr(f"workflows.storage.store.{name}", refuse)
     monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
     for root in ("s3://bucket/runs", str(tmp_path / "none")):
         assert Workspace(root, looks=True).default_tracking_uri.startswith("sqlite:///")
@@ -325,7 +325,7 @@ def predictor(folder):
     """The registered model's predict, without a registry."""
     from types import SimpleNamespace
 
-    from workflows.runtime.pyfunc_model import DiffusionPyfunc
+    from workflows.registry.pyfunc_model import DiffusionPyfunc
 
     model = DiffusionPyfunc()
     model.load_context(SimpleNamespace(artifacts={"model": folder}))

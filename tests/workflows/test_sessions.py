@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 from small import ROOT
 
-from workflows.runtime.sessions import born, end_orphans, noted, processes_of
+from workflows.cluster.orphans import born, end_orphans, noted, processes_of
 
 DRIVER = """
 import os, sys, time
 from pathlib import Path
 from datetime import datetime
-from workflows.runtime.sessions import DATED, noted
+from workflows.cluster.orphans import DATED, noted
 with noted(Path(sys.argv[1])):
     session = Path(sys.argv[1]) / f"session_{datetime.now().strftime(DATED)}_{os.getpid()}"
     (session / "logs").mkdir(parents=True)

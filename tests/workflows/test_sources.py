@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workflows.config import ConfigError, load_config
-from workflows.runtime.errors import UserError
-from workflows.sources import SOURCES, source_of
-from workflows.sources.folder import listing
+from workflows.config.schema import ConfigError, load_config
+from workflows.dataset.sources import SOURCES, source_of
+from workflows.dataset.sources.folder import listing
+from workflows.errors import UserError
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -24,7 +24,7 @@ def test_images_have_the_shape_range_and_labels_that_are_promised(name):
 
 
 def test_photographs_are_the_same_every_time_and_show_something():
-    from workflows.sources.packaged import photos
+    from workflows.dataset.sources.packaged import photos
 
     (a, labels), (b, _) = (photos(pytest.fail, size=32, each=40) for _ in range(2))
     assert np.array_equal(a, b)
@@ -37,7 +37,7 @@ def test_photographs_are_the_same_every_time_and_show_something():
 def test_the_ring_is_the_mixture_whose_denoiser_is_exact():
     from mmdistill_core.diffusion.schedules import Cosine
     from mmdistill_core.networks.exact import ring_of_gaussians
-    from workflows.sources.drawn import RING
+    from workflows.dataset.sources.drawn import RING
 
     images, labels = SOURCES["gmm"].load(pytest.fail)
     x = images[:, :, 0, 0] * 2 - 1
@@ -57,7 +57,7 @@ def test_limit_takes_images_from_all_over():
 
 
 def test_scikit_image_missing_is_a_line(monkeypatch):
-    import workflows.sources.packaged as packaged
+    import workflows.dataset.sources.packaged as packaged
 
     monkeypatch.setattr(packaged, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="need scikit-image") as caught:
@@ -206,7 +206,7 @@ def test_another_listing_when_a_folder_changes(folder):
     ],
 )
 def test_images_that_will_not_do_are_a_line(images, said, hint, tmp_path):
-    from workflows.runtime.shards import write_shards
+    from workflows.dataset.shards import write_shards
 
     labels = np.zeros(len(images), int)
     with pytest.raises(UserError, match=f"mine: .*{said}") as caught:

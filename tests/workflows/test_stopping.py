@@ -10,8 +10,8 @@ import pytest
 import typer
 from small import ROOT
 
-from workflows.cli_options import errors
-from workflows.runtime.stopping import Stopped, hangups_kept_from_children, heard_later, listening
+from workflows.cli.options import errors
+from workflows.cluster.stopping import Stopped, hangups_kept_from_children, heard_later, listening
 
 ALL = [signal.SIGTERM, signal.SIGHUP, signal.SIGINT]
 
@@ -67,7 +67,7 @@ def test_children_do_not_hear_of_a_lost_terminal():
 
 LOST = """
 import sys, time
-from workflows.runtime.stopping import listening
+from workflows.cluster.stopping import listening
 with listening() as stopping, stopping.waits():
     print("up", flush=True)
     while not stopping.asked:

@@ -13,10 +13,11 @@ import pytest
 from faults import Faults
 from stores import bucket, free_port, use
 
-from workflows.runtime import s3, storage
-from workflows.runtime.errors import ConfigError, UserError
-from workflows.runtime.lease import Lease
-from workflows.runtime.uri import is_remote, join, shown
+from workflows.errors import ConfigError, UserError
+from workflows.storage import s3
+from workflows.storage import store as storage
+from workflows.storage.lease import Lease
+from workflows.storage.uri import is_remote, join, shown
 
 names = itertools.count()
 
@@ -258,14 +259,14 @@ def test_who_takes_it_at_the_very_end_keeps_it(place, monkeypatch):
             storage.write(uri, theirs)
             return put_if(at, data, tag)
 
-        monkeypatch.setattr("workflows.runtime.lease.put_if", late)
+        monkeypatch.setattr("workflows.storage.lease.put_if", late)
     assert storage.read_tagged(uri)[0] == theirs
 
 
 def test_a_hold_that_was_not_renewed_in_time_is_lost(place, monkeypatch):
     """A put that takes long, or a machine that slept: others may have it by now."""
     with Lease(join(place, ".lock"), "workspace", seconds=1).held() as lease:
-        monkeypatch.setattr("workflows.runtime.lease.put_if", lambda *_: threading.Event().wait(3) and None)
+        monkeypatch.setattr("workflows.storage.lease.put_if", lambda *_: threading.Event().wait(3) and None)
         assert not lease.lost
         threading.Event().wait(1.1)
         assert lease.lost

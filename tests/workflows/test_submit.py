@@ -12,14 +12,14 @@ import pytest
 from small import ROOT
 from stores import PLANTED, free_port
 
-from workflows.cli import main
-from workflows.config import ConfigError, load_config
-from workflows.runtime import jobs as module
-from workflows.runtime.errors import UserError
-from workflows.runtime.jobs import STOP_WAIT, Head, Job, address_of, attempt_of, token
-from workflows.runtime.source import PACKAGES, source_files, working_directory
-from workflows.stages import submit as stage
-from workflows.stages.submit import Given, compose, environment, explained
+from workflows.cli.main import main
+from workflows.config.schema import ConfigError, load_config
+from workflows.errors import UserError
+from workflows.jobs import client as module
+from workflows.jobs import submit as stage
+from workflows.jobs.client import STOP_WAIT, Head, Job, address_of, attempt_of, token
+from workflows.jobs.package import PACKAGES, source_files, working_directory
+from workflows.jobs.submit import Given, compose, environment, explained
 
 PLACE = ("--workspace", "s3://bucket/runs")
 
@@ -107,8 +107,8 @@ WHOLE = {
 def test_a_stage_comes_to_its_check_and_no_further(capsys, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     began = []
-    monkeypatch.setattr("workflows.runtime.cluster.ray_session", lambda *_, **__: began.append("Ray"))
-    monkeypatch.setattr("workflows.runtime.workspace.Workspace.__init__", lambda *_, **__: began.append("workspace"))
+    monkeypatch.setattr("workflows.cluster.session.ray_session", lambda *_, **__: began.append("Ray"))
+    monkeypatch.setattr("workflows.storage.workspace.Workspace.__init__", lambda *_, **__: began.append("workspace"))
     code, out, err = called(capsys, "submit", name, *WHOLE[name], "--address", f"http://127.0.0.1:{free_port()}")
     assert (code, out, began) == (1, "", [])
     assert "nothing answers at" in err
@@ -120,7 +120,7 @@ def submitted(monkeypatch, capsys, *words):
     made = []
     monkeypatch.setattr(module, "Head", lambda address: address)
     monkeypatch.setattr(stage, "submit", lambda head, job, screen: made.append(job) or job.name)
-    monkeypatch.setattr("workflows.stages.watch.commands", lambda *_: "")
+    monkeypatch.setattr("workflows.jobs.watch.commands", lambda *_: "")
     main_words = ["submit", *words, "--no-follow"]
     with pytest.raises(SystemExit) as caught:
         main(main_words)
@@ -169,7 +169,7 @@ def test_small_files_are_sent_along(monkeypatch, capsys, tmp_path):
     assert f"--recipe {name}" in job.entrypoint
     with working_directory(job.files) as folder:
         assert load_config(str(folder / name)).seed == 5
-        assert (folder / "workflows/cli.py").is_file()
+        assert (folder / "workflows/cli/main.py").is_file()
     assert job.name.startswith("run-mine-")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -264,21 +264,24 @@ def planted(tmp_path):
     for name in (
         ".env", ".git/config", ".venv/lib/x.py", ".mmdistill/mlflow.db", "data/images/a.png", "key.pem", "id_rsa",
         "infra/mlflow/.env", "infra/mlflow/secrets/admin", "auth_token", "workflows/.env", "workflows/token.yaml",
-        "workflows/recipes/secrets.yaml", "mmdistill_core/weights.safetensors", "workflows/__pycache__/x.pyc", ".ray/x",
+        "workflows/config/recipes/secrets.yaml", "mmdistill_core/weights.safetensors", "workflows/__pycache__/x.pyc", ".ray/x",
         "shards.parquet", "credentials.json",
     ):  # fmt: skip
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_text(PLANTED)
-    (copy / "workflows/recipes/mine.yaml").write_text("extends: digits\n")
+    (copy / "workflows/config/recipes/mine.yaml").write_text("extends: digits\n")
     return copy
 
 
 def test_the_source_is_sent_and_nothing_that_lies_beside_it(planted):
     names = source_files(planted)
     assert not [name for name in names if PLANTED in (planted / name).read_text()]
-    assert {"workflows/cli.py", "workflows/recipes/mine.yaml", "workflows/stages/report.html", "pyproject.toml"} <= {
-        *names
-    }
+    assert {
+        "workflows/cli/main.py",
+        "workflows/config/recipes/mine.yaml",
+        "workflows/rendering/templates/report.html",
+        "pyproject.toml",
+    } <= {*names}
     tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", *PACKAGES], capture_output=True, text=True)
     assert {name for name in tracked.stdout.split() if (ROOT / name).is_file()} <= {*source_files(ROOT)}
     assert sum((planted / name).stat().st_size for name in names) < 2e6
@@ -294,7 +297,7 @@ def test_plain_ray_job_submit_sends_no_more_than_it_needs(planted, tmp_path):
     with zipfile.ZipFile(target) as package:
         names = set(package.namelist())
         assert not [name for name in names if PLANTED.encode() in package.read(name)]
-    assert {"workflows/cli.py", "mmdistill_core/artifact.py", "workflows/recipes/digits.yaml"} <= names
+    assert {"workflows/cli/main.py", "mmdistill_core/artifact.py", "workflows/config/recipes/digits.yaml"} <= names
     assert not [name for name in names if name.startswith(("docs/", "tests/", "infra/", "."))]
     assert target.stat().st_size < 2e6
 
@@ -431,7 +434,7 @@ def test_the_commit_is_told_to_a_job(monkeypatch, tmp_path):
     for name in source_files(ROOT):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    script = "from workflows.runtime.workspace import git_commit; print(git_commit())"
+    script = "from workflows.storage.workspace import git_commit; print(git_commit())"
     done = subprocess.run(
         [sys.executable, "-c", script],
         cwd=tmp_path, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path), "MMDISTILL_COMMIT": "abc+"},

@@ -12,15 +12,15 @@ from rich.console import Console
 from small import SMALL
 from stores import PLANTED, bucket, use
 
-from workflows.config import load_config
-from workflows.pipeline import RunOptions, run_sweep
-from workflows.runtime import storage
-from workflows.runtime.errors import UserError
-from workflows.runtime.progress import Screen
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.workspace import Workspace
-from workflows.stages.sweep_options import SweepOptions
-from workflows.stages.sweep_space import read_space
+from workflows.config.schema import load_config
+from workflows.errors import UserError
+from workflows.pipeline.run import RunOptions, run_sweep
+from workflows.rendering.screen import Screen
+from workflows.storage import store as storage
+from workflows.storage.workspace import Workspace
+from workflows.sweep.options import SweepOptions
+from workflows.sweep.space import read_space
+from workflows.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.ray
 TINY = [*SMALL, "distill.images=2560", "distill.validate_every=640", "distill.log_every=640"]
@@ -99,8 +99,8 @@ def test_a_sweep_measures_every_point_and_tracks_it_once(swept):
 
 
 def test_the_best_of_each_k_are_registered_with_their_lineage(swept):
-    from workflows.runtime.registry import Registry
-    from workflows.stages.lineage import lineage
+    from workflows.registry.lineage import lineage
+    from workflows.registry.versions import Registry
 
     sweep, _ = swept
     registry = Registry(tracker_of(sweep.workspace))
@@ -165,7 +165,7 @@ def test_tpe_asha_and_warm_starts(swept):
         assert run.info.status == ("FINISHED" if row["outcome"] == "finished" else "KILLED")
         assert run.data.params.get("start") == (first["name"] if row["point"]["k"] == 1 else None)
         assert (row["images"] < 2560) == (row["outcome"] == "stopped"), name
-    from workflows.runtime.registry import Registry
+    from workflows.registry.versions import Registry
 
     registry = Registry(tracker)
     student = registry.find_version("mmdistill-digits-student", {"k": "1"})
@@ -200,7 +200,7 @@ def test_a_trial_that_an_error_ends_costs_none_of_the_others(swept, monkeypatch)
     """Its checkpoints can't be written, as a file is in their place. Students of 1 step wait for those of 2, and begin."""
     from pathlib import Path
 
-    from workflows.stages.sweep_ledger import Ledger
+    from workflows.sweep.ledger import Ledger
 
     workspace, trial_of, broken = swept[0].workspace, Ledger.trial_of, []
 
@@ -213,7 +213,7 @@ def test_a_trial_that_an_error_ends_costs_none_of_the_others(swept, monkeypatch)
 
     sweep = Swept(workspace, "k=2,1", "eta=0,0.25", warm_start=True, register=False)
     with monkeypatch.context() as patch:
-        patch.setattr("workflows.stages.sweep.RETRIES", 1)
+        patch.setattr("workflows.sweep.run.RETRIES", 1)
         patch.setattr(Ledger, "trial_of", in_the_way)
         with pytest.raises(UserError, match=r"a trial failed: .*trial-k2"):
             sweep()

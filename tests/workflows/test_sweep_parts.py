@@ -9,12 +9,12 @@ import torch
 
 from mmdistill_core.artifact import build_denoiser
 from mmdistill_core.networks.dit import DiTConfig
-from workflows.config import load_config
-from workflows.stages.sweep_asha import Asha
-from workflows.stages.sweep_search import Listed, Search, Tpe
-from workflows.stages.sweep_shelf import Shelf
-from workflows.stages.sweep_space import Domain, read_space
-from workflows.stages.sweep_table import front, summarise, varied
+from workflows.config.schema import load_config
+from workflows.sweep.asha import Asha
+from workflows.sweep.search import Listed, Search, Tpe
+from workflows.sweep.shelf import Shelf
+from workflows.sweep.space import Domain, read_space
+from workflows.sweep.table import front, summarise, varied
 
 FINISHED = "FINISHED"
 
@@ -160,7 +160,7 @@ def test_a_network_from_the_shelf_answers_alike_and_shares_its_bytes():
 
 
 def test_a_held_teacher_is_not_read_from_its_folder():
-    from workflows.runtime.job import Job, build_state
+    from workflows.training.job import Job, build_state
 
     job = Job(
         name="t", output="", storage="", data="", seed=0, method="moment_matching", arguments={"k": 2},

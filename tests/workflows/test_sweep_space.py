@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from workflows.config import ConfigError, load_config
-from workflows.stages.sweep_options import SweepOptions, check_sweep
-from workflows.stages.sweep_space import Domain, read_space, section, shares, space_names, space_of
+from workflows.config.schema import ConfigError, load_config
+from workflows.sweep.options import SweepOptions, check_sweep
+from workflows.sweep.space import Domain, read_space, section, shares, space_names, space_of
 
 DIGITS = load_config("digits")
 
@@ -55,7 +55,7 @@ def test_a_file_and_what_the_command_line_says_over_it(tmp_path):
 
 @pytest.mark.parametrize("name", space_names())
 def test_every_space_that_is_shipped_is_valid_and_described(name):
-    from workflows.stages.sweep_space import SPACES
+    from workflows.sweep.space import SPACES
 
     space = read_space([name], DIGITS)
     for k in space.ks:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workflows.ingest import list_source
-from workflows.runtime.errors import UserError
-from workflows.runtime.manifest import read_manifest, write_manifest
-from workflows.runtime.progress import Screen
-from workflows.runtime.shards import decode, load_shard
-from workflows.stages import ingest
-from workflows.stages.preparation import Preparation
-from workflows.stages.taken import kind_of, said_of
+from workflows.dataset.manifest import read_manifest, write_manifest
+from workflows.dataset.readers import list_source
+from workflows.dataset.shards import decode, load_shard
+from workflows.errors import UserError
+from workflows.ingest import prepare as ingest
+from workflows.ingest.options import Preparation
+from workflows.ingest.summary import kind_of, said_of
+from workflows.rendering.screen import Screen
 
 
 def png(i):

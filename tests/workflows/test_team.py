@@ -76,7 +76,7 @@ def test_a_driver_killed_on_one_machine_is_gone_on_with_on_another(stack, here, 
     """SIGKILL of the driver and of all that it started; from another machine the run ends with the very weights and metrics of an
     undisturbed one, and from a third nothing is left to do.
     """
-    from workflows.runtime import storage
+    from workflows.storage import store as storage
 
     undisturbed = Machine(stack, tmp_path / "quiet")
     undisturbed.run(f"{place}/quiet", *LONG, until="distill")
@@ -129,9 +129,9 @@ def test_a_bad_network_loses_nothing_and_doubles_nothing(stack, here, place, tmp
     """A tenth of the requests refused, some answers cut or lost, one in a hundred 10 s late: the data set is the one that a quiet
     network gives, and a training on it, streamed, with its checkpoints in the bucket, has the same weights.
     """
-    from workflows.runtime import storage
-    from workflows.runtime.manifest import read_manifest
-    from workflows.runtime.shards import read_all
+    from workflows.dataset.manifest import read_manifest
+    from workflows.dataset.shards import read_all
+    from workflows.storage import store as storage
 
     for name, content in pictures(600):
         storage.write(f"{place}/raw/{name}", content)

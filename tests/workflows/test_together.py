@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from workflows.runtime.cluster import fits_a_machine, run_together
-from workflows.runtime.errors import UserError
+from workflows.cluster.session import fits_a_machine, run_together
+from workflows.errors import UserError
 
 
 def test_those_that_wait_for_their_turn_do_not_begin_after_an_error():
@@ -38,9 +38,9 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
     import ray
     from ray._private.state import actors
 
-    from workflows.context import Context
-    from workflows.runtime import crew
-    from workflows.runtime.trainer import CONTROLLERS
+    from workflows.session.context import Context
+    from workflows.training import crew
+    from workflows.training.trainer import CONTROLLERS
 
     class Holder:
         def there(self):

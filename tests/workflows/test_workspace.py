@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from workflows.cli import main
-from workflows.context import read_metrics
-from workflows.runtime import tracking
-from workflows.runtime import workspace as module
-from workflows.runtime.errors import ConfigError, UserError
-from workflows.runtime.tracking import Tracker
-from workflows.runtime.workspace import Workspace, code_version, explain_os_error
-from workflows.stages.lineage import open_registry
+from workflows.cli.main import main
+from workflows.errors import ConfigError, UserError
+from workflows.registry.lineage import open_registry
+from workflows.session.context import read_metrics
+from workflows.storage import workspace as module
+from workflows.storage.workspace import Workspace, code_version, explain_os_error
+from workflows.tracking import tracker as tracking
+from workflows.tracking.tracker import Tracker
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -128,7 +128,7 @@ def test_discard_forgets_outputs_and_checkpoints(tmp_path):
 
 HOLD = """
 import sys, time
-from workflows.runtime.workspace import Workspace
+from workflows.storage.workspace import Workspace
 with Workspace(sys.argv[1]).lock():
     print("held", flush=True)
     time.sleep(60)

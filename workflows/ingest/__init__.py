@@ -1,12 +1,1 @@
-"""Images from where they are: folders, object stores, zips, Parquet, WebDataset tars, Hugging Face data sets.
-
-`list_source` tells what there is and divides it into units; `read_unit` streams the undecoded images of one; `decode` makes
-pixels. All files are read through fsspec, and nothing is unpacked to a disk or run.
-"""
-
-from __future__ import annotations
-
-from workflows.ingest.listing import Item, Listing, Unit
-from workflows.ingest.source import list_source, read_unit
-
-__all__ = ["Item", "Listing", "Unit", "list_source", "read_unit"]
+"""`mmdistill prepare`: images from anywhere become a data set."""

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from workflows.runtime.errors import UserError, expanded
+from workflows.errors import UserError, expanded
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,1 +1,1 @@
-"""The stages, one file each: a stage is `key(...)`, what it depends on, and `run(...)`, what it makes."""
+"""The six stages, one file each."""

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from workflows.config import Distill, RunConfig
-from workflows.context import Context, Done, StageRun, open_stage
-from workflows.runtime.errors import UserError
-from workflows.runtime.job import Job
-from workflows.runtime.workspace import code_version
+from workflows.config.schema import Distill, RunConfig
+from workflows.errors import UserError
+from workflows.session.context import Context, Done, StageRun, open_stage
 from workflows.stages.teacher import (
     FITTED,
     TRAINING_CODE,
@@ -23,13 +21,15 @@ from workflows.stages.teacher import (
     training_result,
     window_of,
 )
+from workflows.storage.workspace import code_version
+from workflows.training.job import Job
 
 CODE = (
     *TRAINING_CODE,
     "mmdistill_core/methods/moment_matching.py",
     "mmdistill_core/methods/denoising.py",
     "mmdistill_core/metrics/frechet.py",
-    "workflows/reference.py",
+    "workflows/dataset/reference.py",
     "mmdistill_core/samplers",
     "workflows/stages/teacher.py",
     "workflows/stages/distill.py",

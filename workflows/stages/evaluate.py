@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.markup import escape
 
-from workflows.config import Distill, Evaluate, RunConfig, digest
-from workflows.context import Context, Done, StageRun, identity_of, run_stage
-from workflows.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
-from workflows.runtime.cluster import device_of_task, task_options
-from workflows.runtime.progress import short
-from workflows.runtime.storage import fetch
-from workflows.runtime.workspace import code_version, write_json
+from workflows.cluster.session import device_of_task, task_options
+from workflows.config.schema import Distill, Evaluate, RunConfig, digest
+from workflows.dataset.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
+from workflows.rendering.screen import short
+from workflows.session.context import Context, Done, StageRun, identity_of, run_stage
 from workflows.stages.teacher import data_of
+from workflows.storage.store import fetch
+from workflows.storage.workspace import code_version, write_json
 
 if TYPE_CHECKING:
     from mmdistill_core.metrics.statistics import Statistics
 
 CODE = (
     "workflows/stages/evaluate.py",
-    "workflows/reference.py",
+    "workflows/dataset/reference.py",
     "mmdistill_core/metrics",
     "mmdistill_core/samplers",
     "mmdistill_core/diffusion",
@@ -143,8 +143,8 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     import torch
 
     from mmdistill_core.samplers import data_labels
-    from workflows.images import image_grid
-    from workflows.runtime.shards import label_pool
+    from workflows.dataset.shards import label_pool
+    from workflows.rendering.grids import image_grid
 
     config, options, screen = run.context.config, run.context.config.evaluate, run.context.screen
     models = {k: student.at("model") for k, student in students.items()}

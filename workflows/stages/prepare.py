@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from workflows.config import digest
-from workflows.context import Context, Done, StageRun, identity_of, run_stage
-from workflows.extractors import Wanted, make_extractor, said_of
-from workflows.reference import (
+from workflows.config.schema import digest
+from workflows.dataset.extractors import Wanted, make_extractor, said_of
+from workflows.dataset.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from workflows.dataset.reference import (
     ABOUT,
     TENSORS,
     about_of,
@@ -19,28 +19,28 @@ from workflows.reference import (
     load_reference,
     save_reference,
 )
-from workflows.runtime.crew import CREWS
-from workflows.runtime.errors import UserError
-from workflows.runtime.manifest import MANIFEST, Manifest, read_manifest, write_manifest
-from workflows.runtime.progress import Bar
-from workflows.runtime.shards import REPAIR, write_shards
-from workflows.runtime.storage import fetch, publish
-from workflows.runtime.uri import join, shown
-from workflows.runtime.workspace import code_version
-from workflows.sources import Source, data_set, source_of
-from workflows.sources.folder import listing
+from workflows.dataset.shards import REPAIR, write_shards
+from workflows.dataset.sources import Source, data_set, source_of
+from workflows.dataset.sources.folder import listing
+from workflows.errors import UserError
+from workflows.rendering.screen import Bar
+from workflows.session.context import Context, Done, StageRun, identity_of, run_stage
+from workflows.storage.store import fetch, publish
+from workflows.storage.uri import join, shown
+from workflows.storage.workspace import code_version
+from workflows.training.crew import CREWS
 
 CODE = (
     "workflows/stages/prepare.py",
-    "workflows/extractors.py",
-    "workflows/reference.py",
+    "workflows/dataset/extractors.py",
+    "workflows/dataset/reference.py",
     "workflows/sources",
-    "workflows/runtime/manifest.py",
-    "workflows/runtime/shards.py",
-    "workflows/ingest/decode.py",
-    "workflows/ingest/images.py",
-    "workflows/ingest/text.py",
-    "workflows/ingest/spread.py",
+    "workflows/dataset/manifest.py",
+    "workflows/dataset/shards.py",
+    "workflows/dataset/readers/decode.py",
+    "workflows/dataset/readers/image_files.py",
+    "workflows/dataset/readers/text.py",
+    "workflows/dataset/readers/spread.py",
     "mmdistill_core/rng.py",
     "mmdistill_core/diffusion",
     "mmdistill_core/networks/exact.py",

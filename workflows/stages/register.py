@@ -9,18 +9,18 @@ from typing import Any
 
 from rich.markup import escape
 
-from workflows.config import Gate, digest
-from workflows.context import Context, Done, StageRun, run_stage
-from workflows.runtime.errors import UserError
-from workflows.runtime.registry import Registry, Version
-from workflows.runtime.workspace import code_version, git_commit
-from workflows.stages.promote import gate_tag, promote, user
+from workflows.config.schema import Gate, digest
+from workflows.errors import UserError
+from workflows.registry.promote import gate_tag, promote, user
+from workflows.registry.versions import Registry, Version
+from workflows.session.context import Context, Done, StageRun, run_stage
+from workflows.storage.workspace import code_version, git_commit
 
 CODE = (
     "workflows/stages/register.py",
-    "workflows/stages/promote.py",
-    "workflows/runtime/registry.py",
-    "workflows/runtime/pyfunc_model.py",
+    "workflows/registry/promote.py",
+    "workflows/registry/versions.py",
+    "workflows/registry/pyfunc_model.py",
 )
 
 

@@ -7,25 +7,26 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from workflows.config import digest
-from workflows.context import Context, Done, StageRun, identity_of, read_metrics, read_timed_metrics, run_stage
-from workflows.runtime import lines
-from workflows.runtime.events import CAUSES, EVENTS, interruptions
-from workflows.runtime.progress import Screen, clock, short, show_table
-from workflows.runtime.uri import shown
-from workflows.runtime.workspace import code_version
+from workflows.config.schema import digest
+from workflows.rendering import TEMPLATES
+from workflows.rendering.screen import Screen, clock, short, show_table
+from workflows.session.context import Context, Done, StageRun, identity_of, read_metrics, read_timed_metrics, run_stage
+from workflows.storage import jsonl as lines
+from workflows.storage.uri import shown
+from workflows.storage.workspace import code_version
+from workflows.training.events import CAUSES, EVENTS, interruptions
 
 if TYPE_CHECKING:
-    from workflows.stages import figures
+    from workflows.rendering import plots as figures
 
 CODE = (
     "workflows/stages/report.py",
-    "workflows/stages/report.html",
-    "workflows/stages/style.css",
-    "workflows/stages/figures.py",
-    "workflows/stages/lineage.py",
-    "workflows/stages/drawing.py",
-    "workflows/runtime/events.py",
+    "workflows/rendering/templates/report.html",
+    "workflows/rendering/templates/style.css",
+    "workflows/rendering/plots.py",
+    "workflows/registry/lineage.py",
+    "workflows/registry/drawing.py",
+    "workflows/training/events.py",
 )
 TITLES = {
     "frechet": "Frechet, features",
@@ -66,10 +67,10 @@ def _body(
 ) -> dict[str, Any]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from workflows.runtime.registry import Registry
-    from workflows.stages import figures
-    from workflows.stages.drawing import draw
-    from workflows.stages.lineage import lineage_of
+    from workflows.registry.drawing import draw
+    from workflows.registry.lineage import lineage_of
+    from workflows.registry.versions import Registry
+    from workflows.rendering import plots as figures
 
     table = measured.result
     histories = {k: read_metrics(s.folder) for k, s in students.items()}
@@ -80,9 +81,7 @@ def _body(
     courses = {
         done.name: _course(done) for done in (taught, *students.values()) if done.result["interruptions"]["times"]
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     registry, made = Registry(run.context.tracker), registered.result
     lineage = lineage_of(registry, [registry.one(uri) for uri in (made["teacher"], *made["students"].values())])
     environment.filters |= {"short": short, "clock": clock}
@@ -178,7 +177,7 @@ def _pairs(table: dict[str, Any]) -> str:
 
 
 def _course(done: Done) -> figures.Course:
-    from workflows.stages.figures import Course
+    from workflows.rendering.plots import Course
 
     points = [(step, moment) for step, _, moment in read_timed_metrics(done.folder)]
     return Course(points, list(lines.read(done.folder / EVENTS)))

@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from workflows.config import RunConfig
-from workflows.context import Context, Done, StageRun, identity_of, run_stage, training_listener
-from workflows.runtime.cluster import Workers, groups, let_go, run_together
-from workflows.runtime.crew import CREWS, abort
-from workflows.runtime.events import EVENTS, interruptions
-from workflows.runtime.job import Job
-from workflows.runtime.workspace import code_version
-from workflows.sources import source_of
+from workflows.cluster.session import Workers, groups, let_go, run_together
+from workflows.config.schema import RunConfig
+from workflows.dataset.sources import source_of
+from workflows.session.context import Context, Done, StageRun, identity_of, run_stage, training_listener
+from workflows.storage.workspace import code_version
+from workflows.training.crew import CREWS, abort
+from workflows.training.events import EVENTS, interruptions
+from workflows.training.job import Job
 
 FITTED = "fitted"
 """Folder beside an exact teacher: the network from which its students start."""
@@ -33,12 +33,12 @@ TRAINING_CODE = (
     "mmdistill_core/engine",
     "mmdistill_core/methods/base.py",
     "mmdistill_core/methods/parts.py",
-    "workflows/runtime/job.py",
-    "workflows/runtime/worker.py",
-    "workflows/runtime/crew.py",
-    "workflows/runtime/parallel.py",
-    "workflows/runtime/data.py",
-    "workflows/runtime/shards.py",
+    "workflows/training/job.py",
+    "workflows/training/worker.py",
+    "workflows/training/crew.py",
+    "workflows/training/parallelize.py",
+    "workflows/dataset/streaming.py",
+    "workflows/dataset/shards.py",
 )
 CODE = (*TRAINING_CODE, "mmdistill_core/methods/denoising.py", "workflows/stages/teacher.py")
 

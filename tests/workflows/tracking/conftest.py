@@ -3,8 +3,9 @@
 import pytest
 from servers import Proxy, TrackingServer
 
-from workflows.runtime import outbox, tracking
-from workflows.runtime.tracking import Tracker
+from workflows.tracking import outbox
+from workflows.tracking import tracker as tracking
+from workflows.tracking.tracker import Tracker
 
 
 @pytest.fixture(scope="module")

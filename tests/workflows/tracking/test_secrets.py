@@ -6,10 +6,10 @@ import pytest
 from small import Runner
 from tracked import log_steps
 
-from workflows.runtime import tracking
-from workflows.runtime import uri as uris
-from workflows.runtime.errors import UserError
-from workflows.runtime.registry import Registry
+from workflows.errors import UserError
+from workflows.registry.versions import Registry
+from workflows.storage import uri as uris
+from workflows.tracking import tracker as tracking
 
 PASSWORD = "s3cret/Word"
 

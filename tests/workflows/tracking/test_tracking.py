@@ -12,10 +12,10 @@ from rich.console import Console
 from small import ROOT
 from tracked import history, log_steps, text_of
 
-from workflows.runtime.errors import UserError
-from workflows.runtime.progress import Screen
-from workflows.runtime.tracking import Tracker, outbox_of
-from workflows.stages.deliver import deliver
+from workflows.errors import UserError
+from workflows.rendering.screen import Screen
+from workflows.tools.deliver import deliver
+from workflows.tracking.tracker import Tracker, outbox_of
 
 
 @pytest.mark.slow
@@ -240,8 +240,8 @@ def test_of_a_store_that_is_away_it_is_said_that_it_may_come_back(proxy, monkeyp
 CHILD = """
 import sys
 from pathlib import Path
-from workflows.runtime.registry import Registry
-from workflows.runtime.tracking import Tracker
+from workflows.registry.versions import Registry
+from workflows.tracking.tracker import Tracker
 uri, folder = sys.argv[1], Path(sys.argv[2])
 tracker = Tracker(uri, outbox=folder / "outbox", artifacts=folder / "artifacts")
 run = tracker.start_run("parent")

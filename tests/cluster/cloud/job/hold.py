@@ -5,7 +5,7 @@ import time
 
 import ray
 
-from workflows.runtime.cluster import room
+from workflows.cluster.session import room
 
 
 @ray.remote(max_restarts=-1, max_task_retries=-1)

@@ -1,0 +1,1 @@
+"""What `mmdistill bench` and `mmdistill ablate` run, from a checkout."""

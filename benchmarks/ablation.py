@@ -1,0 +1,142 @@
+"""ablate: one choice at a time against the same base, on `gmm` and `digits`, over k and seeds; the tables of docs/ablation.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from workflows.config.schema import ConfigError, load_config
+from workflows.pipeline.run import RunOptions, run_sweep
+from workflows.rendering.screen import Screen
+from workflows.storage.workspace import write_json
+from workflows.sweep.options import SweepOptions
+from workflows.sweep.space import space_of
+from workflows.sweep.table import summarise
+
+BASE: dict[str, Any] = {
+    "update": "joint",
+    "pairing": "grid",
+    "delta_power": 0.35,
+    "p_s": "uniform",
+    "w_s": "flat",
+    "pull": True,
+    "transition": "conditional",
+    "auxiliary_lr": 2e-3,
+    "optimiser.lr": 3e-4,
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "alternating": {"update": "alternating"},
+    "instant": {"update": "instant", "optimiser.lr": 1.5e-4},
+    "instant, identity": {"update": "instant", "optimiser.lr": 1.5e-4, "preconditioner": "identity"},
+    "uniform pairs": {"pairing": "uniform"},
+    "delta_power 1": {"delta_power": 1.0},
+    "unconditional z_s": {"transition": "unconditional"},
+    "no pull": {"pull": False},
+    "auxiliary sees t": {"pairing": "uniform", "auxiliary_sees_t": True},
+    "w snr": {"w_s": "snr"},
+    "w v": {"w_s": "v"},
+    "w edm": {"w_s": "edm"},
+    "w sigmoid": {"w_s": "sigmoid"},
+    "w dmd": {"w_s": "dmd"},
+    "p(s) karras": {"p_s": "karras"},
+}
+"""name -> what differs from BASE."""
+IMAGES = {"gmm": 96_000, "digits": 48_000}
+"""Images of the base's trainings, by recipe."""
+COST = {"joint": 7.0, "alternating": 5.0, "instant": 7.0}
+"""Time of an image, so that all kinds of update get the same. Of operations instant has 5 where joint has 7, but on two CPU cores,
+with attention written out and forward mode, it takes as long (docs/ablation.md has the seconds).
+"""
+OF_RECIPE: dict[str, dict[str, Any]] = {"gmm": {"preconditioner": "collected"}, "digits": {}}
+
+
+def setting(recipe: str, name: str) -> dict[str, Any]:
+    """The fields of the distill section for a choice, its images so many that it costs what the base does."""
+    fields = BASE | OF_RECIPE[recipe] | CHOICES[name]
+    if fields["update"] != "instant":
+        fields.pop("preconditioner", None)
+    images = IMAGES[recipe] * COST["joint"] / COST[fields["update"]]
+    return fields | {"images": round(images / 1000) * 1000, "choice": name}
+
+
+def run_ablation(
+    recipes: list[str],
+    options: RunOptions,
+    screen: Screen,
+    *,
+    page: Path,
+    only: list[str],
+    ks: list[int],
+    seeds: int,
+) -> None:
+    """Raises ConfigError for a recipe or a choice that is not there."""
+    for name, given, known in (("recipe", recipes, IMAGES), ("--only", only, CHOICES)):
+        for value in given:
+            if value not in known:
+                raise ConfigError(f"{name}: {value!r} is not one of {', '.join(known)}")
+    for recipe in recipes or IMAGES:
+        config = load_config(recipe, [f"distill.k={ks}"])
+        space = {
+            "setting": [setting(recipe, name) for name in only or CHOICES],
+            "k": ks,
+            "seed": list(range(seeds)),
+        }
+        kept = page.with_suffix("") / f"{recipe}.json"
+        new = kept.with_suffix(".new")
+        how = SweepOptions(register=False)
+        run_sweep(config, options, screen, space=space_of(space, config), how=how, out=new, name="ablation")
+        merge_rows(kept, new)
+        write_table(page, recipe, json.loads(kept.read_text())["trials"])
+        screen.line(f"{kept}, and the table in {page}")
+
+
+def merge_rows(kept: Path, new: Path) -> None:
+    """The new rows into the file of those kept, in the place of the same points; a new file if they were of another teacher."""
+    after = json.loads(new.read_text())
+    before = json.loads(kept.read_text()) if kept.exists() else after
+    rows = {json.dumps(row["point"], sort_keys=True): row for row in after["trials"]}
+    if before["teacher"] == after["teacher"]:
+        rows = {json.dumps(row["point"], sort_keys=True): row for row in before["trials"]} | rows
+    trials = list(rows.values())
+    write_json(
+        kept, {"recipe": after["recipe"], "teacher": after["teacher"], "means": summarise(trials), "trials": trials}
+    )
+    new.unlink()
+
+
+def write_table(page: Path, recipe: str, trials: list[dict[str, Any]]) -> None:
+    """Puts the recipe's table between its marks in the page, or at the page's end."""
+    text = page.read_text() if page.exists() else ""
+    begin, end = f"<!-- {recipe} -->", f"<!-- /{recipe} -->"
+    block = f"{begin}\n{table(trials)}\n{end}"
+    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text.replace(found[0], block) if found else f"{text.rstrip()}\n\n{block}\n".lstrip())
+
+
+def table(trials: list[dict[str, Any]]) -> str:
+    """Distance, mean ± standard deviation over seeds, by choice and k; the best of a column in bold, and the mean seconds."""
+    named = [
+        row | {"point": {"choice": row["point"]["setting"]["choice"], **row["point"]} | {"setting": ""}}
+        for row in trials
+    ]
+    lines = {(line["point"]["choice"], line["point"]["k"]): line for line in summarise(named)}
+    ks = sorted({k for _, k in lines})
+    best = {k: min(line["frechet"]["mean"] for (_, other), line in lines.items() if other == k) for k in ks}
+    rows = ["| | " + " | ".join(f"k = {k}" for k in ks) + " | seconds |", "|---" * (len(ks) + 2) + "|"]
+    for choice in dict.fromkeys(name for name in CHOICES if any(c == name for c, _ in lines)):
+        cells, seconds = [], []
+        for k in ks:
+            line = lines.get((choice, k))
+            if line is None:
+                cells.append("")
+                continue
+            mean, spread = line["frechet"]["mean"], line["frechet"]["spread"]
+            cell = f"{mean:.3f} ± {spread:.3f}"
+            cells.append(f"**{cell}**" if mean == best[k] else cell)
+            seconds.append(line["seconds"]["mean"])
+        rows.append(f"| {choice} | " + " | ".join(cells) + f" | {sum(seconds) / len(seconds):.0f} |")
+    return "\n".join(rows)

@@ -1,0 +1,118 @@
+"""Commands on what runs have left: the registry's lineage, gates and exports, what is queued, what is no longer needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workflows.cli.options import DEFAULT_WORKSPACE, Debug, Model, Tracking, TrackingWait, Who, Workspace_, errors
+
+app = typer.Typer()
+
+
+@app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")],
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Where a model came from: data, teacher, students, evaluations, exports, and who moved its aliases."""
+    with errors(debug):
+        from rich.console import Console
+
+        from workflows.registry import lineage as stage
+
+        found = stage.lineage(stage.open_registry(workspace, tracking_uri), model)
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            Console(highlight=False, width=None if sys.stdout.isatty() else 500).print(stage.tree(found))
+
+
+@app.command()
+def promote(
+    model: Model,
+    alias: Annotated[str, typer.Option(help="Such as k8-champion.")],
+    why: Annotated[str, typer.Option(help="Is kept with the move.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Past the gate; is kept with the move.")] = False,
+    who: Who = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Move an alias to a version that passes its recipe's gate; the move is recorded in the registry."""
+    with errors(debug):
+        from workflows.registry.lineage import open_registry
+        from workflows.registry.promote import run_promote
+
+        registry = open_registry(workspace, tracking_uri)
+        print(run_promote(registry, model, alias=alias, why=why, who=who, force=force))
+
+
+@app.command()
+def export(
+    model: Model,
+    destination: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    who: Who = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Write a registered model's folder, with its hashes; the export is recorded in the registry."""
+    with errors(debug):
+        from workflows.registry.export import run_export
+        from workflows.registry.lineage import open_registry
+
+        print(run_export(open_registry(workspace, tracking_uri), model, destination, who=who))
+
+
+@app.command()
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it without asking.")] = False,
+    keep_days: Annotated[
+        float | None,
+        typer.Option(
+            help="Keep what changed in the last N days, and count only configurations that ran in them; by default all count.",
+            min=0,
+            max=1_000_000,
+        ),
+    ] = None,
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    debug: Debug = False,
+) -> None:
+    """Remove what a workspace no longer needs: shows it, and asks."""
+    with errors(debug):
+        from workflows.rendering.screen import Screen
+        from workflows.tools.gc import run_gc
+
+        def agree(question: str) -> bool:
+            if yes or not sys.stdin.isatty():
+                return yes
+            return typer.confirm(question)
+
+        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        run_gc(workspace, uri, Screen(), agree=agree, keep_days=keep_days)
+
+
+@app.command()
+def deliver(
+    workspace: Workspace_ = DEFAULT_WORKSPACE,
+    tracking_uri: Tracking = None,
+    wait: TrackingWait = None,
+    debug: Debug = False,
+) -> None:
+    """Deliver what runs had queued while the tracking server was away."""
+    with errors(debug):
+        from workflows.rendering.screen import Screen
+        from workflows.tools import deliver as stage
+
+        if not stage.deliver(workspace, tracking_uri, Screen(), wait=wait):
+            raise typer.Exit(1)

@@ -1,0 +1,1 @@
+"""Ray: joining or starting it, what its processes leave, signals, the files for `ray up`."""

@@ -1,0 +1,1 @@
+"""The configuration: its schema, how recipes are loaded, and the recipes and sweep spaces themselves."""

@@ -1,0 +1,164 @@
+"""The extractor in whose features distances are measured: read from a file, fitted to the data, or trained on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from workflows.dataset.manifest import Manifest
+from workflows.dataset.readers.spread import evenly
+from workflows.dataset.shards import Arrays, read_rows
+from workflows.errors import UserError
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth, as pytorch-fid and torch-fidelity have it; see docs/evaluation.md"
+AT_ONCE = 1024
+CLASSIFIED, MEMORY = 50_000, 2**30
+"""Images, and bytes of them, that a classifier or a mixture is fitted to."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`weights`: the file of inception's. `epochs` and `seed` of a classifier's training."""
+
+    kind: str
+    weights: str | None
+    epochs: int
+    seed: int
+
+
+Tick = Callable[[int, float, float | None], None]
+"""Called after each epoch of a classifier's training, with its number, the loss, and the accuracy on rows held out, if any."""
+
+
+def said_of(loss: float, accuracy: float | None) -> str:
+    return f"loss {loss:.3g}" + (f", held-out accuracy {accuracy:.1%}" if accuracy is not None else "")
+
+
+def check_extractor(
+    kind: str, weights: str | None, shape: tuple[int, int, int], option: str = "data.extractor"
+) -> None:
+    """Raises UserError where no image needs to be seen to know that it can't be had. `option`: what the user calls it."""
+    from mmdistill_core.metrics.statistics import PIXELS
+    from mmdistill_core.networks.inception import NotInception, load_inception
+
+    if kind == "pixels" and (dims := math.prod(shape)) > PIXELS:
+        raise UserError(f"{option}: pixels is for at most {PIXELS:,} dimensions, the images have {dims:,}")
+    if kind == "inception":
+        try:
+            load_inception(str(weights))
+        except NotInception as error:
+            weights_option = f"{option}-weights" if option.startswith("--") else f"{option}_weights"
+            raise UserError(f"{weights_option}: {error}", hint=INCEPTION) from error
+
+
+def make_extractor(
+    wanted: Wanted, root: str, manifest: Manifest, *, exact: Any = None, tick: Tick
+) -> tuple[Any, float | None]:
+    """The extractor for a data set, and a classifier's accuracy on the rows held out. `exact`: the denoiser of a mixture that
+    the data are drawn from.
+
+    Raises UserError where it can't be made of these images.
+    """
+    import torch
+
+    from mmdistill_core.engine.batches import centred
+    from mmdistill_core.networks.inception import load_inception
+    from mmdistill_core.networks.mixture import Mixture
+    from mmdistill_core.networks.pixels import Pixels
+
+    check_extractor(wanted.kind, wanted.weights, manifest.shape)
+    if wanted.kind == "inception":
+        return load_inception(str(wanted.weights)), None
+    if wanted.kind == "pixels":
+        return Pixels(), None
+    if wanted.kind == "mixture" and exact is not None:
+        return Mixture.of(weights=exact.weights, means=exact.means, variances=exact.variances), None
+    if not manifest.num_classes:
+        raise UserError(
+            f"extractor {wanted.kind} needs labels, and the images have none", hint="pixels or inception need none"
+        )
+    arrays = some_rows(root, manifest)
+    images = torch.from_numpy(arrays.images)
+    if wanted.kind == "mixture":
+        known = torch.from_numpy(arrays.labels >= 0)
+        try:
+            return Mixture.fitted(
+                centred(images[known]), torch.from_numpy(arrays.labels)[known], modes=manifest.num_classes
+            ), None
+        except ValueError as error:
+            raise UserError(f"extractor mixture needs some images of every label ({error})") from error
+    return train_classifier(
+        images,
+        arrays.labels,
+        arrays.holdout,
+        num_classes=manifest.num_classes,
+        epochs=wanted.epochs,
+        seed=wanted.seed,
+        tick=tick,
+    )
+
+
+def some_rows(root: str, manifest: Manifest) -> Arrays:
+    """All rows, or CLASSIFIED of them, or as many as MEMORY holds: spread over all, as images often lie class by class."""
+    most = min(CLASSIFIED, MEMORY // manifest.image_bytes)
+    return read_rows(root, manifest, evenly(manifest.count, most))
+
+
+def train_classifier(
+    images: Any,
+    labels: np.ndarray,
+    holdout: np.ndarray,
+    *,
+    num_classes: int,
+    epochs: int,
+    seed: int,
+    tick: Tick,
+) -> tuple[Any, float | None]:
+    """A Classifier trained on the rows not held out (with shifts of a pixel), and its accuracy on those that are, if any. images
+    [n, c, h, w], bytes or in [-1, 1].
+
+    Raises UserError where no labelled row is left to train on.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from mmdistill_core.engine.batches import centred
+    from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
+    from mmdistill_core.rng import generator
+
+    x, y = images, torch.from_numpy(labels)
+    known, held = y >= 0, torch.from_numpy(holdout)
+    train_x, train_y, held_x, held_y = x[known & ~held], y[known & ~held], x[known & held], y[known & held]
+    if not len(train_x):
+        raise UserError("extractor classifier: no image is left to train it on, as all are held out")
+    rng, batch = generator(seed, 2), min(64, len(train_x))
+    torch.manual_seed(seed)
+    classifier = Classifier(ClassifierConfig(image_size=x.shape[-1], channels=x.shape[1], num_classes=num_classes))
+    steps = epochs * (len(train_x) // batch)
+    optimiser = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+    accuracy = None
+    for epoch in range(epochs):
+        classifier.train()
+        order = torch.randperm(len(train_x), generator=rng)
+        for part in order.split(batch)[: len(train_x) // batch]:
+            down, right = torch.randint(0, 3, (2,), generator=rng).tolist()
+            padded = F.pad(centred(train_x[part]), (1, 1, 1, 1), mode="replicate")
+            shifted = padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
+            loss = F.cross_entropy(classifier(shifted), train_y[part], label_smoothing=0.05)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        classifier.eval()
+        with torch.inference_mode():
+            parts = zip(held_x.split(AT_ONCE), held_y.split(AT_ONCE), strict=True)
+            correct = [classifier(centred(images)).argmax(1) == of for images, of in parts]
+            accuracy = torch.cat(correct).double().mean().item() if len(held_x) else None
+        tick(epoch + 1, loss.item(), accuracy)
+    classifier.fit_scale(centred(part) for part in x.split(AT_ONCE))
+    return classifier, accuracy

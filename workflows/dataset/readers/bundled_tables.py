@@ -1,0 +1,44 @@
+"""Tables that a source of named images brings itself: EDM's dataset.json, and Hugging Face's metadata files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from workflows.dataset.readers.files import clean
+from workflows.dataset.readers.huggingface import metadata
+from workflows.dataset.readers.labels import WITHOUT
+from workflows.dataset.readers.sidecars import Ask
+from workflows.dataset.readers.tables import Table, parse_table
+from workflows.errors import UserError
+
+DATASET = "dataset.json"
+
+
+def own_tables(
+    names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
+) -> tuple[Table | None, Table | None, frozenset[str], tuple[str, ...]]:
+    """(labels, captions, the files that they are from, further columns of these) among the files `names`, which `whole` reads.
+    Metadata come before EDM's. What the user doesn't want is not looked at.
+
+    Raises UserError for one that can't be read.
+    """
+    labels, captions, used, others = metadata(names, whole, ask)
+    wanted = labels is None and ask.labels not in ("none", "folders")
+    if wanted and (found := [name for name in names if name.rpartition("/")[2] == DATASET]):
+        try:
+            labels, used = _edm(found, whole), used | set(found)
+        except UserError as error:  # such as another program's
+            raise UserError(str(error), hint=error.hint or WITHOUT) from error
+    return labels, captions, used, others
+
+
+def _edm(names: Sequence[str], whole: Callable[[str], bytes]) -> Table:
+    """The labels of all of them; the paths in each are relative to where it lies, below a top folder or in an archive."""
+    values: dict[str, str | int | None] = {}
+    classes: tuple[str, ...] = ()
+    for name in names:
+        table = parse_table(clean(name), whole(name), column=None, defaults=("labels",))
+        folder = "".join(name.rpartition("/")[:2])
+        values |= {folder + path: value for path, value in table.values.items()}
+        classes = classes or table.classes
+    return Table(DATASET, values, classes)

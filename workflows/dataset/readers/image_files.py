@@ -1,0 +1,137 @@
+"""Images as files of their own, below a folder or a store's prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from workflows.dataset.readers.decode import START, SUFFIXES, starts_as_image
+from workflows.dataset.readers.files import File, Files, called, clean, suffix
+from workflows.dataset.readers.labels import BOXES, FURTHER, Described
+from workflows.dataset.readers.listing import Item, Listing, Unit
+from workflows.dataset.readers.sidecars import Ask, caption_of
+from workflows.dataset.readers.spread import evenly, grouped
+from workflows.dataset.readers.text import NotText, are_boxes
+
+MOST = 10_000
+"""Files a unit."""
+OTHER = frozenset(
+    (
+        *(
+            ".txt",
+            ".caption",
+            ".text",
+            ".prompt",
+            ".cls",
+            ".label",
+            ".class",
+            ".json",
+            ".jsonl",
+            ".csv",
+            ".tsv",
+            ".xml",
+        ),
+        *(
+            ".yaml",
+            ".yml",
+            ".md",
+            ".rst",
+            ".html",
+            ".htm",
+            ".pdf",
+            ".doc",
+            ".docx",
+            ".xls",
+            ".xlsx",
+            ".log",
+            ".py",
+            ".sh",
+        ),
+        *(".npy", ".npz", ".pt", ".pth", ".pkl", ".bin", ".safetensors", ".mat", ".h5", ".hdf", ".fit", ".fits", ".db"),
+        *(".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".parquet", ".arrow", ".sha256", ".md5"),
+        *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mp3", ".wav", ".flac", ".ogg"),
+        *(".heic", ".heif", ".svg", ".eps", ".ps", ".ai", ".wmf", ".emf", ".exr", ".hdr", ".jxl"),
+        *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw", ".xmp"),
+    )
+)
+"""Suffixes of what is no image, or none that can be read. Of a raw photograph the first bytes are a TIFF's."""
+NOT_IMAGES = "not images"
+
+
+def is_image(name: str) -> bool:
+    return suffix(name) in SUFFIXES
+
+
+def may_be_image(name: str) -> bool:
+    """Whether only its content tells: `photo`, `photo.jpg_large`, `photo.jpg.download`."""
+    return suffix(name) not in SUFFIXES and suffix(name) not in OTHER
+
+
+def images_among(files: Files, found: Sequence[File]) -> list[File]:
+    """Those that are images by their suffix, or by their first bytes where that says nothing."""
+    unsure = [file.name for file in found if may_be_image(file.name)]
+    starts = zip(unsure, files.starts(unsure, START), strict=True)
+    by_content = {name for name, start in starts if starts_as_image(start)}
+    return [file for file in found if is_image(file.name) or file.name in by_content]
+
+
+def image_units(chosen: Sequence[File], about: Described, ask: Ask) -> tuple[Unit, ...]:
+    """Neighbours of `chosen` together, up to `unit_bytes`; the limit's ones only."""
+    index = evenly(len(chosen), ask.limit).tolist()
+    units = []
+    for first, last in grouped([chosen[i].size or 0 for i in index], ask.unit_bytes, count=MOST):
+        part = index[first:last]
+        units.append(
+            Unit(
+                kind="images",
+                files=tuple(chosen[i].name for i in part),
+                last=len(part),
+                size=sum(chosen[i].size or 0 for i in part),
+                sizes=tuple(chosen[i].size for i in part),
+                labels=picked(about.labels, part),
+                captions=picked(about.captions, part),
+                asides=picked(about.asides, part),
+            )
+        )
+    return tuple(units)
+
+
+def read_images(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
+    beside = [name for name in unit.asides if name]
+    texts = zip(beside, files.read_small(beside), strict=True)
+    for i, content in enumerate(files.read_many(unit.files, unit.sizes)):
+        image, error = (None, content) if isinstance(content, str) else (content, None)
+        caption = at(unit.captions, i)
+        if at(unit.asides, i):
+            caption, wrong = aside_caption(*next(texts), listing, files)
+            image, error = (None, error or wrong) if wrong else (image, error)
+        yield Item(clean(unit.files[i]), image, at(unit.labels, i), caption, error)
+
+
+def aside_caption(name: str, content: bytes | str, listing: Listing, files: Files) -> tuple[str | None, str | None]:
+    """(the caption in a file beside an image, why it can't be read)."""
+    if isinstance(content, str):
+        return None, f"{clean(name)}: the caption can't be read: {content}"
+    try:
+        found = caption_of(name, content, listing.caption_columns)
+    except NotText as error:
+        return None, str(error)
+    if suffix(name) != ".json" and found and are_boxes(found[0]):
+        files.leave(called(name), BOXES)
+        return None, None
+    return one_of(found, files), None
+
+
+def one_of(found: Sequence[str], files: Files) -> str | None:
+    """The first of an image's captions; the others are counted."""
+    if len(found) > 1:
+        files.leave("captions", FURTHER, len(found) - 1)
+    return found[0] if found else None
+
+
+def picked(values: Sequence[Any], index: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(values[i] for i in index) if values else ()
+
+
+def at(values: Sequence[Any], i: int) -> Any:
+    return values[i] if values else None

@@ -1,0 +1,221 @@
+"""Images in a column of Parquet files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from workflows.dataset.readers.columns import Columns, check_same, columns_of, items, merged
+from workflows.dataset.readers.files import File, Files, clean, line
+from workflows.dataset.readers.labels import MOST_CLASSES, label_table, numbered
+from workflows.dataset.readers.listing import Item, Listing, Unit, taken
+from workflows.dataset.readers.sidecars import Ask
+from workflows.dataset.readers.spread import evenly, grouped
+from workflows.dataset.readers.text import label_of
+from workflows.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+ROWS = 16
+"""Rows in memory at once, besides what Parquet's pages need."""
+READERS = 8
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What a file's end tells: rows and bytes of each row group; or why it can't be read."""
+
+    schema: pa.Schema | None
+    rows: tuple[int, ...] = ()
+    sizes: tuple[int, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Parquet or Arrow files as listed. columns: of all of them."""
+
+    units: tuple[Unit, ...]
+    available: int | None
+    columns: Columns
+    classes: tuple[str, ...]
+    labelled: str
+    table: bytes
+    notes: tuple[str, ...] = ()
+
+
+def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, tuple[str, ...]]) -> Tables:
+    """Units of whole row groups. A file that can't be read is a unit of about as many broken items as it has lost.
+
+    Class names are the schema's, or `names` of files beside it, or of `ask.labels`; without any, the label column is read for
+    them. Raises UserError for files with different columns, or none that can be read.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        footers = list(pool.map(lambda file: _footer(files, file.name), chosen))
+    whole = [(file, footer) for file, footer in zip(chosen, footers, strict=True) if footer.schema is not None]
+    if not whole:
+        raise UserError(f"{files.source}: no file can be read; {clean(chosen[0].name)}: {footers[0].error}")
+    schemas = [(file.name, footer.schema) for file, footer in whole if footer.schema is not None]
+    if not any(sum(footer.rows) for _, footer in whole):
+        raise UserError(f"{files.source}: the files have no rows")
+    columns = columns_of(clean(whole[0][0].name), merged(schemas), ask, names)
+    check_same(schemas, columns)
+    classes, table = class_list(files, ask, columns)
+    notes: tuple[str, ...] = ()
+    if columns.label is not None and not classes:
+        with ThreadPoolExecutor(READERS) as pool:
+            parts = pool.map(lambda pair: _distinct(files, pair[0].name, str(columns.label)), whole)
+            found = sorted({value for part in parts for value in part if value is not None}, key=str)
+        classes, _ = numbered(found, (), f"column {columns.label}")
+        columns, notes = _labelled(files, columns, ask, bool(classes))
+    units: list[Unit] = []
+    footers, offset = _with_lost_rows(chosen, footers), 0
+    available = sum(sum(footer.rows) for footer in footers)
+    for file, footer in zip(chosen, footers, strict=True):
+        start = 0
+        for a, b in grouped(list(footer.sizes), ask.unit_bytes):
+            rows = sum(footer.rows[a:b])
+            if len(evenly(available, ask.limit, first=offset, last=offset + rows)):
+                size = sum(footer.sizes[a:b])
+                units.append(Unit("parquet", (file.name,), first=start, last=start + rows, offset=offset, size=size))
+            start, offset = start + rows, offset + rows
+    labelled = f"column {columns.label}" if columns.label else ""
+    return Tables(tuple(units), available, columns, classes, labelled, table, notes)
+
+
+def _labelled(files: Files, columns: Columns, ask: Ask, labelled: bool) -> tuple[Columns, tuple[str, ...]]:
+    """The columns without that of labels where no row has one, and what is said of it. Raises UserError if the user named it."""
+    if labelled:
+        return columns, ()
+    said = f"column {columns.label} holds none: all are empty or -1"
+    if ask.label_column:
+        raise UserError(f"{files.source}: no labels: {said}", hint="--labels none: no classes")
+    return replace(columns, label=None, others=(*columns.others, str(columns.label))), (f"no labels: {said}",)
+
+
+def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[Footer]:
+    """The footers; of a file that can't be read one row group of as many rows as its size says, by the other files' mean, but at
+    least one.
+    """
+    whole = [(file, footer) for file, footer in zip(chosen, footers, strict=True) if footer.schema is not None]
+    rows, size = sum(sum(footer.rows) for _, footer in whole), sum(file.size or 0 for file, _ in whole)
+    out = []
+    for file, footer in zip(chosen, footers, strict=True):
+        lost = max(1, round((file.size or 0) * rows / size)) if size else 1
+        out.append(footer if footer.schema is not None else replace(footer, rows=(lost,), sizes=(file.size or 0,)))
+    return out
+
+
+def class_list(files: Files, ask: Ask, columns: Columns) -> tuple[tuple[str, ...], bytes]:
+    """The class list of the user's file or of the source, and the file's content. Raises UserError where they differ in number."""
+    if ask.labels == "folders":
+        raise UserError("labels by folder are for images in folders; these are in tables", hint="name a label column")
+    table, content = label_table(files, ask)
+    if table is not None and table.values:
+        raise UserError(
+            f"{table.name}: labels by path are for images that have names; these are in tables",
+            hint="a column of labels, or a file that lists the classes alone",
+        )
+    classes = table.classes if table else ()
+    if classes and columns.label is None:
+        raise UserError(f"{files.source}: classes are given, and no column of labels", hint="--label-column")
+    if classes and columns.classes and len(classes) != len(columns.classes):
+        own = f"the source's column {columns.label} has {len(columns.classes):,}"
+        raise UserError(f"{ask.labels} lists {len(classes):,} classes; {own}")
+    return classes or columns.classes, content
+
+
+def read_parquet(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
+    (name,) = unit.files
+    chosen = taken(listing, unit).tolist()
+    footer = _footer(files, name)
+    if footer.error:
+        yield from (Item(f"{clean(name)}#{i}", None, error=footer.error) for i in chosen)
+        return
+    start = 0
+    for group, rows in enumerate(footer.rows):
+        wanted = [i for i in chosen if start <= i < start + rows]
+        if wanted:
+            yield from _row_group(listing, files, name, group, start, wanted)
+        start += rows
+    yield from (Item(f"{clean(name)}#{i}", None, error="changed since it was listed") for i in chosen if i >= start)
+
+
+def _row_group(
+    listing: Listing, files: Files, name: str, group: int, start: int, wanted: Sequence[int]
+) -> Iterator[Item]:
+    """The wanted rows of a row group that begins at row `start`; each an error from where it is broken."""
+    import pyarrow as pa
+
+    columns = [c for c in (listing.image_column, listing.label_column, listing.caption_column) if c]
+    done, error = 0, "changed since it was listed"
+    try:
+        with _opened(files, name) as file:
+            for batch in file.iter_batches(ROWS, [group], columns, use_threads=False):
+                stop = start + len(batch)
+                rows = [i for i in wanted if start <= i < stop]
+                for item in items(
+                    batch, [i - start for i in rows], [f"{clean(name)}#{i}" for i in rows], listing, files
+                ):
+                    done += 1
+                    yield item
+                start = stop
+    except (pa.ArrowException, UnicodeDecodeError, KeyError) as broken:
+        error = f"broken: {line(broken)}"
+    except OSError as lost:
+        error = files.lost(lost)
+    yield from (Item(f"{clean(name)}#{i}", None, error=error) for i in wanted[done:])
+
+
+@contextmanager
+def _opened(files: Files, name: str) -> Iterator[pq.ParquetFile]:
+    """Row groups are read page by page, not as a whole."""
+    import pyarrow.parquet as pq
+
+    with files.open(name) as stream, pq.ParquetFile(stream, pre_buffer=False, buffer_size=2**20) as file:
+        yield file
+
+
+def _footer(files: Files, name: str) -> Footer:
+    import pyarrow as pa
+
+    try:
+        with _opened(files, name) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            sizes = tuple(group.total_byte_size for group in groups)
+            return Footer(file.schema_arrow, tuple(group.num_rows for group in groups), sizes)
+    except pa.ArrowException as error:
+        return Footer(None, error=f"it is no Parquet file: {line(error)}")
+    except OSError as error:
+        return Footer(None, error=files.lost(error))
+
+
+def _distinct(files: Files, name: str, column: str) -> set[str | int | None]:
+    """The labels in a column, as many as there may be classes. What can't be read is left to read_parquet.
+
+    Raises UserError for values that are no labels.
+    """
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    found: set[str | int | None] = set()
+    try:
+        with _opened(files, name) as file:
+            for batch in file.iter_batches(65536, columns=[column]):
+                values = batch.column(0)
+                simple = t.is_integer(values.type) or t.is_string(values.type) or t.is_large_string(values.type)
+                found.update(label_of(value) for value in (values.unique() if simple else values).to_pylist())
+                if len(found) > MOST_CLASSES:
+                    break
+    except pa.ArrowException:
+        pass
+    except ValueError as error:
+        raise UserError(f"{clean(name)}: in column {column} is {error}", hint="--labels none: no classes") from error
+    except OSError as error:
+        files.lost(error)
+    return found

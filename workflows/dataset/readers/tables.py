@@ -1,0 +1,251 @@
+"""Labels and captions in a file beside the images: JSON, JSON lines, CSV or TSV, or a list of class names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from workflows.dataset.readers.files import Files, clean
+from workflows.dataset.readers.text import NUMBER, NotText, captions_of, json_of, label_of, text_of, written_label
+from workflows.errors import UserError
+
+PATHS = ("file_name", "filename", "path", "file", "image", "name", "key")
+"""What the column of the images' names may be called."""
+MAX_TABLE = 2**30
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+MISSING = ("nan", "NaN", "NA", "<NA>", "null", "NULL", "None")
+"""What programs write among numbers where one is missing."""
+MOST_NAMES = 20
+"""Of columns that an error names."""
+DELIMITERS = ",;\t|"
+What = Literal["label", "caption"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`values` by the image's path, None where it has none; {} where the file only lists the `classes`. `name` is the file's, for
+    errors. further: captions beyond an image's first.
+    """
+
+    name: str
+    values: dict[str, str | int | None]
+    classes: tuple[str, ...] = ()
+    further: int = 0
+
+
+def open_table(files: Files, where: str) -> tuple[str, bytes]:
+    """(name below the source's root or address, content) of a file that the user names: within the source, or anywhere.
+
+    Raises UserError when it isn't there, or is of no kind that can be read.
+    """
+    if not where.lower().endswith(SUFFIXES):
+        raise UserError(f"{where} is no file of labels or captions", hint=f"they end in {' '.join(SUFFIXES)}")
+    places = [(Files(where), "")] if "://" in where else [(files, where), (Files(where), "")]
+    if "://" in where and where.partition("://")[0] == files.source.partition("://")[0]:
+        places = [(Files(where, files.fs), "")]  # the same store, with the same options
+    for place, name in places:
+        path = f"{place.root.rstrip('/')}/{name}" if name else place.path
+        try:
+            if place.fs.isfile(path):
+                if (place.fs.size(path) or 0) > MAX_TABLE:
+                    raise UserError(f"{where} has more than {MAX_TABLE:,} bytes")
+                return where, place.fs.cat_file(path)
+        except PermissionError as error:
+            raise UserError(f"{where} may not be read: permission denied") from error
+    raise UserError(f"{where} is not there, neither below {files.source} nor by itself")
+
+
+def parse_table(
+    name: str, content: bytes, *, column: str | None, defaults: Sequence[str], what: What = "label"
+) -> Table:
+    """A file of values by path.
+
+    JSON         {path: value}, [[path, value], ...], [{"file_name": path, column: value}, ...], {"labels": any of these,
+                 "classes": [...]}, or ["class", ...]: the classes alone
+    JSON lines   {"file_name": path, column: value} a line
+    CSV, TSV     with a header that names a column of paths; or two columns without. Also between ; or |
+    text         a class a line
+
+    The column of values is `column`, else the first of `defaults` that there is, else the only other one. Labels become names or
+    whole numbers; captions stay as they are written, and of several the first is taken. Raises UserError.
+    """
+    try:
+        return _Parser(name, column, defaults, what).parsed(content)
+    except (NotText, csv.Error) as error:
+        raise UserError(f"{name} can't be read: {' '.join(str(error).split())[:160]}") from error
+
+
+def columns_in(name: str, content: bytes) -> list[str]:
+    """Names of the columns of a CSV file or of JSON lines, but for the paths'. Raises UserError."""
+    try:
+        text = text_of(content, name)
+        rows = _csv_rows(text) if name.lower().endswith((".csv", ".tsv")) else _json_rows(text)
+    except (NotText, csv.Error) as error:
+        raise UserError(f"{name} can't be read: {' '.join(str(error).split())[:160]}") from error
+    found = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+    return [key for key in found if key not in PATHS]
+
+
+@dataclass
+class _Parser:
+    name: str
+    column: str | None
+    defaults: Sequence[str]
+    what: What
+    further: int = 0
+
+    def parsed(self, content: bytes) -> Table:
+        low = self.name.lower()
+        if low.endswith(".json"):
+            return self._json(json_of(content, "it", once=True))
+        text = text_of(content, "it")
+        if low.endswith(".txt"):
+            rows = (row.strip() for row in text.split("\n"))
+            return Table(self.name, {}, _unique(self.name, [row for row in rows if row]))
+        is_csv = low.endswith((".csv", ".tsv"))
+        values = self._by_path(_csv_rows(text) if is_csv else _json_rows(text), written=is_csv)
+        return Table(self.name, values, further=self.further)
+
+    def _json(self, values: Any) -> Table:
+        classes: tuple[str, ...] = ()
+        if isinstance(values, dict) and ("labels" in values or "classes" in values) and _nested(values):
+            classes = _unique(self.name, values.get("classes") or [])
+            values = values.get("labels") or {}
+        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
+            return Table(self.name, {}, _unique(self.name, values))
+        if isinstance(values, dict):
+            found = self._pairs([list(pair) for pair in values.items()])
+        elif isinstance(values, list) and all(isinstance(value, dict) for value in values):
+            found = self._by_path(values, written=False)
+        elif isinstance(values, list):
+            found = self._pairs(values)
+        else:
+            raise UserError(f"{self.name}: an object or a list is expected, not {type(values).__name__}")
+        return Table(self.name, found, classes, self.further)
+
+    def _by_path(self, rows: list[Any], *, written: bool) -> dict[str, str | int | None]:
+        if not rows:
+            return {}
+        if isinstance(rows[0], list):
+            return self._pairs(rows, written=written)
+        if not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{self.name}: rows with names are expected, such as file_name and {self.defaults[0]}")
+        names = list(dict.fromkeys(key for row in rows for key in row))
+        path = next((key for key in PATHS if key in names and key != self.column), None)
+        if path is None:
+            said, hint = f"no column of paths among {_few(names)}", f"it is called {', '.join(PATHS)}"
+            raise UserError(f"{self.name}: {said}", hint=hint)
+        others = [key for key in names if key != path]
+        usual = next((key for key in self.defaults if key in others), others[0] if len(others) == 1 else None)
+        wanted = self.column or usual
+        if wanted is None or wanted not in others:
+            said = f"no column {self.column}" if self.column else f"no column {' or '.join(self.defaults)}"
+            raise UserError(f"{self.name}: {said}; there are {_few(others) or 'no others'}")
+        return self._pairs([[row.get(path), row.get(wanted)] for row in rows], written=written)
+
+    def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
+        """`written`: as text, which doesn't tell numbers from names: they are numbers if all are."""
+        pairs = list(pairs)
+        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1].strip() not in MISSING]
+        numbers = (
+            written and self.what == "label" and bool(texts) and all(NUMBER.fullmatch(text.strip()) for text in texts)
+        )
+        out: dict[str, str | int | None] = {}
+        for pair in pairs:
+            if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise UserError(f"{self.name}: a path and a value are expected, not {clean(str(pair))[:60]}")
+            path, value = pair
+            if written and self.what == "label" and value:
+                value = _written(value.strip(), numbers=numbers)
+            value = self._value(path, value)
+            if path in out and self.what == "caption":
+                self.further += value is not None and out[path] is not None
+                value = value if out[path] is None else out[path]
+            elif path in out and out[path] != value:
+                raise UserError(f"{self.name}: two values for {clean(path)}: {out[path]} and {value}")
+            out[path] = value
+        return out
+
+    def _value(self, path: str, value: Any) -> str | int | None:
+        try:
+            if self.what == "label":
+                return label_of(value)
+            found = captions_of(value)
+        except ValueError as error:
+            expected = "a name or a whole number" if self.what == "label" else "a text"
+            raise UserError(f"{self.name}: {expected} is expected for {clean(path)}, not {error}") from error
+        self.further += max(0, len(found) - 1)
+        return found[0] if found else None
+
+
+def _written(text: str, *, numbers: bool) -> str | int | None:
+    """A label as a cell has it; -1 is none among names as well."""
+    if numbers:
+        return None if text in MISSING else written_label(text)
+    return None if text == "-1" else text
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first of these names: objects whose fields are paths have as many as images."""
+    return clean(", ".join(names[:MOST_NAMES])) + (
+        f", and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    )
+
+
+def _nested(values: dict[str, Any]) -> bool:
+    """Whether `labels` and `classes` are sections, and not the names of images."""
+    return all(value is None or isinstance(value, (dict, list)) for value in values.values())
+
+
+def _json_rows(text: str) -> list[Any]:
+    """Of JSON lines. Only a line feed ends a line: strings may hold what else Unicode takes for one."""
+    rows = []
+    for number, row in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(row)] if row.strip() else []
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise NotText(f"line {number} is no JSON ({error})") from error
+    return rows
+
+
+def _csv_rows(text: str) -> list[Any]:
+    """Lists of cells, or objects where there is a header. Raises NotText for quotes left open, and cells without a column."""
+    csv.field_size_limit(MAX_TABLE)
+    mark = _delimiter(re.split(r"[\r\n]", text, maxsplit=1)[0])
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    try:
+        lines = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise NotText(f"line {reader.line_num}: a quote in a cell is doubled, and the cell quoted ({error})") from error
+    header = [cell.strip() for cell in lines[0][1]] if lines else []
+    named = any(cell in PATHS for cell in header)
+    if not named and len(header) == 2:
+        return [row for _, row in lines]
+    for number, row in lines[1:]:
+        if named and any(cell.strip() for cell in row[len(header) :]):
+            said = f"line {number} has {len(row)} cells, and the first line {len(header)}"
+            raise NotText(f"{said}: a text with {mark!r} in it is put in quotes")
+    return [dict(zip(header, row, strict=False)) for _, row in lines[1:]]
+
+
+def _delimiter(head: str) -> str:
+    """What divides the cells of the first line: with it one of them is called as paths are, or there are two of them."""
+    cells = {mark: [cell.strip() for cell in next(csv.reader([head], delimiter=mark), [])] for mark in DELIMITERS}
+    named = [mark for mark in DELIMITERS if len(cells[mark]) > 1 and set(cells[mark]) & set(PATHS)]
+    return next(iter([*named, *(mark for mark in DELIMITERS if len(cells[mark]) == 2)]), ",")
+
+
+def _unique(name: str, classes: Iterable[Any]) -> tuple[str, ...]:
+    found = tuple(classes)
+    if not all(isinstance(value, str) for value in found):
+        raise UserError(f"{name}: classes are names")
+    twice = next((value for value, n in Counter(found).items() if n > 1), None)
+    if twice is not None:
+        raise UserError(f"{name}: the class {twice} is there twice")
+    return found

@@ -1,0 +1,218 @@
+"""Images in zip files. Nothing is unpacked to a disk."""
+
+from __future__ import annotations
+
+import lzma
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from workflows.dataset.readers.bundled_tables import own_tables
+from workflows.dataset.readers.decode import MAX_BYTES, START, starts_as_image
+from workflows.dataset.readers.files import File, Files, called, clean, hidden, inside, kinds, line
+from workflows.dataset.readers.image_files import NOT_IMAGES, aside_caption, at, is_image, may_be_image, picked
+from workflows.dataset.readers.labels import Described, Own, describe
+from workflows.dataset.readers.listing import Item, Listing, Unit, taken
+from workflows.dataset.readers.sidecars import Ask
+from workflows.dataset.readers.spread import evenly, grouped
+from workflows.dataset.readers.tables import MAX_TABLE
+from workflows.errors import UserError
+
+MAX_RATIO = 200
+"""Declared bytes over those of the zip file, above which it is a bomb: images are compressed already."""
+BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+"""What zipfile raises on a broken archive, an encrypted member, and a compression that it doesn't know."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """An image of an archive. `key` is its name there, safe and unique; `error` tells why it is not to be read."""
+
+    key: str
+    info: zipfile.ZipInfo
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An open zip file, its images in the order in which they lie, and all other files by their names, safe ones."""
+
+    file: zipfile.ZipFile
+    members: list[Member]
+    others: dict[str, zipfile.ZipInfo]
+
+
+_last: dict[tuple[str, str, str], Archive] = {}
+"""The one that this process read last: the directory of a million members takes seconds to read."""
+
+
+def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Unit, ...], int, Described]:
+    """(units, images of the whole source, labels and captions). Labels of `dataset.json` (EDM's) and of metadata files count as the
+    source's own.
+    """
+    names: list[str] = []
+    spans: list[tuple[File, list[int], int]] = []
+    others: dict[str, tuple[Archive, str]] = {}
+    for file in chosen:
+        prefix = f"{clean(file.name)}/" if len(chosen) > 1 else ""
+        try:
+            archive = _opened(files, file.name)
+            _check_total(archive, file)
+        except (*BROKEN, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = files.lost(error) if isinstance(error, OSError) else f"it is no zip file, or broken: {line(error)}"
+            raise UserError(f"{clean(file.name)} in {files.source}: {reason}") from error
+        spans.append((file, [member.info.file_size for member in archive.members], len(names)))
+        names += [prefix + member.key for member in archive.members]
+        others |= {prefix + name: (archive, name) for name in archive.others}
+    if not names:
+        said = f"; in the zip files are {kinds(others)}" if others else ""
+        raise UserError(f"{files.source} has no images{said}")
+
+    def read(wanted: Sequence[str]) -> Iterator[bytes | str]:
+        for name in wanted:
+            archive, own = others[name]
+            yield _aside(archive, own, files)
+
+    def whole(name: str) -> bytes:
+        (content,) = read([name])
+        if isinstance(content, str):
+            raise UserError(f"{clean(name)} in {files.source}: {content}")
+        return content
+
+    labels, captions, tables, columns = own_tables(list(others), whole, ask)
+    files.leave_columns(columns)
+    about = describe(files, names, ask, Own(list(others), read, labels, captions, zips=len(chosen) > 1))
+    for name in others.keys() - tables - about.used:
+        files.leave(called(name), NOT_IMAGES)
+    units = []
+    for file, sizes, offset in spans:
+        for first, last in grouped(sizes, ask.unit_bytes):
+            index = evenly(len(names), ask.limit, first=offset + first, last=offset + last).tolist()
+            if not index:
+                continue
+            unit = Unit(
+                kind="zip",
+                files=(file.name,),
+                first=first,
+                last=last,
+                offset=offset + first,
+                size=sum(sizes[i - offset] for i in index),
+                labels=picked(about.labels, index),
+                captions=picked(about.captions, index),
+                asides=_within(picked(about.asides, index), f"{clean(file.name)}/" if len(chosen) > 1 else ""),
+            )
+            units.append(unit)
+    return tuple(units), len(names), about
+
+
+def read_zip(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
+    (name,) = unit.files
+    members = taken(listing, unit)
+    try:
+        archive, lost = _cached(files, name, listing.fingerprint), ""
+    except BROKEN as error:
+        archive, lost = None, f"broken since it was listed: {line(error)}"
+    except OSError as error:
+        archive, lost = None, files.lost(error)
+    for i, number in enumerate(members.tolist()):
+        label, caption, aside = at(unit.labels, i), at(unit.captions, i), at(unit.asides, i)
+        if archive is None or number >= len(archive.members):
+            yield Item(f"{clean(name)}#{number}", None, label, caption, lost or "changed since it was listed")
+            continue
+        member = archive.members[number]
+        content = member.error or _content(archive.file, member.info, files)
+        image, error_ = (None, content) if isinstance(content, str) else (content, None)
+        if aside:
+            caption, wrong = aside_caption(aside, _aside(archive, aside, files), listing, files)
+            image, error_ = (None, error_ or wrong) if wrong else (image, error_)
+        yield Item(f"{clean(name)}#{member.key}", image, label, caption, error_)
+
+
+def _within(names: Sequence[str | None], prefix: str) -> tuple[str | None, ...]:
+    """Names of members as their own archive has them."""
+    return tuple(name and name.removeprefix(prefix) for name in names)
+
+
+def _aside(archive: Archive, name: str, files: Files) -> bytes | str:
+    """A member that is no image, or why it can't be read."""
+    info = archive.others.get(name)
+    if info is None:
+        return "changed since it was listed"
+    if info.file_size > MAX_TABLE:
+        return f"it declares {info.file_size:,} bytes, more than {MAX_TABLE:,}"
+    return _refused(info) or _content(archive.file, info, files)
+
+
+def _content(file: zipfile.ZipFile, info: zipfile.ZipInfo, files: Files) -> bytes | str:
+    """The member, or why it can't be read. zipfile reads no more than the size that is declared, which was checked."""
+    try:
+        with file.open(info) as stream:
+            return stream.read(MAX_BYTES)
+    except BROKEN as error:
+        return f"broken in the zip: {line(error)}"
+    except OSError as error:
+        return files.lost(error)
+
+
+def _cached(files: Files, name: str, version: str) -> Archive:
+    key = (files.root, name, version)
+    if key not in _last:
+        archive = _opened(files, name)
+        _last.clear()  # no close: another iterator may be reading it
+        _last[key] = archive
+    return _last[key]
+
+
+def _opened(files: Files, name: str) -> Archive:
+    file = zipfile.ZipFile(files.open(name))
+    members: list[Member] = []
+    others: dict[str, zipfile.ZipInfo] = {}
+    seen: set[str] = set()
+    for info in sorted(file.infolist(), key=lambda info: info.header_offset):
+        key = inside(info.filename)
+        if info.is_dir() or hidden(key):
+            continue
+        if not is_image(key) and not (may_be_image(key) and _starts_as_image(file, info)):
+            others.setdefault(key, info)
+            continue
+        error = _refused(info)
+        if key in seen:
+            key, error = f"{key}~{len(members)}", f"the zip has the name {key} twice"
+        seen.add(key)
+        members.append(Member(key, info, error))
+    return Archive(file, members, others)
+
+
+def _starts_as_image(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    try:
+        with file.open(info) as stream:
+            return starts_as_image(stream.read(START))
+    except (*BROKEN, OSError):
+        return False
+
+
+def _refused(info: zipfile.ZipInfo) -> str | None:
+    if info.flag_bits & 1:
+        return "encrypted"
+    if info.file_size > MAX_BYTES:
+        return f"it declares {info.file_size:,} bytes, more than {MAX_BYTES:,}"
+    return None
+
+
+def _check_total(archive: Archive, file: File) -> None:
+    declared = sum(info.file_size for info in archive.file.infolist())
+    if file.size and declared > MAX_RATIO * file.size and declared > MAX_BYTES:
+        raise UserError(f"{clean(file.name)} declares {declared:,} bytes within {file.size:,}: a zip bomb?")

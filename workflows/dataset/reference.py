@@ -1,0 +1,291 @@
+"""Reference statistics: the data's side of every measure, in a folder that says what it was made of; refused where it does not fit.
+
+<folder>/statistics.safetensors   moments, features for measures of pairs
+<folder>/statistics.json          counts, the fingerprint, and the floor: the distance of half the data to the other half
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from workflows.cluster.session import device_of_task, task_options
+from workflows.config.schema import RunConfig
+from workflows.dataset.extractors import check_extractor
+from workflows.dataset.manifest import Manifest, Shard
+from workflows.dataset.shards import REPAIR, read_shards
+from workflows.dataset.sources import source_of
+from workflows.dataset.sources.folder import checked
+from workflows.errors import UserError
+from workflows.session.context import identity_of
+from workflows.storage.store import fetch
+from workflows.storage.uri import join, shown
+from workflows.storage.workspace import write_json
+
+if TYPE_CHECKING:
+    from mmdistill_core.metrics.statistics import Statistics
+
+TENSORS, ABOUT = "statistics.safetensors", "statistics.json"
+FORMAT = 1
+AGREE = ("extractor", "weights", "resolution", "preprocessing")
+"""What samples and a reference must have in common to be compared at all. Their data and counts may differ, and are shown."""
+
+
+ROWS = 4096
+"""Images whose features are taken at once."""
+FLOORS = 3
+AT_HAND = 4 * 2**20
+"""Bytes of images whose statistics the driver takes itself, in less time than a Ray task's process takes to start."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    fingerprint  data, rows, count, resolution, preprocessing, extractor, weights
+    floor        Frechet distance of one half of `near` to the other: what no sampler of so few beats by much
+    """
+
+    statistics: Statistics
+    fingerprint: dict[str, Any]
+    floor: dict[str, float]
+
+
+def save_reference(folder: Path, reference: Reference) -> None:
+    from safetensors.torch import save_file
+
+    s, tensors = reference.statistics, {"near": reference.statistics.near.contiguous()}
+    for name, m in (("features", s.features), ("pixels", s.pixels)):
+        if m is not None:
+            tensors |= {f"{name}.mean": m.mean, f"{name}.scatter": m.scatter}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / TENSORS)
+    about = {"format": FORMAT, "count": s.count, "near": len(s.near), "floor": reference.floor}
+    write_json(folder / ABOUT, about | {"fingerprint": reference.fingerprint})
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """statistics.json. Raises UserError for a folder that holds no statistics."""
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        if about["format"] == FORMAT and (folder / TENSORS).is_file() and set(AGREE) <= about["fingerprint"].keys():
+            return dict(about)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(
+        f"reference: {folder} holds no statistics of format {FORMAT} ({ABOUT} and {TENSORS})",
+        hint="name a folder that `mmdistill run` wrote: <workspace>/stages/prepare-<key>/statistics/<rows>",
+    )
+
+
+def load_reference(folder: Path) -> Reference:
+    from safetensors.torch import load_file
+
+    from mmdistill_core.metrics.frechet import Moments
+    from mmdistill_core.metrics.statistics import Statistics
+
+    about, tensors = read_about(folder), load_file(folder / TENSORS)
+
+    def moments(name: str) -> Moments:
+        return Moments(about["count"], tensors[f"{name}.mean"], tensors[f"{name}.scatter"])
+
+    pixels = moments("pixels") if "pixels.mean" in tensors else None
+    statistics = Statistics(moments("features"), pixels, tensors["near"], logits=None, predicted=None)
+    return Reference(statistics, about["fingerprint"], about["floor"])
+
+
+def reference_folder(config: RunConfig, statistics: str) -> Path:
+    """The statistics that samples are measured against: the user's, or the run's own, which are below `statistics`."""
+    return fetch(config.evaluate.reference or join(statistics, config.data.reference))
+
+
+def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) -> Path:
+    """`reference_folder`, if its fingerprint fits what `prepare` returned. Raises UserError that names what differs."""
+    folder, own = reference_folder(config, statistics), result["statistics"][config.data.reference]["fingerprint"]
+    about, neighbours = read_about(folder), config.evaluate.neighbours
+    found = about["fingerprint"]
+    fields = AGREE if config.evaluate.reference else tuple(own)
+    if wrong := [f"{f} {found.get(f)!r} where this run has {own[f]!r}" for f in fields if found.get(f) != own[f]]:
+        raise UserError(
+            f"reference: the statistics in {folder} are of {', '.join(wrong)}",
+            hint="a distance between features made in two ways means nothing; leave out evaluate.reference to use the run's own",
+        )
+    if about["near"] <= neighbours:
+        raise UserError(
+            f"evaluate.neighbours: {neighbours} is too many for the {about['near']} features kept in {folder}"
+        )
+    return folder
+
+
+def check_inputs(config: RunConfig) -> None:
+    """The files and folders that the configuration names, before anything starts. Raises UserError."""
+    if config.data.source == "folder":
+        checked(config.data.path)
+    check_extractor(config.data.extractor, config.data.extractor_weights, source_of(config.data).shape)
+    if config.evaluate.reference:
+        found = read_about(reference_folder(config, ""))["fingerprint"]["extractor"]
+        if found != config.data.extractor:
+            raise UserError(
+                f"evaluate.reference: its features are of extractor {found!r}, this run's of {config.data.extractor!r}",
+                hint=f"set data.extractor={found}, or leave out evaluate.reference",
+            )
+
+
+# Built
+
+
+def about_of(manifest: Manifest, extractor: Any) -> dict[str, Any]:
+    """The fingerprint of statistics of these images in these features, but for the rows and their count."""
+    return {
+        "data": manifest.fingerprint,
+        "resolution": list(manifest.shape),
+        "preprocessing": f"{manifest.preprocessing}, [0, 1] to [-1, 1]; {extractor.preprocessing}",
+        "extractor": extractor.kind,
+        "weights": extractor.fingerprint(),
+    }
+
+
+def kept_reference(root: str, manifest: Manifest, which: str, *, near: int, fingerprint: dict[str, Any]) -> Path | None:
+    """The folder of the data set's own statistics of these rows, if they are what would be built.
+
+    Raises UserError where they are not those that the manifest names.
+    """
+    kept = manifest.statistics.get("rows", {}).get(which)
+    if kept is None or kept["near"] != min(near, kept["count"]):
+        return None
+    folder = fetch(join(root, "statistics", which))
+    files = (folder / TENSORS, folder / ABOUT)
+    if not all(file.is_file() for file in files) or identity_of(*files) != kept["identity"]:
+        raise UserError(f"{shown(root)}/statistics/{which}: the statistics differ from the manifest", hint=REPAIR)
+    return folder if read_about(folder)["fingerprint"] == fingerprint else None
+
+
+def build_reference(
+    root: str,
+    manifest: Manifest,
+    which: str,
+    *,
+    extractor: str,
+    near: int,
+    seed: int,
+    fingerprint: dict[str, Any],
+    cpus: int,
+    tick: Callable[[int], None],
+    task: dict[str, Any] | None = None,
+    device: str = "cpu",
+) -> Reference:
+    """Statistics of these rows of a data set, by a Ray task a shard, `cpus` and a few at a time, or at once where the images are
+    few; features of `near` of them are kept. `task` is what Ray gives each task, `device` where it computes.
+    """
+    import torch
+
+    from mmdistill_core.metrics.statistics import merged
+    from mmdistill_core.rng import generator
+
+    shards = [shard for shard in manifest.shards if shard.count(which)]
+    counts = [shard.count(which) for shard in shards]
+    chosen = torch.randperm(sum(counts), generator=generator(seed, 6))[:near].sort().values
+    own = [part.numpy() - first for part, first in _by_shard(chosen, counts)]
+    parts: dict[int, tuple[Any, Any]] = {}
+
+    def add(i: int, part: tuple[Any, Any]) -> None:
+        parts[i] = part
+        tick(sum(counts[i] for i in parts))
+
+    if device == "cpu" and fingerprint["extractor"] != "inception" and manifest.in_memory() <= AT_HAND:
+        with _one_thread():
+            for i, shard in enumerate(shards):
+                add(i, statistics_of(extractor, root, manifest, shard, which, own[i]))
+    else:
+        _spread(shards, (extractor, root, manifest, which, device), own, cpus, task, add)
+    ordered = [parts[i] for i in range(len(shards))]
+    statistics = merged([part for part, _ in ordered])
+    pixels = torch.cat([images for _, images in ordered]).flatten(1) if statistics.pixels else None
+    return Reference(statistics, fingerprint, floor(statistics.near, pixels))
+
+
+def _spread(
+    shards: list[Shard],
+    of: tuple[str, str, Manifest, str, str],
+    own: list[np.ndarray],
+    cpus: int,
+    task: dict[str, Any] | None,
+    add: Callable[[int, tuple[Any, Any]], None],
+) -> None:
+    """`statistics_of` each shard as a Ray task; `add(i, its result)` as they come."""
+    import ray
+
+    extractor, root, manifest, which, device = of
+    remote, about = ray.remote(**task or task_options(use_gpu=False))(statistics_of), ray.put(manifest)
+    waiting, running = list(range(len(shards))), dict[Any, int]()
+    while waiting or running:
+        while waiting and len(running) < cpus + 2:
+            i = waiting.pop(0)
+            running[remote.remote(extractor, root, about, shards[i], which, own[i], device)] = i
+        for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
+            add(running.pop(done), ray.get(done))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _by_shard(chosen: Any, counts: list[int]) -> Iterator[tuple[Any, int]]:
+    """Of sorted indices over all shards, those within each, and the index of the shard's first row."""
+    first = 0
+    for count in counts:
+        yield chosen[(chosen >= first) & (chosen < first + count)], first
+        first += count
+
+
+def statistics_of(
+    extractor: str, root: str, manifest: Manifest, shard: Shard, which: str, near: np.ndarray, device: str = "cpu"
+) -> tuple[Any, Any]:
+    """`statistics` of a shard as a Ray task: on one thread, from the extractor's folder; without the predictions, which only
+    samples need. And the images [len(near), c, h, w], where their pixels are compared.
+    """
+    import torch
+
+    from mmdistill_core.artifact import load_extractor
+    from mmdistill_core.engine.batches import centred
+    from mmdistill_core.metrics.statistics import merged, statistics
+
+    torch.set_num_threads(1)
+    device = device_of_task(device)
+    images, network = read_shards(root, manifest, [shard], which).images, load_extractor(fetch(extractor)).to(device)
+    values, kept, parts = torch.from_numpy(images.copy()), torch.from_numpy(near.copy()), []
+    for first in range(0, len(values), ROWS):
+        part = centred(values[first : first + ROWS].to(device))
+        parts.append(statistics(network, part, near=kept[(kept >= first) & (kept < first + ROWS)] - first))
+    whole = replace(merged(parts), logits=None, predicted=None)
+    return whole, centred(values[kept]) if whole.pixels else None
+
+
+def floor(features: Any, pixels: Any) -> dict[str, float]:
+    """The distance of one half to the other, mean over FLOORS splits."""
+    import torch
+
+    from mmdistill_core.metrics.frechet import frechet_distance, moments
+    from mmdistill_core.rng import generator
+
+    out: dict[str, list[float]] = {}
+    for seed in range(FLOORS):
+        order = torch.randperm(len(features), generator=generator(seed, 4))
+        half = len(order) // 2
+        for name, values in (("frechet", features), ("frechet_pixels", pixels)):
+            if values is not None:
+                a, b = values[order[:half]], values[order[half : 2 * half]]
+                out.setdefault(name, []).append(frechet_distance(moments(a), moments(b)))
+    return {name: float(np.mean(values)) for name, values in out.items()}

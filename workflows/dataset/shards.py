@@ -1,0 +1,370 @@
+"""One shard: rows to the bytes of a Parquet file, and back.
+
+Columns: image (the bytes of a tensor, or a PNG), label, holdout, key (its name in the source), and those that the manifest names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from workflows.dataset.manifest import (
+    FEWEST,
+    MANIFEST,
+    Manifest,
+    Shard,
+    Sum,
+    fingerprint,
+    read_manifest,
+    write_manifest,
+)
+from workflows.errors import UserError
+from workflows.storage.s3 import again, filesystem
+from workflows.storage.store import delete, read, write
+from workflows.storage.uri import join, shown
+
+AT_ONCE = 4
+POOL = 100_000
+"""Labels in a pool, some more than so many."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """images [n, c, h, w], bytes or float32 in [-1, 1]; label [n] int64, 0 where there are no classes; holdout [n]; key and caption
+    lists of n; `columns` further tensors [n, ...].
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    holdout: np.ndarray
+    keys: Sequence[str]
+    captions: Sequence[str | None] | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def encode(rows: Rows, encoding: str) -> bytes:
+    """A Parquet file of the rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {
+        "image": pa.array(map(png_of, rows.images), pa.binary()) if encoding == "png" else _tensors(rows.images),
+        "label": pa.array(rows.labels.astype(np.int64)),
+        "holdout": pa.array(rows.holdout.astype(bool)),
+        "key": pa.array(list(rows.keys), pa.string()),
+    }
+    if rows.captions is not None:
+        columns["caption"] = pa.array(list(rows.captions), pa.string())
+    columns |= {name: _tensors(values) for name, values in rows.columns.items()}
+    sink = io.BytesIO()
+    pq.write_table(
+        pa.table(columns), sink, compression="zstd", use_dictionary=["key"], write_statistics=False, row_group_size=8192
+    )
+    return sink.getvalue()
+
+
+def decode(
+    data: bytes,
+    manifest: Manifest,
+    columns: Sequence[str] = ("image", "label", "holdout"),
+    rows: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Columns of a shard, of these `rows`: arrays, and lists of strings. Tensors have the manifest's shape and type."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(data), columns=list(columns), use_threads=True)
+    if rows is not None:
+        table = table.take(pa.array(rows))
+    out: dict[str, Any] = {}
+    for name in columns:
+        values = table.column(name)
+        if name == "image" and manifest.encoding == "png":
+            out[name] = _decoded(values.to_pylist(), manifest.shape)
+        elif name == "image":
+            out[name] = _array(values, manifest.shape, manifest.encoding)
+        elif name in ("label", "holdout"):
+            out[name] = values.to_numpy()
+        elif name in ("key", "caption"):
+            out[name] = values.to_pylist()
+        else:
+            about = manifest.columns[name]
+            out[name] = _array(values, tuple(about["shape"]), about["dtype"])
+    return out
+
+
+def _tensors(values: np.ndarray) -> Any:
+    import pyarrow as pa
+
+    values = np.ascontiguousarray(values)
+    kind = pa.binary(values.nbytes // max(1, len(values)))
+    return pa.FixedSizeBinaryArray.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
+def _array(column: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    parts = []
+    for chunk in column.chunks:
+        width = chunk.type.byte_width
+        flat = np.frombuffer(chunk.buffers()[1], np.uint8)[chunk.offset * width : (chunk.offset + len(chunk)) * width]
+        parts.append(flat.view(dtype).reshape(len(chunk), *shape))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty((0, *shape), dtype)
+
+
+def png_of(image: np.ndarray) -> bytes:
+    from PIL import Image
+
+    sink = io.BytesIO()
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(sink, "PNG", compress_level=6)
+    return sink.getvalue()
+
+
+def _decoded(images: list[bytes], shape: tuple[int, int, int]) -> np.ndarray:
+    from PIL import Image
+
+    out = np.empty((len(images), *shape), np.uint8)
+    for i, data in enumerate(images):
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            pixels = np.asarray(image)
+        out[i] = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return out
+
+
+def save_shard(root: str | Path, file: str, rows: Rows, encoding: str) -> dict[str, Any]:
+    """Writes it, and gives what its manifest needs: `shard`, images of each `labels`, and the sums of all rows' and the held
+    out ones' digests.
+    """
+    data = encode(rows, encoding)
+    write(join(root, file), data)
+    digests = _digests(rows)
+    total, held = Sum(), Sum()
+    total.add(digests)
+    held.add(d for d, out in zip(digests, rows.holdout, strict=True) if out)
+    labels, counts = np.unique(rows.labels, return_counts=True)
+    shard = {
+        "file": file,
+        "rows": len(rows.labels),
+        "held_out": int(rows.holdout.sum()),
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    return {
+        "shard": shard,
+        "labels": {str(label): int(n) for label, n in zip(labels, counts, strict=True)},
+        "sum": total.hex(),
+        "held_sum": held.hex(),
+    }
+
+
+def _digests(rows: Rows) -> list[bytes]:
+    captions = rows.captions or [None] * len(rows.labels)
+    out = []
+    for image, label, caption in zip(rows.images, rows.labels.astype("<i8"), captions, strict=True):
+        row = hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=Sum.BITS // 8)
+        row.update(label.tobytes() + (caption or "").encode())
+        out.append(row.digest())
+    return out
+
+
+def held_out(keys: Sequence[str], share: float) -> np.ndarray:
+    """Which rows are held out: those whose key's hash, read as a fraction in [0, 1), lies below `share`. [n] bool.
+
+    The rows of a smaller share are among those of a larger one.
+    """
+    hashes = (hashlib.blake2b(key.encode(), digest_size=4).digest() for key in keys)
+    return np.array([int.from_bytes(h, "big") / 2**32 < share for h in hashes], bool)
+
+
+def load_shard(root: str | Path, shard: Shard) -> bytes:
+    """Its bytes, as the manifest has them. Raises UserError where they differ."""
+    for last in (False, True):
+        try:
+            data = read(join(root, shard.file))
+        except FileNotFoundError:
+            raise UserError(f"{shown(join(root, shard.file))}: the shard is missing", hint=REPAIR) from None
+        if hashlib.sha256(data).hexdigest() == shard.sha256:
+            return data
+        if last:
+            break
+    raise UserError(f"{shown(join(root, shard.file))}: the shard differs from its manifest", hint=REPAIR)
+
+
+REPAIR = "remove its manifest.json and prepare the data set again; or restore the file from a copy"
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set in memory, in the order of its shards."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    holdout: np.ndarray
+
+    def rows(self, which: str) -> Arrays:
+        """ "all" of them, those of the "holdout", or the "rest"."""
+        if which == "all":
+            return self
+        keep = {"holdout": self.holdout, "rest": ~self.holdout}[which]
+        return Arrays(self.images[keep], self.labels[keep], self.holdout[keep])
+
+
+def read_shards(root: str | Path, manifest: Manifest, shards: Sequence[Shard], which: str = "all") -> Arrays:
+    """The rows of these shards."""
+
+    def one(shard: Shard) -> Arrays:
+        got = decode(load_shard(root, shard), manifest)
+        return Arrays(got["image"], got["label"], got["holdout"]).rows(which)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        parts = list(pool.map(one, shards))
+    if len(parts) == 1:
+        return parts[0]
+    return Arrays(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "holdout"))
+    )
+
+
+def read_rows(root: str | Path, manifest: Manifest, rows: np.ndarray) -> Arrays:
+    """These rows (sorted numbers over all shards), one shard in memory at a time."""
+    first, parts = 0, []
+    for shard in manifest.shards:
+        own = rows[(rows >= first) & (rows < first + shard.rows)] - first
+        first += shard.rows
+        if len(own):
+            got = decode(load_shard(root, shard), manifest, rows=own)
+            parts.append((got["image"], got["label"], got["holdout"]))
+    return Arrays(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def read_all(root: str | Path, which: str = "all") -> Arrays:
+    manifest = read_manifest(root)
+    return read_shards(root, manifest, manifest.shards, which)
+
+
+def read_labels(root: str | Path, manifest: Manifest, which: str = "all") -> np.ndarray:
+    """The labels of these rows in the order of the shards, from their column alone: no image is read, and no hash compared."""
+
+    def one(shard: Shard) -> np.ndarray:
+        table = _columns(join(root, shard.file), ["label", "holdout"])
+        if table is None or table.num_rows != shard.rows:
+            raise UserError(f"{shown(join(root, shard.file))}: the shard differs from its manifest", hint=REPAIR)
+        labels, held = table.column("label").to_numpy(), table.column("holdout").to_numpy()
+        return {"all": labels, "holdout": labels[held], "rest": labels[~held]}[which]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return np.concatenate(list(pool.map(one, manifest.shards)))
+
+
+def _columns(uri: str, names: list[str]) -> Any:
+    """These columns of a Parquet file, by reading no others; None where it is no such file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fs, path = filesystem(uri)
+
+    def get() -> Any:
+        with fs.open(path, "rb", block_size=2**20) as file:
+            return pq.read_table(file, columns=names, use_threads=False)
+
+    try:
+        return again(get, uri)
+    except FileNotFoundError:
+        raise UserError(f"{shown(uri)}: the shard is missing", hint=REPAIR) from None
+    except pa.ArrowException:
+        return None
+
+
+def label_pool(root: str | Path, which: str, *, most: int) -> np.ndarray:
+    """Labels to draw from, as often as they are in the data: those of the rows themselves where the images take at most `most`
+    bytes, else as the manifest counts them.
+    """
+    manifest = read_manifest(root)
+    if manifest.in_memory() <= most:
+        return read_labels(root, manifest, which)
+    counts = np.array([manifest.labels.get(str(c), 0) for c in range(max(1, manifest.num_classes))])
+    return np.repeat(np.arange(len(counts)), np.ceil(counts * min(1.0, POOL / counts.sum())).astype(int))
+
+
+def write_shards(
+    root: str | Path,
+    *,
+    source: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    holdout: float,
+    rows: int,
+    classes: Sequence[str] = (),
+    preprocessing: str = "whole images",
+) -> Manifest:
+    """Images in memory, [n, c, h, w] in [0, 1], and labels [n] as a data set of shards of at most `rows`. `holdout`: the share
+    of rows, chosen by hash of their index, that are marked as held out.
+
+    Raises UserError for images of another shape or range.
+    """
+    _check(source, images)
+    delete(join(root, MANIFEST))
+    delete(join(root, "shards"))
+    made = []
+    for start in range(0, len(images), rows):
+        part = slice(start, start + rows)
+        keys = [str(i) for i in range(start, min(start + rows, len(images)))]
+        pixels = images[part].astype(np.float32) * 2 - 1
+        made.append(
+            save_shard(
+                root,
+                f"shards/{start // rows:05d}.parquet",
+                Rows(pixels, labels[part], held_out(keys, holdout), keys),
+                "float32",
+            )
+        )
+    manifest = manifest_of(
+        made, source=source, shape=images.shape[1:], encoding="float32", num_classes=num_classes, classes=tuple(classes),
+        preprocessing=preprocessing,
+    )  # fmt: skip
+    write_manifest(root, manifest)
+    return manifest
+
+
+def _check(source: str, images: np.ndarray) -> None:
+    if images.ndim != 4:
+        raise UserError(f"{source}: images [n, c, h, w] are expected, got {list(images.shape)}")
+    if len(images) < FEWEST:
+        raise UserError(f"{source}: {len(images)} images; at least {FEWEST} are needed")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):  # nan, too, is out of range
+        hint = "divide them by 255" if low >= 0 and 1 < high <= 255 else ""
+        raise UserError(f"{source}: values in [0, 1] are expected, got [{low:g}, {high:g}]", hint=hint)
+
+
+def manifest_of(
+    made: Sequence[dict[str, Any]], *, shape: Sequence[int], encoding: str, num_classes: int, **about: Any
+) -> Manifest:
+    """The manifest of shards that `save_shard` made, in their order; `about`: Manifest's other fields."""
+    shards = tuple(Shard(**m["shard"]) for m in made)
+    total, held, labels = Sum(), Sum(), dict.fromkeys(map(str, range(num_classes)), 0)
+    for m in made:
+        total.merge(m["sum"])
+        held.merge(m["held_sum"])
+        for label, n in m["labels"].items():
+            if num_classes:
+                labels[label] += n
+    count, out = sum(s.rows for s in shards), sum(s.held_out for s in shards)
+    return Manifest(
+        count=count,
+        held_out=out,
+        shape=(int(shape[0]), int(shape[1]), int(shape[2])),
+        encoding=encoding,
+        num_classes=num_classes,
+        labels=labels,
+        fingerprint=fingerprint(total, count),
+        held_fingerprint=fingerprint(held, out),
+        shards=shards,
+        **about,
+    )

@@ -1,0 +1,485 @@
+"""`mmdistill prepare SOURCE DEST`: images from wherever they are become a data set, by tasks that each write shards of a part.
+
+DEST/shards/<plan>-<part>-<n>.parquet   the rows, 64 MB a shard or so
+DEST/.parts/<plan>/<part>.json          a part that is whole; a preparation that goes on skips it. Removed at the end
+DEST/manifest.json                      last
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import platform
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from rich.markup import escape
+
+from workflows.cluster.session import device_of_task, task_options
+from workflows.dataset.extractors import check_extractor
+from workflows.dataset.manifest import FEWEST, MANIFEST, Manifest, Sum, is_data_set, read_manifest, write_manifest
+from workflows.dataset.readers import Item, Listing, Unit, list_source, read_unit
+from workflows.dataset.readers.files import DENIED, LeftOut
+from workflows.dataset.shards import Rows, held_out, manifest_of, save_shard
+from workflows.errors import UserError
+from workflows.ingest.encoders import Encoders
+from workflows.ingest.options import Preparation
+from workflows.ingest.statistics import statistics_are_whole, statistics_for
+from workflows.ingest.summary import UNLABELLED, kind_of, taken_of
+from workflows.rendering.screen import Screen, short
+from workflows.storage import s3
+from workflows.storage import store as storage
+from workflows.storage.s3 import again, explained
+from workflows.storage.uri import join, resolved, shown
+from workflows.storage.workspace import git_commit
+
+UNIT = 2**20
+"""Bytes of the source that are never divided further."""
+PARTS, SMALL = 16, 1000
+"""A source that would fill few shards is cut into so many parts, of at least so many images, for the sake of those who wait."""
+GUESS = 100_000
+"""Bytes of an image of a source that doesn't tell its count."""
+OWN = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM))
+"""Errors of writing, which the command line explains."""
+READERS = 8
+"""Units that are read at once where nothing is decoded."""
+LISTED = 1000
+"""Skipped images that the manifest names."""
+
+
+@lru_cache(maxsize=1)
+def _encoders(latents: str | None, text: str | None, size: int, device: str) -> Encoders:
+    """A task's process keeps them for the next."""
+    return Encoders(latents, text, size=size, device=device)
+
+
+@dataclass
+class Tally:
+    """What the parts have come to."""
+
+    parts: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return sum(part["images"] for part in self.parts.values())
+
+    @property
+    def bad(self) -> int:
+        return sum(part["bad"] for part in self.parts.values())
+
+    @property
+    def captioned(self) -> int:
+        return sum(part["captioned"] for part in self.parts.values())
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Why images were left out, by kind."""
+        return sum((Counter(part["reasons"]) for part in self.parts.values()), Counter[str]())
+
+    @property
+    def left_out(self) -> LeftOut:
+        return sum((_left_out(part["left_out"]) for part in self.parts.values()), LeftOut())
+
+    @property
+    def content(self) -> str:
+        """Of all that was read: the sum of the items' digests."""
+        total = Sum()
+        for part in self.parts.values():
+            total.merge(part["content"])
+        return total.hex()
+
+    def listed(self) -> list[dict[str, str]]:
+        return [entry for _, part in sorted(self.parts.items()) for entry in part["listed"]][:LISTED]
+
+
+def _left_out(entries: Sequence[Sequence[Any]]) -> LeftOut:
+    return LeftOut({(what, why): count for what, why, count in entries})
+
+
+def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
+    """Writes the data set, or the rest of one that was begun; one that is there is left as it is. Ray is up.
+
+    Raises UserError where the source can't be read, too much of it is broken, or DEST holds something else.
+    """
+    p = replace(preparation, source=resolved(preparation.source), dest=resolved(preparation.dest))
+    for outer, inner in ((p.source, p.dest), (p.dest, p.source)):
+        if f"{inner}/".startswith(f"{outer}/"):
+            raise UserError(f"{shown(inner)}: lies in {shown(outer)}", hint="name a folder beside the source")
+    storage.check(p.dest)
+    with screen.status(f"listing {escape(shown(p.source))}"):
+        listing = list_source(
+            p.source,
+            labels=p.labels,
+            captions=p.captions,
+            label_column=p.label_column,
+            image_column=p.image_column,
+            caption_column=p.caption_column,
+            unit_bytes=UNIT,
+            limit=p.limit,
+            filesystem=s3.filesystem(p.source)[0],
+        )
+    with screen.status("loading the encoders"):
+        columns = Encoders(p.latents, p.text_encoder, size=p.size).columns() if p.encoded else {}
+    if p.text_encoder and not listing.captioned:
+        raise UserError(f"--text-encoder: {shown(p.source)} has no captions", hint="name them with --captions")
+    if p.extractor in ("classifier", "mixture") and not listing.labelled:
+        raise UserError(
+            f"--extractor: {p.extractor} needs labels, and {shown(p.source)} has none",
+            hint="pixels or inception need none",
+        )
+    if p.extractor:
+        check_extractor(p.extractor, p.extractor_weights, p.shape, "--extractor")
+    plan = p.key(listing, columns)
+    if is_data_set(p.dest) and (there := _there(p, listing, columns, screen)):
+        return there
+    for note in listing.notes:
+        screen.line(f"[yellow]![/] {escape(note)}")
+    tally = _write_parts(p, listing, plan, screen)
+    manifest = _manifest(p, listing, columns, tally)
+    if p.extractor:
+        manifest = replace(manifest, statistics=statistics_for(p, manifest, screen))
+    if is_data_set(p.dest) or not _whole(p.dest, manifest):
+        raise UserError(f"{shown(p.dest)}: another preparation wrote there meanwhile", hint="name another folder")
+    write_manifest(p.dest, manifest)
+    _tidy(p.dest, manifest)
+    said = f", {tally.bad:,} left out" if tally.bad else ""
+    screen.line(
+        f"[green]✓[/] [bold]{shown(p.dest)}[/]  {manifest.count:,} images "
+        f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{said}  [dim]{manifest.fingerprint}[/]"
+    )
+    _say_taken(manifest, screen)
+    return manifest
+
+
+def _say_taken(manifest: Manifest, screen: Screen) -> None:
+    if manifest.taken:
+        screen.line(f"  {escape(manifest.taken['said'])}")
+
+
+def _is_same(p: Preparation, listing: Listing, columns: dict[str, Any], there: Manifest, screen: Screen) -> bool:
+    """Whether the data set that is there was made of this source. Where files' times alone differ, all are read to tell."""
+    if there.options.get("same") == p.same(listing, columns):
+        return True
+    alike = p.ways(columns) == there.options.get("ways") and there.classes == listing.classes
+    if not alike or there.options.get("names") != listing.content:
+        return False
+    with screen.status("the files' times differ: comparing their contents"):
+        return bool(content_of(p, listing) == there.options.get("content"))
+
+
+def content_of(p: Preparation, listing: Listing) -> str:
+    """The sum of the digests of all that a source holds, as `Tally.content` has it. Nothing is decoded."""
+    fs, total = s3.filesystem(p.source)[0], Sum()
+
+    def of(unit: Unit) -> list[bytes]:
+        return again(lambda: [digest_of(item) for item in read_unit(listing, unit, fs)], p.source)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        for digests in pool.map(of, listing.units):
+            total.add(digests)
+    return total.hex()
+
+
+def digest_of(item: Item) -> bytes:
+    about = json.dumps([item.key, item.label, item.caption, item.error])
+    digest = hashlib.blake2b(about.encode(), digest_size=Sum.BITS // 8)
+    digest.update(item.image or b"")
+    return digest.digest()
+
+
+def _there(p: Preparation, listing: Listing, columns: dict[str, Any], screen: Screen) -> Manifest | None:
+    """The data set that is there already, with the statistics that are asked for; None if some of it is gone."""
+    there = read_manifest(p.dest)
+    if not _is_same(p, listing, columns, there, screen):
+        raise UserError(
+            f"{shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
+            hint="name another folder, or remove that one",
+        )
+    if not _whole(p.dest, there):
+        screen.line(f"[yellow]![/] {shown(p.dest)}: shards are missing: it is made again")
+        storage.delete(join(p.dest, MANIFEST))
+        return None
+    screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
+    if p.extractor is None or (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
+        _say_taken(there, screen)
+        return there
+    write_manifest(p.dest, replace(there, statistics={}))  # who reads it meanwhile takes none for others
+    there = replace(there, statistics=statistics_for(p, there, screen))
+    write_manifest(p.dest, there)
+    screen.line(f"[green]✓[/] its reference statistics are in features of {p.extractor}")
+    _say_taken(there, screen)
+    return there
+
+
+def _whole(dest: str, manifest: Manifest) -> bool:
+    """Whether all its shards are there, by name and size."""
+    there = storage.listing(join(dest, "shards"))
+    sizes = {f"shards/{name}": entry.size for name, entry in there.items()}
+    return all(sizes.get(shard.file) == shard.size for shard in manifest.shards)
+
+
+def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) -> Tally:
+    import ray
+
+    from workflows.dataset.streaming import spread
+
+    groups = grouped(listing, p.rows)
+    folder = join(p.dest, ".parts", plan)
+    tally = Tally(_done(folder, p.dest))
+    if tally.parts:
+        screen.line(f"  goes on: {len(tally.parts)} of {len(groups)} parts are there, {tally.images:,} images")
+    bare, resources = replace(listing, units=()), ray.cluster_resources()
+    # Encoders run on GPUs where there are any.
+    use_gpu = p.encoded and resources.get("GPU", 0) >= 1
+    at_once, device = int(resources.get("GPU" if use_gpu else "CPU", 1)), "cuda" if use_gpu else "cpu"
+    task = {name: value for name, value in task_options(use_gpu=use_gpu).items() if name != "max_retries"}
+    waiting = [(number, units) for number, units in enumerate(groups) if number not in tally.parts]
+
+    def work(item: tuple[int, Sequence[Unit]]) -> Iterator[dict[str, Any]]:
+        yield write_surely(p, bare, plan, *item, device)
+
+    with screen.bars():
+        bar = screen.bar("prepare", listing.count or len(groups), unit="images" if listing.count else "parts")
+
+        def show() -> None:
+            skipped = f"{short(tally.bad)} skipped" if tally.bad else ""
+            bar.update(tally.images + tally.bad if listing.count else len(tally.parts), skipped)
+
+        show()
+        for part in spread(waiting, work, at_once=at_once, options=task):
+            tally.parts[int(part["number"])] = part
+            show()
+            _check_bad(p, listing, tally, whole=False)
+    _check_bad(p, listing, tally, whole=True)
+    return tally
+
+
+def grouped(listing: Listing, rows: int) -> list[tuple[Unit, ...]]:
+    """The units in order, those together that should about fill a shard of `rows`."""
+    each = sum(unit.size for unit in listing.units) / listing.count if listing.count else GUESS
+    expected = [unit.size / max(each, 1) for unit in listing.units]
+    most = min(rows, max(SMALL, sum(expected) / PARTS))
+    groups: list[list[Unit]] = []
+    filled = math.inf
+    for unit, n in zip(listing.units, expected, strict=True):
+        if filled + n > most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(unit)
+        filled += n
+    if listing.units[0].kind != "images":
+        return [tuple(group) for group in groups]
+    # Files in the order of their names are in the order of their classes: each part gets some of all.
+    return [tuple(listing.units[i :: len(groups)]) for i in range(len(groups))]
+
+
+def _done(folder: str, dest: str) -> dict[int, dict[str, Any]]:
+    """The parts that are whole, with all their shards, by number; not those that lacked rights, which they may have by now."""
+    sizes = {name: entry.size for name, entry in storage.listing(join(dest, "shards")).items()}
+    done = {}
+    for name in storage.listing(folder):
+        if not re.fullmatch(r"[0-9]+\.json", name):
+            continue  # half a note
+        part = json.loads(storage.read(join(folder, name)))
+        shards = [made["shard"] for made in part["made"]]
+        if not part["denied"] and all(sizes.get(s["file"].removeprefix("shards/")) == s["size"] for s in shards):
+            done[int(part["number"])] = part
+    return done
+
+
+def write_surely(
+    p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str
+) -> dict[str, Any]:
+    """`write_part`, begun again while a store does not answer. Raises UserError where the source can't be read now."""
+    try:
+        return again(lambda: write_part(p, listing, plan, number, units, device), p.source)
+    except OSError as error:
+        if error.errno in OWN:
+            raise
+        raise explained(error, p.source) from error
+
+
+def write_part(
+    p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str = "cpu"
+) -> dict[str, Any]:
+    """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
+    encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
+    # Of tars that is known when they are read.
+    may_have = bool(listing.captioned or (listing.kind == "webdataset" and listing.caption_columns))
+    shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=may_have, encoders=encoders)
+    denied, captioned, listed = 0, 0, list[dict[str, str]]()
+    reasons, left_out, content = Counter[str](), LeftOut(), Sum()
+    fs = s3.filesystem(p.source)[0]
+    for unit in units:
+        for item in read_unit(listing, unit, fs, left_out):
+            content.add([digest_of(item)])
+            reason = item.error or (UNLABELLED if listing.labelled and item.label is None else "")
+            if not reason:
+                assert item.image is not None
+                reason = shards.add(item.key, item.image, item.label or 0, item.caption)
+            if reason:
+                reasons[kind_of(reason)] += 1
+                denied += reason == DENIED
+                listed += [{"path": item.key, "reason": reason}] if len(listed) < LISTED else []
+            else:
+                captioned += item.caption is not None
+    shards.flush()
+    part = {
+        "number": number,
+        "made": shards.made,
+        "images": shards.images,
+        "captioned": captioned,
+        "bad": reasons.total(),
+        "reasons": reasons,
+        "listed": listed,
+        "left_out": [[what, why, count] for (what, why), count in left_out.items()],
+        "content": content.hex(),
+        "denied": denied,
+    }
+    storage.write(join(p.dest, ".parts", plan, f"{number:05d}.json"), json.dumps(part).encode())
+    return part
+
+
+class Shards:
+    """Images as they come, to shards of `rows`."""
+
+    def __init__(self, p: Preparation, name: str, *, captioned: bool, encoders: Encoders | None) -> None:
+        self.p, self.name, self.captioned, self.encoders = p, name, captioned, encoders
+        self.made: list[dict[str, Any]] = []
+        self.images = 0
+        self._rows: list[tuple[str, np.ndarray, int, str | None]] = []
+
+    def add(self, key: str, image: bytes, label: int, caption: str | None) -> str:
+        """Why it is left out, or nothing."""
+        from workflows.dataset.readers.decode import BadImage, decode
+
+        p = self.p
+        try:
+            pixels = decode(image, size=p.size, channels=p.channels, crop=p.crop, rng_key=f"{p.seed} {key}", name=key)
+        except BadImage as error:
+            return str(error)
+        self.images += 1
+        self._rows.append((key, pixels, label, caption))
+        if p.flip:
+            self._rows.append((f"{key} mirrored", np.ascontiguousarray(pixels[:, :, ::-1]), label, caption))
+        if len(self._rows) >= p.rows:
+            self.flush()
+        return ""
+
+    def flush(self) -> None:
+        if not self._rows:
+            return
+        keys, images, labels, captions = zip(*self._rows, strict=True)
+        pixels = np.stack(images)
+        rows = Rows(
+            images=pixels,
+            labels=np.array(labels),
+            # An image and its mirror are held out together.
+            holdout=held_out([key.removesuffix(" mirrored") for key in keys], self.p.holdout),
+            keys=keys,
+            captions=captions if self.captioned else None,
+            columns=self.encoders(pixels, keys, captions) if self.encoders else {},
+        )
+        self.made.append(save_shard(self.p.dest, f"{self.name}-{len(self.made):03d}.parquet", rows, self.p.encoding))
+        self._rows = []
+
+
+def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -> None:
+    """Raises UserError once it is certain that more than `max_bad` of the images can't be read."""
+    of = tally.images + tally.bad if whole else listing.count
+    if of and tally.bad > p.max_bad * of:
+        unlabelled = tally.reasons[UNLABELLED]
+        lacking = unlabelled > p.max_bad * of
+        said = (
+            f"{unlabelled:,} of {of:,} images have no label"
+            if lacking
+            else f"{tally.bad:,} of {of:,} images can't be read"
+        )
+        first = next(
+            (e for e in tally.listed() if not lacking or e["reason"] == UNLABELLED), {"path": "?", "reason": "?"}
+        )
+        hint = (
+            "--labels none: no classes; or leave them out with --max-bad"
+            if lacking
+            else "mend them, or allow more with --max-bad"
+        )
+        raise UserError(
+            f"{shown(p.source)}: {said}, more than {p.max_bad:.3%}; such as {first['path']}: {first['reason']}",
+            hint=f"{hint}; the parts that are done are kept",
+        )
+    if whole and listing.caption_file and listing.limit is None and not tally.captioned:
+        raise UserError(f"{listing.captioned}: none of its captions is of an image of {shown(p.source)}")
+    if whole and tally.images < FEWEST:
+        raise UserError(f"{shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed")
+
+
+def _manifest(p: Preparation, listing: Listing, encoded: dict[str, Any], tally: Tally) -> Manifest:
+    made = [m for _, part in sorted(tally.parts.items()) for m in part["made"]]
+    classes = len(listing.classes)
+    if listing.labelled and not classes:  # the source's own numbers
+        classes = 1 + max(int(label) for m in made for label in m["labels"])
+    captions = listing.captioned or ("files beside the images" if tally.captioned else "")
+    taken = taken_of(
+        listing,
+        images=tally.images,
+        captioned=tally.captioned,
+        left_out=tally.left_out,
+        reasons=tally.reasons,
+        classes=classes if listing.labelled else 0,
+    )
+    return manifest_of(
+        made,
+        source=shown(p.source),
+        shape=p.shape,
+        encoding=p.encoding,
+        num_classes=classes if listing.labelled else 0,
+        classes=listing.classes,
+        preprocessing=p.preprocessing,
+        columns=encoded | ({"caption": {"from": captions}} if captions else {}),
+        taken=taken,
+        skipped={"count": tally.bad, "listed": tally.listed()},
+        options={
+            "same": p.same(listing, encoded),
+            "of": listing.fingerprint,
+            "ways": p.ways(encoded),
+            "names": listing.content,
+            "content": tally.content,
+            "kind": listing.kind,
+            "labels": listing.labelled,
+        }
+        | {
+            name: value
+            for name, value in asdict(p).items()
+            if name not in ("source", "dest", "extractor", "extractor_weights") and value is not None
+        },
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    names = ("numpy", "pillow", "pyarrow", "ray")
+    return {"python": platform.python_version(), "mmdistill": git_commit()} | {name: version(name) for name in names}
+
+
+def _tidy(dest: str, manifest: Manifest) -> None:
+    """Removes the notes of parts, and shards of attempts that came to nothing."""
+    wanted = {shard.file for shard in manifest.shards}
+    for name in storage.listing(join(dest, "shards")):
+        if f"shards/{name}" not in wanted:
+            storage.delete(join(dest, "shards", name))
+    storage.delete(join(dest, ".parts"))
+
+
+def shown_manifest(manifest: Manifest) -> dict[str, Any]:
+    """The manifest for a screen: how many shards, in place of them all."""
+    return asdict(manifest) | {"shards": len(manifest.shards)}

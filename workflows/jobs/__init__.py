@@ -1,0 +1,1 @@
+"""Jobs of a cluster: submitted, watched, stopped."""

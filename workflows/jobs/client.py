@@ -1,0 +1,311 @@
+"""The only file that knows ray.job_submission: the jobs of a head, over HTTP, with Ray's token."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from workflows.errors import UserError, expanded, home
+from workflows.storage.uri import shown
+
+SECONDS = (5.0, 60.0)
+"""To connect, and to be silent: Ray's own client waits for ever."""
+HEARTBEAT = 20.0
+"""Seconds between the pings that tell a followed log's dead connection from a silent job."""
+PATIENCE = 300.0
+"""Seconds that a head may be away while a log is followed."""
+NAME = "mmdistill"
+"""Where a job's metadata have the name that it was submitted under."""
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Where a job's supervisor reads, from the job's own environment, how long a stop may take before it is a kill; by default 3 s."""
+
+
+class Unreachable(UserError):
+    """The head does not answer now; it may later."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job as its head knows it. Times in seconds since 1970; `exit_code` of its command, if that came to an end."""
+
+    id: str
+    status: str
+    entrypoint: str
+    message: str
+    exit_code: int | None
+    began: float | None
+    over: float | None
+    metadata: dict[str, str] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+    @property
+    def seconds(self) -> float:
+        return (self.over or time.time()) - (self.began or time.time())
+
+    @property
+    def code(self) -> int:
+        """As a shell would tell it: 128 and the signal where there was one, SIGTERM for a job that was stopped."""
+        if self.status == "SUCCEEDED":
+            return 0
+        if self.exit_code is None:
+            return 143 if self.status == "STOPPED" else 1
+        return 128 - self.exit_code if self.exit_code < 0 else self.exit_code
+
+
+def address_of(given: str | None) -> str:
+    """The dashboard's address: as given, or RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is one of HTTP. Raises UserError."""
+    env = os.environ
+    ray = env.get("RAY_ADDRESS", "")
+    found = given or env.get("RAY_API_SERVER_ADDRESS") or (ray if ray.startswith(("http://", "https://")) else "")
+    if not found:
+        raise UserError(
+            "--address: no head is named", hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS"
+        )
+    if "://" not in found:
+        found = f"http://{found}"
+    if not re.fullmatch(r"https?://[^/@\s]+(/[^\s@]*)?", found):
+        raise UserError(f"--address: {shown(found)!r} should read http://HEAD:8265, the address of Ray's dashboard")
+    return found.rstrip("/")
+
+
+def token() -> tuple[str | None, str]:
+    """Ray's token, from where Ray looks for it, and the name of that place. Raises UserError for a file that can't be read."""
+    env = os.environ
+    if env.get("RAY_AUTH_MODE") == "disabled":
+        return None, "RAY_AUTH_MODE=disabled"
+    if given := env.get("RAY_AUTH_TOKEN", "").strip():
+        return given, "RAY_AUTH_TOKEN"
+    named = env.get("RAY_AUTH_TOKEN_PATH")
+    path = expanded(named) if named else home() / ".ray" / "auth_token"
+    try:
+        return path.read_text().strip() or None, str(path)
+    except FileNotFoundError:
+        if named:
+            raise UserError(f"RAY_AUTH_TOKEN_PATH: there is no file {named}") from None
+        return None, str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: Ray's token can't be read: {getattr(error, 'strerror', 'no text')}") from None
+
+
+class Head:
+    """The jobs of the cluster whose dashboard is at `address`. Raises UserError, in a line, if there is none, it refuses the token,
+    or it does not know a job.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self.address = address_of(address)
+        self._token, self._place = token()
+        self._headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        with self._answering():
+            self._client = _client(self.address, self._headers)
+
+    @contextlib.contextmanager
+    def _answering(self) -> Iterator[None]:
+        from ray.exceptions import AuthenticationError
+        from requests import JSONDecodeError, RequestException
+
+        try:
+            yield
+        except AuthenticationError:
+            raise self._unwelcome() from None
+        except (JSONDecodeError, KeyError, TypeError):
+            raise _no_dashboard(self.address) from None
+        except (RequestException, ConnectionError) as error:
+            if (response := getattr(error, "response", None)) is not None and response.status_code < 500:
+                raise _no_dashboard(self.address) from None
+            raise Unreachable(
+                f"head: nothing answers at {self.address}",
+                hint="check --address, and the tunnel to it, if it is one: ssh -L 8265:127.0.0.1:8265 HEAD",
+            ) from None
+        except RuntimeError as error:
+            if isinstance(error, UserError):
+                raise
+            if str(error).startswith("Version check returned 404"):
+                raise _no_dashboard(self.address) from None
+            said = re.sub(r"^Request failed with status code \d+: ", "", str(error)).strip().splitlines() or [
+                "it refuses"
+            ]
+            raise UserError(f"head: {shown(said[-1])[:300]}") from None
+
+    def _unwelcome(self) -> UserError:
+        if self._token:
+            return UserError(
+                f"head: {self.address} refuses the token of {self._place}",
+                hint="set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with",
+            )
+        return UserError(
+            f"head: {self.address} wants Ray's token, and there is none in {self._place}",
+            hint="set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with",
+        )
+
+    def takes_anyone(self) -> bool:
+        """Whether the head asks for no token: whoever reaches it can run what they like."""
+        import requests
+
+        with contextlib.suppress(requests.RequestException):
+            return requests.get(f"{self.address}/api/version", timeout=SECONDS).status_code == 200
+        return False
+
+    def jobs(self) -> list[Job]:
+        """All submitted jobs, oldest first."""
+        with self._answering():
+            found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(found, key=lambda job: job.began or 0)
+
+    def job(self, name: str) -> Job:
+        with self._answering():
+            return _job(self._client.get_job_info(name))
+
+    def attempts(self, name: str) -> list[Job]:
+        """The job of this name and those that were started again under it, NAME-2, NAME-3, ..., in this order. Another's name may
+        look like that as well: those started again tell whose they are.
+        """
+        own = [job for job in self.jobs() if job.id == name or job.metadata.get(NAME) == name]
+        numbered = [(attempt_of(job.id, name), job) for job in own]
+        return [job for n, job in sorted((pair for pair in numbered if pair[0]), key=lambda pair: pair[0])]
+
+    def newest(self, name: str) -> Job:
+        """The last attempt of this name; NAME-1 is the first."""
+        found = self.attempts(name) or self.attempts(name.removesuffix("-1"))[:1]
+        if not found:
+            raise UserError(
+                f"{name}: the head at {self.address} knows no such job", hint="mmdistill jobs list shows those it knows"
+            )
+        return found[-1]
+
+    def submit(
+        self, name: str, *, entrypoint: str, folder: Path | None, env: dict[str, str], metadata: dict[str, str]
+    ) -> bool:
+        """Starts a job: `entrypoint` in a copy of `folder`. False if there is one of this name already."""
+        runtime: dict[str, Any] = {"env_vars": env} | ({"working_dir": str(folder)} if folder else {})
+        with self._answering():
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint, submission_id=name, runtime_env=runtime, metadata=metadata
+                )
+            except RuntimeError as error:
+                if "already exists" not in str(error):
+                    raise
+                return False
+        return True
+
+    def stop(self, name: str) -> bool:
+        """Asks a job to end: SIGTERM, and after its STOP_WAIT a kill. False if it had ended."""
+        with self._answering():
+            return bool(self._client.stop_job(name))
+
+    def log(self, name: str) -> str:
+        with self._answering():
+            return str(self._client.get_job_logs(name))
+
+    def follow(self, name: str, show: Callable[[str], None], say: Callable[[str], None], *, past: int = 0) -> Job:
+        """Shows the job's log but for its first `past` characters, as it grows, and returns the job when it has ended.
+
+        A connection that drops is made again, and what was shown is not shown again; `say` is told of that.
+        """
+        seen, here, since, pause, away = past, 0, time.monotonic(), 1.0, False
+
+        def take(text: str) -> None:
+            nonlocal seen, here, pause, away
+            if away:
+                say("the head answers again")
+            here, away = here + len(text), False
+            if here > seen:
+                show(text[len(text) - (here - seen) :])
+                seen, pause = here, 1.0
+
+        while True:
+            here = 0
+            whole = asyncio.run(self._tail(name, take))
+            try:
+                job, since = self.job(name), time.monotonic()
+                if not whole:  # cut off, or a proxy that lets no websocket through
+                    here = 0
+                    take(self.log(name))
+                if job.ended:
+                    return job
+            except Unreachable as error:
+                if time.monotonic() - since > PATIENCE:
+                    raise Unreachable(
+                        f"head: it has not answered at {self.address} for {PATIENCE:.0f} s; the job may well go on",
+                        hint=f"look again with: mmdistill jobs logs {name} --follow --address {self.address}",
+                    ) from error
+                if not away:
+                    say(f"the head at {self.address} does not answer; trying again")
+                away = True
+            time.sleep(pause)
+            pause = min(2 * pause, 15.0)
+
+    async def _tail(self, name: str, take: Callable[[str], None]) -> bool:
+        """The log from its beginning to its end, or to where the connection drops: whether it came to its end."""
+        import aiohttp
+
+        url = f"{self.address}/api/jobs/{name}/logs/tail"
+        session = aiohttp.ClientSession(headers=self._headers, trust_env=True)
+        try:
+            async with session, session.ws_connect(url, heartbeat=HEARTBEAT) as socket:
+                async for message in socket:
+                    if message.type == aiohttp.WSMsgType.TEXT:
+                        take(message.data)
+                return socket.close_code == aiohttp.WSCloseCode.OK
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
+            return False
+
+
+def attempt_of(job_id: str, name: str) -> int:
+    """1 for NAME, n for NAME-n, 0 for another job."""
+    if job_id == name:
+        return 1
+    found = re.fullmatch(re.escape(name) + r"-([1-9]\d*)", job_id)
+    return int(found[1]) if found else 0
+
+
+def _no_dashboard(address: str) -> UserError:
+    return UserError(
+        f"head: what answers at {address} is not Ray's dashboard",
+        hint="its port is 8265 unless it was started with another; a driver's address (RAY_ADDRESS, :6379) is not it",
+    )
+
+
+def _job(details: Any) -> Job:
+    env = (details.runtime_env or {}).get("env_vars") or {}
+    return Job(
+        id=details.submission_id or details.job_id,
+        status=str(getattr(details.status, "value", details.status)),
+        entrypoint=details.entrypoint,
+        message=details.message or "",
+        exit_code=details.driver_exit_code,
+        began=details.start_time / 1000 if details.start_time else None,
+        over=details.end_time / 1000 if details.end_time else None,
+        metadata=details.metadata or {},
+        env=env,
+    )
+
+
+def _client(address: str, headers: dict[str, str]) -> Any:
+    """Ray's client of this address alone: left to itself it prefers the environment's to the one that it is given."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **{"timeout": SECONDS} | options)
+
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.ERROR)
+    kept = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
+    try:
+        return Client(address, headers=dict(headers))
+    finally:
+        os.environ.update(kept)

@@ -1,0 +1,1 @@
+"""Files by path or URI: object stores, leases, integrity, the workspace."""

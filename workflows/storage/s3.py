@@ -1,0 +1,275 @@
+"""The only file that knows fsspec, s3fs and boto3: how an object store is reached, and what its errors mean.
+
+Credentials come by the standard chain alone (environment, profile, role). Everything else of S3 is read from the environment, where
+the command line's options put it: AWS_ENDPOINT_URL, AWS_REGION, AWS_CA_BUNDLE, MMDISTILL_S3_ADDRESSING (auto, path, virtual) and
+MMDISTILL_S3_TIMEOUT (seconds a request may be silent). A request that is refused for now (429, 5xx), cut off or silent is made
+again, with growing pauses.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from workflows.errors import ConfigError, UserError, expanded, seconds_of
+from workflows.storage.uri import is_remote, shown
+
+T = TypeVar("T")
+
+PART = 50 * 1024**2
+"""Bytes of a part of a multipart upload; objects of less than two go in one request."""
+TRIES = 9
+
+TOLD = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_CA_BUNDLE",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "MMDISTILL_S3_ADDRESSING",
+    "MMDISTILL_S3_TIMEOUT",
+    "MMDISTILL_CACHE",
+)
+"""What workers on other machines are told of the driver's environment: no credential is among them."""
+
+# Checksums in trailers, the default of the SDKs, are answered with 411 by servers that are not AWS.
+os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
+
+
+class Changed(OSError):
+    """The store holds other bytes than were written."""
+
+
+def told() -> dict[str, str]:
+    """How this process reaches the store, for those that it starts elsewhere."""
+    return {name: os.environ[name] for name in TOLD if name in os.environ}
+
+
+@dataclass(frozen=True)
+class S3Settings:
+    endpoint: str | None
+    region: str | None
+    ca: str | None
+    addressing: str
+    timeout: float
+    attempts: int = 5
+
+    @staticmethod
+    def of_environment() -> S3Settings:
+        env = os.environ
+        addressing = env.get("MMDISTILL_S3_ADDRESSING", "auto")
+        if addressing not in ("auto", "path", "virtual"):
+            raise ConfigError(f"MMDISTILL_S3_ADDRESSING: {addressing!r} is not one of auto, path, virtual")
+        timeout = seconds_of("MMDISTILL_S3_TIMEOUT", 30, least=0.1)
+        ca = env.get("AWS_CA_BUNDLE")
+        if ca and not Path(ca).is_file():
+            raise UserError(f"AWS_CA_BUNDLE: {ca} is not a file")
+        endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL")
+        if endpoint and (urlsplit(endpoint).scheme not in ("http", "https") or "@" in endpoint):
+            raise ConfigError(
+                f"AWS_ENDPOINT_URL: {shown(endpoint)!r} should be http://HOST or https://HOST, without credentials in it"
+            )
+        return S3Settings(
+            endpoint=endpoint,
+            region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
+            ca=ca,
+            addressing=addressing,
+            timeout=timeout,
+        )
+
+    def config(self) -> dict[str, Any]:
+        """botocore's Config."""
+        return {
+            "connect_timeout": min(10.0, self.timeout),
+            "read_timeout": self.timeout,
+            "retries": {"mode": "standard", "max_attempts": self.attempts},
+            "s3": {"addressing_style": self.addressing},
+            "max_pool_connections": 32,
+        }
+
+
+def filesystem(uri: str | Path, **changes: Any) -> tuple[Any, str]:
+    """fsspec's file system for a path or URI, and the path within it; `changes` of S3's settings. Raises UserError for a protocol
+    that is not known.
+    """
+    protocol, _, rest = str(uri).rpartition("://") if "://" in str(uri) else ("file", "", str(uri))
+    if protocol == "file":
+        return _filesystem("file", None), str(expanded(rest).absolute())
+    settings = replace(S3Settings.of_environment(), **changes) if protocol in ("s3", "s3a") else None
+    return _filesystem(protocol, settings), rest.rstrip("/")
+
+
+@cache
+def _filesystem(protocol: str, s3: S3Settings | None) -> Any:
+    import fsspec
+
+    try:
+        if s3 is None:
+            return fsspec.filesystem(protocol)
+        client = {"region_name": s3.region, "verify": s3.ca}
+        fs = fsspec.filesystem(
+            "s3",
+            endpoint_url=s3.endpoint,
+            client_kwargs={name: value for name, value in client.items() if value},
+            config_kwargs=s3.config(),
+            use_listings_cache=False,
+            default_block_size=PART,
+        )
+        fs.retries = 2  # botocore tries again below, `again` above
+        return fs
+    except (ValueError, ImportError, TypeError, OSError) as error:
+        raise UserError(
+            f"{protocol}://: {str(error).splitlines()[0]}", hint="file paths and s3:// are always there"
+        ) from error
+
+
+def arrow_filesystem(uri: str | Path) -> tuple[Any, str]:
+    """The same file system for those who want pyarrow's interface (Ray Train), and the path within it."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = filesystem(uri)
+    return PyFileSystem(FSSpecHandler(fs)), path
+
+
+@cache
+def client(settings: S3Settings) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    return boto3.client(
+        "s3",
+        endpoint_url=settings.endpoint,
+        region_name=settings.region,
+        verify=settings.ca,
+        config=Config(**settings.config()),
+    )
+
+
+# Errors
+
+
+def again(call: Callable[[], T], uri: str | Path, *, tries: int | None = None) -> T:
+    """Calls until it succeeds, with growing pauses after errors that may pass. Raises FileNotFoundError, or UserError."""
+    tries = tries or TRIES
+    for attempt in range(tries):
+        try:
+            return call()
+        except Exception as error:
+            if not is_remote(uri):
+                raise
+            if isinstance(error, FileNotFoundError) and code_of(error) != "NoSuchBucket":
+                raise
+            if not _passing(error) or attempt == tries - 1:
+                raise explained(error, uri) from error
+        time.sleep(random.uniform(0.5, 1) * min(0.2 * 2**attempt, 10))
+    raise AssertionError
+
+
+def _chain(error: BaseException) -> Iterable[BaseException]:
+    inner: BaseException | None = error
+    while inner is not None:
+        yield inner
+        inner = inner.__cause__ or inner.__context__
+
+
+def _response(error: BaseException) -> dict[str, Any]:
+    return next((e.response for e in _chain(error) if isinstance(getattr(e, "response", None), dict)), {})  # type: ignore[attr-defined]
+
+
+def code_of(error: BaseException) -> str:
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether another try may do: refused for now, cut off, silent, or damaged on the way."""
+    from aiohttp import ClientError as Dropped
+    from botocore.exceptions import ConnectionError as NoAnswer
+    from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
+    from botocore.parsers import ResponseParserError
+    from fsspec.exceptions import FSTimeoutError
+
+    if any(isinstance(e, SSLError) for e in _chain(error)):
+        return False
+    if response := _response(error):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        passing = ("SlowDown", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
+        return status in (429, 500, 502, 503, 504) or code_of(error) in passing
+    kinds = (Dropped, NoAnswer, HTTPClientError, IncompleteReadError, ResponseParserError, FSTimeoutError, Changed)
+    return any(isinstance(e, (*kinds, ConnectionError, TimeoutError)) for e in _chain(error))
+
+
+REASONS = {
+    "NoSuchBucket": ("there is no such bucket", "create it, or mend the name; --s3-endpoint-url names the server"),
+    "AccessDenied": (
+        "no permission",
+        "the credentials need s3:ListBucket, GetObject, PutObject and DeleteObject there",
+    ),
+    "403": ("no permission", "the credentials need s3:ListBucket, GetObject, PutObject and DeleteObject there"),
+    "InvalidAccessKeyId": ("the server does not know the access key", "check AWS_PROFILE or AWS_ACCESS_KEY_ID"),
+    "SignatureDoesNotMatch": ("the server refuses the secret key", "check AWS_SECRET_ACCESS_KEY, and the clock"),
+    "QuotaExceeded": ("the object store is full", "free some space, run it again"),
+    "InsufficientCapacity": ("the object store is full", "free some space, run it again"),
+}
+
+
+def explained(error: BaseException, uri: str | Path) -> UserError:
+    """The error in a line: where, what, and what to do. Nothing of a request's headers is in it."""
+    from botocore.exceptions import EndpointConnectionError, NoCredentialsError, PartialCredentialsError, SSLError
+
+    for e in _chain(error):
+        if isinstance(e, UserError):
+            return e
+        if isinstance(e, (NoCredentialsError, PartialCredentialsError)):
+            return UserError(f"{shown(uri)}: no credentials found", hint="set AWS_PROFILE, keys, or use a role")
+        if isinstance(e, SSLError):
+            return UserError(
+                f"{shown(uri)}: the server's certificate is not trusted", hint="--s3-ca names the CA's file"
+            )
+        if isinstance(e, EndpointConnectionError):
+            where = S3Settings.of_environment().endpoint or "AWS S3"
+            return UserError(f"{shown(uri)}: nothing answers at {shown(where)}", hint="check --s3-endpoint-url")
+    code = code_of(error)
+    if code in REASONS or isinstance(error, PermissionError):
+        said, hint = REASONS.get(code, REASONS["AccessDenied"])
+        return UserError(f"{shown(uri)}: {said}" + (f" ({code})" if code else ""), hint=hint)
+    said = shown((str(error).splitlines() or [type(error).__name__])[0])[:200]
+    return UserError(f"{shown(uri)}: {said}", hint="run it again: what was finished is kept")
+
+
+def object_store_status() -> tuple[bool | None, str]:
+    """(True answers, False configured but does not answer, None not configured; what to do)."""
+    settings = S3Settings.of_environment()
+    configured = settings.endpoint or any(
+        os.environ.get(n) for n in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN")
+    )
+    if not configured:
+        return (
+            None,
+            "not configured; needed only for s3:// data: set AWS_PROFILE or keys, and AWS_ENDPOINT_URL if not AWS",
+        )
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    where = shown(settings.endpoint or "AWS S3")
+    config = Config(**replace(settings, attempts=1, timeout=5).config())
+    try:
+        buckets = boto3.client("s3", config=config).list_buckets()["Buckets"]
+    except ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "error")
+        if code == "AccessDenied":
+            return True, f"{where} answers; listing buckets is not allowed, which is no harm"
+        return False, f"{where} refuses the credentials ({code})"
+    except (BotoCoreError, ValueError) as error:
+        return False, f"{where}: {shown(str(error).splitlines()[0])}"
+    return True, f"{where} answers, {len(buckets)} buckets"

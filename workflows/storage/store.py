@@ -1,0 +1,308 @@
+"""Files and folders by path or URI, the same calls for both. What was written is compared with what the store says it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from workflows.errors import UserError, expanded, home
+from workflows.storage.s3 import PART, Changed, S3Settings, again, client, code_of, explained, filesystem
+from workflows.storage.uri import is_remote, join, shown
+
+AT_ONCE = 8
+"""Files of a folder that are on their way together."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file as its store lists it; `tag` changes with its content; `changed` in seconds since 1970, 0 if that is not known."""
+
+    size: int
+    tag: str
+    changed: float = 0.0
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files are kept on this machine. Raises UserError where there is no such place."""
+    if named := os.environ.get("MMDISTILL_CACHE"):
+        return expanded(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "mmdistill"
+
+
+# One file
+
+
+def read(uri: str | Path) -> bytes:
+    """Raises FileNotFoundError, UserError."""
+    fs, path = filesystem(uri)
+    return bytes(again(lambda: fs.cat_file(path), uri))
+
+
+def write(uri: str | Path, data: bytes) -> None:
+    """Whole or not at all."""
+    fs, path = filesystem(uri)
+    if not is_remote(uri):
+        _write_local(Path(path), data)
+        return
+
+    def put() -> None:
+        fs.pipe_file(path, data, chunksize=PART)
+        parts = (data[i : i + PART] for i in range(0, len(data), PART))
+        _verify(fs, path, len(data), parts)
+
+    again(put, uri)
+
+
+def _write_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def upload(path: Path, uri: str | Path) -> None:
+    """A local file, whole or not at all; large ones in parts."""
+    fs, there = filesystem(uri)
+    if not is_remote(uri):
+        target = Path(there)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        shutil.copyfile(path, partial)
+        os.replace(partial, target)
+        return
+
+    def parts() -> Iterable[bytes]:
+        with path.open("rb") as file:
+            while part := file.read(PART):
+                yield part
+
+    def put() -> None:
+        fs.put_file(str(path), there, chunksize=PART)
+        _verify(fs, there, path.stat().st_size, parts())
+
+    again(put, uri)
+
+
+def download(uri: str | Path, path: Path) -> None:
+    """To a local file, whole or not at all. Raises FileNotFoundError, UserError."""
+    fs, there = filesystem(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+    def get() -> None:
+        size = int(fs.size(there))
+        fs.get_file(there, str(partial))
+        if (got := partial.stat().st_size) != size:
+            raise Changed(f"{got} bytes of {size} came")
+
+    try:
+        again(get, uri)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def etag(parts: Iterable[bytes], size: int) -> str:
+    """The tag that S3 gives to an object of `size` bytes that was uploaded in these parts, or in one request if it is small."""
+    if size < 2 * PART:
+        whole = hashlib.md5(usedforsecurity=False)
+        for part in parts:
+            whole.update(part)
+        return whole.hexdigest()
+    digests = [hashlib.md5(part, usedforsecurity=False).digest() for part in parts]
+    return f"{hashlib.md5(b''.join(digests), usedforsecurity=False).hexdigest()}-{len(digests)}"
+
+
+def _verify(fs: Any, path: str, size: int, parts: Iterable[bytes]) -> None:
+    """Raises Changed where the store holds something else, as its tag says if it is an MD5 (an encrypting store's is not)."""
+    info = fs.info(path)
+    if info["size"] != size:
+        raise Changed(f"{size} bytes were written, the store has {info['size']}")
+    tag = str(info.get("ETag", "")).strip('"')
+    if "SSEKMSKeyId" not in info and re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) and tag != etag(parts, size):
+        raise Changed("the store holds other bytes than were written")
+
+
+def _object(uri: str) -> tuple[Any, dict[str, str]]:
+    parts = urlsplit(uri)
+    if parts.scheme not in ("s3", "s3a"):
+        raise UserError(f"{shown(uri)}: only folders and s3:// can be held by one run at a time")
+    return client(S3Settings.of_environment()), {"Bucket": parts.netloc, "Key": parts.path.lstrip("/")}
+
+
+def put_if(uri: str, data: bytes, tag: str | None) -> str | None:
+    """Writes an object of s3:// if its tag is still this one (None: if there is none yet). The new tag, or None where it was not
+    written.
+    """
+    client, where = _object(uri)
+    condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+
+    def put() -> str | None:
+        try:
+            return str(client.put_object(Body=data, **where, **condition)["ETag"]).strip('"')
+        except client.exceptions.ClientError as error:
+            if code_of(error) in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409"):
+                return None
+            raise
+
+    return again(put, uri)
+
+
+def read_tagged(uri: str) -> tuple[bytes, str] | None:
+    """An object of s3:// and the tag of these very bytes, or None."""
+    client, where = _object(uri)
+
+    def get() -> tuple[bytes, str] | None:
+        try:
+            found = client.get_object(**where)
+        except client.exceptions.NoSuchKey:
+            return None
+        return found["Body"].read(), str(found["ETag"]).strip('"')  # Ceph knows its tags without their quotes alone
+
+    return again(get, uri)
+
+
+# Folders
+
+
+def listing(uri: str | Path) -> dict[str, Entry]:
+    """All files below, by their path from there; empty if there is nothing."""
+    fs, path = filesystem(uri)
+    try:
+        found = again(lambda: fs.find(path, detail=True), uri)
+    except FileNotFoundError:
+        return {}
+    entries = {}
+    for name, info in found.items():
+        if info["type"] == "file" and name.rstrip("/") != path:
+            tag, when = info.get("ETag") or info.get("mtime") or info.get("created") or "", info.get("LastModified")
+            changed = float(info.get("mtime") or 0) if when is None else when.timestamp()
+            entries[name[len(path) :].lstrip("/")] = Entry(int(info["size"] or 0), str(tag).strip('"'), changed)
+    return entries
+
+
+def exists(uri: str | Path) -> bool:
+    fs, path = filesystem(uri)
+    return bool(again(lambda: fs.isfile(path), uri))
+
+
+def delete(uri: str | Path) -> None:
+    """A file, or all below a folder; nothing if it is not there."""
+    fs, path = filesystem(uri)
+
+    def remove() -> None:
+        if fs.exists(path):
+            fs.rm(path, recursive=True)
+            if is_remote(uri) and fs.exists(path):  # s3fs is silent where single objects are refused
+                raise Changed("it could not be deleted: is s3:DeleteObject allowed?")
+
+    again(remove, uri)
+
+
+def publish(folder: Path, uri: str, *, skip: Callable[[str], bool] = lambda name: False, last: str = "") -> None:
+    """All files of a local folder, below `uri`; `last` after all others, so that where it is the rest is whole."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    names = [name for name in names if not skip(name) and name != last and not name.endswith(".partial")]
+    _all([lambda name=name: upload(folder / name, join(uri, name)) for name in names])  # type: ignore[misc]
+    if last:
+        upload(folder / last, join(uri, last))
+
+
+def pull(uri: str, folder: Path, *, skip: Callable[[str], bool] = lambda name: False) -> None:
+    """All files below `uri`, into a local folder."""
+    names = [name for name in listing(uri) if not skip(name)]
+    _all([lambda name=name: download(join(uri, name), _within(folder, name)) for name in names])  # type: ignore[misc]
+
+
+def skeleton(uri: str, folder: Path, *, whole: Callable[[str], bool]) -> None:
+    """All files below `uri` in a local folder by name, size and date; with their content those alone that `whole` says."""
+    entries, folder = listing(uri), folder.resolve()
+    _all([lambda name=name: download(join(uri, name), _within(folder, name)) for name in entries if whole(name)])  # type: ignore[misc]
+    newest: dict[Path, float] = {}
+    for name, entry in entries.items():
+        path = _within(folder, name)
+        if not whole(name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.truncate(entry.size)  # takes no room
+        for part in (path, *path.parents):
+            newest[part] = max(newest.get(part, 0), entry.changed)
+            if part == folder:
+                break
+    for part, when in newest.items():
+        os.utime(part, (when, when))
+
+
+def fetch(uri: str | Path) -> Path:
+    """A folder as a local one: itself if it is, else a copy on this machine, made once for what it holds now."""
+    if not is_remote(uri):
+        return expanded(str(uri).removeprefix("file://"))
+    entries = listing(uri)
+    if not entries:
+        raise UserError(f"{shown(uri)}: there is nothing")
+    content = "\n".join(f"{name} {entry.size} {entry.tag}" for name, entry in sorted(entries.items()))
+    target = cache_folder() / "copies" / hashlib.sha256(f"{uri}\n{content}".encode()).hexdigest()[:24]
+    try:
+        os.utime(target)  # used now: `mmdistill gc` takes those that nothing uses
+    except FileNotFoundError:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
+        try:
+            _all([lambda name=name: download(join(uri, name), _within(partial, name)) for name in entries])  # type: ignore[misc]
+            try:
+                partial.rename(target)
+            except OSError:  # another process was faster
+                if not target.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _within(folder: Path, name: str) -> Path:
+    """The path of `name` below `folder`. An object's name may say anything."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"{name!r}: a name that leads out of its folder")
+    return path
+
+
+def _all(calls: list[Callable[[], None]]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for done in [pool.submit(call) for call in calls]:
+            done.result()
+
+
+def check(uri: str | Path) -> None:
+    """Raises UserError in a few seconds where nothing can be written below `uri`."""
+    probe = join(uri, f".probe-{os.getpid()}")
+    fs, path = filesystem(probe, attempts=2)
+    if not is_remote(uri):
+        return
+    if not urlsplit(str(uri)).netloc:
+        raise UserError(f"{uri}: names no bucket")
+
+    def put_and_remove() -> None:
+        fs.pipe_file(path, b"")
+        fs.rm_file(path)
+
+    try:
+        again(put_and_remove, uri, tries=2)
+    except FileNotFoundError as error:
+        raise explained(error, uri) from error

@@ -1,0 +1,263 @@
+"""The ledger of a sweep: which trials there are, which ended and how, which are under way; and what the workers tell of them.
+
+A trial is a stage of its own, kept by the key of all that its result follows from, and a run in the tracking store, below that of
+the sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.markup import escape
+
+from workflows.config.schema import ConfigError, digest
+from workflows.dataset.reference import ABOUT, TENSORS, check_reference
+from workflows.errors import UserError
+from workflows.session.context import Context, Done, StageRun, identity_of, open_stage, read_metrics
+from workflows.stages import distill, evaluate
+from workflows.stages.teacher import model_config
+from workflows.storage.store import exists
+from workflows.storage.uri import join
+from workflows.storage.workspace import RESULT, code_version
+from workflows.sweep.options import SweepOptions
+from workflows.sweep.space import Point, Space, section
+from workflows.sweep.table import described
+from workflows.sweep.trial import MEASURED, WORST, Trial, seed_of
+
+CODE = (
+    *distill.CODE,
+    *evaluate.CODE,
+    "workflows/sweep/space.py",
+    "workflows/sweep/shelf.py",
+    "workflows/sweep/trial.py",
+)
+ENDED = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""What became of a trial, and what MLflow calls that."""
+Row = dict[str, Any]
+"""A trial that ended: point, name, outcome, run_id, seconds, images, score (its best in training); of a finished one forwards,
+kept_at and the measures as well, of a failed one why.
+"""
+
+
+@dataclass
+class Open:
+    """A trial under way; `share` is how much of its `images` it has seen."""
+
+    trial: Trial
+    run: StageRun
+    images: int
+    share: float = 0.0
+
+
+class Ledger:
+    """`rows` and `done`: the trials that ended, by name; `order`: the names of all, as they were begun; `error` of a trial, if one
+    met with any. Trials are opened in Tune's thread, and finished in that of the driver. `progress` is called when something has
+    gone on, `found` with the row of a trial that an earlier run had ended.
+    """
+
+    def __init__(self, context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions) -> None:
+        self.context, self.space, self.options = context, space, options
+        self.rows: dict[str, Row] = {}
+        self.done: dict[str, Done] = {}
+        self.running: dict[str, Open] = {}
+        self.order: list[str] = []
+        self.closed = False
+        self.error: UserError | None = None
+        self.progress: Callable[[], None] = lambda: None
+        self.found: Callable[[Row], None] = lambda row: None
+        self._note = f"pipelines/{context.pipeline}.json"
+        self._common = self._depends(prepared, taught)
+
+    # Which they are
+
+    def _depends(self, prepared: Done, taught: Done) -> dict[str, Any]:
+        """What the result of every trial follows from, beside its own point."""
+        c, o = self.context.config, self.options
+        folder = check_reference(c, str(prepared.folder / "statistics"), prepared.result)
+        return {
+            "prepare": prepared.identity,
+            "extractor": prepared.result["extractor"],
+            "reference": identity_of(folder / TENSORS, folder / ABOUT),
+            "evaluate": c.evaluate.model_dump(),
+            "teacher": taught.identity,
+            "code": code_version(*CODE),
+            **model_config(self.context),
+            # Who is stopped depends on the others.
+            "others": [self.space.described, o.search, o.scheduler, o.warm_start] if o.scheduler != "none" else None,
+        }
+
+    def depends(self, point: Point, start: Done | None) -> dict[str, Any]:
+        config, k = self.context.config, point["k"]
+        own = section(config, k, point)
+        return {
+            **self._common,
+            "k": k,
+            "distill": own.model_dump(exclude={"k", "overrides", "warm_start"}),
+            "preconditioner": distill.preconditioner(config, own),
+            "seed": seed_of(config, point),
+            "start": start.identity if start else None,
+        }
+
+    def trial_of(self, point: Point, start: Done | None) -> Trial:
+        key, uri = digest(self.depends(point, start)), self.context.workspace.uri
+        name = f"trial-k{point['k']}-{digest(point, 8)}"
+        return Trial(
+            point=point,
+            name=name,
+            key=key,
+            output=join(uri, "stages", f"{name}-{key}", "model"),
+            storage=join(uri, "ray", f"{name}-{key}"),
+            start=start.at("model") if start else None,
+        )
+
+    def begun(self, k: int | None = None) -> list[Point]:
+        """The points of k, or of all, that a search had suggested in an earlier run of this sweep, in their order."""
+        points = (self.context.workspace.read_note(self._note) or {}).get("points", [])
+        return [point for point in points if k in (None, point["k"])]
+
+    def is_done(self, point: Point) -> bool:
+        """Whether an earlier run ended the trial, as far as can be told yet."""
+        if self._after(point["k"]):
+            return False
+        trial = self.trial_of(point, None)
+        return exists(join(self.context.workspace.uri, "stages", f"{trial.name}-{trial.key}", RESULT))
+
+    # A warm start
+
+    def _after(self, k: int) -> bool:
+        """Whether students of k steps start from others."""
+        return self.options.warm_start and 2 * k in self.space.ks
+
+    def may_begin(self, k: int) -> bool:
+        """Once all students of 2k steps have ended, if they start those of k."""
+        return not (self._after(k) and any(o.trial.k == 2 * k for o in list(self.running.values())))
+
+    def start_of(self, k: int) -> Done | None:
+        """The best student of 2k steps, where it is to start those of k, and one finished."""
+        row = self.best().get(2 * k) if self._after(k) else None
+        return self.done[row["name"]] if row else None
+
+    def best(self) -> dict[int, Row]:
+        """k -> the finished trial of the lowest distance."""
+        found: dict[int, Row] = {}
+        for row in list(self.rows.values()):
+            k = row["point"]["k"]
+            if row["outcome"] == "finished" and (k not in found or row["frechet"] < found[k]["frechet"]):
+                found[k] = row
+        return dict(sorted(found.items()))
+
+    # How they go
+
+    def offer(self, point: Point) -> dict[str, Any] | float | None:
+        """Opens the trial: Tune's configuration of it; or of one that is there already its distance, None while it has none."""
+        if self.closed:  # Tune's thread outlives Ctrl-C
+            raise RuntimeError("the sweep has ended, and begins nothing more")
+        start = self.start_of(point["k"])
+        try:
+            trial = self.trial_of(point, start)
+        except ConfigError as error:  # of a search that suggests: other points were checked before the first trial
+            self.context.screen.line(f"[yellow]![/] left out: {escape(str(error))}")
+            return None
+        if trial.name in self.order:
+            return _distance(self.rows.get(trial.name))
+        shown = point | ({"start": start.name} if start else {})
+        opened = open_stage(self.context, trial.name, depends=self.depends(point, start), config=shown)
+        self.order.append(trial.name)
+        if self.options.search == "tpe":
+            self._note_begun(point)
+        if isinstance(opened, Done):
+            self._remove_checkpoints(opened.folder.name)  # who was killed had not come to it
+            self._end(opened)
+            self.found(opened.result["row"])
+            return _distance(opened.result["row"])
+        self.running[trial.name] = Open(trial, opened, section(self.context.config, trial.k, point).images)
+        self.context.listeners[trial.name] = lambda row: self._listen(trial.name, row)
+        return {"k": trial.k, "name": trial.name, "trial": vars(trial)}
+
+    def _note_begun(self, point: Point) -> None:
+        if point not in (points := self.begun()):
+            record = self.context.workspace.read_note(self._note) or {}
+            self.context.workspace.write_note(self._note, record | {"points": [*points, point]})
+
+    def _listen(self, name: str, row: Row) -> None:
+        opened = self.running.get(name)
+        if opened is None:
+            return
+        if "broken" in row:
+            opened.run.abandon(RuntimeError())
+            self._forget(name)
+        elif "done" in row:
+            self._finish(opened, row["done"])
+        elif "resumed" in row:
+            self.context.screen.line(f"  {name}: goes on from {int(row['resumed']):,} images")
+        else:
+            opened.run.log(int(row["n_images"]), row)
+            opened.share = min(1.0, row["n_images"] / opened.images)
+        self.progress()
+
+    def stopped(self, name: str) -> None:
+        """By the scheduler."""
+        self._push(name, {"done": {"outcome": "stopped"}})
+
+    def broke(self, name: str) -> None:
+        """By an error: for another run of the sweep to try again."""
+        self._push(name, {"broken": True})
+
+    def _push(self, name: str, row: Row) -> None:
+        """In Tune's thread: the word goes the way of the trial's own, behind all of these."""
+        import ray
+
+        ray.get(self.context.monitor.actor.push.remote(name, row))
+
+    def _finish(self, opened: Open, told: Row) -> None:
+        run, trial, tracker = opened.run, opened.trial, self.context.tracker
+        history = read_metrics(run.path)
+        scores, identity = [m["score"] for _, m in history if "score" in m], ""
+        row: Row = {"point": trial.point, "name": trial.name, "run_id": run.run_id, "seconds": run.seconds}
+        row |= {"images": history[-1][0] if history else 0} | ({"score": min(scores)} if scores else {}) | told
+        if row["outcome"] == "finished":
+            run.folder.collect("model")
+            run.log_at(row["images"], {name: row[name] for name in (*MEASURED, "seconds") if name in row})
+            identity = identity_of(run.path / "model" / "weights.safetensors", run.path / "model" / "model.json")
+        tracker.set_tags(run.run_id, {"mmdistill.outcome": row["outcome"]})
+        result = {"identity": identity, "summary": described(row, self.space.fields), "row": row}
+        done = run.finish(result, ENDED[row["outcome"]])
+        self._remove_checkpoints(run.path.name)
+        self._end(done)
+
+    def _remove_checkpoints(self, name: str) -> None:
+        self.context.workspace.remove(self.context.workspace.root / "ray" / name)
+
+    def _end(self, done: Done) -> None:
+        self.rows[done.name], self.done[done.name] = done.result["row"], done
+        self._forget(done.name)
+
+    def _forget(self, name: str) -> None:
+        self.running.pop(name, None)
+        self.context.listeners.pop(name, None)
+
+    def abandon(self, error: BaseException) -> None:
+        """The trials under way are left as they are, for another run of the sweep to go on with."""
+        self.closed = True
+        for name, opened in list(self.running.items()):
+            if opened.run.folder.result is None:
+                opened.run.abandon(error)
+            self.context.listeners.pop(name, None)
+
+    def curve(self, row: Row) -> list[tuple[float, float]]:
+        """(per cent of its images, distance) in training of a trial that ended."""
+        images = section(self.context.config, row["point"]["k"], row["point"]).images
+        return [(100 * n / images, m["score"]) for n, m in read_metrics(self.done[row["name"]].folder) if "score" in m]
+
+    @property
+    def completed(self) -> float:
+        """Trials that ended, and the shares of the others."""
+        return len(self.rows) + sum(opened.share for opened in list(self.running.values()))
+
+
+def _distance(row: Row | None) -> float | None:
+    if row is None:
+        return None
+    return WORST if row["outcome"] == "failed" else float(row["frechet" if "frechet" in row else "score"])

@@ -1,0 +1,103 @@
+"""The report of a sweep: one HTML file, whole in itself: the Pareto front of k against distance, each field, all trials."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workflows.rendering import TEMPLATES
+from workflows.rendering.screen import clock
+from workflows.session.context import Done
+from workflows.storage.uri import join
+from workflows.storage.workspace import write_json
+from workflows.sweep.best import Registered, best_recipe
+from workflows.sweep.ledger import Ledger
+from workflows.sweep.table import front, short_value, summarise, varied
+
+
+def write_report(ledger: Ledger, prepared: Done, taught: Done, made: Registered | None, name: str) -> str:
+    """report.html, best.yaml and trials.json in reports/<recipe>-<name> of the workspace, and with the sweep's run; where the first
+    is.
+    """
+    context, rows = ledger.context, rows_of(ledger)
+    name = f"{context.config.recipe}-{name}"
+    folder = context.workspace.report(name)
+    (folder / "report.html").write_text(render(ledger, rows, prepared, made))
+    (folder / "best.yaml").write_text(best_recipe(ledger))
+    write_json(folder / "trials.json", as_json(ledger, taught))
+    context.workspace.share_report(name)
+    for file in ("report.html", "best.yaml", "trials.json"):
+        context.tracker.log_artifact(context.parent_run, folder / file)
+    return join(context.workspace.uri, "reports", name, "report.html")
+
+
+def rows_of(ledger: Ledger) -> list[dict[str, Any]]:
+    """The trials that ended, in the order in which they were begun."""
+    return [ledger.rows[name] for name in ledger.order if name in ledger.rows]
+
+
+def as_json(ledger: Ledger, taught: Done) -> dict[str, Any]:
+    """The rows, their means over seeds, and what they are of."""
+    rows = rows_of(ledger)
+    return {
+        "recipe": ledger.context.config.recipe,
+        "teacher": taught.identity,
+        "search": ledger.options.search,
+        "scheduler": ledger.options.scheduler,
+        "space": ledger.space.described,
+        "means": summarise(rows),
+        "trials": rows,
+    }
+
+
+def render(ledger: Ledger, rows: list[dict[str, Any]], prepared: Done, made: Registered | None) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from workflows.sweep import plots as figures
+
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"clock": clock, "value": short_value}
+    context, best = ledger.context, ledger.best()
+    finished = [row for row in rows if row["outcome"] == "finished"]
+    on = front([(row["point"]["k"], row["frechet"]) for row in finished])
+    fields = varied([row["point"] for row in rows])
+    teacher = _teacher(made)
+    return environment.get_template("sweep.html").render(
+        recipe=context.config.recipe,
+        options=ledger.options,
+        prepared=prepared.result,
+        evaluate=context.config.evaluate,
+        rows=sorted(
+            rows, key=lambda r: (r["point"]["k"], r["outcome"] != "finished", r.get("frechet", r.get("score", 0)))
+        ),
+        on_front={finished[i]["name"] for i in on},
+        best=best,
+        pixels=any("frechet_pixels" in row for row in rows),
+        fields=fields,
+        counts={outcome: sum(r["outcome"] == outcome for r in rows) for outcome in ("finished", "stopped", "failed")},
+        seconds=sum(row["seconds"] for row in rows),
+        teacher=teacher,
+        front_plot=figures.pareto(rows, teacher),
+        field_plot=figures.by_field(rows, fields),
+        moved=made.registered.result["moved"] if made else {},
+        lineage_drawing=_lineage(ledger, made),
+        best_yaml=best_recipe(ledger),
+        parent_run=context.parent_run,
+        tracking=context.tracker.uri,
+    )
+
+
+def _teacher(made: Registered | None) -> dict[int, float]:
+    """The teacher's distance by steps, if the best students were measured beside it."""
+    rows = made.measured.result["rows"] if made else []
+    return {r["k"]: r["frechet"]["mean"] for r in rows if (r["who"], r["sampler"]) == ("teacher", "ancestral")}
+
+
+def _lineage(ledger: Ledger, made: Registered | None) -> str:
+    if made is None:
+        return ""
+    from workflows.registry.drawing import draw
+    from workflows.registry.lineage import lineage_of
+    from workflows.registry.versions import Registry
+
+    registry, result = Registry(ledger.context.tracker), made.registered.result
+    return draw(lineage_of(registry, [registry.one(uri) for uri in (result["teacher"], *result["students"].values())]))

@@ -1,0 +1,151 @@
+"""The search of a sweep, as Ray Tune asks for it: whenever there is room, the next point of the largest k that has one left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+from ray.tune.search import Searcher
+
+from workflows.sweep.space import Domain, Point
+
+Config = dict[str, Any]
+
+
+class Source(Protocol):
+    """The points of one k, each with a ticket by which its distance is told."""
+
+    def next(self) -> tuple[str, Point] | None: ...
+
+    def told(self, ticket: str, distance: float | None) -> None: ...
+
+
+class Listed:
+    """Points that are known from the start."""
+
+    def __init__(self, points: list[Point]) -> None:
+        self._points = iter(points)
+
+    def next(self) -> tuple[str, Point] | None:
+        return next((("", point) for point in self._points), None)
+
+    def told(self, ticket: str, distance: float | None) -> None:
+        pass
+
+
+class Tpe:
+    """Optuna's TPE: each point is suggested by the distances of those before it. `begun` are the points of an earlier run of the
+    sweep, which come first, in their order; the seed does the rest.
+    """
+
+    def __init__(self, k: int, fields: dict[str, Domain], trials: int, *, seed: int, begun: list[Point]) -> None:
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._k, self._left, self._asked = k, trials, 0
+        self._fixed = {name: d.values[0] for name, d in fields.items() if len(d.values) == 1}
+        self._fields = {name: d for name, d in fields.items() if name not in self._fixed}
+        first = max(2, min(10, trials // 3))
+        self._optuna = OptunaSearch(
+            {name: _distribution(d) for name, d in self._fields.items()},
+            metric="score",
+            mode="min",
+            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=first),
+            points_to_evaluate=[
+                {name: _inward(d, point[name]) for name, d in self._fields.items()} for point in begun[:trials]
+            ],
+        )
+
+    def next(self) -> tuple[str, Point] | None:
+        if not self._left:
+            return None
+        self._left, self._asked, ticket = self._left - 1, self._asked + 1, str(self._asked)
+        drawn = self._optuna.suggest(ticket) or {}
+        return ticket, {"k": self._k} | self._fixed | {n: _outward(self._fields[n], v) for n, v in drawn.items()}
+
+    def told(self, ticket: str, distance: float | None) -> None:
+        result = None if distance is None else {"score": distance}
+        self._optuna.on_trial_complete(ticket, result, error=distance is None)
+
+
+def _distribution(domain: Domain) -> Any:
+    from optuna import distributions as d
+
+    if domain.law == "choice":
+        return d.CategoricalDistribution(list(range(len(domain.values))))
+    low, high, *step = domain.values
+    if domain.law == "randint":
+        return d.IntDistribution(low, high - 1)
+    return d.FloatDistribution(low, high, log=domain.law == "loguniform", step=step[0] if step else None)
+
+
+def _inward(domain: Domain, value: Any) -> Any:
+    """A field's value as Optuna has it: one of a list by its number, since it may be of any kind."""
+    return domain.values.index(value) if domain.law == "choice" else value
+
+
+def _outward(domain: Domain, value: Any) -> Any:
+    return domain.values[value] if domain.law == "choice" else value
+
+
+class Search(Searcher):
+    """
+    offer     point -> the configuration of a new trial; or of one that is there already its distance, None while it has none
+    may_begin k -> whether trials of that k may begin
+    broken    is told the name of a trial that an error ended
+    """
+
+    def __init__(
+        self,
+        sources: dict[int, Source],
+        *,
+        offer: Callable[[Point], Config | float | None],
+        may_begin: Callable[[int], bool],
+        broken: Callable[[str], None],
+    ) -> None:
+        super().__init__(metric="score", mode="min")
+        self._sources, self._offer, self._may_begin, self._broken = sources, offer, may_begin, broken
+        self._configs = self._all()
+        self._first: Config | None = None
+        self._tickets: dict[str, tuple[int, str, str]] = {}
+
+    def begin(self) -> bool:
+        """Whether there is anything to run."""
+        self._first = next((config for config in self._configs if config is not None), None)
+        return self._first is not None
+
+    def _all(self) -> Iterator[Config | None]:
+        """The trials to be run; None while those that are left may not begin yet."""
+        for k, source in self._sources.items():
+            while not self._may_begin(k):
+                yield None
+            while (found := source.next()) is not None:
+                ticket, point = found
+                offered = self._offer(point)
+                if isinstance(offered, dict):
+                    yield offered | {"ticket": ticket}
+                else:
+                    source.told(ticket, offered)
+
+    def suggest(self, trial_id: str) -> Config | None:
+        config, self._first = (self._first, None) if self._first else (next(self._configs, {}), None)
+        if config is None:
+            return None
+        if not config:
+            return Searcher.FINISHED  # type: ignore[return-value]  # as Ray has it
+        self._tickets[trial_id] = config["k"], config["ticket"], config["name"]
+        return config
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        k, ticket, name = self._tickets.pop(trial_id)
+        if error:
+            self._broken(name)
+        self._sources[k].told(ticket, None if error or not result else result["score"])
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        pass
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes its state down; nothing is ever restored from that."""
+        return {}

@@ -1,0 +1,305 @@
+"""The space of a sweep: for each k, the fields of the distill section that are tried, and the law of each; and the points drawn.
+
+A space is read from YAML (workflows/config/spaces/, or a file of the user's) and from the command line, which wins:
+
+    k: [8, 4, 2, 1]                               by default the recipe's
+    images: 48_000                                one value: a constant
+    pairing: [uniform, grid]                      some values, also {choice: [...]} or {grid: [...]}
+    optimiser.lr: {loguniform: [1.0e-4, 1.0e-3]}  also uniform, quniform (low, high, step), randint (low, below)
+    seed: [0, 1]                                  beside the distill section's fields
+    overrides: {1: {pairing: grid}}               what is different for one k
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import math
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workflows.config.schema import (
+    LARGEST,
+    MOST_STEPS,
+    SEEDS,
+    ConfigError,
+    Distill,
+    RunConfig,
+    exists,
+    one_line,
+    read_mapping,
+)
+from workflows.config.values import brief, merge, nested, parsed
+
+SPACES = Path(__file__).parents[1] / "config" / "spaces"
+CHOICES = ("choice", "grid")
+LAWS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
+"""By name, how many numbers each takes."""
+CALL = re.compile(r"^(\w+)\(([^()]*)\)$")
+BESIDE = ("seed", "setting")
+"""Not of the distill section: `setting` is several of its fields at once, named by their "choice"."""
+
+Point = dict[str, Any]
+"""A trial's k, and its value of each field."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """`law` is "choice" of `values`, or one of LAWS with its numbers."""
+
+    law: str
+    values: tuple[Any, ...]
+
+    def draw(self, rng: random.Random) -> Any:
+        if self.law == "choice":
+            return rng.choice(self.values)
+        low, high, *step = self.values
+        if self.law == "randint":
+            return rng.randrange(low, high)
+        if self.law == "loguniform":
+            return math.exp(rng.uniform(math.log(low), math.log(high)))
+        if step:
+            return self._step(rng.randint(0, self._steps))
+        return rng.uniform(low, high)
+
+    @property
+    def _steps(self) -> int:
+        """Of quniform, how many of its steps lie between its bounds: rounding must not lose the last one, nor add one."""
+        low, high, step = self.values
+        return math.floor((high - low) / step * (1 + 1e-9))
+
+    def _step(self, i: int) -> float:
+        low, high, step = self.values
+        return min(high, float(f"{low + step * i:.12g}"))  # .3, and not .30000000000000004
+
+    @property
+    def tried(self) -> tuple[Any, ...]:
+        """Values that must be valid if all are."""
+        if self.law == "choice":
+            return self.values
+        low, high = self.values[:2]
+        if self.law == "randint":
+            return (low, high - 1)
+        if self.law == "quniform":
+            return (low, self._step(self._steps))
+        return (low, low + (high - low) / math.pi, high)
+
+
+@dataclass(frozen=True)
+class Space:
+    """k -> field -> domain; the ks fall."""
+
+    of_k: dict[int, dict[str, Domain]]
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        return tuple(self.of_k)
+
+    @property
+    def listed(self) -> bool:
+        """Whether every field has a list of values, so that all combinations can be tried."""
+        return all(domain.law == "choice" for fields in self.of_k.values() for domain in fields.values())
+
+    @property
+    def described(self) -> dict[int, dict[str, list[Any]]]:
+        """As plain values: k -> field -> [law, ...]."""
+        return {k: {f: [d.law, *d.values] for f, d in fields.items()} for k, fields in self.of_k.items()}
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Those of which more than one value may be tried for some k."""
+        names = dict.fromkeys(f for fields in self.of_k.values() for f, d in fields.items() if len(d.values) > 1)
+        return tuple(names)
+
+    def grid(self, k: int) -> list[Point]:
+        """Every combination of the lists."""
+        fields = self.of_k[k]
+        return [
+            {"k": k} | dict(zip(fields, values, strict=True))
+            for values in itertools.product(*(d.values for d in fields.values()))
+        ]
+
+    def drawn(self, k: int, n: int, seed: int) -> list[Point]:
+        """n different points, or all there are. The first are the same for every n: a larger sweep has a smaller one's points."""
+        points: list[Point] = []
+        for i in range(n * 100):
+            if len(points) == n:
+                break
+            rng = random.Random(f"{seed} {k} {i}")
+            point = {"k": k} | {field: domain.draw(rng) for field, domain in self.of_k[k].items()}
+            if point not in points:
+                points.append(point)
+        return points
+
+
+def shares(ks: tuple[int, ...], trials: int) -> dict[int, int]:
+    """The trials, as evenly over the ks as they go; the first have one more."""
+    return {k: trials // len(ks) + (i < trials % len(ks)) for i, k in enumerate(ks)}
+
+
+def section(config: RunConfig, k: int, point: Point) -> Distill:
+    """The distill section of one trial: the recipe's for k, with the point's values in it. Raises ConfigError where it can't be."""
+    return with_points(config, {k: point}).distill.for_k(k)
+
+
+def with_points(config: RunConfig, points: dict[int, Point]) -> RunConfig:
+    """The recipe with a point's values for each of these k, and no other k."""
+    distill = config.distill.model_dump() | {"k": list(points), "overrides": {}}
+    for k, point in points.items():
+        values = dict(config.distill.overrides.get(k, {}))
+        for field, value in ({f: v for f, v in point.items() if f not in BESIDE} | point.get("setting", {})).items():
+            if field not in ("k", "choice"):
+                values = merge(values, nested(field, value))
+        distill["overrides"][k] = values
+    try:
+        return RunConfig.model_validate(config.model_dump() | {"distill": distill})
+    except ValueError as error:
+        said = re.sub(r"^distill\.overrides\.(\d+)\.", r"k = \1: ", one_line(error, RunConfig))
+        raise ConfigError(f"--space: {said}") from None
+
+
+# Reading
+
+
+def read_space(texts: list[str], config: RunConfig) -> Space:
+    """The space of `--space`, each a name in SPACES, a path to a YAML file, or field=values, which win over files.
+
+    Raises ConfigError, in one line, for a field or a value that the distill section does not allow.
+    """
+    raw: dict[str, Any] = {}
+    for text in sorted(texts, key=lambda text: "=" in text):
+        raw = {**raw, **(_written(text) if "=" in text else _read_file(text))}
+    return space_of(raw, config)
+
+
+def space_of(raw: dict[str, Any], config: RunConfig) -> Space:
+    """The space of a mapping like a file's."""
+    raw = dict(raw)
+    ks, overrides = raw.pop("k", list(config.distill.k)), raw.pop("overrides", {})
+    ks = ks if isinstance(ks, list) else [ks]
+    if not ks or not all(type(k) is int and 1 <= k <= MOST_STEPS for k in ks) or len(set(ks)) < len(ks):
+        raise ConfigError(
+            f"--space: k: {brief(ks)} should be different whole numbers, at least 1 and at most {MOST_STEPS}"
+        )
+    if not isinstance(overrides, dict) or not all(isinstance(v, dict) for v in overrides.values()):
+        raise ConfigError("--space: overrides: should hold fields by k, such as {1: {pairing: grid}}")
+    if unknown := [k for k in overrides if k not in ks]:
+        raise ConfigError(f"--space: overrides: {unknown[0]!r} is not one of k: {ks}")
+    common = dict(_domains(raw))
+    space = Space({k: common | dict(_domains(overrides.get(k, {}))) for k in sorted(ks, reverse=True)})
+    for k, fields in space.of_k.items():
+        _check(config, k, fields)
+    return space
+
+
+def space_names() -> list[str]:
+    return sorted(path.stem for path in SPACES.glob("*.yaml"))
+
+
+def _read_file(text: str) -> dict[str, Any]:
+    path = Path(text)
+    if path.suffix not in (".yaml", ".yml"):
+        path = SPACES / f"{text}.yaml"
+        if not exists(path):
+            near = difflib.get_close_matches(text, space_names(), n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ConfigError(
+                f"--space: {text!r} is neither a space ({hint}there are: {', '.join(space_names())}), nor a .yaml file, "
+                "nor field=a,b,c or field=loguniform(low,high)"
+            )
+    elif not exists(path):
+        raise ConfigError(f"--space: no such file {text}")
+    return read_mapping(path, "--space", "fields")
+
+
+def _written(text: str) -> dict[str, Any]:
+    """ "optimiser.lr=loguniform(1e-4,1e-2)" or "pairing=uniform,grid" as a file would have it."""
+    field, _, values = text.replace(" ", "").partition("=")
+    if not field or not values:
+        raise ConfigError(f"--space: {text!r} should read field=a,b,c or field=loguniform(low,high)")
+    found = CALL.match(values)
+    try:
+        listed = parsed(f"[{found[2] if found else values}]")
+    except ValueError as error:
+        raise ConfigError(f"--space: the values of {brief(text)} are {error}") from None
+    return {field: {found[1]: listed} if found else listed}
+
+
+def _domains(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, Domain]]:
+    """(field, domain) of a mapping; a section's fields may stand below its name."""
+    for key, value in raw.items():
+        field = f"{above}{key}"
+        if isinstance(value, dict) and field in _sections():
+            yield from _domains(value, f"{field}.")
+        else:
+            yield field, _domain(field, value)
+
+
+def _sections() -> list[str]:
+    """The sections within the distill section."""
+    return [name for name, info in Distill.model_fields.items() if hasattr(info.annotation, "model_fields")]
+
+
+def _domain(field: str, value: Any) -> Domain:
+    if not isinstance(value, dict) or field == "setting":
+        values = value if isinstance(value, list) else [value]
+        return _choice(field, values)
+    kinds = (*CHOICES, *LAWS)
+    if len(value) != 1 or (law := next(iter(value))) not in kinds:
+        near = difflib.get_close_matches(str(next(iter(value), "")), kinds, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"--space: {field}: {brief(value)} should be a list, or one of {', '.join(kinds)}; {hint}".rstrip("; ")
+        )
+    numbers = value[law]
+    if law in CHOICES:
+        return _choice(field, numbers if isinstance(numbers, list) else [numbers])
+    numbers = [_number(n) for n in numbers] if isinstance(numbers, list) else []
+    said = f"--space: {field}: {law}({', '.join(map(brief, numbers))})"
+    if len(numbers) != LAWS[law] or not all(_is_number(n) for n in numbers):
+        raise ConfigError(f"{said} takes {'low, high, step' if LAWS[law] == 3 else 'low, high'}")
+    if not numbers[0] < numbers[1] or (law == "quniform" and numbers[2] <= 0):
+        raise ConfigError(f"{said}: low should be below high" + (", and step above 0" if law == "quniform" else ""))
+    if law == "loguniform" and numbers[0] <= 0:
+        raise ConfigError(f"{said}: {numbers[0]} should be greater than 0")
+    if law == "randint" and not all(isinstance(n, int) for n in numbers):
+        raise ConfigError(f"{said}: takes whole numbers")
+    return Domain(law, tuple(numbers))
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, and if whole then of 64 bits; true and false are none."""
+    whole = type(value) is int and abs(value) <= LARGEST
+    return whole or (isinstance(value, float) and math.isfinite(value))
+
+
+def _choice(field: str, values: list[Any]) -> Domain:
+    if not values:
+        raise ConfigError(f"--space: {field}: no value is given")
+    return Domain("choice", tuple(_number(v) for v in values))
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _check(config: RunConfig, k: int, fields: dict[str, Domain]) -> None:
+    """Every value by itself, beside those of the fields that have but one."""
+    fixed = {f: d.values[0] for f, d in fields.items() if d.law == "choice" and len(d.values) == 1}
+    for field, domain in fields.items():
+        for value in domain.tried:
+            if field == "seed" and not (type(value) is int and 0 <= value <= SEEDS):
+                raise ConfigError(
+                    f"--space: seed: {brief(value)} should be a whole number, at least 0 and at most {SEEDS}"
+                )
+            own = section(config, k, fixed | {"k": k, field: value})
+            if own.warm_start and field in ("warm_start", "setting"):
+                raise ConfigError("--space: warm_start: is an option of the sweep itself: --warm-start")

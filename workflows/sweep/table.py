@@ -1,0 +1,93 @@
+"""The table of a sweep: rows that differ in the seed alone as one, and which of them no smaller k beats."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+from workflows.rendering.screen import Screen, show_table
+from workflows.sweep.trial import MEASURED
+
+SHOWN = {"frechet": "distance", "frechet_pixels": "in pixels", "recall": "recall"}
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The trials that finished, those that differ in the seed alone as one: means and standard deviations; best first within each
+    k.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in (row for row in rows if "frechet" in row):
+        point = {field: v for field, v in row["point"].items() if field != "seed"}
+        groups.setdefault(json.dumps(point, sort_keys=True), []).append(row)
+    out = []
+    for text, members in groups.items():
+        line: dict[str, Any] = {"point": json.loads(text), "seeds": len(members)}
+        for name in (n for n in (*MEASURED, "seconds") if n in members[0]):
+            values = [m[name] for m in members]
+            line[name] = {"mean": statistics.mean(values), "spread": statistics.pstdev(values)}
+        out.append(line)
+    return sorted(out, key=lambda line: (line["point"]["k"], line["frechet"]["mean"]))
+
+
+def front(points: list[tuple[int, float]]) -> set[int]:
+    """Which of (k, distance) are on the Pareto front: nearer to the data than all others of as many steps or fewer."""
+    on, least = set(), float("inf")
+    for i in sorted(range(len(points)), key=lambda i: points[i]):
+        if points[i][1] < least:
+            least = points[i][1]
+            on.add(i)
+    return on
+
+
+def varied(points: list[dict[str, Any]]) -> list[str]:
+    """The fields in which the points differ, k first."""
+    names = dict.fromkeys(field for point in points for field in point)
+    return ["k", *(f for f in names if f != "k" and len({json.dumps(point.get(f)) for point in points}) > 1)]
+
+
+def short_value(value: Any) -> str:
+    """A field's value for a line or a cell; a setting by its name."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else str(value.get("choice", value) if isinstance(value, dict) else value)
+
+
+def described(row: dict[str, Any], fields: tuple[str, ...]) -> str:
+    """A trial that ended, with these of its fields, in a line."""
+    point = "  ".join(f"{field} {short_value(row['point'].get(field))}" for field in ("k", *fields))
+    if row["outcome"] == "failed":
+        return f"{point}  failed: {row['why']}"
+    if row["outcome"] == "stopped":
+        return f"{point}  stopped at {row['images']:,} images, distance {row['score']:.3f}"
+    pixels = f", pixels {row['frechet_pixels']:.3f}" if "frechet_pixels" in row else ""
+    return f"{point}  distance {row['frechet']:.3f}{pixels}"
+
+
+def show(rows: list[dict[str, Any]], screen: Screen) -> None:
+    """The table; what was varied stands in one column, which alone is broken where the screen is narrow."""
+    from rich.table import Table
+
+    lines = summarise(rows)
+    if lines:
+        (_, *fields), table = varied([line["point"] for line in lines]), Table(header_style="bold")
+        shown = {name: title for name, title in SHOWN.items() if name in lines[0]}
+        seeds = {"seeds": [str(line["seeds"]) for line in lines]} if any(line["seeds"] > 1 for line in lines) else {}
+        table.add_column("front", justify="center", no_wrap=True)
+        table.add_column("k", justify="right", no_wrap=True)
+        table.add_column("settings")
+        for name in (*shown.values(), "seconds", *seeds):
+            table.add_column(name, justify="right", no_wrap=True)
+        on = front([(line["point"]["k"], line["frechet"]["mean"]) for line in lines])
+        for i, line in enumerate(lines):
+            spread = {n: f" ± {line[n]['spread']:.3f}" if line["seeds"] > 1 else "" for n in shown}
+            cells = [f"{line[n]['mean']:.3f}{spread[n]}" for n in shown]
+            settings = "  ".join(f"{f}={short_value(line['point'].get(f))}" for f in fields)
+            mark = "[green]●[/]" if i in on else ""
+            cells += [f"{line['seconds']['mean']:.0f}", *(column[i] for column in seeds.values())]
+            table.add_row(mark, str(line["point"]["k"]), settings, *cells)
+        show_table(screen.console, table)
+        screen.line("[green]●[/] the Pareto front: nearer to the data than all with as many steps or fewer")
+    for outcome, said in (("stopped", "stopped early, for a distance that lagged"), ("failed", "failed")):
+        if n := sum(row.get("outcome") == outcome for row in rows):
+            screen.line(f"of {len(rows)} trials {n} {said}")

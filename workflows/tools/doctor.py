@@ -1,0 +1,151 @@
+"""doctor: what is installed, which devices there are, whether Ray, the tracking store and the object store answer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from workflows.errors import ConfigError, UserError
+from workflows.rendering.screen import show_table
+
+PACKAGES = (
+    "torch",
+    "ray",
+    "mlflow",
+    "safetensors",
+    "fsspec",
+    "s3fs",
+    "boto3",
+    "scikit-learn",
+    "matplotlib",
+    "diffusers",
+)
+OPTIONAL = {"diffusers": "only `mmdistill bench sampler` needs it: pip install 'mmdistill[diffusers]'"}
+Line = tuple[bool | None, str, str]
+"""(fine, subject, what was found or what to do); None: neither good nor bad."""
+
+
+def examine(workspace: str, tracking_uri: str | None, cluster: Path | None = None) -> bool:
+    """Prints a line a check as it is made; True if none failed. `cluster`: only this file for `ray up`."""
+    console = Console(highlight=False)
+    marks = {True: "[green]OK[/]", False: "[red]to do[/]", None: "[dim]-[/]"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    fine = True
+    checks: list[Callable[[], Iterator[Line]]] = [
+        _packages,
+        _devices,
+        lambda: _workspace(workspace),
+        _ray,
+        lambda: _tracking(workspace, tracking_uri),
+        _object_store,
+    ]
+    if cluster is not None:
+        checks = [lambda: _cluster(cluster)]
+    for check in checks:
+        with console.status(check.__name__.strip("_<>")):
+            for ok, subject, found in check():
+                table.add_row(marks[ok], f"[bold]{escape(subject)}[/]", escape(found))
+                fine = fine and ok is not False
+    show_table(console, table)
+    return fine
+
+
+def _packages() -> Iterator[Line]:
+    yield True, "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        try:
+            yield True, name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            if name in OPTIONAL:
+                yield None, name, f"not installed; {OPTIONAL[name]}"
+            else:
+                yield False, name, f"not installed: pip install {name}"
+
+
+def _devices() -> Iterator[Line]:
+    import torch
+
+    yield True, "cpu", f"{os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            yield True, f"gpu {i}", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    elif torch.version.cuda:
+        yield (
+            False,
+            "gpu",
+            f"this torch is built for CUDA {torch.version.cuda}, but no device answers: check the driver",
+        )
+    else:
+        yield None, "gpu", "none: this torch is a CPU build, which is enough for the digits"
+
+
+def _workspace(path: str) -> Iterator[Line]:
+    from workflows.storage.workspace import Workspace
+
+    try:
+        space = Workspace(path)
+        yield True, "workspace", f"{space.uri}, {shutil.disk_usage(space.root).free / 2**30:.0f} GiB free"
+    except (ConfigError, UserError) as error:
+        yield False, "workspace", _told(error)
+
+
+def _ray() -> Iterator[Line]:
+    from workflows.cluster.session import ray_session
+
+    told: list[str] = []
+    where = os.environ.get("RAY_ADDRESS") or "one of its own on this machine"
+    try:
+        with ray_session(say=lambda text: told.append(text.removeprefix("ray: "))) as resources:
+            have = ", ".join(f"{resources.get(n, 0):g} {n}s" for n in ("CPU", "GPU"))
+            yield True, "ray", f"{'; '.join(told) or where}: {have}"
+    except (ConfigError, UserError) as error:
+        yield False, "ray", _told(error)
+
+
+def _tracking(workspace: str, given: str | None) -> Iterator[Line]:
+    """Looks only: nothing is made in the store."""
+    from workflows.storage.workspace import Workspace
+    from workflows.tracking.tracker import Tracker, address_of, made, origin
+
+    try:
+        space = Workspace(workspace)
+        uri = address_of(given, space.default_tracking_uri)
+        if uri == space.default_tracking_uri and not made(uri):
+            yield None, "tracking", f"{uri}: not there yet; the first run makes it"
+            return
+        yield True, "tracking", f"{Tracker(uri, looks=True).uri}{origin(uri)} answers"
+    except (ConfigError, UserError) as error:
+        yield False, "tracking", _told(error)
+
+
+def _told(error: Exception) -> str:
+    return "; ".join(filter(None, (str(error), getattr(error, "hint", ""))))
+
+
+def _object_store() -> Iterator[Line]:
+    from workflows.storage.s3 import object_store_status
+
+    try:
+        ok, found = object_store_status()
+    except (ConfigError, UserError) as error:
+        ok, found = False, _told(error)
+    yield ok, "object store", found
+
+
+def _cluster(file: Path) -> Iterator[Line]:
+    from workflows.cluster.check import check_cluster
+
+    problems = check_cluster(file)
+    for problem in problems:
+        yield False, "cluster", problem
+    if not problems:
+        yield True, "cluster", f"{file}: ready for ray up"

@@ -1,0 +1,263 @@
+"""gc: what a workspace no longer needs, shown with its size and why, and removed once that is agreed to.
+
+Not touched: what a registered version or a pipeline's configuration refers to, a training that can be resumed unless it is older
+than the days to keep, and anything at all while a run holds the workspace's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from workflows.errors import UserError
+from workflows.registry.versions import Registry
+from workflows.rendering.screen import Screen, show_table
+from workflows.storage.store import cache_folder, listing
+from workflows.storage.uri import join, shown
+from workflows.storage.workspace import RESULT, StageFolder, Workspace, changed, size_of
+
+YOUNG = 3600
+"""Seconds. Workers of a driver that was killed live on for a moment without its lock: what they may be writing is left."""
+DAY = 86_400
+COPIES = 7.0
+"""Days after which a copy of remote files that nothing has used goes, where none are given. It is made again where it is wanted;
+one day is the least, as a run of another workspace may be reading it.
+"""
+
+
+@dataclass(frozen=True)
+class Item:
+    """`path` from the workspace's root. `forget`: what there is to do beside removing it."""
+
+    what: str
+    why: str
+    bytes: int
+    path: Path | None
+    forget: Callable[[], None] | None = None
+
+
+@dataclass
+class Plan:
+    """In the order in which it is to be removed; `kept`: what was left and might be missed here, with the reason."""
+
+    items: list[Item] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+
+    def add(self, space: Workspace, path: Path, why: str) -> None:
+        name = path.relative_to(space.root)
+        self.items.append(Item(str(name), why, size_of(path), name))
+
+    @property
+    def bytes(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+
+def run_gc(
+    workspace: str | Path,
+    tracking_uri: str | None,
+    screen: Screen,
+    *,
+    agree: Callable[[str], bool],
+    keep_days: float | None = None,
+) -> Plan:
+    """Shows the plan and, if `agree` says yes to its question, removes what it names. Raises UserError while a run is on."""
+    looked = Workspace(workspace, looks=True)
+    if not (listing(join(looked.uri, "pipelines")) if looked.remote else (looked.root / "stages").is_dir()):
+        raise UserError(f"{workspace}: not a workspace", hint="name one with --workspace or MMDISTILL_HOME")
+    space = Workspace(workspace, minimum_free=0)  # a full disk is what one comes here for
+    with space.lock():
+        with screen.status("looking"), space.tree() as tree:
+            plan = make_plan(tree, tracking_uri, keep_days)
+            _tracking(space, keep_days or 0, plan)
+            _copies(COPIES if keep_days is None else max(1.0, keep_days), plan)
+        show(plan, screen)
+        if plan.items and agree(f"Remove these {len(plan.items)}, {_size(plan.bytes)}?"):
+            for item in plan.items:
+                space.check_held()
+                if item.path:
+                    space.remove(space.root / item.path)
+                if item.forget:
+                    item.forget()
+            screen.line(f"removed {len(plan.items)}, {_size(plan.bytes)}")
+        else:
+            screen.line("nothing was removed" if plan.items else "nothing to remove")
+    return plan
+
+
+def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | None) -> Plan:
+    """What may go of the stages, trainings and files of a workspace in a folder."""
+    plan, stages = Plan(), space.stages()
+    trainings = {p.name: p for p in sorted((space.root / "ray").iterdir()) if p.is_dir() and p.name[0] != "."}
+    oldest = None if keep_days is None else time.time() - keep_days * DAY
+
+    def given_up(stage: StageFolder) -> bool:
+        return oldest is not None and max(changed(stage.path), changed(trainings[stage.path.name])) <= oldest
+
+    halfway = [s for s in stages if s.result is None and _checkpoints(trainings.get(s.path.name)) and not given_up(s)]
+    plan.kept += [
+        f"{s.path.name}: a training that can be resumed, {_size(size_of(trainings[s.path.name]))}" for s in halfway
+    ]
+    wanted = _referenced(space, stages, halfway, tracking_uri, keep_days, plan)
+    left = [] if keep_days is None else [s for s in stages if s.result is None and s not in wanted]
+    _trainings(space, stages, trainings, left, plan)
+    for stage in (s for s in stages if s not in wanted):
+        end = "unfinished; " if stage.result is None else ""
+        plan.add(space, stage.path, f"{end}no pipeline and no registered version refers to it")
+    doomed = {space.root / item.path for item in plan.items if item.path}
+    for path in sorted(space.root.rglob(".*.partial")):
+        busy = space.root / "ray" in path.parents and changed(path) > time.time() - YOUNG
+        if not doomed & {path, *path.parents} and not busy:
+            plan.add(space, path, "left half written by a run that was killed")
+    if oldest is not None:
+        plan.items = [item for item in plan.items if item.path and changed(space.root / item.path) <= oldest]
+    return plan
+
+
+def _trainings(
+    space: Workspace, stages: list[StageFolder], trainings: dict[str, Path], left: list[StageFolder], plan: Plan
+) -> None:
+    """Checkpoints that nothing will be resumed from; `left` are unfinished stages that nobody went on with for long."""
+    by_name = {stage.path.name: stage for stage in stages}
+    for name, path in trainings.items():
+        stage = by_name.get(name)
+        if stage is None:
+            plan.add(space, path, "checkpoints of a stage that is not there")
+        elif stage.result is not None:
+            plan.add(space, path, "checkpoints of a training that ended; its model is kept")
+        elif stage in left:
+            plan.add(space, path, "checkpoints of a training that was not gone on with for so many days")
+
+
+def _checkpoints(training: Path | None) -> list[Path]:
+    return [p for p in sorted(training.glob("checkpoint-*")) if p.is_dir()] if training else []
+
+
+def _referenced(
+    space: Workspace,
+    stages: list[StageFolder],
+    halfway: list[StageFolder],
+    tracking_uri: str | None,
+    keep_days: float | None,
+    plan: Plan,
+) -> list[StageFolder]:
+    """The stages that a pipeline names, trainings that are halfway, those that made what is registered, and those that these were
+    made from.
+    """
+    since = 0.0 if keep_days is None else time.time() - keep_days * DAY
+    records = {name: record for name, record in space.pipelines().items() if record["used"] >= since}
+    if old := [name for name, record in records.items() if "stages" not in record]:
+        plan.kept.append(
+            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before it was written down which stages are theirs, "
+            f"or the record of it is damaged ({', '.join(old[:3])}{', ...' * (len(old) > 3)}); "
+            "run them again, or leave them out by --keep-days"
+        )
+        return stages
+    current = {f"{name}-{key}" for record in records.values() for name, key in record["stages"].items()}
+    kept = [stage for stage in stages if stage.path.name in current or stage in halfway]
+    runs = {stage.path.name: stage.read("runs.json") for stage in stages}
+    stores = {uri: uri for ids in runs.values() for uri in ids}
+    if tracking_uri:
+        stores[shown(tracking_uri)] = tracking_uri  # as which it is in runs.json: it may take the password to ask it
+    needed = set()
+    for name, uri in sorted(stores.items()):
+        tracked = {folder: str(ids[name]) for folder, ids in runs.items() if name in ids}
+        own = uri == space.default_tracking_uri  # from which gc itself takes deleted runs
+        try:
+            needed |= _registered(uri, set() if own else set(tracked.values()))
+        except UserError:
+            plan.kept.append(
+                f"stages tracked in {shown(name)}, which does not answer here: they may be registered there"
+            )
+            kept += [stage for stage in stages if stage.path.name in tracked and stage not in kept]
+    while True:  # what a kept stage was made from is kept: one folder for each identity
+        needed |= {identity for stage in kept for identity in _made_from(stage)}
+        have = {str((stage.result or {}).get("identity")) for stage in kept}
+        made = [s for s in stages if s.result and str(s.result.get("identity")) in needed - have]
+        settings = "\n".join(json.dumps(stage.read("depends.json")) for stage in kept)
+        named = [s for s in stages if s not in kept and s.path.name in settings]
+        if not made and not named:
+            return kept
+        # A folder may be named too: a data set to read, statistics to measure against.
+        kept += named or [max(made, key=lambda s: (s.path / RESULT).stat().st_mtime)]
+
+
+def _registered(uri: str, runs: set[str]) -> set[str]:
+    """The identities of the stages that made what is registered in a store. Raises UserError if it does not answer, and for a file
+    that lacks one of these runs: another machine has another file by the same name.
+    """
+    from workflows.tracking.tracker import Tracker
+
+    tracker = Tracker(uri, looks=True)
+    if uri.startswith("sqlite") and any(not tracker.knows(run) for run in runs):
+        raise UserError(f"{shown(uri)}: is another machine's")
+    return {v.tags[tag] for v in Registry(tracker).versions() for tag in ("identity", "evaluation") if tag in v.tags}
+
+
+def _made_from(stage: StageFolder) -> set[str]:
+    depends = stage.read("depends.json")
+    values = [depends.get(name) for name in ("prepare", "teacher", "start", "evaluate", "register")]
+    students = depends.get("students")
+    return {str(v) for v in [*values, *(students.values() if isinstance(students, dict) else [])] if isinstance(v, str)}
+
+
+def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:
+    """What the workspace's own store holds of deleted runs and model versions. Another store is its keeper's."""
+    from workflows.registry.leftovers import forget, leftovers
+    from workflows.tracking.tracker import Tracker
+
+    if not (space.root / "mlflow.db").exists():
+        return
+    registry = Registry(Tracker(space.default_tracking_uri, artifacts=space.default_artifacts))
+    why = {"run": "a run that was deleted", "model": "a model without a registered version"}
+    for found in leftovers(registry, older_than_days=keep_days):
+        here = found.folder if found.folder and space.root in found.folder.parents and found.folder.exists() else None
+
+        def forgets(it: Any = found) -> None:
+            forget(registry, it)
+
+        size, path = (size_of(here), here.relative_to(space.root)) if here else (0, None)
+        plan.items.append(Item(f"{found.kind} {found.id}", why[found.kind], size, path, forgets))
+
+
+def _copies(days: float, plan: Plan) -> None:
+    """Copies of remote files on this machine, of whatever workspace, which nothing has used for so many days."""
+    folder = cache_folder() / "copies"
+    old = [path for path in sorted(folder.glob("*")) if path.lstat().st_mtime <= time.time() - days * DAY]
+
+    def forgets() -> None:
+        for path in old:
+            shutil.rmtree(path, ignore_errors=True)
+
+    if old:
+        several = "ies" if len(old) > 1 else "y"
+        what = f"{len(old)} cop{several} of remote files in {folder}"
+        plan.items.append(Item(what, f"not used for {days:g} days", sum(map(size_of, old)), None, forgets))
+
+
+def show(plan: Plan, screen: Screen) -> None:
+    from rich.table import Table
+
+    if plan.items:
+        table = Table(header_style="bold")
+        for name in ("to be removed", "size", "why"):
+            table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+        for item in plan.items:
+            table.add_row(escape(item.what), _size(item.bytes), escape(item.why))
+        show_table(screen.console, table)
+    for text in plan.kept:
+        screen.line(f"[dim]kept[/]  {escape(text)}")
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if n < 1000:
+            return f"{n:.0f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"

@@ -1,0 +1,1 @@
+"""MLflow's tracking: a journal on disk, and its delivery, however long the server is away."""

@@ -1,0 +1,324 @@
+"""Outbox: what is to be sent, in a journal on disk, and the thread that sends it in order, however long the receiver is away.
+
+<folder>/
+    journal.jsonl      a line an operation: {"n": 17, "kind": ..., ...}
+    delivered.json     {"n": 16}: operations up to this one have arrived
+    files/<token>/     copies of the files that operations carry
+    refused.jsonl      operations that the receiver will not have, with the reason
+
+`put` writes a line and returns: a killed process loses nothing that was put. The thread brings the journal to the disk itself
+before each delivery, so that a machine that loses its power loses what was put since. An operation may be delivered twice (its
+answer, or the note of its arrival, was lost): `deliver` has to make that harmless. One outbox has one process at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from workflows.storage.workspace import write_json
+
+Operation = dict[str, Any]
+JOURNAL, DELIVERED, REFUSED, FILES = "journal.jsonl", "delivered.json", "refused.jsonl", "files"
+BATCHED, MOST = "metrics", 1000
+"""Neighbours of this kind are delivered together, up to that many values."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
+"""Seconds between tries while the receiver is away."""
+COMPACT = 2**20
+"""Bytes of journal that may stay when all of it was delivered."""
+
+
+class Away(Exception):
+    """The receiver does not answer: try again later."""
+
+
+class Refused(Exception):
+    """The receiver answered no. `stays`: to everything, such as to wrong credentials, so that what is queued stays queued."""
+
+    def __init__(self, reason: str, *, stays: bool) -> None:
+        super().__init__(reason)
+        self.stays = stays
+
+
+class Outbox:
+    """`deliver` takes operations in order, and raises Away or Refused; `say` shows a line.
+
+    An error of the delivery, other than Away, is raised by the next `put` or `wait` and every one after it, but `put` has written
+    its operation by then. What an earlier process left and is refused now is set aside with a line instead.
+    """
+
+    def __init__(
+        self, folder: Path, deliver: Callable[[list[Operation]], None], *, name: str, say: Callable[[str], None]
+    ) -> None:
+        self.folder, self._deliver, self._name, self._say = folder, deliver, name, say
+        (folder / FILES).mkdir(parents=True, exist_ok=True)
+        (folder / REFUSED).touch()
+        self._journal = os.open(folder / JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        self._changed = threading.Condition()
+        self.away: str | None = None
+        """Why the receiver does not answer, while it does not."""
+        self.refused = 0
+        """How many operations were set aside."""
+        self._error: Exception | None = None
+        self._outage = self._halted = self._closed = self._left = False
+        self._singly = 0
+        self._open()
+        self._earlier = self._written
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    # The journal
+
+    def _open(self) -> None:
+        """Where an earlier process stopped: half a line at the end is cut off, files that no operation has are removed."""
+        self._delivered = self._written = _delivered(self.folder)
+        self._at = self._end = self._synced = 0
+        kept = {row.get("token") for row in _rows(self.folder / REFUSED)}
+        with (self.folder / JOURNAL).open("rb") as journal:
+            for line in journal:
+                if not line.endswith(b"\n"):
+                    break
+                self._end += len(line)
+                operation = _parsed(line)
+                if operation is not None and operation["n"] > self._delivered:
+                    self._written = operation["n"]
+                    kept.add(operation.get("token"))
+                elif self._written == self._delivered:
+                    self._at = self._end
+        os.ftruncate(self._journal, self._end)
+        for folder in (self.folder / FILES).iterdir():
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(self, path: Path) -> dict[str, str]:
+        """A copy of a file or folder as it is now, on the disk, to go with an operation: {"token", "file"}."""
+        token = uuid.uuid4().hex
+        copy = self.folder / FILES / token / path.name
+        copy.parent.mkdir()
+        if path.is_dir():
+            shutil.copytree(path, copy)
+        else:
+            shutil.copyfile(path, copy)
+        for part in (copy, *copy.rglob("*"), copy.parent, copy.parent.parent):
+            _to_disk(part)
+        return {"token": token, "file": path.name}
+
+    def kept(self, operation: Operation) -> Path:
+        """The copy that `keep` made."""
+        return self.folder / FILES / operation["token"] / operation["file"]
+
+    def put(self, operation: Operation) -> int:
+        """Queues the operation; its number. Raises OSError if the disk is full, and the delivery's error if it has one."""
+        with self._changed:
+            number = self._written + 1
+            line = (json.dumps({"n": number} | operation) + "\n").encode()
+            try:
+                done = os.write(self._journal, line)
+                while done < len(line):
+                    done += os.write(self._journal, line[done:])
+            except OSError:
+                os.ftruncate(self._journal, self._end)  # no half line with others behind it
+                raise
+            self._written, self._end = number, self._end + len(line)
+            self._changed.notify_all()
+            if self._error:
+                raise self._error
+        return number
+
+    def holds(self, **fields: Any) -> bool:
+        """Whether an operation with these fields is queued."""
+        rows = [row for row in _rows(self.folder / JOURNAL) if row["n"] > self._delivered]
+        return any(all(row.get(name) == value for name, value in fields.items()) for row in rows)
+
+    @property
+    def pending(self) -> int:
+        return self._written - self._delivered
+
+    def wait(self, number: int | None = None, *, seconds: float, patient: bool = True) -> bool:
+        """Until the operation of that number, or all of them, were delivered: whether they were, after `seconds` at most.
+        Not `patient`: not if the receiver is away. Raises the delivery's error.
+        """
+        with self._changed:
+            goal = self._written if number is None else number
+
+            def over() -> bool:
+                return self._delivered >= goal or self._error is not None or (self.away is not None and not patient)
+
+            self._changed.wait_for(over, seconds)
+            if self._error:
+                raise self._error
+            return self._delivered >= goal
+
+    def close(self) -> None:
+        """Stops the thread, or leaves it to its last call; what was not delivered stays in the journal."""
+        if self._closed:
+            return
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(2)
+        with self._changed:
+            self._compact(0)
+            self._left = True
+        if not self._thread.is_alive():
+            os.close(self._journal)
+
+    # The delivery
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # of the delivery, or of what is written and said here
+            self._fail(error, halt=True)
+
+    def _work(self) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or (self._at < self._end and not self._halted))
+                if self._closed:
+                    return
+            operations: list[Operation] = []
+            try:
+                operations, after = self._next()
+                if operations:
+                    self._whole(operations[0])
+                    self._deliver(operations)
+                self._arrived(operations, after)
+                pause = FIRST_PAUSE
+            except Away as reason:
+                self._is_away(str(reason))
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed, pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            except Refused as refusal:
+                if len(operations) > 1:
+                    self._singly = len(operations)  # to see which of them it is
+                elif refusal.stays:
+                    self._fail(refusal, halt=True)
+                else:
+                    self._set_aside(operations[0], refusal)
+                    self._arrived(operations, after, files=False)
+
+    def _next(self) -> tuple[list[Operation], int]:
+        """The operations to be delivered together, and where the journal goes on after them."""
+        with self._changed:
+            at, end = self._at, self._end
+        if self._synced < end:
+            os.fsync(self._journal)
+            self._synced = end
+        operations: list[Operation] = []
+        values = 0
+        with (self.folder / JOURNAL).open("rb") as journal:
+            journal.seek(at)
+            while at < end:
+                line = journal.readline()
+                operation = _parsed(line)
+                if operation is not None:
+                    batched = operation["kind"] == BATCHED and not self._singly
+                    values += len(operation["values"]) if batched else MOST
+                    if operations and values > MOST:
+                        break
+                    operations.append(operation)
+                at += len(line)
+                if values >= MOST:
+                    break
+        return operations, at
+
+    def _whole(self, operation: Operation) -> None:
+        """Raises Refused for one whose file was lost: it would be in the way of all others for ever."""
+        if "token" in operation and not self.kept(operation).exists():
+            raise Refused(f"the copy of {operation['file']} is gone", stays=False)
+
+    def _arrived(self, operations: list[Operation], after: int, *, files: bool = True) -> None:
+        """Notes it; the copies of files go, unless they were refused."""
+        with self._changed:
+            if self._left:
+                return  # another outbox may have the journal by now; to deliver again is harmless
+            self._at, self.away = after, None
+            if operations:
+                self._delivered = operations[-1]["n"]
+            if self._at == self._end:
+                self._delivered = self._written
+            self._singly = max(0, self._singly - len(operations))
+            write_json(self.folder / DELIVERED, {"n": self._delivered})
+            self._compact(COMPACT)
+            back = self._outage and self._at == self._end
+            self._outage = self._outage and not back
+            self._changed.notify_all()
+        for operation in operations if files else []:
+            if "token" in operation:
+                shutil.rmtree(self.folder / FILES / operation["token"], ignore_errors=True)
+        if back:
+            self._say(f"{self._name} answers again, and everything that was queued was delivered")
+
+    def _compact(self, more_than: int) -> None:
+        if self._at == self._end and self._end > more_than:
+            os.ftruncate(self._journal, 0)
+            self._at = self._end = self._synced = 0
+
+    def _is_away(self, reason: str) -> None:
+        with self._changed:
+            first, self._outage, self.away = not self._outage, True, reason
+            self._changed.notify_all()
+        if first:
+            self._say(f"{self._name} does not answer ({reason}): the run goes on, what it logs is queued on disk")
+
+    def _set_aside(self, operation: Operation, refusal: Refused) -> None:
+        with (self.folder / REFUSED).open("a") as file:
+            file.write(json.dumps(operation | {"refused": str(refusal)}) + "\n")
+        self.refused += 1
+        if operation["n"] > self._earlier:
+            self._fail(refusal, halt=False)
+        else:
+            self._say(
+                f"{self._name} refused what an earlier run had left: {refusal}; it is kept in {self.folder / REFUSED}"
+            )
+
+    def _fail(self, error: Exception, *, halt: bool) -> None:
+        with self._changed:
+            self._error, self._halted = error, self._halted or halt
+            self._changed.notify_all()
+
+
+def _to_disk(path: Path) -> None:
+    at = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(at)
+    finally:
+        os.close(at)
+
+
+def _rows(path: Path) -> Iterator[Operation]:
+    with path.open("rb") as file:
+        for line in file:
+            if (operation := _parsed(line)) is not None:
+                yield operation
+
+
+def _parsed(line: bytes) -> Operation | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("n"), int) and "kind" in value else None
+
+
+def queued(folder: Path) -> int:
+    """How many operations are queued in an outbox that nothing has open."""
+    delivered = _delivered(folder)
+    journal = folder / JOURNAL
+    return sum(row["n"] > delivered for row in _rows(journal)) if journal.exists() else 0
+
+
+def _delivered(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / DELIVERED).read_text())["n"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -1,0 +1,140 @@
+"""The checkpoints of a training, written beside it while it goes on. One is complete or it is not there: its manifest comes last.
+
+URI/checkpoint-<images>/   state.safetensors, state.json, manifest.json
+
+Ray Train is not told of them: its own list of checkpoints is a report behind when a worker dies, and forgets what was written.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from workflows.errors import UserError
+from workflows.storage import store as storage
+from workflows.storage.uri import is_remote, join
+
+KEEP = 2
+"""The newest, and the one before it, should the newest be damaged. The best weights by measured distance are in each of them."""
+NAME = re.compile(r"checkpoint-(\d{12})")
+PARTIAL = re.compile(r"(\.checkpoint-(\d{12})\.[^/]*)/")
+
+
+def name_of(n_images: int) -> str:
+    return f"checkpoint-{n_images:012d}"
+
+
+def complete(names: list[str]) -> list[int]:
+    """The images of the checkpoints that are whole, newest first, of the names of files below a training's folder."""
+    from mmdistill_core.engine.checkpoint import MANIFEST
+
+    found = (NAME.fullmatch(name.removesuffix(f"/{MANIFEST}")) for name in names if name.endswith(f"/{MANIFEST}"))
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+class Checkpoints:
+    """`note` takes a line for the user: a checkpoint that could not be written is no reason to stop, the next one may be.
+    `written(images, stalled, written)` is called when one is complete: seconds that training waited for it, and that it took.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        note: Callable[[str], None] = lambda text: None,
+        written: Callable[[int, float, float], None] = lambda *_: None,
+    ) -> None:
+        self.uri, self.note, self.written = uri, note, written
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._damaged = set[int]()
+
+    def save(self, n_images: int, values: dict[str, Any], since: float | None = None) -> None:
+        """Takes a copy of the values and goes on; waits first for the checkpoint before, should it still be on its way. `since`,
+        by time.monotonic: when the values began to be gathered.
+        """
+        from mmdistill_core.engine.checkpoint import Snapshot
+
+        since = time.monotonic() if since is None else since
+        self.settle()
+        snapshot = Snapshot.of(values)
+        self._writing = self._writer.submit(self._write, n_images, snapshot, since, time.monotonic() - since)
+
+    def settle(self) -> bool:
+        """Waits until what was saved is written: whether it could be. Raises OSError for what no waiting mends, as a full disk."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except UserError as error:
+            self.note(f"a checkpoint could not be written: {error}")
+            return False
+        return True
+
+    def _write(self, n_images: int, snapshot: Any, since: float, stalled: float) -> None:
+        from mmdistill_core.engine.checkpoint import MANIFEST
+
+        there = join(self.uri, name_of(n_images))
+        if is_remote(self.uri):
+            with tempfile.TemporaryDirectory() as scratch:
+                snapshot.write(Path(scratch) / "checkpoint")
+                storage.publish(Path(scratch) / "checkpoint", there, last=MANIFEST)
+        else:
+            snapshot.write(there)
+        self.written(n_images, stalled, time.monotonic() - since)
+        self._damaged.discard(n_images)
+        try:
+            self._prune()
+        except (UserError, OSError) as error:
+            self.note(f"checkpoints before {name_of(n_images)} could not be removed: {error}")
+
+    def _prune(self) -> None:
+        """Removes all but the newest KEEP, those that are known to be damaged not counted, and what was left half written before
+        them.
+        """
+        from mmdistill_core.engine.checkpoint import MANIFEST
+
+        names = list(storage.listing(self.uri))
+        kept = [n for n in complete(names) if n not in self._damaged][:KEEP]
+        there = {int(match[1]) for name in names if (match := NAME.match(name))}
+        for n_images in sorted(n for n in there if n not in kept and n < kept[0]):
+            old = join(self.uri, name_of(n_images))
+            storage.delete(join(old, MANIFEST))
+            storage.delete(old)
+        for left, images in {match.groups() for name in names if (match := PARTIAL.match(name))}:
+            if int(images) < kept[0]:
+                storage.delete(join(self.uri, left))
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """(images, values) of the newest one that is not damaged."""
+        from mmdistill_core.engine.checkpoint import DamagedCheckpoint
+
+        found = complete(list(storage.listing(self.uri)))
+        for n_images in found:
+            try:
+                return n_images, self.load(n_images)
+            except (DamagedCheckpoint, FileNotFoundError) as error:
+                self.note(f"{name_of(n_images)} is damaged ({error}); trying the one before it")
+                self._damaged.add(n_images)
+        if found:
+            self.note("no undamaged checkpoint is left: training starts again")
+        return None
+
+    def images(self) -> int:
+        """Of the newest complete one; -1 if there is none."""
+        return next(iter(complete(list(storage.listing(self.uri)))), -1)
+
+    def load(self, n_images: int) -> dict[str, Any]:
+        """Raises DamagedCheckpoint."""
+        from mmdistill_core.engine.checkpoint import load_checkpoint
+
+        there = join(self.uri, name_of(n_images))
+        if not is_remote(self.uri):
+            return load_checkpoint(there)
+        with tempfile.TemporaryDirectory() as scratch:
+            storage.pull(there, Path(scratch))
+            return load_checkpoint(scratch)

@@ -1,0 +1,307 @@
+"""Crews: workers that stay from one training to the next. A crew is one run of Ray Train, whose loop takes order after order: only
+its first training waits for processes and their imports. When workers are lost, Ray Train starts all of the crew's again, and they
+take up the orders that were not done, from their checkpoints.
+
+On a Ray of our own the workers hold no CPU: one crew serves the whole run, and where a training takes one worker each of them takes
+one by itself. On a cluster a crew holds what its workers compute on, serves one training at a time, and goes with the stage.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from workflows.cluster.mailbox import CLOSED, Order
+from workflows.cluster.session import OWN, Workers, before_shutdown, own_ray
+from workflows.errors import UserError, seconds_of, training_failed
+from workflows.storage.s3 import arrow_filesystem
+from workflows.storage.store import delete
+from workflows.storage.uri import is_remote, join
+from workflows.training.checkpoints import Checkpoints
+from workflows.training.job import Job
+from workflows.training.worker import root_cause, train_worker
+
+FAILURES = 3
+"""Lost workers without a checkpoint between them, after which a training is given up."""
+RESIZED_EVERY = 60.0
+"""Seconds between looks for more nodes, of a training that may grow; MMDISTILL_RESIZED_EVERY has others."""
+PAUSES = (*[0.05] * 40, 0.2)
+"""Seconds between looks for a training's answer: short ones first, for short trainings."""
+AWAKE, SOON, LATER = 2.0, 0.02, 0.25
+"""A worker without an order looks for one every SOON seconds for AWAKE seconds, and then every LATER ones."""
+
+
+def resized_every() -> float:
+    """RESIZED_EVERY, or as the environment has it. Raises ConfigError."""
+    return seconds_of("MMDISTILL_RESIZED_EVERY", RESIZED_EVERY, least=0.1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a crew. `storage`: where Ray Train may leave a note for its workers on other machines."""
+
+    workers: Workers
+    use_gpu: bool
+    threads: int
+    storage: str
+    holds: bool
+    """Whether its workers hold CPUs or GPUs of Ray's for as long as they are there."""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """Of each worker."""
+        if not self.holds:
+            return {OWN: 0.001}
+        return {"CPU": float(self.threads)} | ({"GPU": 1.0} if self.use_gpu else {})
+
+
+class Crew:
+    def __init__(self, shape: Shape, desk: Any) -> None:
+        """`desk`: the mailbox that has its orders."""
+        self.shape, self.desk, self.name = shape, desk, f"crew-{uuid.uuid4().hex[:12]}"
+        self.busy: set[int | None] = set()
+        """The ranks of workers that have an order of their own; None: all have one together."""
+        self._why = "its workers ended before it"
+        self._error: Exception | None = None
+        self._finished = 0
+        self._storage: dict[str, tuple[str, int]] = {}
+        """Of each training: where its checkpoints are, and the images of the newest one when it was given to workers."""
+        self._numbers = itertools.count(1)
+        self._thread = threading.Thread(target=self._lead, daemon=True, name=self.name)
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def seat(self, *, together: bool) -> tuple[int | None] | None:
+        """(The rank of a worker that is free), or (None,) for all of them together; None if there is no such seat."""
+        if together:
+            return None if self.busy else (None,)
+        free = [rank for rank in range(self.shape.workers.most) if not self.busy & {rank, None}]
+        return (free[0],) if free else None
+
+    def train(self, job: Job, rank: int | None, *, mailbox: Any, loop: Callable[[dict[str, Any]], Any]) -> Any:
+        """On the worker of this rank, or on all; gives what `loop` returned on the first one. Raises UserError when the crew ends
+        without that.
+        """
+        import ray
+
+        settings = {"job": asdict(job), "mailbox": mailbox, "alone": rank is not None, "watched": not own_ray()}
+        storage, number = join(job.storage, job.name), next(self._numbers)
+        self._storage[job.name] = storage, Checkpoints(storage).images()
+        try:
+            self.desk.post.remote(self.name, Order(number, rank, job.name, mailbox, [ray.put((loop, settings))]))
+            for pause in itertools.chain(PAUSES, itertools.repeat(PAUSES[-1])):
+                ended = self.ended  # before the answer, which may come with the crew's end
+                if answer := ray.get(self.desk.answer.remote(self.name, number)):
+                    self._finished += 1
+                    return answer[0]
+                if ended:
+                    raise training_failed(job.name, self._why) from self._error
+                time.sleep(pause)
+        finally:
+            del self._storage[job.name]
+            self.desk.withdraw.remote(self.name, number)
+
+    def close(self) -> None:
+        """Its workers are dismissed, once what they are at is done."""
+        self.desk.close.remote(self.name)
+        self._thread.join()
+        if self.shape.holds:
+            with suppress(UserError):
+                delete(join(self.shape.storage, self.name))
+
+    def _lead(self) -> None:
+        """The run of Ray Train, from the first worker's birth to the last one's end; begun again as long as trainings get on."""
+        import ray.train
+
+        while True:
+            finished = self._finished
+            for name, (storage, _) in list(self._storage.items()):
+                self._storage[name] = storage, Checkpoints(storage).images()
+            try:
+                self._trainer().fit()
+                return
+            except ray.train.TrainingFailedError as error:
+                # Nodes come and go: as long as it gets anywhere, it goes on.
+                before = list(self._storage.values())
+                if self._finished > finished or any(Checkpoints(s).images() > images for s, images in before):
+                    continue
+                self._why, self._error = root_cause(error), error
+                return
+            except ray.exceptions.RayActorError as error:
+                self._why, self._error = "the process that leads its workers died", error
+                return
+            except Exception as error:
+                self._why, self._error = root_cause(error), error
+                return
+
+    def _trainer(self) -> Any:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+
+        from workflows.training.trainer import Down, LocalTrainer, Losses, Trainer
+
+        desk, name, shape = self.desk, self.name, self.shape
+
+        def tell(*what: Any) -> None:
+            desk.tell.remote(name, *what)
+
+        remote, workers = is_remote(shape.storage), shape.workers
+        filesystem, path = arrow_filesystem(shape.storage) if remote else (None, shape.storage)
+        return (LocalTrainer if own_ray() else Trainer)(
+            serve,
+            train_loop_config={"crew": name, "desk": desk},
+            scaling_config=ScalingConfig(
+                num_workers=workers.most if workers.fixed else (workers.fewest, workers.most),  # type: ignore[arg-type]
+                use_gpu=shape.use_gpu,
+                resources_per_worker=shape.resources,
+                elastic_resize_monitor_interval_s=resized_every(),  # type: ignore[call-arg]
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=FAILURES),
+                callbacks=[Losses(tell), Down(tell)],  # type: ignore[list-item]
+            ),
+        )
+
+
+def serve(config: dict[str, Any]) -> None:
+    """What each worker of a crew runs: order after order, until there are no more."""
+    import gc
+
+    import ray
+    import ray.train
+
+    crew, desk = config["crew"], config["desk"]
+    rank, number = ray.train.get_context().get_world_rank(), 0
+    since = time.monotonic()
+    while (order := ray.get(desk.order.remote(crew, rank, number))) != CLOSED:
+        if order is None:
+            time.sleep(SOON if time.monotonic() < since + AWAKE else LATER)
+            continue
+        loop, settings = ray.get(order.what[0])
+        answer = loop(settings)
+        if order.rank is not None or rank == 0:
+            ray.get(desk.done.remote(crew, order.number, answer))
+        number, since = order.number, time.monotonic()
+        del loop, settings, answer
+        gc.collect()
+
+
+class Crews:
+    """Of this process, for as long as its Ray is there. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._crews: list[Crew] = []
+        self._lock = threading.Lock()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def train(
+        self,
+        job: Job,
+        *,
+        mailbox: Any,
+        workers: Workers,
+        use_gpu: bool,
+        at_once: int = 1,
+        loop: Callable[[dict[str, Any]], Any] = train_worker,
+    ) -> Any:
+        """Runs the job to its end, recovering from lost workers; gives what `loop` returned on the first worker. With fewest and
+        most `workers` that differ it goes on with those there is room for. `at_once`: how many such calls there are together.
+
+        Raises UserError when training itself fails.
+        """
+        together = workers.most > 1 or not own_ray()
+        with self._lock:
+            crew = self._crew(mailbox, workers, job.threads, job.storage, use_gpu, at_once)
+            (rank,) = crew.seat(together=together) or (None,)
+            crew.busy.add(rank)
+        try:
+            return crew.train(job, rank, mailbox=mailbox, loop=loop)
+        finally:
+            with self._lock:
+                crew.busy.discard(rank)
+
+    def expect(self, *, mailbox: Any, workers: Workers, at_once: int) -> None:
+        """Such trainings are to come: where their workers hold nothing, they are started now, in the background."""
+        with self._lock:
+            if own_ray():
+                self._crew(mailbox, workers, 1, "", False, at_once)
+
+    def rest(self) -> None:
+        """The trainings of a stage are over: crews that hold CPUs or GPUs give them back."""
+        with self._lock:
+            resting = [crew for crew in self._there() if crew.shape.holds]
+            self._crews = [crew for crew in self._crews if crew not in resting]
+        for crew in resting:
+            crew.close()
+
+    def dismiss(self) -> None:
+        """All of them, at once: Ray is about to be shut down, and no thread may be within a call to it."""
+        with self._lock:
+            going, self._crews = self._there(), []
+        end = time.monotonic() + 20
+        while any(not crew.ended for crew in going) and time.monotonic() < end:
+            with suppress(Exception):
+                abort(kill=True)  # again, as one may just begin
+            time.sleep(0.05)
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    def _there(self) -> list[Crew]:
+        self._crews = [crew for crew in self._crews if not crew.ended]
+        return self._crews
+
+    def _crew(self, desk: Any, workers: Workers, threads: int, storage: str, use_gpu: bool, at_once: int) -> Crew:
+        """One with a free seat for such a training, or a new one."""
+        own = own_ray()
+        holds, together = use_gpu or not own, workers.most > 1 or not own
+        for crew in self._there():
+            of = crew.shape
+            size = of.workers == workers if together else of.workers.fixed and of.workers.most >= at_once
+            same = (of.use_gpu, of.holds) == (use_gpu, holds) and (
+                not holds or (of.threads, of.storage) == (threads, storage)
+            )
+            if size and same and crew.seat(together=together) is not None:
+                return crew
+        if not holds:
+            self._scratch = self._scratch or tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+            storage = self._scratch.name
+        size_of_new = workers if together else Workers(at_once, at_once)
+        crew = Crew(Shape(size_of_new, use_gpu, threads, storage, holds), desk)
+        self._crews.append(crew)
+        before_shutdown(self.dismiss)
+        return crew
+
+
+CREWS = Crews()
+train = CREWS.train
+
+
+def abort(*, kill: bool = False) -> None:
+    """Ends the trainings of this driver where they are: `train` raises in its threads. Asked to, a controller ends its workers
+    first; `kill` is for one that does not answer, as it waits for room. Ray has no call for either.
+    """
+    import ray
+    from ray._private.state import actors
+    from ray._private.worker import global_worker
+
+    from workflows.training.trainer import CONTROLLERS
+
+    driver: Any = global_worker
+    own = ray.get_runtime_context().get_job_id()
+    for name, actor in actors().items():
+        if actor["ActorClassName"] in CONTROLLERS and (actor["JobID"], actor["State"]) == (own, "ALIVE"):
+            controller = driver.core_worker.get_actor_handle(ray.ActorID.from_hex(name))
+            ray.kill(controller) if kill else controller.abort.remote()
