@@ -1,4 +1,4 @@
-# make demo | test | test-all | lint | lock | clean
+# make demo | test | test-all | lint | types | docs | lock | clean
 PYTHON ?= python3
 VENV   ?= .venv
 # Another build of torch: make demo TORCH='torch==2.13.0 --index-url <the index of the build you want>'
@@ -7,7 +7,7 @@ TORCH  ?= torch
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
 
-.PHONY: demo test test-all lint types lock clean install
+.PHONY: demo test test-all lint types docs lock clean install
 demo: $(DONE)
 	$(BIN)/mmdistill run --recipe digits
 
@@ -33,6 +33,9 @@ lint: $(DONE)
 types: $(DONE)
 	$(BIN)/mypy
 
+docs: $(DONE)
+	$(BIN)/mkdocs build --strict --quiet
+
 # Needs uv. The CUDA libraries are left out: they follow from torch's build.
 lock:
 	uv pip compile --universal --python-version 3.10 --all-extras --no-header --no-annotate --no-emit-index-url \
@@ -41,4 +44,4 @@ lock:
 	mv infra/.new infra/constraints.txt && rm infra/.lock
 
 clean:
-	rm -rf $(VENV) .mmdistill
+	rm -rf $(VENV) .mmdistill .site

@@ -1,4 +1,6 @@
-"""ablate: one choice at a time against the same base, on `gmm` and `digits`, over k and seeds; the tables of docs/ablation.md."""
+"""ablate: varies one choice at a time from the same base, on `gmm` and `digits`, over k and seeds, for the tables of
+docs/ablation.md.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from workflows.config.schema import ConfigError, load_config
-from workflows.pipeline.run import RunOptions, run_sweep
+from workflows.config.loading import load_config
+from workflows.errors import ConfigError
 from workflows.rendering.screen import Screen
-from workflows.storage.workspace import write_json
+from workflows.session.options import RunOptions
+from workflows.storage.local import write_json
 from workflows.sweep.options import SweepOptions
+from workflows.sweep.run import run_sweep
 from workflows.sweep.space import space_of
 from workflows.sweep.table import summarise
 
@@ -23,7 +27,7 @@ BASE: dict[str, Any] = {
     "w_s": "flat",
     "pull": True,
     "transition": "conditional",
-    "auxiliary_lr": 2e-3,
+    "optimisers.auxiliary.lr": 2e-3,
     "optimiser.lr": 3e-4,
 }
 CHOICES: dict[str, dict[str, Any]] = {
@@ -47,14 +51,14 @@ CHOICES: dict[str, dict[str, Any]] = {
 IMAGES = {"gmm": 96_000, "digits": 48_000}
 """Images of the base's trainings, by recipe."""
 COST = {"joint": 7.0, "alternating": 5.0, "instant": 7.0}
-"""Time of an image, so that all kinds of update get the same. Of operations instant has 5 where joint has 7, but on two CPU cores,
-with attention written out and forward mode, it takes as long (docs/ablation.md has the seconds).
+"""Relative time of an image, so that all kinds of update get the same time. Instant has 5 operations where joint has 7. But on two
+CPU cores, with attention written out and forward mode, it takes as long (docs/ablation.md has the seconds).
 """
 OF_RECIPE: dict[str, dict[str, Any]] = {"gmm": {"preconditioner": "collected"}, "digits": {}}
 
 
 def setting(recipe: str, name: str) -> dict[str, Any]:
-    """The fields of the distill section for a choice, its images so many that it costs what the base does."""
+    """The fields of the distill section for a choice, with as many images as cost the same time as the base's."""
     fields = BASE | OF_RECIPE[recipe] | CHOICES[name]
     if fields["update"] != "instant":
         fields.pop("preconditioner", None)
@@ -72,7 +76,9 @@ def run_ablation(
     ks: list[int],
     seeds: int,
 ) -> None:
-    """Raises ConfigError for a recipe or a choice that is not there."""
+    """Runs the ablation, and updates the tables in `page` and the rows beside it. Raises ConfigError for an unknown recipe or
+    choice.
+    """
     for name, given, known in (("recipe", recipes, IMAGES), ("--only", only, CHOICES)):
         for value in given:
             if value not in known:
@@ -94,7 +100,7 @@ def run_ablation(
 
 
 def merge_rows(kept: Path, new: Path) -> None:
-    """The new rows into the file of those kept, in the place of the same points; a new file if they were of another teacher."""
+    """Merges new rows into the file of kept ones. They replace rows of the same points, and all rows of another teacher."""
     after = json.loads(new.read_text())
     before = json.loads(kept.read_text()) if kept.exists() else after
     rows = {json.dumps(row["point"], sort_keys=True): row for row in after["trials"]}
@@ -108,7 +114,7 @@ def merge_rows(kept: Path, new: Path) -> None:
 
 
 def write_table(page: Path, recipe: str, trials: list[dict[str, Any]]) -> None:
-    """Puts the recipe's table between its marks in the page, or at the page's end."""
+    """Writes the recipe's table between its marks in the page, or at the end of the page."""
     text = page.read_text() if page.exists() else ""
     begin, end = f"<!-- {recipe} -->", f"<!-- /{recipe} -->"
     block = f"{begin}\n{table(trials)}\n{end}"
@@ -118,7 +124,7 @@ def write_table(page: Path, recipe: str, trials: list[dict[str, Any]]) -> None:
 
 
 def table(trials: list[dict[str, Any]]) -> str:
-    """Distance, mean ± standard deviation over seeds, by choice and k; the best of a column in bold, and the mean seconds."""
+    """Distance by choice and k, mean ± standard deviation over seeds, the best of a column in bold; and the mean seconds."""
     named = [
         row | {"point": {"choice": row["point"]["setting"]["choice"], **row["point"]} | {"setting": ""}}
         for row in trials

@@ -1,7 +1,7 @@
-"""bench data: images a second from the same images as shards of ours, as files, as WebDataset tars; and how long an update waits.
+"""bench data: images per second from our shards, files, WebDataset tars and MDS, and how long an update waits for data.
 
-Every reader gives the same batches to one consumer: [b, 3, size, size] in [-1, 1], shuffled. A reader is started anew in each
-round, its first epoch does not count, its second does; the readers take turns.
+Every reader gives the same batches to one consumer: [b, 3, size, size] in [-1, 1], shuffled. The readers take turns. Each round
+restarts a reader and counts its second epoch, not its first.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from workflows.config.assembly import method_of, network_of, schedule_of
 from workflows.config.schema import RunConfig
 from workflows.storage.store import delete, upload
 from workflows.storage.uri import join
@@ -29,13 +30,13 @@ TAR_ROWS = 4_000
 UPDATES = 40
 
 Batches = Callable[[], Iterator[Any]]
-"""Starts a reader anew; batches without end."""
+"""Starts a reader of endless batches."""
 
 
 def bench_data(
     config: RunConfig, repeats: int, *, place: str | None = None, say: Callable[[str], None] = lambda text: None
 ) -> dict[str, Any]:
-    """`place`: s3://BUCKET/PREFIX, to measure from there too. `say` is told what goes on."""
+    """The figures of all readers. `place` (s3://BUCKET/PREFIX) adds readers from there. `say` takes lines of progress."""
     from workflows.cluster.session import ray_session
 
     with TemporaryDirectory() as scratch, ExitStack() as stack:
@@ -106,7 +107,7 @@ def bench_data(
 
 
 def _make(folder: Path) -> None:
-    """The same images as files, tars, and shards of both kinds: smooth noise, that PNG can shrink."""
+    """Writes the same images as files, tars, MDS and shards of both kinds. They are smooth noise, which PNG can compress."""
     from workflows.dataset.manifest import write_manifest
     from workflows.dataset.shards import Rows, manifest_of, png_of, save_shard
 
@@ -165,7 +166,7 @@ def _pixels(content: bytes) -> np.ndarray:
 
 
 class Files:
-    """torch's Dataset of PNG files."""
+    """A torch Dataset of PNG files."""
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted(str(p) for p in folder.iterdir())
@@ -226,7 +227,7 @@ def _mds(root: Path, workers: int) -> Iterator[Any]:
             row = super().__getitem__(at)
             return torch.from_numpy(np.ascontiguousarray(_pixels(row["png"]))), row["label"]
 
-    clean_stale_shared_memory()  # of the round before
+    clean_stale_shared_memory()  # left by the round before
     data = Images(local=str(root), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
     loader: Any = torch.utils.data.DataLoader(
         data, BATCH, num_workers=workers, drop_last=True, persistent_workers=workers > 0
@@ -272,26 +273,22 @@ def _memory(root: str) -> Iterator[Any]:
 
 
 def _waits(config: RunConfig, root: str) -> float:
-    """The share of its time that an update of the recipe's network and batch waits for these images, its first ones apart."""
+    """The share of its time that an update of the recipe's network and batch waits for images. The first updates don't count."""
     import torch
 
-    from mmdistill_core.artifact import build_denoiser
     from mmdistill_core.engine import OptimiserOptions, TrainState, train_step
-    from mmdistill_core.methods import METHODS
-    from mmdistill_core.networks.dit import DiTConfig
 
     torch.set_num_threads(1)
     batch = config.teacher.batch
-    network = DiTConfig(image_size=SIZE, channels=3, num_classes=0, **config.network.model_dump() | {"patch": 4})
-    method = METHODS["denoising"](schedule=_schedule(config))  # type: ignore[call-arg]
-    teacher = build_denoiser(network=network, prediction=config.prediction, schedule=config.schedule.as_dict())
+    own = config.network.model_copy(update={"patch": 4})
+    network = network_of(own, shape=(3, SIZE, SIZE), num_classes=0)
+    schedule = schedule_of(config)
     state = TrainState.create(
-        method=method,
-        given={"teacher": teacher},
-        options={"teacher": OptimiserOptions()},
+        method=method_of(config.teacher, schedule),
+        given={"teacher": network.denoiser(schedule=schedule, prediction=config.prediction)},
+        options=OptimiserOptions(),
         global_batch=batch,
         total_images=10**9,
-        best_role="teacher_ema",
     )
     with closing(_streamed(root, batch, labelled=False)) as batches:
         for _ in range(5):
@@ -300,9 +297,3 @@ def _waits(config: RunConfig, root: str) -> float:
         for _ in range(UPDATES):
             train_step(state=state, batches=batches, seed=0, rank=0)
         return float(batches.waited / (time.perf_counter() - began))
-
-
-def _schedule(config: RunConfig) -> Any:
-    from mmdistill_core.diffusion.schedules import schedule_from_dict
-
-    return schedule_from_dict(config.schedule.as_dict())

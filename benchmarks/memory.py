@@ -1,4 +1,4 @@
-"""bench memory: what an update of each kind holds at its peak, each in a process of its own."""
+"""bench memory: the peak memory of each kind of update, each in its own process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from workflows.config.schema import RunConfig
 
 UPDATES = ("joint", "alternating", "instant")
 NETWORK: dict[str, Any] = {"image_size": 32, "channels": 3, "patch": 4, "width": 512, "depth": 8, "heads": 8}
-"""38 million parameters, so that networks weigh and activations hardly do."""
+"""38 million parameters, so that the weights dominate the activations."""
 BATCH = 4
 
 
 def bench_memory(config: RunConfig, repeats: int) -> dict[str, Any]:
-    """Peak bytes of two rounds of updates above what the process held before, in copies of the network's weights. On CPU it is the
-    process's resident memory, on a GPU the allocator's peak.
+    """Peak bytes of two rounds of updates above what the process held before, also in copies of the network's weights. On a CPU it
+    is the resident memory of the process, on a GPU the allocator's peak.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         rows = {update: pool.submit(peak, update).result() for update in UPDATES}
@@ -26,35 +26,35 @@ def bench_memory(config: RunConfig, repeats: int) -> dict[str, Any]:
 
 
 def peak(update: str) -> dict[str, Any]:
-    """Bytes at the peak, and how many networks of the teacher's size are held. To be called in a fresh process."""
+    """Bytes at the peak, and how many networks of the teacher's size are held. Call it in a fresh process."""
     import torch
 
     from mmdistill_core.artifact import build_denoiser
     from mmdistill_core.diffusion.schedules import Cosine
     from mmdistill_core.engine import OptimiserOptions, TrainState, train_step
-    from mmdistill_core.methods import Batch, MomentMatching
+    from mmdistill_core.engine.preparation import Preparation
+    from mmdistill_core.methods.base import Batch
+    from mmdistill_core.methods.moment_matching import MomentMatching
     from mmdistill_core.networks.dit import DiTConfig
-    from mmdistill_core.networks.preconditioner import Preconditioner
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held = _held(device)
-    build = {"prediction": "v", "schedule": {"name": "cosine"}}
-    given: dict[str, torch.nn.Module] = {"teacher": build_denoiser(network=DiTConfig(**NETWORK), **build).to(device)}  # type: ignore[arg-type]
-    if update == "instant":
-        given["preconditioner"] = Preconditioner.identity(given["teacher"])
+    teacher = build_denoiser(network=DiTConfig(**NETWORK), prediction="v", schedule={"name": "cosine"}).to(device)
+    options: dict[str, Any] = {"update": update, "ema": False, "preconditioner": "identity"}
+    method = MomentMatching(schedule=Cosine(), k=8, **options)
     state = TrainState.create(
-        method=MomentMatching(schedule=Cosine(), k=8, update=update),
-        given=given,
+        method=method,
+        given={"teacher": teacher},
+        prepare=lambda networks: method.prepare(Preparation(networks)),
         options=OptimiserOptions(warmup_images=0),
         global_batch=BATCH,
         total_images=10**9,
-        best_role="student",
     )
     batch = Batch(torch.randn(BATCH, 3, 32, 32, device=device))
     for _ in range(4):
         train_step(state=state, batches=lambda n: batch, seed=0)
-    weights = sum(p.numel() * p.element_size() for p in given["teacher"].parameters())
+    weights = sum(p.numel() * p.element_size() for p in teacher.parameters())
     networks = sum(name != "preconditioner" for name in state.networks)
     return {"bytes": _held(device) - held, "bytes_of_weights": weights, "networks": networks}
 
@@ -70,6 +70,6 @@ def _held(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would begin, on Linux, with what the parent held
+    if status.exists():  # on Linux ru_maxrss begins with what the parent held
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

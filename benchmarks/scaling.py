@@ -1,4 +1,4 @@
-"""bench scaling: what each worker adds, what a checkpoint costs, how long a training takes to start, and to be there again."""
+"""bench scaling: what each worker adds, what a checkpoint costs, and how long a training takes to start and to recover."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from workflows.config.schema import RunConfig
 from workflows.dataset.sources import source_of
 
 STEPS, MANY = 10, 20
-"""Updates timed together; and as many as take longer than a checkpoint takes to be written."""
+"""Updates timed together. MANY take longer than writing a checkpoint."""
 ROUNDS = 3
-"""Within each start of the workers."""
+"""Rounds within each start of the workers."""
 LARGER = 8
-"""Times the recipe's batch: what does not grow with a batch, as the exchange of gradients, is spread over more."""
+"""The larger batch, in multiples of the recipe's. It spreads costs that do not grow with the batch, such as the all-reduce."""
 
 
 def bench_scaling(config: RunConfig, repeats: int, *, workers: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    """`repeats` starts of each number of workers, in turns; every worker has one thread. With the recipe's batch, and larger."""
-    from benchmarks.bench import K, job_of, loaded
-    from workflows.cluster.session import Monitor, Workers, ray_session, require
+    """The figures over `repeats` starts of each number of workers, in turns, with the recipe's batch and a larger one. Every worker
+    has one thread.
+    """
+    from benchmarks.engine import K, job_of, loaded
+    from workflows.cluster.session import Workers, ray_session, require
     from workflows.dataset.shards import write_shards
     from workflows.training.crew import train
+    from workflows.training.mailbox import Monitor
 
     source = source_of(config.data)
     images, labels = loaded(source)
@@ -74,8 +77,8 @@ def bench_scaling(config: RunConfig, repeats: int, *, workers: tuple[int, ...] =
 
 
 def _scaled(runs: list[dict[str, list[float]]], batch: int, n: int) -> dict[str, Any]:
-    """Of all rounds: images/s of one worker while the others wait, of all, and of all without a word between them; and the last
-    two over n times the first, round by round.
+    """Over all rounds: images/s of one worker while the others wait, of all together, and of all without communication. Then the
+    last two over n times the first, round by round.
     """
     rounds = [dict(zip(run, times, strict=True)) for run in runs for times in zip(*run.values(), strict=True)]
     rate = {name: STEPS * batch / statistics.median(times[name] for times in rounds) for name in rounds[0]}
@@ -89,7 +92,7 @@ def _scaled(runs: list[dict[str, list[float]]], batch: int, n: int) -> dict[str,
 
 
 def _stepper(t: Any) -> Callable[..., float]:
-    """Seconds of so many updates, without the checkpoints that are due."""
+    """A function that trains so many updates, without checkpoints, and returns the seconds."""
     from mmdistill_core.engine import fit
 
     options = replace(t.options, checkpoint_every=0)
@@ -108,7 +111,7 @@ def together_loop(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from mmdistill_core.engine import FitOptions, InMemoryBatches
-    from workflows.training.job import build_state
+    from workflows.training.job import Place, build_state
     from workflows.training.worker import set_up
 
     t = set_up(config)
@@ -117,7 +120,7 @@ def together_loop(config: dict[str, Any]) -> dict[str, Any]:
     def by_itself(batch: int) -> Callable[..., float]:
         job, x, label = replace(t.job, batch=batch), t.batches.x, t.batches.label
         batches = InMemoryBatches(x=x, label=label, global_batch=batch, seed=0)
-        state, options = build_state(job, batches), FitOptions(log_every)
+        state, options = build_state(job, Place(batches)), FitOptions(log_every)
         return _stepper(replace(t, job=job, state=state, batches=batches, options=options, report=lambda metrics: None))
 
     def wait() -> None:
@@ -125,7 +128,7 @@ def together_loop(config: dict[str, Any]) -> dict[str, Any]:
             torch.distributed.barrier()
 
     alone, joined, apart = by_itself(t.job.batch), _stepper(t), by_itself(t.job.batch // world)
-    joined(1, asked=t.asked)
+    joined(1, poll=t.poll)
     first = time.time()
     apart(1)
     times: dict[str, list[float]] = {"alone": [], "joined": [], "apart": []}
@@ -134,7 +137,7 @@ def together_loop(config: dict[str, Any]) -> dict[str, Any]:
         if t.rank == 0:
             times["alone"].append(alone(STEPS))
         wait()
-        times["joined"].append(joined(STEPS, asked=t.asked))
+        times["joined"].append(joined(STEPS, poll=t.poll))
         wait()
         began = time.perf_counter()
         apart(STEPS)
@@ -144,21 +147,21 @@ def together_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def single_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """On a worker: the rate of training as it is, of the engine alone, and with a checkpoint on its way."""
+    """On a worker: the rate of real training, of the engine alone, and while a checkpoint is written."""
     from workflows.training.worker import set_up
 
     t = set_up(config)
     train = _stepper(t)
-    train(1, asked=t.asked)
+    train(1, poll=t.poll)
     times: dict[str, list[float]] = {"train": [], "bare": [], "plain": [], "checkpoint": [], "copied": []}
     for _ in range(ROUNDS):
-        times["train"].append(train(STEPS, asked=t.asked))
+        times["train"].append(train(STEPS, poll=t.poll))
         times["bare"].append(train(STEPS, report=lambda metrics: None))
-        times["plain"].append(train(MANY, asked=t.asked))
+        times["plain"].append(train(MANY, poll=t.poll))
         began = time.perf_counter()
         t.save(t.state)
         copied = time.perf_counter() - began
-        times["checkpoint"].append(copied + train(MANY, asked=t.asked))
+        times["checkpoint"].append(copied + train(MANY, poll=t.poll))
         times["copied"].append(copied)
         t.checkpoints.settle()
     median = {name: statistics.median(of) for name, of in times.items()}
@@ -173,15 +176,16 @@ def single_loop(config: dict[str, Any]) -> dict[str, Any]:
 
 def _recovery(job: Any, workers: int) -> float:
     """Seconds from a worker's SIGKILL to the first update after it."""
-    from workflows.cluster.session import Monitor, Workers
+    from workflows.cluster.session import Workers
     from workflows.training.crew import train
+    from workflows.training.mailbox import Monitor
 
     ends = train(job, mailbox=Monitor().actor, workers=Workers(workers, workers), use_gpu=False, loop=dying_loop)
     return float(ends["again"] - ends["killed"])
 
 
 def dying_loop(config: dict[str, Any]) -> dict[str, float]:
-    """The last worker kills itself after the first checkpoint; begun again, they train one update more."""
+    """The last worker kills itself after the first checkpoint. After the restart, all train one more update."""
     from mmdistill_core.engine import fit
     from workflows.training.worker import set_up
 

@@ -1,4 +1,4 @@
-"""bench start: what a user waits for before anything is trained. A smoke run of the recipe, as a command, in a new workspace."""
+"""bench start: how long a user waits until training begins, in a smoke run of the recipe as a command in a new workspace."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Any
 
 from workflows.config.schema import RunConfig
 from workflows.errors import UserError, in_a_line
-from workflows.session.context import METRICS
-from workflows.storage import jsonl as lines
+from workflows.session.metrics import METRICS
+from workflows.storage import jsonl
 
 TARGETS = {"to_the_first_update": 15.0, "to_a_further_training": 4.0, "cpu_seconds": 50.0}
 
 
 def bench_start(config: RunConfig, repeats: int) -> dict[str, Any]:
-    """Medians over `repeats` runs, in seconds: from the command to the teacher's first update, and to its end; of the further
-    trainings, from the last update before one's own first, the longest; CPU seconds of all its processes, Ray's among them, and
-    those up to the first update.
+    """Medians over `repeats` runs, in seconds: from the command to the teacher's first update, and to the end; the longest wait of
+    a further training, from the last update before it to its first; CPU seconds of all processes, Ray's included, in all and up to
+    the first update.
     """
     runs = [_smoke(config.recipe) for _ in range(repeats)]
     return {
@@ -47,7 +47,7 @@ def _smoke(recipe: str) -> dict[str, float]:
         if process.returncode:
             raise UserError(f"bench: mmdistill {' '.join(words)} failed: {in_a_line(shown[-300:])}")
         updates = {
-            path.name: [row["time"] / 1000 for row in lines.read(path / METRICS)]
+            path.name: [row["time"] / 1000 for row in jsonl.read(path / METRICS)]
             for path in (Path(scratch) / "stages").iterdir()
             if path.name.startswith(("teacher", "distill"))
         }
@@ -67,8 +67,8 @@ def _smoke(recipe: str) -> dict[str, float]:
 
 
 class Meter:
-    """CPU seconds of a process and of all that it starts, and those start, by Linux's own count. Looked at every 50 ms: a process
-    that lives for less is missed.
+    """CPU seconds of a process and all its descendants, from Linux's /proc. It is read every 50 ms, so a process that lives for
+    less is missed.
     """
 
     def __init__(self, pid: int) -> None:
@@ -84,7 +84,7 @@ class Meter:
         self._thread.join()
 
     def seconds(self, until: float | None = None) -> float:
-        """All of them, or those up to a moment."""
+        """All CPU seconds, or those up to a moment."""
         course = [spent for moment, spent in self._course if until is None or moment <= until]
         return course[-1] if course else 0.0
 
@@ -102,7 +102,7 @@ class Meter:
                 continue
             found[int(folder.name)] = int(fields[1]), int(fields[11]) + int(fields[12])
         before = 0
-        while len(self._known) > before:  # until no process is a child of a known one
+        while len(self._known) > before:  # until there is no further child of a known one
             before = len(self._known)
             self._known |= {pid for pid, (parent, _) in found.items() if parent in self._known}
         self._ticks |= {pid: ticks for pid, (_, ticks) in found.items() if pid in self._known}

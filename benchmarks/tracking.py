@@ -1,4 +1,4 @@
-"""bench tracking: what logging costs a training's driver, with a row after every update, which is far more than recipes log."""
+"""bench tracking: what logging costs a training's driver, with a row after every update, far more than recipes log."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from workflows.config.schema import RunConfig
 
 VALUES, ROWS = 30, 10
-"""Values in a row, as a distillation logs them, and rows logged in a round."""
+"""Values in a row, as in a distillation, and rows logged in a round."""
 
 
 def bench_tracking(config: RunConfig, repeats: int, uris: dict[str, str] | None = None) -> dict[str, Any]:
-    """Of each store (name -> address; by default SQLite): the driver's time in log calls over the time of an update, through the
-    outbox and, for comparison, straight to the store. Updates and the delivering thread run in this one process, so that `update`
-    holds what the thread takes from it; in a run the updates are in processes of their own.
+    """For each store (name -> address; by default SQLite): the driver's time in log calls over the time of an update, through the
+    outbox and, for comparison, straight to the store. Updates and the delivery thread run in one process here, so `update` includes
+    what the thread takes from it. In a run the updates are in other processes.
     """
     import torch
 
-    from benchmarks.bench import STEPS, K, _joint, batches_of, engine_of, interleaved, job_of
+    from benchmarks.engine import STEPS, K, batches_of, engine_of, interleaved, job_of, joint
     from workflows.tracking.tracker import Tracker
     from workflows.training.job import build_state
 
@@ -30,7 +30,7 @@ def bench_tracking(config: RunConfig, repeats: int, uris: dict[str, str] | None 
     batches = batches_of(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        updates = engine_of(build_state(job_of(_joint(config), folder, k=K)), batches)
+        updates = engine_of(build_state(job_of(joint(config), folder, k=K)), batches)
         stores = uris or {"sqlite": f"sqlite:///{folder / 'mlflow.db'}"}
         trackers: list[Tracker] = []
         systems: dict[str, Callable[[], None]] = {"no log": updates}
@@ -58,7 +58,7 @@ def bench_tracking(config: RunConfig, repeats: int, uris: dict[str, str] | None 
 
 
 def _logging(updates: Callable[[], None], tracker: Any, spent: list[float]) -> Callable[[], None]:
-    """The updates, and as many rows logged; the time of each log call goes to `spent`."""
+    """Runs the updates and then logs ROWS rows. The time of each log call goes to `spent`."""
     run_id = tracker.start_run("bench")
     row = {f"loss/level{i}": 1 / (3 + i) for i in range(VALUES)}
 

@@ -1,14 +1,13 @@
 """A model as it is kept and shared: a folder with weights.safetensors and model.json. No pickle.
 
-model.json holds all that sampling needs: network, prediction, schedule, k, sampler, preprocessing. A student whose schedule is
+model.json holds all that sampling needs: network, prediction, schedule, k, samplers, preprocessing. A student whose schedule is
 not stored with it is sampled wrongly; so it is stored, and `DiffusionModel.sample` uses no other.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,34 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmdistill_core.diffusion.guidance import NULL_LABEL
-from mmdistill_core.diffusion.schedules import schedule_from_dict, schedule_to_dict
-from mmdistill_core.networks.classifier import Classifier
+from mmdistill_core.diffusion.guidance import NULL_LABEL, squeezed
+from mmdistill_core.diffusion.schedules import Schedule, schedule_from_dict, schedule_to_dict
+from mmdistill_core.diffusion.times import uniform_grid
+from mmdistill_core.files import sha256_of
+from mmdistill_core.methods.base import Sampler
+from mmdistill_core.networks.config import NetworkConfig, network_config
 from mmdistill_core.networks.denoiser import Denoiser
-from mmdistill_core.networks.dit import DiT, DiTConfig
-from mmdistill_core.networks.exact import MixtureConfig, MixtureDenoiser
 from mmdistill_core.networks.extractor import Extractor
-from mmdistill_core.networks.inception import Inception
-from mmdistill_core.networks.mixture import Mixture
-from mmdistill_core.networks.pixels import Pixels
-from mmdistill_core.samplers import Denoise, clipped_denoiser, guided_denoiser, sample, told_denoiser
+from mmdistill_core.plugins import named
+from mmdistill_core.samplers.samplers import (
+    Denoise,
+    clipped_denoiser,
+    conditioned_denoiser,
+    evaluations,
+    guided_denoiser,
+    sample,
+)
 
-WEIGHTS, MODEL, SECOND_MOMENTS = "weights.safetensors", "model.json", "second_moments.safetensors"
-FORMAT = 1
-EXTRACTORS: dict[str, type[Extractor]] = {
-    "classifier": Classifier,
-    "inception": Inception,
-    "mixture": Mixture,
-    "pixels": Pixels,
+WEIGHTS, MODEL = "weights.safetensors", "model.json"
+FORMAT = 2
+READ = (1, 2)
+EXTRACTORS: dict[str, str] = {
+    "classifier": "mmdistill_core.networks.classifier:Classifier",
+    "inception": "mmdistill_core.networks.inception:Inception",
+    "mixture": "mmdistill_core.networks.mixture:Mixture",
+    "pixels": "mmdistill_core.networks.pixels:Pixels",
 }
+"""Extractors by kind, imported when they are asked for."""
 
 
 class NotAModel(ValueError):
@@ -46,44 +53,69 @@ class NotAModel(ValueError):
 
 @dataclass
 class DiffusionModel:
-    """A denoiser with how to sample it: `sampler`, with its `options`, on the uniform grid of `k` steps.
+    """A denoiser with how to sample it.
 
+    k           steps, unless others are asked for
+    samplers    by k. One on the uniform grid that tells the network nothing at its steps is for any k
     null_label  labels were hidden in its training, so that it can be guided
-    guidance    (low, high) that it was told in distillation, and imitates
     provenance  free JSON: recipe, method, data fingerprint, the teacher it came from, figures
     """
 
-    denoiser: Denoiser | MixtureDenoiser
+    denoiser: nn.Module
     k: int
-    sampler: str = "ancestral"
-    options: dict[str, float] = field(default_factory=dict)
+    samplers: dict[int, Sampler] = field(default_factory=dict)
     null_label: bool = False
-    guidance: tuple[float, float] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def network(self) -> DiTConfig | MixtureConfig:
-        if isinstance(self.denoiser, MixtureDenoiser):
-            return self.denoiser.config
-        backbone = self.denoiser.backbone
-        assert isinstance(backbone, DiT)
-        return backbone.config
+    def __post_init__(self) -> None:
+        self.samplers = self.samplers or {self.k: Sampler()}
 
-    def steered(self, *, guidance: float | None, clip_x: bool) -> Denoise:
-        """The denoiser under guidance: by its null label, or as it was told in distillation. Raises ValueError if it can't be."""
+    @property
+    def network(self) -> NetworkConfig:
+        config: NetworkConfig = (
+            self.denoiser.backbone if isinstance(self.denoiser, Denoiser) else self.denoiser
+        ).config  # type: ignore[assignment]
+        return config
+
+    @property
+    def schedule(self) -> Schedule:
+        schedule: Schedule = self.denoiser.schedule  # type: ignore[assignment]
+        return schedule
+
+    def sampler(self, k: int | None = None) -> Sampler:
+        """How it is sampled in k steps. Raises ValueError where it does not know."""
+        k = self.k if k is None else k
+        own = self.samplers.get(k, self.samplers[self.k])
+        if k not in self.samplers and (own.times is not None or own.conditions):
+            known = ", ".join(map(str, sorted(self.samplers)))
+            raise ValueError(f"steps: {k} asked for; the model is sampled in {known}")
+        return own
+
+    def evaluations(self, k: int | None = None, *, sampler: str | None = None, guidance: float | None = None) -> int:
+        """Network evaluations of a sample."""
+        own = self.sampler(k)
+        twice = bool(guidance) and "guidance" not in own.ranges
+        return evaluations(sampler or own.name, self.k if k is None else k) * (2 if twice else 1)
+
+    def steered(self, sampler: Sampler, *, k: int, guidance: float | None, clip_x: bool) -> Denoise:
+        """The denoiser as the sampler tells it at each step, and under guidance: by its condition, or by its null label. Raises
+        ValueError if it can't be.
+        """
         denoise: Denoise = self.denoiser
-        if self.guidance is not None:
-            low, high = self.guidance
-            w = low if guidance is None else guidance
+        values: dict[str, Sequence[float]] = {name: list(steps) for name, steps in sampler.conditions.items()}
+        for name, (low, high) in sampler.ranges.items():
+            w = guidance if name == "guidance" and guidance is not None else low
             if not low <= w <= high:
-                raise ValueError(f"guidance: {w:g} is not within {low:g} to {high:g}, which the model learnt")
-            denoise = told_denoiser(self.denoiser, guidance=w)
-        elif guidance:
+                raise ValueError(f"{name}: {w:g} is not within {low:g} to {high:g}, which the model learnt")
+            values[name] = [squeezed(torch.tensor(w)).item() if name == "guidance" else w] * k
+        if values:
+            denoise = conditioned_denoiser(self.denoiser, times=times_of(sampler, k), values=values)
+        if guidance and "guidance" not in sampler.ranges:
             if not self.network.num_classes:
                 raise ValueError(f"guidance: {guidance:g} for an unconditional model")
             if not self.null_label:
                 raise ValueError(f"guidance: {guidance:g} for a model that never learnt the null label")
-            denoise = guided_denoiser(self.denoiser, w=guidance)
+            denoise = guided_denoiser(denoise, w=guidance)
         return clipped_denoiser(denoise) if clip_x else denoise
 
     def check_labels(self, labels: Iterable[int]) -> None:
@@ -114,40 +146,36 @@ class DiffusionModel:
 
         Raises ValueError for a label out of range, and for guidance that the model does not know.
         """
-        c = self.network
+        c, steps = self.network, self.k if k is None else k
         if c.num_classes and label is None:
             label = torch.arange(first, first + n) % c.num_classes
         if label is not None:
             self.check_labels(label.tolist())
-        own = self.options if sampler in (None, self.sampler) else {}
+        own = self.sampler(steps)
+        other = sampler is not None and sampler != own.name
         images = sample(
-            denoiser=self.steered(guidance=guidance, clip_x=clip_x),
-            schedule=self.denoiser.schedule,
+            denoiser=self.steered(own, k=steps, guidance=guidance, clip_x=clip_x),
+            schedule=self.schedule,
             shape=(n, c.channels, c.image_size, c.image_size),
-            k=self.k if k is None else k,
-            sampler=sampler or self.sampler,
+            times=times_of(own, steps),
+            sampler=sampler or own.name,
             label=label,
             seed=seed,
             batch=batch,
             first=first,
             device=next(self.denoiser.parameters()).device,
-            **own | options,
+            **(dict[str, float]() if other else dict(own.options)) | options,
         )
         return images.clamp(-1, 1)
 
 
-def build_denoiser(*, network: DiTConfig, prediction: str, schedule: dict[str, Any]) -> Denoiser:
-    return Denoiser(backbone=DiT(network), schedule=schedule_from_dict(schedule), prediction=prediction)
+def times_of(sampler: Sampler, k: int) -> Tensor:
+    """[k + 1], from 1 to 0."""
+    return uniform_grid(k=k) if sampler.times is None else torch.tensor(sampler.times)
 
 
-def _build(description: dict[str, Any]) -> Denoiser | MixtureDenoiser:
-    """The denoiser that a model.json describes, without its weights."""
-    options = dict(description["network"])
-    if options.pop("kind", "dit") == "mixture":
-        return MixtureDenoiser.empty(MixtureConfig(**options), schedule=schedule_from_dict(description["schedule"]))
-    return build_denoiser(
-        network=DiTConfig(**options), prediction=description["prediction"], schedule=description["schedule"]
-    )
+def build_denoiser(*, network: NetworkConfig, prediction: str, schedule: dict[str, Any]) -> nn.Module:
+    return network.denoiser(schedule=schedule_from_dict(schedule), prediction=prediction)
 
 
 def _write(directory: Path, description: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -164,7 +192,7 @@ def _read(directory: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tenso
         weights = load_file(directory / WEIGHTS)
     except (ValueError, SafetensorError) as error:
         raise NotAModel(f"{directory}: a damaged model folder: {' '.join(str(error).split())}") from error
-    if description.get("format") != FORMAT or description.get("kind") not in kinds:
+    if description.get("format") not in READ or description.get("kind") not in kinds:
         found = f"{description.get('kind')!r} of format {description.get('format')!r}"
         raise NotAModel(f"{directory / MODEL}: a {' or '.join(kinds)} of format {FORMAT} is expected, found {found}")
     return description, weights
@@ -174,13 +202,12 @@ def save_model(directory: str | Path, model: DiffusionModel) -> None:
     denoiser = model.denoiser
     description = {
         "kind": "denoiser",
-        "network": {"kind": "dit" if isinstance(denoiser, Denoiser) else "mixture", **asdict(model.network)},
-        "prediction": denoiser.prediction,
-        "schedule": schedule_to_dict(denoiser.schedule),
+        "network": {"kind": model.network.kind, **asdict(model.network)},
+        "prediction": denoiser.prediction if isinstance(denoiser, Denoiser) else "x",
+        "schedule": schedule_to_dict(model.schedule),
         "k": model.k,
-        "sampler": {"name": model.sampler, "grid": "uniform", **model.options},
+        "samplers": {str(k): asdict(sampler) for k, sampler in model.samplers.items()},
         "null_label": model.null_label,
-        "guidance": model.guidance,
         "preprocessing": {"range": [-1, 1], "layout": "chw"},
         "provenance": model.provenance,
     }
@@ -190,46 +217,66 @@ def save_model(directory: str | Path, model: DiffusionModel) -> None:
 def load_model(directory: str | Path) -> DiffusionModel:
     """Raises NotAModel for a folder that is not one."""
     d, weights = _read(Path(directory), "denoiser")
-    denoiser = _build(d)
+    try:
+        denoiser = build_denoiser(
+            network=network_config(d["network"]), prediction=d["prediction"], schedule=d["schedule"]
+        )
+    except ValueError as error:  # a network of a package that is not installed
+        raise NotAModel(f"{directory}: {error}") from error
     denoiser.load_state_dict(weights)
     denoiser.requires_grad_(False).eval()
     return DiffusionModel(
-        denoiser,
-        k=d["k"],
-        sampler=d["sampler"]["name"],
-        options={name: value for name, value in d["sampler"].items() if name not in ("name", "grid")},
-        null_label=d.get("null_label", False),
-        guidance=tuple(d["guidance"]) if d.get("guidance") else None,
-        provenance=d["provenance"],
+        denoiser, k=d["k"], samplers=samplers_in(d), null_label=d.get("null_label", False), provenance=d["provenance"]
     )
 
 
-def save_second_moments(directory: str | Path, moments: dict[str, Tensor]) -> None:
-    """Beside a teacher's weights: the mean squares of its gradients by parameter, which make instant moment matching's Lambda."""
+def samplers_in(description: dict[str, Any]) -> dict[int, Sampler]:
+    """k -> sampler, of a model.json."""
+    if description["format"] == 1:
+        options = {name: value for name, value in description["sampler"].items() if name not in ("name", "grid")}
+        ranges = {"guidance": tuple(description["guidance"])} if description.get("guidance") else {}
+        return {description["k"]: Sampler(description["sampler"]["name"], options, ranges=ranges)}
+    return {int(k): sampler_of(values) for k, values in description["samplers"].items()}
+
+
+def sampler_of(values: dict[str, Any]) -> Sampler:
+    """Of the plain values that JSON keeps."""
+    return Sampler(
+        values["name"],
+        values["options"],
+        tuple(values["times"]) if values["times"] else None,
+        {name: tuple(steps) for name, steps in values["conditions"].items()},
+        {name: (low, high) for name, (low, high) in values["ranges"].items()},
+    )
+
+
+def save_beside(directory: str | Path, name: str, tensors: dict[str, Tensor]) -> None:
+    """Tensors beside a model's weights, for methods to prepare from, with the hash of the weights that they belong to."""
     directory = Path(directory)
-    own = {name: value.detach().cpu().contiguous() for name, value in moments.items()}
-    save_file(own, directory / SECOND_MOMENTS, metadata={"weights": _hash(directory / WEIGHTS)})
+    own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(own, directory / f"{name}.safetensors", metadata={"weights": sha256_of(directory / WEIGHTS)})
 
 
-def check_second_moments(directory: str | Path) -> Path:
-    """The file of them, if it is there and of the weights beside it. Raises NotAModel."""
-    path = Path(directory) / SECOND_MOMENTS
+def beside(directory: str | Path) -> frozenset[str]:
+    """The names of the tensors that lie beside a model's weights, and belong to them."""
+    directory, found = Path(directory), set()
+    weights = sha256_of(directory / WEIGHTS)
+    for path in directory.glob("*.safetensors"):
+        if path.name != WEIGHTS:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("weights") == weights:
+                    found.add(path.stem)
+    return frozenset(found)
+
+
+def load_beside(directory: str | Path, name: str) -> dict[str, Tensor]:
+    """Raises NotAModel where the model has none of that name, or of other weights."""
+    path = Path(directory) / f"{name}.safetensors"
     if not path.is_file():
-        raise NotAModel(f"{path}: the teacher has none; take preconditioner 'collected' or 'identity'")
-    with safe_open(path, framework="pt") as file:
-        found = file.metadata().get("weights")
-    if found != _hash(path.with_name(WEIGHTS)):
-        raise NotAModel(f"{path}: of other weights than {WEIGHTS} beside it; take preconditioner 'collected'")
-    return path
-
-
-def load_second_moments(directory: str | Path) -> dict[str, Tensor]:
-    """Raises NotAModel (`check_second_moments`)."""
-    return load_file(check_second_moments(directory))
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+        raise NotAModel(f"{path}: the model has none")
+    if name not in beside(directory):
+        raise NotAModel(f"{path}: of other weights than {WEIGHTS} beside it")
+    return load_file(path)
 
 
 def save_extractor(directory: str | Path, extractor: Extractor, *, provenance: dict[str, Any]) -> None:
@@ -240,9 +287,28 @@ def save_extractor(directory: str | Path, extractor: Extractor, *, provenance: d
 def load_extractor(directory: str | Path) -> Extractor:
     """Raises NotAModel for a folder that is not one."""
     d, weights = _read(Path(directory), *EXTRACTORS)
-    kind = EXTRACTORS[d["kind"]]
+    kind = extractor_class(d["kind"])
     extractor = kind(kind.Config(**d["network"]))
     extractor.load_state_dict(weights)
     frozen: nn.Module = extractor.requires_grad_(False).eval()
     assert isinstance(frozen, Extractor)
     return frozen
+
+
+def load_network(directory: str | Path) -> nn.Module:
+    """Of a model folder its denoiser, of an extractor's the extractor. Raises NotAModel."""
+    kind = _kind(Path(directory))
+    return load_model(directory).denoiser if kind == "denoiser" else load_extractor(directory)
+
+
+def _kind(directory: Path) -> str:
+    try:
+        return str(json.loads((directory / MODEL).read_text()).get("kind"))
+    except (OSError, ValueError) as error:
+        raise NotAModel(f"{directory}: not a model folder: {error}") from error
+
+
+def extractor_class(kind: str) -> type[Extractor]:
+    """Raises ValueError for a kind that is not there."""
+    found: type[Extractor] = named(kind, table=EXTRACTORS, group="extractors")
+    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 sys.path.insert(0, str(Path(__file__).parent))
 
 from services import in_stack, server, stack  # noqa: F401  the fixtures of the marker `services`
+from small import Runner
+from stores import KEYS, PLANTED, moto
 
 # By their minutes in the tiers `slow` and `services`: the order in which streams of files end together.
 LONGEST = [
@@ -69,7 +72,32 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def moto_server():
     """The address of an object store in memory; each test makes its own buckets."""
-    from stores import moto
-
     with moto() as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(moto_server):
+    """One Ray for all tests of this process: starting it takes seconds. Its workers know the store in memory, with the planted key:
+    they inherit the environment of now.
+    """
+    from workflows.cluster.session import ray_session
+
+    with ExitStack() as held:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (KEYS | {"AWS_ENDPOINT_URL": moto_server, "AWS_SECRET_ACCESS_KEY": PLANTED}).items():
+                patch.setenv(name, value)
+            resources = held.enter_context(ray_session(cpus=2))
+        yield resources
+
+
+@pytest.fixture
+def runner(tmp_path, ray_cluster):
+    return Runner(tmp_path / "workspace")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, ray_cluster):
+    """(runner, summary) of a pipeline that ran to its end. Tests may read it, and run it again."""
+    runner = Runner(tmp_path_factory.mktemp("finished"))
+    return runner, runner()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from small import ROOT, SMALL
 
-from workflows.session.context import read_metrics
+from workflows.session.metrics import read_metrics
 from workflows.storage import jsonl as lines
 from workflows.storage.workspace import Workspace
 from workflows.training.events import EVENTS

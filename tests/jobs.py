@@ -18,9 +18,9 @@ def job_of(folder, **fields):
     from workflows.training.job import Job
 
     job = Job(name="rows", output=str(folder / "m"), storage=str(folder / "ray"), data=str(folder / "data"), seed=0,
-              method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, networks={}, network=NETWORK,
+              method="denoising", arguments={"p_t": "uniform", "w_t": "v"}, network=NETWORK,
               schedule={"name": "cosine"}, prediction="v", options={"teacher": {"lr": 1e-3}}, images=8, batch=4, log_every=4,
-              checkpoint_every=8, best_role="teacher_ema", k=1)  # fmt: skip
+              checkpoint_every=8, ks=(1,))  # fmt: skip
     return replace(job, **fields)
 
 

@@ -10,7 +10,7 @@ from trainings import MAKE, make_batches, make_state
 
 from mmdistill_core.engine import train_step
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
-from workflows.training.parallelize import Compute, cut_like, gathered, lay
+from workflows.training.parallelize import Compute, cut_like, gathered, parallelize
 
 STEPS = 3
 
@@ -30,7 +30,7 @@ def train(name, fields, rank, world, folder, before=None):
         return statistic
 
     state.averaged_over_workers = averaged
-    lay(state, compute := Compute(**fields), world=world, device=torch.device("cpu"))
+    parallelize(state, compute := Compute(**fields), world=world, device=torch.device("cpu"))
     for optimiser in state.optimisers.values():
         optimiser.param_groups[0]["eps"] = 1e-4  # else the sign of a gradient that is rounding is a step
     if before:

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from oracles import COSINE, MEAN, VARIANCE, at
+from states import START, at_step
 from torch import Tensor, nn
 
-from mmdistill_core.methods import Batch, MomentMatching
+from mmdistill_core.methods.base import Batch
+from mmdistill_core.methods.moment_matching import MomentMatching
 from mmdistill_core.rng import Draws
 
 SIGNS = torch.cartesian_prod(*[at(-1.0, 1.0)] * 3)
@@ -44,9 +46,9 @@ class Expected:
 
     def gradients(self, nets: Mapping[str, nn.Module], step: int = 0) -> dict[str, Tensor]:
         """role -> the gradient of its loss by all its parameters, for those that the phase of this step trains."""
-        (phase,) = self.method.phases(step)
-        given = () if phase.statistic is None else (phase.statistic(nets, self.batch, self.draws()),)
-        losses = phase.loss(nets, self.batch, self.draws(), *given).per_sample
+        (phase,) = self.method.phases(at_step(step))
+        given = () if phase.statistic is None else (phase.statistic(nets, self.batch, self.draws(), START),)
+        losses = phase.loss(nets, self.batch, self.draws(), START, *given).per_sample
         return {
             role: torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), list(nets[role].parameters()))])
             for role, loss in losses.items()

@@ -38,9 +38,10 @@ class Runner:
         self.workspace, self.text = workspace, ""
 
     def __call__(self, *overrides: str, **options):
-        from workflows.config.schema import load_config
-        from workflows.pipeline.run import RunOptions, run_pipeline
+        from workflows.config.loading import load_config
+        from workflows.pipeline.run import run_pipeline
         from workflows.rendering.screen import Screen
+        from workflows.session.options import RunOptions
 
         shown = io.StringIO()
         screen = Screen(Console(file=shown, width=200, highlight=False))

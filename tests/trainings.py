@@ -2,10 +2,11 @@
 
 import torch
 from oracles import COSINE
+from states import create_state, matching
 from torch import nn
 
-from mmdistill_core.engine import InMemoryBatches, OptimiserOptions, TrainState
-from mmdistill_core.methods import Denoising, MomentMatching
+from mmdistill_core.engine import InMemoryBatches, OptimiserOptions
+from mmdistill_core.methods.denoising import Denoising
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
 from mmdistill_core.networks.preconditioner import Preconditioner
@@ -14,11 +15,9 @@ from mmdistill_core.rng import generator
 CONFIG = DiTConfig(image_size=8, channels=1, num_classes=3, patch=4, width=16, depth=1, heads=2)
 MAKE = {
     "denoising": lambda: Denoising(schedule=COSINE),
-    "moment_matching": lambda: MomentMatching(schedule=COSINE, k=4, update="joint", ema=True),
-    "moment_matching alternating": lambda: MomentMatching(
-        schedule=COSINE, k=4, update="alternating", pairing="uniform"
-    ),
-    "moment_matching instant": lambda: MomentMatching(schedule=COSINE, k=4, update="instant"),
+    "moment_matching": lambda: matching(schedule=COSINE, k=4, update="joint", ema=True),
+    "moment_matching alternating": lambda: matching(schedule=COSINE, k=4, update="alternating", pairing="uniform"),
+    "moment_matching instant": lambda: matching(schedule=COSINE, k=4, update="instant"),
 }
 
 
@@ -32,13 +31,13 @@ def denoiser(seed=0):
 
 def make_state(method, total=64 * 24, batch=64):
     instant = getattr(method, "update", "") == "instant"
-    return TrainState.create(
+    return create_state(
         method=method,
         given={"teacher": denoiser()} | ({"preconditioner": Preconditioner.identity(denoiser())} if instant else {}),
         options=OptimiserOptions(lr=1e-3, warmup_images=128),
         global_batch=batch,
         total_images=total,
-        best_role="student" if method.name == "moment_matching" else "teacher_ema",
+        best_role="student" if method.name == "moment_matching" else None,
         ema_half_life_images=512,
     )
 

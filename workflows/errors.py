@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
 from pathlib import Path
+from typing import Any
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 MOST = 300
@@ -81,7 +83,7 @@ FOREIGN = {
     ),
     "MlflowException": (
         "the tracking store refuses",
-        "finished stages and the last checkpoints are kept; run it again when that is mended",
+        "finished stages and the last checkpoints are kept; run it again when that is fixed",
     ),
 }
 """Kinds of Ray's and MLflow's errors, the narrowest first: what each means, and what to do. None of them is a fault of ours."""
@@ -111,3 +113,26 @@ def in_a_line(text: str, most: int = MOST) -> str:
     ends = [found.start() for found in re.finditer(r"(?<=[.!?])\s+(?=[A-Z(])", line)]
     whole = max((end for end in ends if end <= most), default=0)
     return line[:whole] if whole else line[: most - 3].rsplit(" ", 1)[0].rstrip(" ,;:(") + "..."
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxlong = 40
+
+
+def brief(value: Any) -> str:
+    """A value as a message shows it: in one line, and not all of a long one."""
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+
+
+def chain_of(error: BaseException) -> list[BaseException]:
+    """The error, its cause, the cause of that, and so on."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    return chain

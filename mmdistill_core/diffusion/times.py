@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from mmdistill_core.diffusion.schedules import Karras, Schedule
 from mmdistill_core.rng import Rng, uniform
 
-TIME_DENSITIES = ("uniform", "karras")
-PAIRINGS = ("uniform", "grid")
+TimeDensity = Literal["uniform", "karras"]
+Pairing = Literal["uniform", "grid"]
+TIME_DENSITIES, PAIRINGS = get_args(TimeDensity), get_args(Pairing)
 
 
 def uniform_grid(*, k: int, device: torch.device | str = "cpu") -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
-WEIGHTINGS = ("flat", "snr", "v", "edm", "sigmoid")
+Weighting = Literal["flat", "snr", "v", "edm", "sigmoid"]
+WEIGHTINGS = get_args(Weighting)
 
 
 def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5, logsnr_shift: float = 0.0) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ def centred(x: Tensor) -> Tensor:
 
 
 class InMemoryBatches:
-    """x [n, ...] and label [n] held by every worker; worker `rank` of `world` takes its slice of each global batch. Bytes
-    stay bytes until they are on the device.
+    """x [n, ...], label [n] and further columns [n, ...], held by every worker; worker `rank` of `world` takes its slice of each
+    global batch. Bytes stay bytes until they are on the device. `count` is n where there is no column.
 
     Image number i of the run is permutation_e[i mod n] with e = i // n: every image comes once an epoch, a batch may span two
     epochs, and the global batches do not depend on the number of workers. Images stay where they are; batches go to `device`.
@@ -35,8 +36,10 @@ class InMemoryBatches:
     def __init__(
         self,
         *,
-        x: Tensor,
+        x: Tensor | None,
         label: Tensor | None,
+        columns: Mapping[str, Tensor] = MappingProxyType({}),
+        count: int | None = None,
         global_batch: int,
         seed: int,
         rank: int = 0,
@@ -45,23 +48,31 @@ class InMemoryBatches:
     ) -> None:
         if global_batch < world:
             raise ValueError(f"batch: {global_batch} is less than an image for each of the {world} workers")
-        self.x, self.label, self.seed, self.device = x, label, seed, device
+        self.x, self.label, self.columns, self.seed, self.device = x, label, columns, seed, device
+        lengths = {len(value) for value in (x, label, *columns.values()) if value is not None} or {count or 0}
+        if len(lengths) != 1:
+            raise ValueError(f"batches: columns of one length are needed, these have {sorted(lengths)}")
+        (self.count,) = lengths
         self.rows = share_of(global_batch, rank=rank, world=world)
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
 
     def _order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             self._epoch = epoch
-            self._permutation = torch.randperm(len(self.x), generator=generator(self.seed, epoch))
+            self._permutation = torch.randperm(self.count, generator=generator(self.seed, epoch))
         return self._permutation
 
     def __call__(self, n_images: int) -> Batch:
-        n, start, stop = len(self.x), n_images + self.rows.start, n_images + self.rows.stop
+        n, start, stop = self.count, n_images + self.rows.start, n_images + self.rows.stop
         parts = []
         while start < stop:
             take = min(stop - start, n - start % n)
             parts.append(self._order(start // n)[start % n : start % n + take])
             start += take
         index = torch.cat(parts)
-        label = None if self.label is None else self.label[index].to(self.device)
-        return Batch(centred(self.x[index].to(self.device)), label)
+
+        def taken(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[index].to(self.device)
+
+        x, more = taken(self.x), {name: value[index].to(self.device) for name, value in self.columns.items()}
+        return Batch(None if x is None else centred(x), taken(self.label), length=len(index), **more)

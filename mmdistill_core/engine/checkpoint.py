@@ -5,7 +5,6 @@ A checkpoint is a folder. It is complete or it does not count: `load_checkpoint`
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,6 +15,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mmdistill_core.files import sha256_of
 
 TENSORS, TREE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 FORMAT = 1
@@ -49,19 +50,6 @@ def _join(tree: Any, tensors: dict[str, Tensor]) -> Any:
     return tree["value"]
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file: Any) -> str:
-    """hashlib.file_digest for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _sync(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -88,7 +76,7 @@ class Snapshot:
         try:
             save_file(self.tensors, partial / TENSORS)
             (partial / TREE).write_text(self.tree)
-            hashes = {name: _digest(partial / name) for name in (TENSORS, TREE)}
+            hashes = {name: sha256_of(partial / name) for name in (TENSORS, TREE)}
             for name in (TENSORS, TREE):
                 _sync(partial / name)
             (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}))
@@ -118,7 +106,7 @@ def verify_checkpoint(directory: str | Path) -> None:
     for name, digest in expected.items():
         if not (directory / name).is_file():
             raise DamagedCheckpoint(f"{directory / name}: missing")
-        if _digest(directory / name) != digest:
+        if sha256_of(directory / name) != digest:
             raise DamagedCheckpoint(f"{directory / name}: differs from its manifest")
 
 

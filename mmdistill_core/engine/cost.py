@@ -77,6 +77,15 @@ def phase_cost(state: TrainState, phase: Phase, image: tuple[int, ...], *, label
     return Cost(flops=(many - few) / 16, bytes=(most - least) / 16)
 
 
+def statistic_bytes(state: TrainState, phase: Phase, image: tuple[int, ...], *, label: bool) -> int:
+    """Of the phase's statistic, if it has one: it is there beside the loss."""
+    if phase.statistic is None:
+        return 0
+    batch = Batch(torch.zeros(2, *image), torch.zeros(2, dtype=torch.long) if label else None)
+    found = phase.statistic(state.called_in(phase.trains), batch, Draws(0, range(2), 2), state.progress)
+    return sum(value.nbytes for value in found.values())
+
+
 def _measure(state: TrainState, phase: Phase, image: tuple[int, ...], label: bool, n: int) -> tuple[float, float]:
     """(operations for n images of a batch, peak bytes) with n at once: of each half, where the phase has a statistic."""
     halves = 1 if phase.statistic is None else 2

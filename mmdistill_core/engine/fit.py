@@ -99,7 +99,7 @@ def fit(
     save: Callable[[TrainState], None] | None = None,
     validate: Callable[[TrainState], dict[str, float]] | None = None,
     judge: Callable[[nn.Module], float] | None = None,
-    asked: Callable[[], str] = lambda: "",
+    poll: Callable[[], str] = lambda: "",
 ) -> TrainState:
     """Trains until state.total_images.
 
@@ -109,7 +109,7 @@ def fit(
     judge     a network -> its score, by draws of which no weights were chosen: at the end, of the kept weights and of the last,
               which take their place if they are no worse
     save      called every checkpoint_every images and at the end
-    asked     what is wanted after a step: "" nothing, "save" a checkpoint, "stop" one and the end, before all images are seen
+    poll      called after every step: "" to go on, "save" for a checkpoint, "stop" for a checkpoint and the end of this run
     """
     held, state.window = state.window, {}
     window, seen = LogWindow(held.get("means"), state.device), held.get("since", state.n_images)
@@ -143,7 +143,7 @@ def fit(
             }
             report(window.flush(state.averaged_over_workers) | validated | counters)
             since, seen = time.perf_counter(), state.n_images
-        wanted = asked()
+        wanted = poll()
         ends = state.n_images >= state.total_images
         if save is not None and (wanted or ends or due(options.checkpoint_every, before)):
             means = window.partial(state.averaged_over_workers)

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
-from torch.optim import Adam
+from torch.optim import Adam, AdamW, Optimizer, RAdam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mmdistill_core.methods.base import Progress
+
 DECAYS = ("linear", "constant")
+OPTIMISERS: dict[str, Callable[..., Optimizer]] = {"Adam": Adam, "AdamW": AdamW, "RAdam": RAdam}
 
 
 @dataclass(frozen=True)
 class OptimiserOptions:
-    """Adam's numbers; the defaults are moment matching's (2406.04103, section 4), whose learning rate was not published.
+    """The optimiser and its numbers. The defaults are moment matching's (2406.04103, section 4); no learning rate was published.
 
     eps 1e-12 because losses are means over dimensions: 1e-8 would be of the size of the gradients' second moments.
     """
 
+    name: str = "Adam"
     lr: float = 3e-4
     beta1: float = 0.0
     beta2: float = 0.99
     eps: float = 1e-12
+    weight_decay: float = 0.0
     clip_norm: float = 1.0
     warmup_images: int = 128_000
     decay: str = "linear"
 
-    def build(self, network: nn.Module) -> Adam:
-        return Adam(network.parameters(), lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+    def build(self, network: nn.Module) -> Optimizer:
+        """Raises ValueError for a name that is not one of OPTIMISERS."""
+        if self.name not in OPTIMISERS:
+            raise ValueError(f"optimiser: {self.name!r} is not one of {', '.join(OPTIMISERS)}")
+        options: dict[str, Any] = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        fused = {} if self.name == "RAdam" else {"fused": True}
+        return OPTIMISERS[self.name](network.parameters(), weight_decay=self.weight_decay, **options, **fused)
 
     def lr_at(self, *, n_images: int, total: int) -> float:
         """Linear warm-up over `warmup_images`, then linear decay to 0 at `total` (or constant)."""
@@ -41,12 +53,21 @@ class Average(AveragedModel):
     a short run's average forgets its start.
     """
 
-    def __init__(self, network: nn.Module, *, half_life_images: float, ramp: float) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        half_life_images: float,
+        ramp: float,
+        decay: Callable[[Progress], float] | None = None,
+    ) -> None:
+        """`decay`: the factor of a step by how far training is, in place of the half-life."""
         super().__init__(network, use_buffers=False)
-        self.half_life_images, self.ramp = half_life_images, ramp
+        self.half_life_images, self.ramp, self.decay = half_life_images, ramp, decay
 
-    def follow(self, network: nn.Module, *, images: int, n_images: int) -> None:
-        """Takes the network in after `images` more, of all phases, which make `n_images` in all; the first time it is copied."""
-        half_life = min(self.half_life_images, self.ramp * n_images)
-        self.multi_avg_fn = get_ema_multi_avg_fn(0.5 ** (images / half_life))
+    def follow(self, network: nn.Module, *, images: int, progress: Progress) -> None:
+        """Takes the network in after a step of `images`, of all its phases; the first time it is copied."""
+        half_life = min(self.half_life_images, self.ramp * progress.n_images)
+        factor = 0.5 ** (images / half_life) if self.decay is None else self.decay(progress)
+        self.multi_avg_fn = get_ema_multi_avg_fn(factor)
         self.update_parameters(network)

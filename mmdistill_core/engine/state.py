@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mmdistill_core.engine.optim import Average, OptimiserOptions
-from mmdistill_core.methods.base import Method, Role, Statistic
+from mmdistill_core.methods.base import Average as AverageOf
+from mmdistill_core.methods.base import Copy, Given, Method, Networks, New, Progress, Role, Statistic
 from mmdistill_core.networks.denoiser import Denoiser
 
 
@@ -31,19 +33,22 @@ class Best:
 @dataclass
 class TrainState:
     """`networks` are plain modules by role. `callables` are what losses call: the same modules, unless a worker has wrapped
-    them (DDP, compile). Learning rates and randomness are functions of n_images and therefore not stored.
+    them (autocast, compile); `trainables` are what a phase calls that trains them, wrapped once more where workers exchange
+    gradients (DDP). Learning rates and randomness are functions of n_images and therefore not stored.
 
     micro_batch            images a worker takes at once, or None for all of its part of the batch: gradients are accumulated
     averaged_over_workers  name -> tensor, to the mean over all workers
     unsynced               a context in which gradients stay with their worker, for all but the last part of a batch
     skipped_in_a_row       role -> its updates without a finite gradient since the last that had one
     window                 the log window as it stood when the training was last saved: `fit` goes on with it
+    kept                   what the method's preparation was costly to make, name -> tensors
     template               where workers hold networks in parts: the best role's, whole, with whatever weights
     """
 
     method: Method
     networks: dict[str, nn.Module]
     callables: dict[str, nn.Module]
+    trainables: dict[str, nn.Module]
     optimisers: dict[str, Optimizer]
     options: Mapping[str, OptimiserOptions]
     global_batch: int
@@ -59,6 +64,8 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: dict[str, int] = field(default_factory=dict)
     window: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    _training: tuple[str, ...] | None = None
 
     @classmethod
     def create(
@@ -66,45 +73,67 @@ class TrainState:
         *,
         method: Method,
         given: Mapping[str, nn.Module],
+        starts: Mapping[str, nn.Module] = MappingProxyType({}),
+        prepare: Callable[[Networks], Mapping[str, nn.Module]] | None = None,
         options: OptimiserOptions | Mapping[str, OptimiserOptions],
         global_batch: int,
         total_images: int,
-        best_role: str,
+        best_role: str | None = None,
         ema_half_life_images: float = 500_000,
         ema_ramp: float = 0.05,
         micro_batch: int | None = None,
     ) -> TrainState:
-        """`given` holds the networks of the roles whose source is "given", and may hold others (a student that does not
-        start as a copy of its teacher); the rest start as copies of their source.
+        """`given` holds, by role, the networks of the roles that are given, and the new ones. `starts` holds networks that a role
+        begins as, in place of its origin: a student that goes on from another's. `prepare` makes the prepared roles' from the
+        others. `best_role` is the role whose best weights are kept, by default the method's result.
 
         Raises ValueError if a given network is missing or of no role.
         """
-        wanted, known = {r.name for r in method.roles if r.source == "given"}, {r.name for r in method.roles}
-        if not wanted <= set(given) <= known:
-            raise ValueError(f"{method.name} is given the networks {sorted(wanted)}, got {sorted(given)}")
+        outside = {r.name for r in method.roles if isinstance(r.origin, (Given, New))}
+        if set(given) != outside:
+            raise ValueError(f"{method.name} is given the networks {sorted(outside)}, got {sorted(given)}")
+        known = {r.name for r in method.roles}
+        if not set(starts) <= known:
+            raise ValueError(f"{method.name} has the roles {sorted(known)}, no {sorted(set(starts) - known)}")
         networks: dict[str, nn.Module] = {}
         for role in method.roles:
-            if role.name in given:
-                networks[role.name] = _told(given[role.name], role)
-            elif role.life == "ema":
+            if role.name in starts:
+                networks[role.name] = _conditioned(starts[role.name], role)
+            elif role.name in given:
+                networks[role.name] = _conditioned(given[role.name], role)
+            elif isinstance(role.origin, Copy):
+                networks[role.name] = _conditioned(copy.deepcopy(networks[role.origin.role]), role)
+            elif isinstance(role.origin, AverageOf):
                 networks[role.name] = Average(
-                    networks[role.source], half_life_images=ema_half_life_images, ramp=ema_ramp
+                    networks[role.origin.role],
+                    half_life_images=ema_half_life_images,
+                    ramp=ema_ramp,
+                    decay=role.origin.decay,
                 )
-            else:
-                networks[role.name] = _told(copy.deepcopy(networks[role.source]), role)
-            networks[role.name].requires_grad_(role.life == "trained")
-            networks[role.name].train(role.life == "trained")
-        trained = [r.name for r in method.roles if r.life == "trained"]
-        by_role = {name: options for name in trained} if isinstance(options, OptimiserOptions) else options
+        if prepare is not None:
+            networks |= prepare(networks)
+        if missing := known - set(networks):
+            raise ValueError(f"{method.name} prepares the networks {sorted(missing)}, and they are not there")
+        networks = {role.name: networks[role.name] for role in method.roles}
+        for role in method.roles:
+            networks[role.name].requires_grad_(role.trained)
+            networks[role.name].train(role.trained)
+        trained = [r.name for r in method.roles if r.trained]
+        by_role: Mapping[str, OptimiserOptions] = (
+            {role.name: replace(options, **role.optimiser) for role in method.roles if role.trained}
+            if isinstance(options, OptimiserOptions)
+            else options
+        )
         return cls(
             method=method,
             networks=networks,
             callables=dict(networks),
+            trainables={name: networks[name] for name in trained},
             optimisers={name: by_role[name].build(networks[name]) for name in trained},
             options=by_role,
             global_batch=global_batch,
             total_images=total_images,
-            best=Best(role=best_role),
+            best=Best(role=best_role or method.result),
             micro_batch=micro_batch,
         )
 
@@ -117,7 +146,19 @@ class TrainState:
     @property
     def averages(self) -> dict[str, str]:
         """ema role -> its source."""
-        return {r.name: r.source for r in self.method.roles if r.life == "ema"}
+        return {r.name: r.origin.role for r in self.method.roles if isinstance(r.origin, AverageOf)}
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.step, self.n_images, self.total_images)
+
+    def called_in(self, trains: tuple[str, ...]) -> Networks:
+        """What the loss of a phase that trains these roles calls. All other roles' parameters have no gradients meanwhile."""
+        if trains != self._training:
+            for name in self.trainables:
+                self.networks[name].requires_grad_(name in trains)
+            self._training = trains
+        return {name: self.trainables[name] if name in trains else called for name, called in self.callables.items()}
 
     def current_network(self) -> nn.Module:
         """The best role's network with its current weights, whole. Where workers hold parts of it, all of them have to ask."""
@@ -125,7 +166,7 @@ class TrainState:
         if self.template is None:
             return network
         whole = copy.deepcopy(self.template)
-        whole.load_state_dict({name: uncut(value) for name, value in network.state_dict().items()})
+        whole.load_state_dict({name: full_tensor(value) for name, value in network.state_dict().items()})
         return whole.to(next(network.parameters()).device)
 
     def best_network(self) -> nn.Module:
@@ -145,11 +186,11 @@ class TrainState:
         """The current weights as the best role's, whatever was kept before."""
         weights = self.networks[self.best.role].state_dict()
         self.best.score, self.best.n_images = score, self.n_images
-        self.best.weights = {name: uncut(value.detach()).to("cpu", copy=True) for name, value in weights.items()}
+        self.best.weights = {name: full_tensor(value.detach()).to("cpu", copy=True) for name, value in weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Frozen networks are left out: they are inputs, and did not change."""
-        frozen = {r.name for r in self.method.roles if r.life == "frozen"}
+        frozen = {r.name for r in self.method.roles if not r.trained and not isinstance(r.origin, AverageOf)}
         return {
             "networks": {name: n.state_dict() for name, n in self.networks.items() if name not in frozen},
             "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
@@ -160,6 +201,7 @@ class TrainState:
                 "weights": dict(self.best.weights),
             },
             "window": self.window,
+            "kept": self.kept,
         }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
@@ -175,12 +217,12 @@ class TrainState:
         self.window = values.get("window", {})  # checkpoints of before have none
 
 
-def uncut(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A tensor that workers hold parts of, whole; all of them have to ask. Any other as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _told(network: nn.Module, role: Role) -> nn.Module:
+def _conditioned(network: nn.Module, role: Role) -> nn.Module:
     """The network with the role's conditions among its inputs."""
     if not role.conditions:
         return network

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mmdistill_core.engine.batches import BatchSource, share_of
 from mmdistill_core.engine.optim import Average
-from mmdistill_core.engine.state import TrainState, uncut
-from mmdistill_core.methods.base import Batch, Losses, Phase, Statistic
+from mmdistill_core.engine.state import TrainState, full_tensor
+from mmdistill_core.methods.base import Batch, Losses, Networks, Phase, Statistic
 from mmdistill_core.rng import Draws, derive_seed
 
 PATIENCE = 20
@@ -40,16 +40,16 @@ def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int 
     """All phases of this step, of which this worker takes its share of every batch; advances step and n_images."""
     rows = share_of(state.global_batch, rank=rank, world=world)
     logs, before = [], state.n_images
-    for number, phase in enumerate(state.method.phases(state.step)):
+    for number, phase in enumerate(state.method.phases(state.progress)):
         batch = batches(state.n_images)
-        rng = Draws(derive_seed(seed, 0, state.n_images, number), rows, state.global_batch, device=batch.x.device)
+        rng = Draws(derive_seed(seed, 0, state.n_images, number), rows, state.global_batch, device=state.device)
         torch.manual_seed(derive_seed(seed, rank, state.n_images, number, 7))  # dropout takes no generator
         logs.append(_run_phase(state, phase, batch, rng, world))
         state.n_images += state.global_batch
     for name, source in state.averages.items():
         average = state.networks[name]
         assert isinstance(average, Average)
-        average.follow(state.networks[source], images=state.n_images - before, n_images=state.n_images)
+        average.follow(state.networks[source], images=state.n_images - before, progress=state.progress)
     state.step += 1
     return logs
 
@@ -60,7 +60,7 @@ def backward(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world: i
 
     In a phase with a statistic every other image goes into it, whatever worker has it, and the losses are those of the rest.
     """
-    images = state.global_batch
+    images, nets = state.global_batch, state.called_in(phase.trains)
     given: tuple[Statistic, ...] = ()
     if phase.statistic is not None:
         if images % 2 or len(batch) < 2:
@@ -68,13 +68,13 @@ def backward(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world: i
         images //= 2
         odd = rng.rows.start % 2
         first, second = slice(odd, None, 2), slice(1 - odd, None, 2)
-        given = (_mean_statistic(state, phase, batch[first], rng[first], images / world),)
+        given = (_mean_statistic(state, nets, phase, batch[first], rng[first], images / world),)
         batch, rng = batch[second], rng[second]
     parts, done = parts_of(len(batch), _parts(state, images / world)), []
     for at in parts:
         part = batch[at]
         with nullcontext() if at is parts[-1] else state.unsynced():
-            losses = phase.loss(state.callables, part, rng[at], *given)
+            losses = phase.loss(nets, part, rng[at], state.progress, *given)
             if set(losses.per_sample) != set(phase.trains):
                 raise AssertionError(f"phase trains {phase.trains}, its loss returned {sorted(losses.per_sample)}")
             total = torch.stack([loss.mean() for loss in losses.per_sample.values()]).sum() * (
@@ -100,13 +100,15 @@ def _parts(state: TrainState, each: float) -> int:
     return min(math.ceil(math.ceil(each) / state.micro_batch), max(1, math.floor(each))) if state.micro_batch else 1
 
 
-def _mean_statistic(state: TrainState, phase: Phase, batch: Batch, rng: Draws, each: float) -> Statistic:
+def _mean_statistic(
+    state: TrainState, nets: Networks, phase: Phase, batch: Batch, rng: Draws, each: float
+) -> Statistic:
     """The phase's statistic over the batch, in parts, and over all workers, of which the mean one has `each` images."""
     assert phase.statistic is not None
     mean: Statistic = {}
     for at in parts_of(len(batch), _parts(state, each)):
         part = batch[at]
-        for name, value in phase.statistic(state.callables, part, rng[at]).items():
+        for name, value in phase.statistic(nets, part, rng[at], state.progress).items():
             value *= len(part) / each
             mean[name] = mean[name].add_(value) if name in mean else value
     return state.averaged_over_workers(mean)
@@ -117,7 +119,7 @@ def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world:
         state.optimisers[role].zero_grad(set_to_none=True)
     losses = backward(state, phase, batch, rng, world)
     norms = {
-        role: uncut(
+        role: full_tensor(
             nn.utils.clip_grad_norm_(state.optimisers[role].param_groups[0]["params"], state.options[role].clip_norm)
         )
         for role in phase.trains

@@ -1,12 +1,22 @@
 """Every method, by the name that recipes and the command line use."""
 
-from mmdistill_core.methods.base import Batch, Losses, Method, Networks, Phase, Role
+from mmdistill_core.methods.base import Method
 from mmdistill_core.methods.denoising import Denoising
 from mmdistill_core.methods.moment_matching import MomentMatching
+from mmdistill_core.plugins import named, names
 
 METHODS: dict[str, type[Method]] = {
     "denoising": Denoising,
     "moment_matching": MomentMatching,
 }
+"""This package's; others by entry point, or as "module:Class"."""
 
-__all__ = ["METHODS", "Batch", "Denoising", "Losses", "Method", "MomentMatching", "Networks", "Phase", "Role"]
+
+def method_class(name: str) -> type[Method]:
+    """Raises ValueError for a name that is none of a method's."""
+    found: type[Method] = named(name, table=METHODS, group="methods")
+    return found
+
+
+def method_names() -> list[str]:
+    return names(table=METHODS, group="methods")

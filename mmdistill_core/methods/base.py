@@ -1,47 +1,157 @@
-"""The contract every method fulfils: which networks it has (Role), who learns when and from what (Phase)."""
+"""The contract that every method fulfils. It declares; the engine and the workflow obey.
+
+- its fields are its options, with their defaults, choices and bounds (`option`): the `distill:` section of a recipe
+- roles    which networks there are, where each comes from, which of them are trained
+- phases   who learns from which loss, when
+- rounds   what is trained after what, for which numbers of steps k, from which teacher and which start
+- sampler  how the student of k steps is sampled
+- needs, prepare, validate, curves, leaves: what it takes, and what it gives
+
+docs/methods.md takes a method through all of it.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor, nn
 
+from mmdistill_core.diffusion.schedules import Schedule
+from mmdistill_core.options import check_options
 from mmdistill_core.rng import Rng
 
 Networks = Mapping[str, nn.Module]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """x [b, ...] clean data, label [b] integers or None."""
+# What a training sees
 
-    x: Tensor
-    label: Tensor | None = None
+
+class Batch:
+    """Named tensors of one length: `x` [b, ...] clean data, `label` [b] integers, and whatever else a method needs.
+
+    A batch without tensors has a length alone: `Batch(length=b)`, for methods that need no data.
+    """
+
+    def __init__(
+        self, x: Tensor | None = None, label: Tensor | None = None, *, length: int = 0, **columns: Tensor
+    ) -> None:
+        named = {"x": x, "label": label, **columns}
+        self.columns: dict[str, Tensor] = {name: value for name, value in named.items() if value is not None}
+        lengths = {name: len(value) for name, value in self.columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"batch: its columns differ in length: {lengths}")
+        self._length = next(iter(lengths.values()), length)
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self._length
 
-    def __getitem__(self, part: slice) -> Batch:
-        return Batch(self.x[part].contiguous(), None if self.label is None else self.label[part].contiguous())
+    @property
+    def x(self) -> Tensor:
+        return self["x"]
+
+    @property
+    def label(self) -> Tensor | None:
+        return self.columns.get("label")
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.columns.values())).device if self.columns else torch.device("cpu")
+
+    @overload
+    def __getitem__(self, part: str) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, part: slice) -> Batch: ...
+
+    def __getitem__(self, part: str | slice) -> Tensor | Batch:
+        """A column by its name, or some of the rows."""
+        if isinstance(part, str):
+            if part not in self.columns:
+                raise KeyError(f"batch: no column {part!r}; it has {', '.join(self.columns) or 'none'}")
+            return self.columns[part]
+        rows = {name: value[part].contiguous() for name, value in self.columns.items()}
+        return Batch(length=len(range(*part.indices(self._length))), **rows)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is: engine steps done, images seen, and the images of the whole training."""
+
+    step: int
+    n_images: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1."""
+        return self.n_images / self.total
+
+
+# Which networks there are
+
+
+@dataclass(frozen=True)
+class Given:
+    """A network from outside: the round's "teacher", the data's "extractor", or a model that the recipe names (`distill.given`)."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Starts as a copy of another role's network."""
+
+    role: str
+
+
+@dataclass(frozen=True)
+class New:
+    """A new network: its name in NETWORKS, and fields of its configuration. Image size, channels and classes come from the data;
+    without a name, so do all other fields, from the recipe's section `network`.
+    """
+
+    network: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Average:
+    """The exponential moving average of another role. `decay` gives the factor of a step; by default it follows from the recipe's
+    half-life in images.
+    """
+
+    role: str
+    decay: Callable[[Progress], float] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `Method.prepare` makes before training."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """A network's name and how it lives.
+    """A network of a training.
 
-    life    trained: by a phase's loss; frozen: its parameters never move; ema: average of the role named by `source`
-    source  the role, or "given", whose weights it starts from
-    conditions  what it is told beyond its source (Denoiser.conditioned_on)
+    trained     by a phase's loss; while another phase is at work its parameters have no gradients
+    conditions  what it is told beyond t and label (Denoiser.conditioned_on)
+    whole       a loss differentiates by its parameters: workers neither wrap it nor shard it
+    optimiser   fields of OptimiserOptions that differ from the recipe's
     """
 
     name: str
-    life: Literal["trained", "frozen", "ema"]
-    source: str = "given"
+    origin: Given | Copy | New | Average | Prepared
+    trained: bool = False
     conditions: tuple[str, ...] = ()
+    whole: bool = False
+    optimiser: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Who learns, when
 
 
 @dataclass(frozen=True)
@@ -84,31 +194,235 @@ class Losses:
 
 Statistic = dict[str, Tensor]
 PhaseLoss = Callable[..., Losses]
-"""(nets, batch, rng) -> Losses; in a phase with a statistic (nets, batch, rng, statistic) -> Losses."""
+"""(nets, batch, rng, progress) -> Losses; in a phase with a statistic (nets, batch, rng, progress, statistic) -> Losses."""
 
 
 @dataclass(frozen=True)
 class Phase:
     """One update: the roles it trains (nearly always one) and their loss.
 
-    statistic  (nets, batch, rng) -> name -> a mean over the batch, for a loss with a product of two expectations: it is taken over
-               every other image of the batch and over all workers, and given to `loss`, which sees the rest
+    statistic  (nets, batch, rng, progress) -> name -> a mean over the batch, for a loss with a product of two expectations. It is
+               taken over every other image of the batch and over all workers, and given to `loss`, which sees the rest
     """
 
     trains: tuple[str, ...]
     loss: PhaseLoss
-    statistic: Callable[[Networks, Batch, Rng], Statistic] | None = None
+    statistic: Callable[[Networks, Batch, Rng, Progress], Statistic] | None = None
 
 
+# How the result is sampled
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a model is sampled in k steps. It travels with the weights, in model.json.
+
+    name        in samplers.SAMPLERS
+    options     of the sampler function
+    times       k + 1 times that fall from 1 to 0; None: the uniform grid
+    conditions  name -> k values: what the network is told at each step
+    ranges      name -> (low, high): what the network is told is chosen when it is sampled; by default low
+    """
+
+    name: str = "ancestral"
+    options: Mapping[str, float] = field(default_factory=dict)
+    times: tuple[float, ...] | None = None
+    conditions: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+# What is trained after what
+
+
+@dataclass(frozen=True)
+class Round:
+    """One training of a distillation.
+
+    name     unique among the rounds; a stage is called distill-NAME
+    ks       the numbers of steps that its student is measured and registered for; none: it only leads to another round
+    method   as it is in this round
+    teacher  the round whose student is the teacher; None: the run's teacher
+    starts   role -> the round whose student it starts from, in place of its origin
+    like     the k whose settings it has (images, batch, optimisers); by default the one that it serves, if it is one
+    """
+
+    name: str
+    ks: tuple[int, ...]
+    method: Method
+    teacher: str | None = None
+    starts: Mapping[str, str] = field(default_factory=dict)
+    like: int | None = None
+
+    @property
+    def settings_of(self) -> int | None:
+        """The k whose settings it has; None: those that all have in common."""
+        return self.ks[0] if self.like is None and len(self.ks) == 1 else self.like
+
+
+# What the workflow lends and takes
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a round's teacher before it is loaded: its classes, 0 if it is unconditional; whether it can be guided; the
+    names of the tensors beside its weights (`Method.leaves`).
+    """
+
+    num_classes: int
+    guidable: bool
+    beside: frozenset[str]
+
+
+class Preparation(Protocol):
+    """What `Method.prepare` may use."""
+
+    @property
+    def networks(self) -> Networks:
+        """Those that are given, copied or new, by role."""
+        ...
+
+    def beside(self, role: str, name: str) -> dict[str, Tensor]:
+        """Tensors that lie beside a given model's weights."""
+        ...
+
+    def training_of(self, role: str) -> Method:
+        """The method by which a given model was trained."""
+        ...
+
+    def squared_gradients(self, network: nn.Module, method: Method, *, steps: int) -> dict[str, Tensor]:
+        """Mean over `steps` batches of the squared gradient of the method's first phase, by parameter, at learning rate 0. It is
+        taken once: a checkpoint holds it.
+        """
+        ...
+
+
+class Finished(Protocol):
+    """A training at its end, for `Method.leaves`."""
+
+    @property
+    def networks(self) -> Networks: ...
+
+    def second_moments(self, role: str) -> dict[str, Tensor]:
+        """Of the role's optimiser, by parameter, without the bias of their start at 0."""
+        ...
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of the training that the report draws, of every round that logged it.
+
+    metric    of Losses.logs; with `by_level`, also of Losses.by_level
+    signed    it falls below 0, so that its axis is linear around it
+    """
+
+    metric: str
+    label: str
+    explanation: str
+    by_level: bool = True
+    signed: bool = False
+
+
+# The method itself
+
+
+@dataclass(frozen=True)
 class Method(ABC):
-    """Hyper-parameters, roles and phases; no optimiser, EMA, device, rank or logging: those are the engine's."""
+    """Options, roles, phases; no optimiser, device, rank or logging: those are the engine's.
 
+    k         steps of the student in this round
+    name      in METHODS
+    needs     columns of the batch; labels come with them where the data have any
+    learners  the roles that it may train, whatever its options
+    beside    names of what `leaves` gives
+    compared  the option whose choices `mmdistill plan` sets side by side
+    small     options of a training that takes no time, for `--smoke`
+    """
+
+    schedule: Schedule
+    k: int = 1
     name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ("x",)
+    learners: ClassVar[tuple[str, ...]]
+    beside: ClassVar[tuple[str, ...]] = ()
+    compared: ClassVar[str | None] = None
+    small: ClassVar[Mapping[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     @property
     @abstractmethod
     def roles(self) -> tuple[Role, ...]: ...
 
     @abstractmethod
-    def phases(self, step: int) -> tuple[Phase, ...]:
-        """The updates of engine step `step`, each on a batch of its own. All turn-taking between networks is here."""
+    def phases(self, progress: Progress) -> tuple[Phase, ...]:
+        """The updates of this engine step, each on a batch of its own. All turn-taking and all curricula are here."""
+
+    @property
+    @abstractmethod
+    def result(self) -> str:
+        """The role whose weights are the model."""
+
+    @property
+    def cycle(self) -> int:
+        """Engine steps after which the phases repeat."""
+        return 1
+
+    @property
+    def halves(self) -> int:
+        """2 where every batch is cut into halves, for a statistic and for the loss; else 1."""
+        return 2 if any(phase.statistic for phase in self.phases(Progress(0, 0, 1))) else 1
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the result knows the null label, so that it can be guided when it is sampled."""
+        return False
+
+    @property
+    def learner(self) -> str:
+        """The trained role behind the result: itself, or the one that it averages."""
+        origins = {role.name: role.origin for role in self.roles}
+        origin = origins[self.result]
+        return origin.role if isinstance(origin, Average) else self.result
+
+    def rounds(self, methods: Mapping[int, Method], *, warm: Container[int] = ()) -> tuple[Round, ...]:
+        """The trainings that make students of the steps `methods` names, each with the method as the recipe has it for these
+        steps; an earlier round comes first. `warm`: the ks whose student starts from that of 2k steps, if there is one.
+
+        By default one for each k, from the run's teacher. Raises ValueError for methods that don't go together.
+        """
+        rounds = []
+        for k, method in sorted(methods.items(), reverse=True):
+            starts = {}
+            if k in warm and 2 * k in methods:
+                starts[method.learner] = f"k{2 * k}"
+                own, other = ({r.name: r.conditions for r in m.roles}[m.learner] for m in (method, methods[2 * k]))
+                if own != other:
+                    raise ValueError(
+                        f"warm_start: the student of {k} steps is conditioned on {', '.join(own) or 'nothing'}, that of {2 * k} on "
+                        f"{', '.join(other) or 'nothing'}, so that it can't start the other"
+                    )
+            rounds.append(Round(f"k{k}", (k,), replace(method, k=k), starts=starts))
+        return tuple(rounds)
+
+    def sampler(self, k: int) -> Sampler:
+        return Sampler()
+
+    def validate(self, ks: Sequence[int]) -> tuple[int, ...]:
+        """The numbers of steps by whose samples' distance the kept weights are chosen; none: the last weights are kept."""
+        return tuple(ks)
+
+    def prepare(self, context: Preparation) -> dict[str, nn.Module]:
+        """The roles whose origin is Prepared."""
+        return {}
+
+    def leaves(self, finished: Finished) -> dict[str, dict[str, Tensor]]:
+        """Tensors that are saved beside the result's weights, by name: for other methods to prepare from."""
+        return {}
+
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        return ()
+
+    def check_teacher(self, teacher: About) -> None:  # noqa: B027  most methods take any teacher
+        """Raises ValueError for a teacher that this method can't learn from."""

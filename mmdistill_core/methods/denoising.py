@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from mmdistill_core.diffusion.guidance import drop_labels
-from mmdistill_core.diffusion.schedules import Schedule
-from mmdistill_core.diffusion.times import sample_s
-from mmdistill_core.diffusion.weighting import weight
-from mmdistill_core.methods.base import Batch, Losses, Method, Networks, Phase, Role
+from mmdistill_core.diffusion.times import TimeDensity, sample_s
+from mmdistill_core.diffusion.weighting import Weighting, weight
+from mmdistill_core.methods.base import (
+    Average,
+    Batch,
+    Finished,
+    Losses,
+    Method,
+    Networks,
+    New,
+    Phase,
+    Progress,
+    Role,
+)
 from mmdistill_core.methods.parts import denoising_loss, noisy
+from mmdistill_core.options import option
 from mmdistill_core.rng import Rng
 
 
 @dataclass(frozen=True)
 class Denoising(Method):
-    """`p_t` is one of times.TIME_DENSITIES, `w_t` one of weighting.WEIGHTINGS; v-weight with uniform t is the loss in v.
-    `label_dropout`: share of the labels that are hidden, so that the teacher can be guided.
-    """
+    """v-weight with uniform t is the loss in v."""
 
-    schedule: Schedule
-    p_t: str = "uniform"
-    w_t: str = "v"
-    label_dropout: float = 0.0
+    p_t: TimeDensity = option("uniform", "density of t")
+    w_t: Weighting = option("v", "weight of the loss at t")
+    label_dropout: float = option(0.0, "share of labels hidden, so that the network can be guided", ge=0, lt=1)
     name: ClassVar[str] = "denoising"
+    learners: ClassVar[tuple[str, ...]] = ("teacher",)
+    beside: ClassVar[tuple[str, ...]] = ("second_moments",)
 
     @property
     def roles(self) -> tuple[Role, ...]:
-        return (Role("teacher", "trained"), Role("teacher_ema", "ema", source="teacher"))
+        return (Role("teacher", New(), trained=True), Role("teacher_ema", Average("teacher")))
 
-    def phases(self, step: int) -> tuple[Phase, ...]:
+    @property
+    def result(self) -> str:
+        return "teacher_ema"
+
+    @property
+    def guidable(self) -> bool:
+        return self.label_dropout > 0
+
+    def validate(self, ks: Sequence[int]) -> tuple[int, ...]:
+        return ()
+
+    def leaves(self, finished: Finished) -> dict[str, dict[str, Tensor]]:
+        return {"second_moments": finished.second_moments("teacher")}
+
+    def phases(self, progress: Progress) -> tuple[Phase, ...]:
         return (Phase(("teacher",), self._loss),)
 
-    def _loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
+    def _loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
         t = sample_s(density=self.p_t, schedule=self.schedule, b=len(batch), rng=rng)
         logsnr = self.schedule.logsnr(t)
         z = noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng)

@@ -20,21 +20,38 @@ With this sign, which is not the printed one, L_eta has the gradient of 1/4 E[G]
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmdistill_core.diffusion.guidance import NULL_LABEL, guided, squeezed
-from mmdistill_core.diffusion.schedules import Schedule
-from mmdistill_core.diffusion.times import sample_pairs
-from mmdistill_core.diffusion.weighting import WEIGHTINGS, dmd_weight, weight
-from mmdistill_core.methods.base import Batch, Losses, Method, Networks, Phase, Role, Statistic
+from mmdistill_core.diffusion.times import Pairing, TimeDensity, sample_pairs
+from mmdistill_core.diffusion.weighting import Weighting, dmd_weight, weight
+from mmdistill_core.methods.base import (
+    About,
+    Average,
+    Batch,
+    Copy,
+    Curve,
+    Given,
+    Losses,
+    Method,
+    Networks,
+    Phase,
+    Preparation,
+    Prepared,
+    Progress,
+    Role,
+    Sampler,
+    Statistic,
+)
 from mmdistill_core.methods.parts import (
-    DERIVATIVES,
-    TRANSITIONS,
+    Derivative,
+    Transition,
     denoising_loss,
     direction_gap,
     directional_derivative,
@@ -45,10 +62,11 @@ from mmdistill_core.methods.parts import (
     straight_through,
     transition,
 )
+from mmdistill_core.networks.preconditioner import Preconditioner
+from mmdistill_core.options import option
 from mmdistill_core.rng import Rng, uniform
 
-UPDATES = ("alternating", "joint", "instant")
-STUDENT_WEIGHTINGS = (*WEIGHTINGS, "dmd")
+Update = Literal["alternating", "joint", "instant"]
 
 
 @dataclass(frozen=True)
@@ -65,54 +83,61 @@ class _Draw:
 
 @dataclass(frozen=True)
 class MomentMatching(Method):
-    """
-    k            steps of the student's sampler
-    update       alternating: the auxiliary learns in `auxiliary_updates` steps and then the student in one, each from a batch of
-                 its own. joint: both from every batch, with the student's and the teacher's forwards shared: 7 forward-equivalents
-                 a pair of updates in place of 10; with auxiliary_updates > 1 only the last of them is shared.
-                 instant: no auxiliary; from the teacher's own gradient
-    pairing      how t goes with s (times.PAIRINGS); p_s: density of s (times.TIME_DENSITIES); w_s: weight (weighting.WEIGHTINGS, or
-                 dmd: flat, but the student's gradient by DMD's adaptive weight); logsnr_shift moves both p(s) and w(s)
-    delta_power  below 1: more of the long steps t - s that sampling takes (times.sample_pairs); 1 is the paper's
-    transition   conditional or unconditional z_s, and eta (parts.transition)
-    guidance     of the teacher: 0 is off; (low, high): drawn evenly for each sample, and told to the student and the auxiliary
-    clip_x       the teacher's x_hat is clipped to [-1, 1]
-    pull         the auxiliary's second term: its optimum is then halfway between E_g[x_tilde | z_s] and the teacher
-    auxiliary_sees_t   an experiment: the auxiliary is told t, and averages over step lengths no longer
-    derivative   instant's: parts.DERIVATIVES
-    ema          keep an average of the student, "student_ema" (the paper has none: its learning rate decays to 0 over 200k steps,
-                 which averages too; a short run gains much by it)
+    """The paper keeps no average of the student: its learning rate decays to 0 over 200k steps, which averages too. A short run
+    gains much by one.
     """
 
-    schedule: Schedule
-    k: int
-    update: str = "joint"
-    pairing: str = "grid"
-    delta_power: float = 1.0
-    p_s: str = "uniform"
-    w_s: str = "flat"
-    sigma_data: float = 0.5
-    logsnr_shift: float = 0.0
-    transition: str = "conditional"
-    eta: float = 1.0
-    guidance: float | tuple[float, float] = 0.0
-    clip_x: bool = False
-    pull: bool = True
-    auxiliary_updates: int = 1
-    auxiliary_sees_t: bool = False
-    derivative: str = "forward"
-    ema: bool = False
+    update: Update = option(
+        "joint",
+        "alternating: the auxiliary learns in `auxiliary_updates` steps and then the student in one, each from a batch of its own. "
+        "joint: both from every batch, and they share the student's and the teacher's forwards: 7 forward-equivalents a pair of "
+        "updates in place of 10; with auxiliary_updates > 1 only the last of them is shared. instant: no auxiliary, from the "
+        "teacher's own gradient",
+    )
+    pairing: Pairing = option("grid", "how t goes with s (times.sample_pairs)")
+    delta_power: float = option(
+        0.35, "below 1: t - s is more often as long as the sampler's steps; 1 is the paper's (times.sample_pairs)", gt=0
+    )
+    p_s: TimeDensity = option("uniform", "density of s")
+    w_s: Literal[Weighting, "dmd"] = option(
+        "flat", "weight at s; dmd: flat, but the student's gradient by DMD's adaptive weight"
+    )
+    sigma_data: float = option(0.5, "of the weight edm", gt=0)
+    logsnr_shift: float = option(0.0, "of p(s) and w(s); 2 ln(64 / resolution) for larger images")
+    transition: Transition = option("conditional", "how z_s is drawn (parts.transition)")
+    eta: float = option(1.0, "noise of the student's steps: 1 ancestral, 0 DDIM", ge=0, le=1)
+    guidance: float | tuple[float, float] = option(
+        0.0, "of the teacher: 0 is off; [low, high]: drawn evenly for each sample, and the student is conditioned on it"
+    )
+    clip_x: bool = option(False, "clip the teacher's x_hat to [-1, 1]")
+    pull: bool = option(
+        True,
+        "the auxiliary's second term, towards the teacher: its optimum is then halfway between E_g[x_tilde | z_s] and the teacher",
+    )
+    auxiliary_updates: int = option(1, "updates of the auxiliary to one of the student", ge=1)
+    auxiliary_sees_t: bool = option(
+        False, "an experiment: the auxiliary is conditioned on t, and averages over step lengths no longer"
+    )
+    derivative: Derivative = option("forward", "how instant differentiates (parts.directional_derivative)")
+    preconditioner: Literal["adam", "collected", "identity"] = option(
+        "adam", "instant's Lambda: of the teacher's own optimiser, or of gradients collected now, or none"
+    )
+    collect_batches: int = option(300, "batches of the collected preconditioner", ge=1)
+    ema: bool = option(True, "keep an average of the student, and measure and register that")
     name: ClassVar[str] = "moment_matching"
+    learners: ClassVar[tuple[str, ...]] = ("student", "auxiliary")
+    compared: ClassVar[str | None] = "update"
+    small: ClassVar[Mapping[str, Any]] = {"collect_batches": 2}
 
     def __post_init__(self) -> None:
-        for field, value, choices in (
-            ("update", self.update, UPDATES),
-            ("w_s", self.w_s, STUDENT_WEIGHTINGS),
-            ("transition", self.transition, TRANSITIONS),
-            ("derivative", self.derivative, DERIVATIVES),
-        ):
-            if value not in choices:
-                raise ValueError(f"{field}: {value!r} is not one of {', '.join(choices)}")
+        super().__post_init__()
+        low, high = self._guidance
+        if not 0 <= low <= high:
+            raise ValueError(f"guidance: {self.guidance} should be at least 0, or [low, high]")
+        if self.transition == "unconditional" and self.eta != 1:
+            raise ValueError(f"eta: {self.eta} belongs to the conditional transition")
+        if self.update == "instant" and (self.auxiliary_sees_t or self.auxiliary_updates > 1):
+            raise ValueError("auxiliary_sees_t and auxiliary_updates: instant has no auxiliary")
 
     @property
     def _guidance(self) -> tuple[float, float]:
@@ -120,28 +145,98 @@ class MomentMatching(Method):
         return low, high
 
     @property
-    def roles(self) -> tuple[Role, ...]:
+    def _conditions_of_student(self) -> tuple[str, ...]:
         low, high = self._guidance
-        told = ("guidance",) if low < high else ()
-        roles = [Role("teacher", "frozen"), Role("student", "trained", source="teacher", conditions=told)]
-        if self.update == "instant":
-            roles.append(Role("preconditioner", "frozen"))
+        return ("guidance",) if low < high else ()
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        instant, conditions = self.update == "instant", self._conditions_of_student
+        roles = [
+            Role("teacher", Given("teacher"), whole=instant),
+            Role("student", Copy("teacher"), trained=True, conditions=conditions),
+        ]
+        if instant:
+            roles.append(Role("preconditioner", Prepared(), whole=True))
         else:
             seen = ("t",) if self.auxiliary_sees_t else ()
-            roles.append(Role("auxiliary", "trained", source="teacher", conditions=(*told, *seen)))
+            roles.append(Role("auxiliary", Copy("teacher"), trained=True, conditions=(*conditions, *seen)))
         if self.ema:
-            roles.append(Role("student_ema", "ema", source="student"))
+            roles.append(Role("student_ema", Average("student")))
         return tuple(roles)
 
-    def phases(self, step: int) -> tuple[Phase, ...]:
+    @property
+    def result(self) -> str:
+        return "student_ema" if self.ema else "student"
+
+    def sampler(self, k: int) -> Sampler:
+        """2406.04103, Algorithm 1; as the transition has it."""
+        ranges = {"guidance": self._guidance} if self._conditions_of_student else {}
+        if self.transition == "unconditional":
+            return Sampler("renoise", ranges=ranges)
+        return Sampler("ancestral", options={} if self.eta == 1 else {"eta": self.eta}, ranges=ranges)
+
+    def check_teacher(self, teacher: About) -> None:
+        if self.update == "instant" and self.preconditioner == "adam" and "second_moments" not in teacher.beside:
+            raise ValueError(
+                "preconditioner: adam needs the second moments of the teacher's optimiser, and it has none; take collected"
+            )
+        if self._guidance[1] > 0 and not teacher.num_classes:
+            raise ValueError("guidance: the data have no labels, so there is nothing to guide by")
+        if self._guidance[1] > 0 and not teacher.guidable:
+            raise ValueError(
+                "guidance: the teacher never learns the null label that guidance needs; train it with teacher.label_dropout, "
+                "0.1 is usual"
+            )
+
+    def prepare(self, context: Preparation) -> dict[str, nn.Module]:
+        """Algorithm 3's Lambda."""
+        if self.update != "instant":
+            return {}
+        teacher = context.networks["teacher"]
+        if self.preconditioner == "identity":
+            return {"preconditioner": Preconditioner.identity(teacher)}
+        if self.preconditioner == "adam":
+            moments = context.beside("teacher", "second_moments")
+        else:
+            training = context.training_of("teacher")
+            moments = context.squared_gradients(teacher, training, steps=self.collect_batches)
+        preconditioner = Preconditioner.adam(moments)
+        preconditioner.check(teacher)
+        return {"preconditioner": preconditioner}
+
+    @property
+    def curves(self) -> tuple[Curve, ...]:
+        if self.update == "instant":
+            return (
+                Curve(
+                    "squared_moments",
+                    "squared moments",
+                    "G_A . Lambda G_B, the squared moments of Algorithm 3: an estimate without bias, so that it falls below 0 as "
+                    "often as above once it is over.",
+                    signed=True,
+                ),
+            )
+        return (
+            Curve(
+                "moment_gap",
+                "moment gap",
+                "w(s) |g_phi(z_s) - g_theta(z_s)|^2: how far the auxiliary is from the teacher on what the student makes.",
+            ),
+        )
+
+    @property
+    def cycle(self) -> int:
+        return {"joint": self.auxiliary_updates, "alternating": self.auxiliary_updates + 1, "instant": 1}[self.update]
+
+    def phases(self, progress: Progress) -> tuple[Phase, ...]:
         if self.update == "instant":
             return (Phase(("student",), self._instant_loss, statistic=self._nu),)
-        auxiliary = Phase(("auxiliary",), self._auxiliary_loss)
-        if self.update == "joint":
-            last = step % self.auxiliary_updates == self.auxiliary_updates - 1
-            return (Phase(("student", "auxiliary"), self._joint_loss) if last else auxiliary,)
-        if step % (self.auxiliary_updates + 1) < self.auxiliary_updates:
+        auxiliary, turn = Phase(("auxiliary",), self._auxiliary_loss), progress.step % self.cycle
+        if turn < self.cycle - 1:
             return (auxiliary,)
+        if self.update == "joint":
+            return (Phase(("student", "auxiliary"), self._joint_loss),)
         return (Phase(("student",), self._student_loss),)
 
     def _draw(self, batch: Batch, rng: Rng) -> _Draw:
@@ -171,9 +266,12 @@ class MomentMatching(Method):
         return _Draw(t=t, s=s, z_t=z_t, w=w, guidance=guidance, label=batch.label)
 
     def _conditions(self, draw: _Draw) -> tuple[dict[str, Tensor], ...]:
-        """What the student is told beyond t and label, as the last of its arguments; nothing, mostly."""
-        low, high = self._guidance
-        return ({"guidance": squeezed(draw.guidance)},) if draw.guidance is not None and low < high else ()
+        """What the student is conditioned on beyond t and label, as the last of its arguments; nothing, mostly."""
+        return (
+            ({"guidance": squeezed(draw.guidance)},)
+            if draw.guidance is not None and self._conditions_of_student
+            else ()
+        )
 
     def _student(self, nets: Networks, draw: _Draw) -> Tensor:
         x_tilde: Tensor = nets["student"](draw.z_t, draw.t, draw.label, *self._conditions(draw))
@@ -234,7 +332,7 @@ class MomentMatching(Method):
             forwards=3 + (draw.guidance is not None),
         )
 
-    def _auxiliary_loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
+    def _auxiliary_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
         draw = self._draw(batch, rng)
         with torch.no_grad():
             x_tilde = self._student(nets, draw)
@@ -244,7 +342,7 @@ class MomentMatching(Method):
         loss = self._fit_auxiliary(draw, x_tilde, of_auxiliary, of_teacher)
         return self._losses(draw, {"auxiliary": loss}, of_auxiliary - of_teacher)
 
-    def _student_loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
+    def _student_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
         draw = self._draw(batch, rng)
         x_tilde = self._student(nets, draw)
         with torch.no_grad():
@@ -253,7 +351,7 @@ class MomentMatching(Method):
             direction = self._auxiliary(nets, draw, z_s) - of_teacher
         return self._losses(draw, {"student": self._push(draw, x_tilde, of_teacher, direction)}, direction)
 
-    def _joint_loss(self, nets: Networks, batch: Batch, rng: Rng) -> Losses:
+    def _joint_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
         draw = self._draw(batch, rng)
         x_tilde = self._student(nets, draw)
         with torch.no_grad():
@@ -267,7 +365,7 @@ class MomentMatching(Method):
         }
         return self._losses(draw, per_sample, direction)
 
-    def _nu(self, nets: Networks, batch: Batch, rng: Rng) -> Statistic:
+    def _nu(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Statistic:
         """nu = -Lambda G: Algorithm 3's first half. It is linear in G, so its mean over parts and workers is that of their mean."""
         draw, teacher = self._draw(batch, rng), nets["teacher"]
         with torch.no_grad():
@@ -280,7 +378,7 @@ class MomentMatching(Method):
         nu: Statistic = nets["preconditioner"](dict(zip(parameters, falling, strict=True)))
         return nu
 
-    def _instant_loss(self, nets: Networks, batch: Batch, rng: Rng, nu: Statistic) -> Losses:
+    def _instant_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress, nu: Statistic) -> Losses:
         """L_eta: Algorithm 3's second half. The teacher's own loss on it changes along nu by -G_A^T Lambda G_B: so the curve of the
         squared moments, unbiased since A and B are independent, comes for nothing.
         """

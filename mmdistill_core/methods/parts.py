@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ def noisy(*, schedule: Schedule, x: Tensor, t: Tensor, rng: Rng) -> Tensor:
     return q_sample(schedule=schedule, x=x, eps=normal_like(x, rng=rng), t=t)
 
 
-TRANSITIONS = ("conditional", "unconditional")
+Transition = Literal["conditional", "unconditional"]
 
 
 def transition(
@@ -67,7 +67,7 @@ def straight_through(*, value: Tensor, modified: Tensor) -> Tensor:
     return value + (modified - value).detach()
 
 
-DERIVATIVES = ("forward", "double_backward")
+Derivative = Literal["forward", "double_backward"]
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def directional_derivative(
                 along = torch.stack([(a * direction[n]).sum() for n, a in zip(parameters, slopes, strict=True)]).sum()
                 (d,) = torch.autograd.grad(along, u)
             return g.detach(), d
-    raise ValueError(f"derivative: {by!r} is not one of {', '.join(DERIVATIVES)}")
+    raise ValueError(f"derivative: {by!r} is not one of {', '.join(get_args(Derivative))}")
 
 
 def direction_gap(*, direction: Tensor, weight: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def direction_gap(*, direction: Tensor, weight: Tensor) -> Tensor:
 
 
 __all__ = [
-    "DERIVATIVES",
-    "TRANSITIONS",
+    "Derivative",
+    "Transition",
     "denoising_loss",
     "direction_gap",
     "directional_derivative",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from mmdistill_core.diffusion.predictions import PREDICTIONS, x_from_prediction
 from mmdistill_core.diffusion.process import expand
 from mmdistill_core.diffusion.schedules import Schedule
-from mmdistill_core.networks.dit import DiT
 
 
 class Denoiser(nn.Module):
@@ -19,7 +19,8 @@ class Denoiser(nn.Module):
     The backbone is called as backbone(z / sqrt(alpha^2 + sigma^2), t, label): its input has unit scale under every
     schedule (for variance-preserving ones the divisor is 1), and t is in [0, 1] whatever the schedule's sigma. The label
     NULL_LABEL says "no label", as None does for all. `conditions` are further numbers in [0, 1] that a backbone may be built for
-    (`conditioned_on`): the guidance that it imitates, the time t from which z_s came.
+    (`conditioned_on`): the guidance that it imitates, the time t from which z_s came. Such a backbone has a method
+    `conditioned_on`, which gives a copy that takes them.
     """
 
     def __init__(self, *, backbone: nn.Module, schedule: Schedule, prediction: str = "v") -> None:
@@ -30,9 +31,8 @@ class Denoiser(nn.Module):
 
     def conditioned_on(self, *names: str) -> Denoiser:
         """A copy that takes the conditions `names` as well, and answers as this one does until it is trained to use them."""
-        assert isinstance(self.backbone, DiT)
-        backbone = self.backbone.conditioned_on(*names)
-        return Denoiser(backbone=backbone, schedule=self.schedule, prediction=self.prediction)
+        backbone: Any = self.backbone
+        return Denoiser(backbone=backbone.conditioned_on(*names), schedule=self.schedule, prediction=self.prediction)
 
     def forward(
         self, z: Tensor, t: Tensor, label: Tensor | None = None, conditions: Mapping[str, Tensor] | None = None

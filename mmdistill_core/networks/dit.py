@@ -5,30 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdistill_core.diffusion.guidance import NULL_LABEL
+from mmdistill_core.networks.config import NetworkConfig
+from mmdistill_core.options import option
 
 
 @dataclass(frozen=True)
-class DiTConfig:
-    """`image_size` and `patch` in pixels; `width` channels, a multiple of `heads`; `num_classes` 0: unconditional;
-    `dropout` of the attention's and the perceptron's outputs; `conditions`: names of further numbers it is given.
-    """
+class DiTConfig(NetworkConfig):
+    """`image_size` and `patch` in pixels; `num_classes` 0: unconditional; `conditions`: names of further numbers it is given."""
 
-    image_size: int
-    channels: int
-    num_classes: int = 0
-    patch: int = 2
-    width: int = 96
-    depth: int = 4
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    dropout: float = 0.0
+    patch: int = option(2, "pixels of a patch's side", ge=1)
+    width: int = option(96, "channels, a multiple of the heads", ge=8)
+    depth: int = option(4, "blocks", ge=1)
+    heads: int = option(4, "of the attention", ge=1)
+    mlp_ratio: float = option(4.0, "channels of the perceptron over those of the block", gt=0)
+    dropout: float = option(
+        0.0, "of attention and perceptron, in the teacher's training; distill has its own", ge=0, lt=1
+    )
     conditions: tuple[str, ...] = ()
+    kind: ClassVar[str] = "dit"
+    small: ClassVar[Mapping[str, Any]] = {"width": 16, "depth": 1, "heads": 2}
+    repeated: ClassVar[str | None] = "depth"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conditions", tuple(self.conditions))  # JSON gives a list
@@ -36,6 +39,9 @@ class DiTConfig:
             raise ValueError(f"network.patch: {self.patch} does not divide the image size {self.image_size}")
         if self.width % self.heads:
             raise ValueError(f"network.heads: {self.heads} does not divide network.width {self.width}")
+
+    def build(self) -> DiT:
+        return DiT(self)
 
 
 class FourierTime(nn.Module):

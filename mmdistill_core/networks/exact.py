@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mmdistill_core.diffusion.guidance import NULL_LABEL
 from mmdistill_core.diffusion.process import expand
 from mmdistill_core.diffusion.schedules import Schedule
+from mmdistill_core.networks.config import NetworkConfig
 
 
 class GaussianDenoiser(nn.Module):
@@ -28,12 +30,20 @@ class GaussianDenoiser(nn.Module):
 
 
 @dataclass(frozen=True)
-class MixtureConfig:
+class MixtureConfig(NetworkConfig):
     """Points of `channels` numbers as images of `image_size` 1, from `num_classes` Gaussians."""
 
-    channels: int
-    num_classes: int
-    image_size: int = 1
+    kind: ClassVar[str] = "mixture"
+
+    def build(self) -> nn.Module:
+        raise TypeError("mixture: the exact denoiser of a mixture is no network; it has no prediction")
+
+    def denoiser(self, *, schedule: Schedule, prediction: str) -> MixtureDenoiser:
+        """Of the right shapes, for weights that are loaded."""
+        j, d = self.num_classes, self.channels
+        return MixtureDenoiser(
+            weights=torch.ones(j) / j, means=torch.zeros(j, d), variances=torch.ones(j), schedule=schedule
+        )
 
 
 class MixtureDenoiser(nn.Module):
@@ -47,16 +57,10 @@ class MixtureDenoiser(nn.Module):
     def __init__(self, *, weights: Tensor, means: Tensor, variances: Tensor, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
-        self.config = MixtureConfig(channels=means.shape[1], num_classes=means.shape[0])
+        self.config = MixtureConfig(image_size=1, channels=means.shape[1], num_classes=means.shape[0])
         self.weights, self.means, self.variances = (nn.Parameter(v) for v in (weights, means, variances))
 
     prediction = "x"
-
-    @classmethod
-    def empty(cls, config: MixtureConfig, *, schedule: Schedule) -> MixtureDenoiser:
-        """Of the right shapes, for weights that are loaded."""
-        j, d = config.num_classes, config.channels
-        return cls(weights=torch.ones(j) / j, means=torch.zeros(j, d), variances=torch.ones(j), schedule=schedule)
 
     def forward(self, z: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         shape, z = z.shape, z.flatten(1)

@@ -6,7 +6,7 @@ of k (2406.04103, Algorithm 1); so is its teacher, with more steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mmdistill_core.diffusion import process
-from mmdistill_core.diffusion.guidance import NULL_LABEL, guided, squeezed
+from mmdistill_core.diffusion.guidance import NULL_LABEL, guided
 from mmdistill_core.diffusion.schedules import Schedule
-from mmdistill_core.diffusion.times import uniform_grid
+from mmdistill_core.plugins import named, names
 from mmdistill_core.rng import Numbered, Rng, normal_like
 
 Denoise = Callable[[Tensor, Tensor, Any], Tensor]
@@ -100,6 +100,27 @@ def renoise(
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "ddim": ddim, "heun": heun, "renoise": renoise}
+"""Samplers by name; others by entry point, or as "module:function"."""
+EVALUATIONS: dict[str, Callable[[int], int]] = {"heun": lambda k: 2 * k - 1}
+"""Network evaluations of k steps, where they are not k."""
+
+
+def sampler_function(name: str) -> Callable[..., Tensor]:
+    """Raises ValueError for a name that is none of a sampler's."""
+    found: Callable[..., Tensor] = named(name, table=SAMPLERS, group="samplers")
+    return found
+
+
+def sampler_names() -> list[str]:
+    return names(table=SAMPLERS, group="samplers")
+
+
+def evaluations(name: str, k: int) -> int:
+    """Network evaluations of a sample by this sampler in k steps. A sampler from elsewhere says so itself where they are not k, by
+    an attribute `evaluations`, a function of k.
+    """
+    own: Callable[[int], int] = lambda k: k  # noqa: E731
+    return EVALUATIONS.get(name, getattr(sampler_function(name), "evaluations", own))(k)
 
 
 def guided_denoiser(denoiser: Denoise, *, w: float) -> Denoise:
@@ -112,9 +133,19 @@ def guided_denoiser(denoiser: Denoise, *, w: float) -> Denoise:
     return both
 
 
-def told_denoiser(denoiser: Callable[..., Tensor], *, guidance: float) -> Denoise:
-    """A denoiser that was told the guidance in its training, told this one: one evaluation each."""
-    return lambda z, t, label: denoiser(z, t, label, {"guidance": squeezed(torch.full_like(t, guidance))})
+def conditioned_denoiser(
+    denoiser: Callable[..., Tensor], *, times: Tensor, values: Mapping[str, Sequence[float]]
+) -> Denoise:
+    """A denoiser that takes conditions, with those of each step: name -> one value for each of `times` but the last. At the end of
+    a step, where some samplers evaluate too, they are those of the next one.
+    """
+    steps = {name: torch.tensor(list(of_steps)) for name, of_steps in values.items()}
+
+    def conditioned(z: Tensor, t: Tensor, label: Any) -> Tensor:
+        i = (times.to(t) > t[0]).sum().clamp_max(len(times) - 2)
+        return denoiser(z, t, label, {name: of_steps.to(t)[i].expand(len(t)) for name, of_steps in steps.items()})
+
+    return conditioned
 
 
 def clipped_denoiser(denoiser: Denoise) -> Denoise:
@@ -128,7 +159,7 @@ def sample(
     denoiser: Denoise,
     schedule: Schedule,
     shape: tuple[int, ...],
-    k: int,
+    times: Tensor,
     sampler: str = "ancestral",
     label: Tensor | None = None,
     seed: int = 0,
@@ -137,15 +168,14 @@ def sample(
     device: torch.device | str = "cpu",
     **options: float,
 ) -> Tensor:
-    """Samples `first` to `first + shape[0]` of those that `seed` names, each of `shape[1:]`, in `k` steps, `batch` at a time.
+    """Samples `first` to `first + shape[0]` of those that `seed` names, each of `shape[1:]`, at `times`, `batch` at a time.
 
     Sample i depends on the seed, on i and on its label alone (`rng.Numbered`), but for rounding: however many there are, and
     whoever draws which of them. Its first draw is the starting noise, so that two denoisers, samplers or step counts start from
     the same. `options` are the sampler's own: eta and extra_noise of `ancestral`.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    times = uniform_grid(k=k, device=device)
+    step = sampler_function(sampler)
+    times = times.to(device)
     sigma_1 = schedule.sigma(torch.ones(1, device=device))
     out = []
     for start in range(0, shape[0], batch):
@@ -153,7 +183,5 @@ def sample(
         rng = Numbered(seed, first=first + start, count=b, device=device)
         z = sigma_1 * normal_like(torch.empty(b, *shape[1:], device=device), rng=rng)
         part = None if label is None else label[start : start + b].to(device)
-        out.append(
-            SAMPLERS[sampler](denoiser=denoiser, schedule=schedule, z=z, times=times, rng=rng, label=part, **options)
-        )
+        out.append(step(denoiser=denoiser, schedule=schedule, z=z, times=times, rng=rng, label=part, **options))
     return torch.cat(out) if out else torch.empty(shape, device=device)

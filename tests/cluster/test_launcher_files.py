@@ -103,11 +103,11 @@ WRONG = {
     ),
     "head_start_ray_commands: [ray start --head]": (
         "aws",
-        "head_start_ray_commands: RAY_AUTH_MODE=token is not set before ray start, so that Ray would ask nobody for the token",
+        "head_start_ray_commands: RAY_AUTH_MODE=token is not set before ray start: Ray would ask nobody for the token",
     ),
     "head_start_ray_commands: [RAY_AUTH_MODE=token ray start --head --dashboard-host=0.0.0.0]": (
         "aws",
-        "head_start_ray_commands: --dashboard-host 0.0.0.0 is reached from outside; 127.0.0.1, and people come by `ray dashboard`",
+        "head_start_ray_commands: --dashboard-host 0.0.0.0 can be reached from outside; use 127.0.0.1 and `ray dashboard`",
     ),
     "file_mounts: {/data: ./nowhere}": ("aws", "file_mounts: ./nowhere is not there"),
 }

@@ -5,16 +5,18 @@ from functools import cache
 
 import pytest
 import torch
+from states import START, at_step, create_state
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdistill_core.artifact import build_denoiser
 from mmdistill_core.diffusion.schedules import Cosine
-from mmdistill_core.engine import OptimiserOptions, TrainState
+from mmdistill_core.engine import OptimiserOptions
 from mmdistill_core.engine.cost import FUSED_ATTENTION, Meter, forward_flops, phase_cost
 from mmdistill_core.engine.step import backward
-from mmdistill_core.methods import METHODS, Batch
+from mmdistill_core.methods import METHODS
+from mmdistill_core.methods.base import Batch
 from mmdistill_core.networks.dit import DiTConfig
 from mmdistill_core.networks.preconditioner import Preconditioner
 from mmdistill_core.rng import Draws
@@ -33,7 +35,7 @@ def state_of(update):
     given = {role.name: denoiser() for role in method.roles}
     if update == "instant":
         given["preconditioner"] = Preconditioner.identity(given["teacher"])
-    return TrainState.create(
+    return create_state(
         method=method, given=given, options=OptimiserOptions(), global_batch=8, total_images=8, best_role="student"
     )
 
@@ -42,7 +44,7 @@ def state_of(update):
 def costs(update, fake):
     with FakeTensorMode() if fake else contextlib.nullcontext():
         state = state_of(update)
-        phases = [phase for step in range(2) for phase in state.method.phases(step)]
+        phases = [phase for step in range(2) for phase in state.method.phases(at_step(step))]
         return [phase_cost(state, phase, IMAGE, label=True) for phase in phases]
 
 
@@ -71,7 +73,7 @@ def test_a_backward_is_two_forwards(update, forwards):
 
 def test_operations_are_those_of_torchs_own_counter():
     state = state_of("instant")
-    (phase,) = state.method.phases(0)
+    (phase,) = state.method.phases(START)
     state.global_batch = 4
     batch = Batch(torch.zeros(4, *IMAGE), torch.zeros(4, dtype=torch.long))
     found = []
@@ -101,14 +103,14 @@ def run(state, phase, n, around):
     for optimiser in state.optimisers.values():
         optimiser.zero_grad(set_to_none=True)
     with around:
-        losses = phase.loss(state.networks, batch, torch.Generator())
+        losses = phase.loss(state.networks, batch, torch.Generator(), START)
         torch.stack([loss.mean() for loss in losses.per_sample.values()]).sum().backward()
 
 
 @pytest.mark.parametrize("update", ["alternating", "joint"])
 def test_bytes_are_what_autograd_keeps_and_some_temporaries(update):
     state = state_of(update)
-    phase = state.method.phases(1)[0]
+    phase = state.method.phases(at_step(1))[0]
     weights = {p.untyped_storage()._cdata for n in state.networks.values() for p in (*n.parameters(), *n.buffers())}
 
     def kept(n):
@@ -128,10 +130,10 @@ def test_bytes_are_what_autograd_keeps_and_some_temporaries(update):
 def test_bytes_agree_with_torchs_own_tracker():
     method = METHODS["denoising"](schedule=Cosine())
     given = {role.name: denoiser() for role in method.roles}
-    state = TrainState.create(
+    state = create_state(
         method=method, given=given, options=OptimiserOptions(), global_batch=8, total_images=8, best_role="teacher"
     )
-    (phase,) = method.phases(0)
+    (phase,) = method.phases(START)
 
     def tracked(n):
         tracker = MemTracker()

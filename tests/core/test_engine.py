@@ -2,11 +2,14 @@
 
 import copy
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from oracles import COSINE, Affine, gaussian_batch, together
+from states import START, create_state, matching
 from torch import nn
 from trainings import MAKE, denoiser, make_batches, make_state, same, weights
 
@@ -15,7 +18,6 @@ from mmdistill_core.engine import (
     InMemoryBatches,
     NonFiniteError,
     OptimiserOptions,
-    TrainState,
     fit,
     train_step,
 )
@@ -23,9 +25,12 @@ from mmdistill_core.engine.batches import share_of
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
 from mmdistill_core.engine.fit import LogWindow
 from mmdistill_core.engine.optim import Average
-from mmdistill_core.engine.second_moments import collected, of_optimiser
+from mmdistill_core.engine.preparation import Finished, squared_gradients
 from mmdistill_core.engine.step import PATIENCE, PhaseLog, _parts, parts_of
-from mmdistill_core.methods import METHODS, Batch, Denoising, Losses, Method, MomentMatching, Phase, Role
+from mmdistill_core.methods import METHODS
+from mmdistill_core.methods.base import Average as AverageOf
+from mmdistill_core.methods.base import Batch, Losses, Method, New, Phase, Progress, Role
+from mmdistill_core.methods.denoising import Denoising
 from mmdistill_core.rng import derive_seed, generator
 
 
@@ -90,7 +95,7 @@ class TestEveryMethod:
         for role in state.method.roles:
             names = [n for n in before if n.startswith(role.name + "/") and before[n].is_floating_point()]
             unchanged = [n for n in names if torch.equal(before[n], after[n])]
-            if role.life == "frozen":
+            if not role.trained and not isinstance(role.origin, AverageOf):
                 assert unchanged == names
             else:
                 assert not unchanged
@@ -119,7 +124,7 @@ def test_network_evaluations_are_counted():
     """joint: 3 forwards a sample for a pair of updates; alternating: 3 for each of the two."""
     counts = {}
     for update in ("joint", "alternating"):
-        state = make_state(MomentMatching(schedule=COSINE, k=4, update=update))
+        state = make_state(matching(schedule=COSINE, k=4, update=update))
         calls = 0
 
         def count(*_):
@@ -137,7 +142,7 @@ def test_network_evaluations_are_counted():
 
 class TestNonFinite:
     def state(self):
-        return TrainState.create(
+        return create_state(
             method=Denoising(schedule=COSINE),
             given={"teacher": Affine(0.5, 0.0)},
             options=OptimiserOptions(lr=1e-2, warmup_images=0),
@@ -173,7 +178,7 @@ class TestNonFinite:
 
     def alternating(self):
         """A state whose student's gradient is nan, and whose auxiliary's is not."""
-        state = make_state(MomentMatching(schedule=COSINE, k=1, update="alternating"), total=10**6, batch=4)
+        state = make_state(matching(schedule=COSINE, k=1, update="alternating"), total=10**6, batch=4)
         for parameter in state.networks["student"].parameters():
             parameter.register_hook(lambda gradient: gradient * float("nan"))
         return state
@@ -244,28 +249,28 @@ class TestOptimiser:
         network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(network.weight)
         average = Average(network, half_life_images=800, ramp=1e9)
-        average.follow(network, images=8, n_images=8)
+        average.follow(network, images=8, progress=Progress(1, 8, 10**6))
         nn.init.ones_(network.weight)
         for step in range(100):
-            average.follow(network, images=8, n_images=16 + 8 * step)
+            average.follow(network, images=8, progress=Progress(step, 16 + 8 * step, 10**6))
         assert average.module.weight.item() == pytest.approx(0.5, abs=1e-5)
 
     def test_the_ramp_is_a_share_of_the_images_seen(self):
         network = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(network.weight)
         average = Average(network, half_life_images=800, ramp=0.5)
-        average.follow(network, images=8, n_images=8)
+        average.follow(network, images=8, progress=Progress(1, 8, 10**6))
         nn.init.ones_(network.weight)
-        average.follow(network, images=20, n_images=40)
+        average.follow(network, images=20, progress=Progress(2, 40, 10**6))
         assert average.module.weight.item() == pytest.approx(0.5)
-        average.follow(network, images=800, n_images=10**6)
+        average.follow(network, images=800, progress=Progress(3, 10**6, 10**6))
         assert average.module.weight.item() == pytest.approx(0.75)
 
     @pytest.mark.parametrize("phases", [1, 2, 5])
     def test_half_lives_count_the_images_of_all_phases_of_a_step(self, phases):
         """As progress does: 800 images after the weights jump, half of the jump is in the average."""
-        state = TrainState.create(
-            method=InPhases(phases),
+        state = create_state(
+            method=InPhases(COSINE, count=phases),
             given={"teacher": Affine(0.0, 0.1)},
             options=OptimiserOptions(lr=0.0, warmup_images=0),
             global_batch=8,
@@ -286,7 +291,7 @@ class TestOptimiser:
 
 def test_given_networks_are_checked():
     with pytest.raises(ValueError, match="teacher"):
-        TrainState.create(
+        create_state(
             method=Denoising(schedule=COSINE),
             given={},
             options=OptimiserOptions(),
@@ -302,46 +307,46 @@ def test_seeds_are_apart():
     assert derive_seed(1, 23) != derive_seed(12, 3)
 
 
+@dataclass(frozen=True)
 class Square(Method):
     """A loss without chance: |x_hat|^2. Its statistic is the mean of x."""
 
-    name = "square"
-
-    def __init__(self, statistic=False):
-        self.statistic = statistic
+    statistic: bool = False
+    name: ClassVar[str] = "square"
+    result = "teacher"
 
     @property
     def roles(self):
-        return (Role("teacher", "trained"),)
+        return (Role("teacher", New(), trained=True),)
 
-    def phases(self, step):
-        given = (lambda nets, batch, rng: {"mean": batch.x.mean()}) if self.statistic else None
+    def phases(self, progress):
+        given = (lambda nets, batch, rng, progress: {"mean": batch.x.mean()}) if self.statistic else None
         return (Phase(("teacher",), self._loss, statistic=given),)
 
-    def _loss(self, nets, batch, rng, statistic=None):
+    def _loss(self, nets, batch, rng, progress, statistic=None):
         loss = (nets["teacher"](batch.x, batch.x[:, 0]) - (statistic or {"mean": 0})["mean"]).square().mean(1)
         return Losses({"teacher": loss}, logs={"l": loss}, by_level={"l": loss}, logsnr=batch.x[:, 0], forwards=1)
 
 
+@dataclass(frozen=True)
 class InPhases(Square):
     """Several updates a step, each on a batch of its own, and an average."""
 
-    def __init__(self, phases):
-        super().__init__()
-        self.count = phases
+    count: int = 1
+    result = "teacher_ema"
 
     @property
     def roles(self):
-        return (*super().roles, Role("teacher_ema", "ema", source="teacher"))
+        return (*super().roles, Role("teacher_ema", AverageOf("teacher")))
 
-    def phases(self, step):
-        return super().phases(step) * self.count
+    def phases(self, progress):
+        return super().phases(progress) * self.count
 
 
 class TestAccumulation:
     def step(self, micro_batch, statistic=False):
-        state = TrainState.create(
-            method=Square(statistic),
+        state = create_state(
+            method=Square(COSINE, statistic=statistic),
             given={"teacher": Affine(0.5, 0.1)},
             options=OptimiserOptions(lr=1e-3, warmup_images=0, clip_norm=1e9),
             global_batch=48,
@@ -428,7 +433,7 @@ def test_the_last_state_is_a_candidate_whatever_the_interval_and_after_a_stop(tm
             report=lambda row: None,
             save=lambda s: None,
             validate=lambda s: seen.append(s.n_images // 64) or {"score": -float(s.n_images)},
-            asked=lambda: "stop" if state.n_images == stop_at else "",
+            poll=lambda: "stop" if state.n_images == stop_at else "",
         )
         return seen
 
@@ -499,7 +504,7 @@ class TestLogWindow:
             options=FitOptions(log_every=64 * 6, checkpoint_every=64 * 4),
             report=rows.append,
             save=lambda s: None,
-            asked=lambda: "stop" if state.n_images == stop_at else "",
+            poll=lambda: "stop" if state.n_images == stop_at else "",
         )
         return [{name: v for name, v in row.items() if name != "images_per_second"} for row in rows]
 
@@ -557,20 +562,22 @@ class TestLogWindow:
 def test_second_moments_collected_are_adams_at_learning_rate_zero():
     """Both are the mean of the squared gradients; Adam's with beta2 near 1 and its start corrected for."""
     method, teacher, batches = Denoising(schedule=COSINE), denoiser(), make_batches()
-    got = collected(network=teacher, method=method, batches=batches, steps=6, global_batch=64, seed=0)
+    got = squared_gradients(network=teacher, method=method, batches=batches, steps=6, global_batch=64, seed=0)
     assert all(p.grad is None for p in teacher.parameters())
     expected = {name: torch.zeros_like(p) for name, p in teacher.named_parameters()}
     own = copy.deepcopy(teacher)
     adam = torch.optim.Adam(own.parameters(), lr=0.0, betas=(0.0, 1 - 1e-7))
     for step in range(6):
         rng = generator(0, 0, step * 64, 5)
-        loss = method.phases(0)[0].loss({"teacher": own}, batches(step * 64), rng).per_sample["teacher"].mean()
+        loss = (
+            method.phases(START)[0].loss({"teacher": own}, batches(step * 64), rng, START).per_sample["teacher"].mean()
+        )
         adam.zero_grad()
         loss.backward()
         adam.step()
         for name, p in own.named_parameters():
             expected[name] += p.grad.square() / 6
-    adams = of_optimiser(own, adam)
+    adams = Finished(SimpleNamespace(networks={"teacher": own}, optimisers={"teacher": adam})).second_moments("teacher")
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value)
         torch.testing.assert_close(adams[name], value, rtol=1e-2, atol=1e-12)
@@ -580,7 +587,7 @@ def test_a_student_with_dropout_resumes_as_if_it_had_not_stopped(tmp_path):
     """Whatever has drawn from torch's own generator meanwhile; and every worker has masks of its own."""
 
     def dropped(rank=0):
-        state = make_state(MomentMatching(schedule=COSINE, k=4))
+        state = make_state(matching(schedule=COSINE, k=4))
         for role in state.optimisers:
             for part in state.networks[role].modules():
                 if isinstance(part, nn.Dropout):
@@ -610,7 +617,7 @@ def test_a_student_with_dropout_resumes_as_if_it_had_not_stopped(tmp_path):
 
 
 def test_roles_are_told_their_conditions():
-    state = make_state(MomentMatching(schedule=COSINE, k=4, guidance=(0.0, 2.0), auxiliary_sees_t=True, ema=True))
+    state = make_state(matching(schedule=COSINE, k=4, guidance=(0.0, 2.0), auxiliary_sees_t=True, ema=True))
     assert state.networks["student"].backbone.config.conditions == ("guidance",)
     assert state.networks["auxiliary"].backbone.config.conditions == ("guidance", "t")
     assert state.networks["teacher"].backbone.config.conditions == ()

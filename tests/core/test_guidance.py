@@ -3,16 +3,18 @@
 import pytest
 import torch
 from oracles import COSINE
+from states import START
 from torch import nn
 
 from mmdistill_core.artifact import DiffusionModel, load_model, save_model
 from mmdistill_core.diffusion.guidance import NULL_LABEL, drop_labels, guided, squeezed
-from mmdistill_core.methods import Batch, Denoising
+from mmdistill_core.methods.base import Batch, Sampler
+from mmdistill_core.methods.denoising import Denoising
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
 from mmdistill_core.networks.exact import ring_of_gaussians
 from mmdistill_core.rng import generator
-from mmdistill_core.samplers import clipped_denoiser, guided_denoiser
+from mmdistill_core.samplers.samplers import clipped_denoiser, guided_denoiser
 
 
 def network(**options):
@@ -55,8 +57,8 @@ def test_a_teacher_learns_the_null_label():
         seen.append(label)
         return z
 
-    (phase,) = Denoising(schedule=COSINE, label_dropout=0.25).phases(0)
-    phase.loss({"teacher": spy}, Batch(torch.randn(4000, 1), torch.ones(4000, dtype=torch.long)), generator(0))
+    (phase,) = Denoising(schedule=COSINE, label_dropout=0.25).phases(START)
+    phase.loss({"teacher": spy}, Batch(torch.randn(4000, 1), torch.ones(4000, dtype=torch.long)), generator(0), START)
     assert (seen[0] == NULL_LABEL).double().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
@@ -93,7 +95,9 @@ class TestModel:
         torch.testing.assert_close(model.sample(3, label=none, guidance=2.0), model.sample(3, label=none))
 
     def test_guidance_that_was_told(self):
-        model = DiffusionModel(network().conditioned_on("guidance"), k=2, guidance=(1.0, 3.0))
+        model = DiffusionModel(
+            network().conditioned_on("guidance"), k=2, samplers={2: Sampler(ranges={"guidance": (1.0, 3.0)})}
+        )
         nn.init.normal_(model.denoiser.backbone.conditions["guidance"].narrow.weight)
         assert torch.equal(model.sample(3), model.sample(3, guidance=1.0))
         assert not torch.allclose(model.sample(3, guidance=2.0), model.sample(3))
@@ -111,11 +115,14 @@ class TestModel:
 
     def test_all_of_it_is_kept(self, tmp_path):
         told = DiffusionModel(
-            network().conditioned_on("guidance"), k=2, options={"eta": 0.5}, null_label=True, guidance=(1.0, 3.0)
+            network().conditioned_on("guidance"),
+            k=2,
+            samplers={2: Sampler(options={"eta": 0.5}, ranges={"guidance": (1.0, 3.0)})},
+            null_label=True,
         )
         save_model(tmp_path / "m", told)
         again = load_model(tmp_path / "m")
-        assert (again.options, again.null_label, again.guidance) == ({"eta": 0.5}, True, (1.0, 3.0))
+        assert (again.samplers, again.null_label) == (told.samplers, True)
         assert torch.equal(again.sample(3, guidance=2.5), told.sample(3, guidance=2.5))
         assert not torch.equal(again.sample(3), again.sample(3, eta=1.0))
 

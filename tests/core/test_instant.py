@@ -1,6 +1,7 @@
 """Instant moment matching (2406.04103, Algorithm 3): sign and factor, derivatives, the unbiased curve, its fixed point."""
 
 import statistics
+from typing import get_args
 
 import pytest
 import torch
@@ -21,12 +22,14 @@ from oracles import (
     transition_coefficients,
 )
 from population import Expected, one_pair, place, solved, values
+from states import START, create_state, matching
 
 from mmdistill_core.diffusion.guidance import NULL_LABEL, guided
-from mmdistill_core.engine import OptimiserOptions, TrainState, train_step
-from mmdistill_core.methods import Batch, MomentMatching
+from mmdistill_core.engine import OptimiserOptions, train_step
 from mmdistill_core.methods import moment_matching as module
-from mmdistill_core.methods.parts import DERIVATIVES, directional_derivative
+from mmdistill_core.methods.base import Batch
+from mmdistill_core.methods.moment_matching import MomentMatching
+from mmdistill_core.methods.parts import Derivative, directional_derivative
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.dit import DiT, DiTConfig
 from mmdistill_core.networks.preconditioner import Preconditioner
@@ -48,8 +51,8 @@ def image_batch(b=8, seed=0):
 
 def train(given, *, steps, lr):
     """Trains `given["student"]` of one step on Gaussian data, by grid pairs; the learning rate decays to 0."""
-    state = TrainState.create(
-        method=MomentMatching(schedule=COSINE, k=1, pairing="grid", update="instant"),
+    state = create_state(
+        method=matching(schedule=COSINE, k=1, pairing="grid", update="instant"),
         given=given,
         options=OptimiserOptions(lr=lr, warmup_images=0, clip_norm=1e9),
         global_batch=4096,
@@ -79,12 +82,12 @@ def test_it_descends_the_squared_moments_with_factor_two(kind):
     rng = generator(3)
     values = {n: torch.rand(p.shape, generator=rng, dtype=torch.float64) for n, p in nets["teacher"].named_parameters()}
     nets["preconditioner"] = Preconditioner(values)
-    method = MomentMatching(schedule=COSINE, k=2, update="instant", w_s="edm")
-    (phase,) = method.phases(0)
+    method = matching(schedule=COSINE, k=2, update="instant", w_s="edm")
+    (phase,) = method.phases(START)
     eta = list(nets["student"].parameters())
 
-    nu = phase.statistic(nets, batch, generator(1))
-    loss = phase.loss(nets, batch, generator(1), nu).per_sample["student"].mean()
+    nu = phase.statistic(nets, batch, generator(1), START)
+    loss = phase.loss(nets, batch, generator(1), START, nu).per_sample["student"].mean()
     ours = torch.autograd.grad(loss, eta)
 
     # The same squared norm, written out: the gradient by theta of the loss, then by eta, through x_tilde alone.
@@ -105,7 +108,7 @@ def test_it_descends_the_squared_moments_with_factor_two(kind):
         torch.testing.assert_close(2 * a, b, rtol=1e-5, atol=1e-8 * float(norm(theirs)))
 
 
-@pytest.mark.parametrize("by", DERIVATIVES)
+@pytest.mark.parametrize("by", get_args(Derivative))
 def test_the_derivative_along_a_direction_is_that_of_finite_differences(by):
     network = small_dit().double()
     rng, batch, t = generator(5), image_batch(), torch.rand(8, generator=generator(6), dtype=torch.float64)
@@ -140,10 +143,12 @@ def test_the_logged_curve_is_the_squared_moment_without_bias():
     exact = gaussian_teacher().double()
     nets = {"teacher": exact, "student": Affine(slope, offset).double()}
     nets["preconditioner"] = lambdas(exact)["identity"]
-    of_all = one_pair(MomentMatching(schedule=COSINE, k=1, pairing="uniform", update="instant"), T, S)
-    (phase,) = of_all.method.phases(0)
-    nus = [phase.statistic(nets, of_all.batch[i : i + 1], of_all.draws(i)) for i in range(len(of_all.batch))]
-    curve = [phase.loss(nets, of_all.batch, of_all.draws(), nu).logs["squared_moments"].mean().item() for nu in nus]
+    of_all = one_pair(matching(schedule=COSINE, k=1, pairing="uniform", update="instant"), T, S)
+    (phase,) = of_all.method.phases(START)
+    nus = [phase.statistic(nets, of_all.batch[i : i + 1], of_all.draws(i), START) for i in range(len(of_all.batch))]
+    curve = [
+        phase.loss(nets, of_all.batch, of_all.draws(), START, nu).logs["squared_moments"].mean().item() for nu in nus
+    ]
     biased = [sum(g.square() for g in nu.values()).item() for nu in nus]
 
     # G = -2 E[(x_tilde - x_hat) dx_hat / dtheta], x_hat = m + beta (z_s - alpha_s m).
@@ -168,7 +173,7 @@ def test_the_losses_have_the_closed_form(lam):
     exact = gaussian_teacher().double()
     student = Affine(teacher_slope(T), 0.3).double()
     nets = {"teacher": exact, "student": student, "preconditioner": lambdas(exact)[lam]}
-    expected = one_pair(MomentMatching(schedule=COSINE, k=1, pairing="uniform", update="instant"), T, S)
+    expected = one_pair(matching(schedule=COSINE, k=1, pairing="uniform", update="instant"), T, S)
 
     def field(row):
         place([student], row)
@@ -198,8 +203,8 @@ def test_a_modified_teacher_is_differentiated_straight_through(choice):
     the identity.
     """
     nets = {"teacher": small_dit(), "student": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
-    batch, method = image_batch(), MomentMatching(schedule=COSINE, k=2, update="instant", **choice)
-    got = method.phases(0)[0].statistic(nets, batch, generator(1))
+    batch, method = image_batch(), matching(schedule=COSINE, k=2, update="instant", **choice)
+    got = method.phases(START)[0].statistic(nets, batch, generator(1), START)
 
     rng = generator(1)
     draw = method._draw(batch, rng)
@@ -221,8 +226,8 @@ def test_a_modified_teacher_is_differentiated_straight_through(choice):
 
 def test_an_update_costs_one_halved_batch_and_leaves_the_teacher_alone():
     nets = {"teacher": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
-    state = TrainState.create(
-        method=MomentMatching(schedule=COSINE, k=2, update="instant", ema=True),
+    state = create_state(
+        method=matching(schedule=COSINE, k=2, update="instant", ema=True),
         given=nets,
         options=OptimiserOptions(warmup_images=0),
         global_batch=8,
@@ -250,8 +255,8 @@ def test_nu_is_averaged_over_parts_and_workers(monkeypatch):
     the loss is given.
     """
     nets = {"teacher": small_dit(), "preconditioner": Preconditioner.identity(small_dit())}
-    state = TrainState.create(
-        method=MomentMatching(schedule=COSINE, k=2, update="instant"),
+    state = create_state(
+        method=matching(schedule=COSINE, k=2, update="instant"),
         given=nets,
         options=OptimiserOptions(warmup_images=0),
         global_batch=8,
@@ -262,7 +267,9 @@ def test_nu_is_averaged_over_parts_and_workers(monkeypatch):
     parts, means, directions = [], [], []
     state.averaged_over_workers = lambda nu: means.append(nu["nu"].clone()) or {"nu": nu["nu"] + 7}
     monkeypatch.setattr(
-        MomentMatching, "_nu", lambda self, nets, batch, rng: parts.append(len(batch)) or {"nu": batch.x.mean()[None]}
+        MomentMatching,
+        "_nu",
+        lambda self, nets, batch, rng, progress: parts.append(len(batch)) or {"nu": batch.x.mean()[None]},
     )
 
     def derivative(network, arguments, *, direction, by):
@@ -303,7 +310,7 @@ def test_whole_algorithm_at_one_step():
     student = AffineInTime(1).double()
     nets = {"teacher": exact, "student": student, "preconditioner": Preconditioner.identity(exact)}
     middles = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
-    expected = Expected(MomentMatching(schedule=COSINE, k=1, pairing="grid", update="instant"), [middles])
+    expected = Expected(matching(schedule=COSINE, k=1, pairing="grid", update="instant"), [middles])
     row = values([student])
     row[2] = 0.3  # a slope of 0, the teacher's at t = 1, is a saddle: z_1 and -z_1 have the same law
     used = torch.tensor([2, 5])  # the slope and the offset at t = 1

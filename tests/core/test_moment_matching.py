@@ -25,19 +25,21 @@ from oracles import (
     teacher_slope,
 )
 from population import Expected, Lines, jacobian, one_pair, place, solved, values
+from states import START, at_step, create_state, matching
 
 from mmdistill_core.diffusion.process import posterior, posterior_coefficients, q_sample
-from mmdistill_core.engine import OptimiserOptions, TrainState, train_step
-from mmdistill_core.methods import Batch, MomentMatching
+from mmdistill_core.diffusion.times import uniform_grid
+from mmdistill_core.engine import OptimiserOptions, train_step
 from mmdistill_core.methods import moment_matching as module
+from mmdistill_core.methods.base import Batch
 from mmdistill_core.networks.exact import GaussianDenoiser, ring_of_gaussians
 from mmdistill_core.rng import generator
-from mmdistill_core.samplers import sample
+from mmdistill_core.samplers.samplers import sample
 
 
 def train(method, given, *, steps, batch, lr, warmup=0):
     """Runs the engine on Gaussian data; the learning rate decays to 0."""
-    state = TrainState.create(
+    state = create_state(
         method=method,
         given=given,
         options=OptimiserOptions(lr=lr, warmup_images=warmup, clip_norm=1e9),
@@ -82,7 +84,7 @@ class TestFixedPoint:
 
     def root(self, **choices):
         """(slope, offset) of the student where descent along both expected losses comes to rest."""
-        expected = one_pair(MomentMatching(schedule=COSINE, k=1, pairing="uniform", **choices), T, S)
+        expected = one_pair(matching(schedule=COSINE, k=1, pairing="uniform", **choices), T, S)
         nets = {name: network.double() for name, network in self.networks().items()}
         moving = [nets["student"], nets["auxiliary"]]
 
@@ -111,7 +113,7 @@ class TestFixedPoint:
     def test_training_reaches_it(self, monkeypatch, update, pull, steps):
         """With the draws, the turns and the optimiser of a real one."""
         fixed_times(monkeypatch)
-        method = MomentMatching(schedule=COSINE, k=1, update=update, pull=pull)
+        method = matching(schedule=COSINE, k=1, update=update, pull=pull)
         student = train(method, self.networks(), steps=steps, batch=4096, lr=1e-2).networks["student"]
         assert student.slope.item() == pytest.approx(student_slope(T, S), rel=0.01)
         assert student.offset.item() == pytest.approx(unbiased(student_slope(T, S)), abs=0.01)
@@ -136,7 +138,7 @@ class TestGradients:
         }
 
     def run(self, update, w_s="edm"):
-        method, nets = MomentMatching(schedule=COSINE, k=4, update=update, w_s=w_s), self.nets()
+        method, nets = matching(schedule=COSINE, k=4, update=update, w_s=w_s), self.nets()
         batch = Batch(gaussian_batch(256, generator(0)))
         return method, nets, batch
 
@@ -144,7 +146,7 @@ class TestGradients:
         """grad_eta L_eta = mean w (d x_tilde / d eta) (g_phi - g_theta), with d x_tilde / d (A, b) = (z_t, 1)."""
         fixed_times(monkeypatch)
         method, nets, batch = self.run("alternating")
-        loss = method.phases(1)[0].loss(nets, batch, generator(1))
+        loss = method.phases(at_step(1))[0].loss(nets, batch, generator(1), START)
         loss.per_sample["student"].mean().backward()
 
         rng = generator(1)
@@ -163,9 +165,9 @@ class TestGradients:
     @pytest.mark.parametrize(("step", "trained"), [(0, "auxiliary"), (1, "student")])
     def test_alternating_reaches_one_network(self, step, trained):
         method, nets, batch = self.run("alternating")
-        (phase,) = method.phases(step)
+        (phase,) = method.phases(at_step(step))
         assert phase.trains == (trained,)
-        phase.loss(nets, batch, generator(1)).per_sample[trained].mean().backward()
+        phase.loss(nets, batch, generator(1), START).per_sample[trained].mean().backward()
         for name, network in nets.items():
             for parameter in network.parameters():
                 assert (parameter.grad is not None) == (name == trained)
@@ -176,10 +178,10 @@ class TestGradients:
         for update in ("alternating", "joint"):
             method, nets, batch = self.run(update)
             for step in range(2):
-                for phase in method.phases(step):
+                for phase in method.phases(at_step(step)):
                     for network in nets.values():
                         network.zero_grad()
-                    losses = phase.loss(nets, batch, generator(1)).per_sample
+                    losses = phase.loss(nets, batch, generator(1), START).per_sample
                     sum(loss.mean() for loss in losses.values()).backward()
                     for role in phase.trains:
                         gradients[update, role] = [p.grad.clone() for p in nets[role].parameters()]
@@ -191,7 +193,7 @@ class TestGradients:
         L_phi, and in eta twice that of L_eta, z_s being held.
         """
         method, nets, batch = self.run("joint", w_s="flat")
-        losses = method.phases(0)[0].loss(nets, batch, generator(1)).per_sample
+        losses = method.phases(START)[0].loss(nets, batch, generator(1), START).per_sample
         sum(loss.mean() for loss in losses.values()).backward()
         got = {role: [p.grad.clone() for p in nets[role].parameters()] for role in ("student", "auxiliary")}
 
@@ -216,7 +218,7 @@ class TestChoices:
         batch = Batch(gaussian_batch(64, generator(0)))
         nets = {"teacher": gaussian_teacher(), "student": Affine(0.4, 0.1), "auxiliary": Affine(0.2, 0.2)}
         losses = {
-            w: MomentMatching(schedule=COSINE, k=4, w_s=w).phases(0)[0].loss(nets, batch, generator(1)).per_sample
+            w: matching(schedule=COSINE, k=4, w_s=w).phases(START)[0].loss(nets, batch, generator(1), START).per_sample
             for w in ("flat", "dmd")
         }
         torch.testing.assert_close(losses["dmd"]["auxiliary"], losses["flat"]["auxiliary"])
@@ -230,9 +232,9 @@ class TestChoices:
 
     @pytest.mark.parametrize(("update", "pattern"), [("alternating", "aaasaaas"), ("joint", "aabaabaa")])
     def test_the_auxiliary_may_learn_more_often(self, update, pattern):
-        method = MomentMatching(schedule=COSINE, k=4, update=update, auxiliary_updates=3)
+        method = matching(schedule=COSINE, k=4, update=update, auxiliary_updates=3)
         names = {("auxiliary",): "a", ("student",): "s", ("student", "auxiliary"): "b"}
-        assert "".join(names[method.phases(i)[0].trains] for i in range(8)) == pattern
+        assert "".join(names[method.phases(at_step(i))[0].trains] for i in range(8)) == pattern
 
     def test_an_auxiliary_that_sees_t_is_told_it(self):
         seen = []
@@ -242,7 +244,7 @@ class TestChoices:
                 seen.append(conditions["t"])
                 return super().forward(z, t, label)
 
-        method = MomentMatching(schedule=COSINE, k=2, pairing="uniform", auxiliary_sees_t=True)
+        method = matching(schedule=COSINE, k=2, pairing="uniform", auxiliary_sees_t=True)
         assert {r.name: r.conditions for r in method.roles} == {"teacher": (), "student": (), "auxiliary": ("t",)}
         nets = {"teacher": gaussian_teacher(), "student": Affine(0.4, 0.1), "auxiliary": Told(0.2, 0.2)}
         draws = []
@@ -254,7 +256,7 @@ class TestChoices:
 
         module.sample_pairs = spy
         try:
-            method.phases(0)[0].loss(nets, Batch(gaussian_batch(16, generator(0))), generator(1))
+            method.phases(START)[0].loss(nets, Batch(gaussian_batch(16, generator(0))), generator(1), START)
         finally:
             module.sample_pairs = original
         assert torch.equal(seen[0], draws[0][0])
@@ -275,12 +277,12 @@ class TestChoices:
             return (1 + w) * exact(z, t, label) - w * exact(z, t, None)
 
         for guidance in (2.0, (1.0, 3.0)):
-            method = MomentMatching(schedule=COSINE, k=2, guidance=guidance, pull=True)
+            method = matching(schedule=COSINE, k=2, guidance=guidance, pull=True)
             nets = {"teacher": exact, "student": Student(), "auxiliary": guided_ring}
-            losses = method.phases(0)[0].loss(nets, Batch(x, label), generator(1))
+            losses = method.phases(START)[0].loss(nets, Batch(x, label), generator(1), START)
             torch.testing.assert_close(losses.logs["moment_gap"], torch.zeros(32), atol=1e-6, rtol=0)
             nets["auxiliary"] = lambda z, t, label, conditions=None: exact(z, t, label)
-            losses = method.phases(0)[0].loss(nets, Batch(x, label), generator(1))
+            losses = method.phases(START)[0].loss(nets, Batch(x, label), generator(1), START)
             assert losses.logs["moment_gap"].mean() > 1e-3
             assert losses.forwards == 4
         w = 1 / (1 - told[-1]["guidance"]) - 1
@@ -288,7 +290,7 @@ class TestChoices:
         assert 1 <= w.min() < 1.5
         assert 2.5 < w.max() <= 3
         with pytest.raises(ValueError, match="needs labels"):
-            method.phases(0)[0].loss(nets, Batch(x), generator(1))
+            method.phases(START)[0].loss(nets, Batch(x), generator(1), START)
 
     def test_clipping_is_of_the_teacher(self):
         far = GaussianDenoiser(mean=5.0, variance=VARIANCE, schedule=COSINE).requires_grad_(False)
@@ -296,7 +298,10 @@ class TestChoices:
         batch = Batch(5 + gaussian_batch(64, generator(0)))
         nets = {"teacher": far, "student": one, "auxiliary": one}
         gap = {
-            clip: MomentMatching(schedule=COSINE, k=4, clip_x=clip).phases(0)[0].loss(nets, batch, generator(1)).logs
+            clip: matching(schedule=COSINE, k=4, clip_x=clip)
+            .phases(START)[0]
+            .loss(nets, batch, generator(1), START)
+            .logs
             for clip in (True, False)
         }
         torch.testing.assert_close(gap[True]["moment_gap"], torch.zeros(64))
@@ -316,11 +321,11 @@ def test_auxiliary_regression(monkeypatch, pull, halves):
     onto = c_z + c_x * slope
     expected = halves * (slope * onto * v_t) / (onto**2 * v_t + var) + (1 - halves) * beta
 
-    method = MomentMatching(schedule=COSINE, k=1, update="alternating", pull=pull)
+    method = matching(schedule=COSINE, k=1, update="alternating", pull=pull)
     nets = {"teacher": gaussian_teacher(), "student": Affine(slope, 0.2), "auxiliary": Affine(0.0, 0.0)}
     batch = Batch(gaussian_batch(b, generator(0)))
     phi = list(nets["auxiliary"].parameters())
-    loss = method.phases(0)[0].loss(nets, batch, generator(1)).per_sample["auxiliary"].mean()
+    loss = method.phases(START)[0].loss(nets, batch, generator(1), START).per_sample["auxiliary"].mean()
     gradient = torch.autograd.grad(loss, phi, create_graph=True)
     hessian = torch.stack([torch.stack(torch.autograd.grad(g, phi, retain_graph=True)) for g in gradient])
     newton = torch.linalg.solve(hessian, torch.stack(gradient).detach())  # quadratic: one Newton step is exact
@@ -382,7 +387,7 @@ def test_the_whole_algorithms_losses_stand_still_there(pairing, k, delta_power):
     slopes = population_fixed_point(pairing=pairing, k=k, knots=knots, delta_power=delta_power, n=n)
     middles = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     uniforms = [middles] if pairing == "grid" else [middles.repeat_interleave(n), middles.repeat(n)]
-    expected = Expected(MomentMatching(schedule=COSINE, k=k, pairing=pairing, delta_power=delta_power), uniforms)
+    expected = Expected(matching(schedule=COSINE, k=k, pairing=pairing, delta_power=delta_power), uniforms)
     student, auxiliary = AffineInTime(knots).double(), Lines(n)
     nets = {"teacher": gaussian_teacher().double(), "student": student, "auxiliary": auxiliary}
 
@@ -406,7 +411,7 @@ def test_the_whole_algorithms_losses_stand_still_there(pairing, k, delta_power):
 def test_whole_algorithm_on_gaussian_data(pairing, k, steps):
     """Training Algorithm 2 with all its random times ends where its population equations say."""
     knots = k if pairing == "grid" else 4
-    method = MomentMatching(schedule=COSINE, k=k, pairing=pairing)
+    method = matching(schedule=COSINE, k=k, pairing=pairing)
     networks = {"teacher": gaussian_teacher(), "student": AffineInTime(knots), "auxiliary": AffineInTime(64)}
     state = train(method, networks, steps=steps, batch=2048, lr=1e-2)
     found, expected = (
@@ -431,8 +436,8 @@ def test_mixture_of_eight():
     torch.manual_seed(0)
     student = Corrected(exact)
     auxiliary = copy.deepcopy(student)
-    method = MomentMatching(schedule=COSINE, k=8, pairing="uniform", delta_power=2.0)
-    state = TrainState.create(
+    method = matching(schedule=COSINE, k=8, pairing="uniform", delta_power=2.0)
+    state = create_state(
         method=method,
         given={"teacher": exact, "student": student, "auxiliary": auxiliary},
         options={
@@ -459,7 +464,7 @@ def test_mixture_of_eight():
 
 def modes_of(denoiser, exact, *, k, n=400_000):
     """Mass of each mode, and the mean of its two variances."""
-    x = sample(denoiser=denoiser, schedule=COSINE, shape=(n, 2), k=k, batch=100_000)
+    x = sample(denoiser=denoiser, schedule=COSINE, shape=(n, 2), times=uniform_grid(k=k), batch=100_000)
     nearest = torch.cdist(x, exact.means).argmin(1)
     mass = torch.bincount(nearest, minlength=len(exact.means)) / n
     spread = torch.stack([(x[nearest == j] - exact.means[j]).square().mean() for j in range(len(exact.means))])
@@ -468,4 +473,4 @@ def modes_of(denoiser, exact, *, k, n=400_000):
 
 def test_unknown_update_names_the_choices():
     with pytest.raises(ValueError, match="alternating, joint"):
-        MomentMatching(schedule=COSINE, k=8, update="both")
+        matching(schedule=COSINE, k=8, update="both")

@@ -8,14 +8,17 @@ from mmdistill_core.diffusion.process import posterior
 from mmdistill_core.diffusion.schedules import Karras, Linear
 from mmdistill_core.diffusion.times import uniform_grid
 from mmdistill_core.networks.exact import GaussianDenoiser
-from mmdistill_core.samplers import SAMPLERS, data_labels, sample
+from mmdistill_core.samplers.labels import data_labels
+from mmdistill_core.samplers.samplers import SAMPLERS, sample
 
 N = 200_000
 
 
 def draw(k, sampler, schedule=COSINE, n=N, **options):
     teacher = GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=schedule)
-    return sample(denoiser=teacher, schedule=schedule, shape=(n, 1), k=k, sampler=sampler, batch=N, **options).double()
+    return sample(
+        denoiser=teacher, schedule=schedule, shape=(n, 1), times=uniform_grid(k=k), sampler=sampler, batch=N, **options
+    ).double()
 
 
 @pytest.mark.parametrize(("k", "known"), [(1, 0.0), (2, 0.0533), (4, 0.1156), (8, 0.1694), (16, 0.2153), (64, 0.2713)])
@@ -35,7 +38,9 @@ def test_ddim_variance(k, known):
 def error_against_the_flow(schedule, sampler, k):
     """Mean distance to the flow's map, x = m + sqrt(S / V_1) (z_1 - alpha_1 m), which is exact for Gaussian data."""
     samples = draw(k, sampler, schedule, n=2000)
-    start = sample(denoiser=lambda z, t, label: z, schedule=schedule, shape=(2000, 1), k=1, batch=N).double()
+    start = sample(
+        denoiser=lambda z, t, label: z, schedule=schedule, shape=(2000, 1), times=uniform_grid(k=1), batch=N
+    ).double()
     one = torch.ones(1, dtype=torch.float64)
     v_1 = schedule.alpha(one) ** 2 * VARIANCE + schedule.sigma(one) ** 2
     exact = MEAN + (VARIANCE / v_1).sqrt() * (start - schedule.alpha(one) * MEAN)
@@ -57,7 +62,7 @@ def test_evaluations_are_counted(sampler, expected):
         calls.append(len(z))
         return 0.5 * z
 
-    sample(denoiser=denoiser, schedule=COSINE, shape=(6, 1), k=5, sampler=sampler)
+    sample(denoiser=denoiser, schedule=COSINE, shape=(6, 1), times=uniform_grid(k=5), sampler=sampler)
     assert len(calls) == expected
 
 
@@ -78,7 +83,7 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(sampler):
 def draw_small(sampler, *, first, n, batch, seed=4):
     teacher = GaussianDenoiser(mean=MEAN, variance=VARIANCE, schedule=COSINE)
     how = {"sampler": sampler, "batch": batch, "first": first, "seed": seed}
-    return sample(denoiser=teacher, schedule=COSINE, shape=(n, 1), k=3, **how)
+    return sample(denoiser=teacher, schedule=COSINE, shape=(n, 1), times=uniform_grid(k=3), **how)
 
 
 def test_no_samples_are_none():
@@ -87,14 +92,15 @@ def test_no_samples_are_none():
 
 def test_all_samplers_start_from_the_same_noise():
     ends = [
-        sample(denoiser=lambda z, t, label: z, schedule=COSINE, shape=(4, 1), k=1, sampler=name) for name in SAMPLERS
+        sample(denoiser=lambda z, t, label: z, schedule=COSINE, shape=(4, 1), times=uniform_grid(k=1), sampler=name)
+        for name in SAMPLERS
     ]
     assert all(torch.equal(ends[0], other) for other in ends)
 
 
 def test_unknown_sampler_names_the_choices():
     with pytest.raises(ValueError, match="ancestral, ddim, heun"):
-        sample(denoiser=lambda z, t, label: z, schedule=COSINE, shape=(1, 1), k=1, sampler="euler")
+        sample(denoiser=lambda z, t, label: z, schedule=COSINE, shape=(1, 1), times=uniform_grid(k=1), sampler="euler")
 
 
 def test_grid_ends():

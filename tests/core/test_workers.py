@@ -8,7 +8,7 @@ from oracles import together
 from trainings import MAKE, denoiser, make_batches, make_state, weights
 
 from mmdistill_core.engine import train_step
-from mmdistill_core.engine.second_moments import collected
+from mmdistill_core.engine.preparation import squared_gradients
 from mmdistill_core.rng import Draws, normal_like, uniform
 
 STEPS = 3
@@ -61,7 +61,7 @@ def test_collected_second_moments_are_those_of_one_worker():
         teachers = [denoiser() for _ in range(world)]
 
         def work(rank, summed):
-            return collected(
+            return squared_gradients(
                 network=teachers[rank],
                 method=MAKE["denoising"](),
                 batches=make_batches(rank, world),

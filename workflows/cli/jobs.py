@@ -1,4 +1,4 @@
-"""Commands on a cluster's jobs: submit a stage to it, and watch, stop and list what runs there."""
+"""The commands for jobs on a cluster: submit, and jobs list, status, logs and stop."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ import typer
 from workflows.cli.options import Checked, Debug, errors, only_checking
 
 app = typer.Typer()
-jobs = typer.Typer(no_args_is_help=True, help="What runs on a cluster: list, status, logs, stop.")
+jobs = typer.Typer(no_args_is_help=True, help="Jobs on a cluster: list, status, logs, stop.")
 
 Address = Annotated[
     str | None,
-    typer.Option("--address", help="http://HEAD:8265, Ray's dashboard; by default RAY_API_SERVER_ADDRESS."),
+    typer.Option("--address", help="URL of Ray's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS."),
 ]
-Name = Annotated[str, typer.Argument(help="As submit said, or `mmdistill jobs list`; the last attempt of it.")]
+Name = Annotated[str, typer.Argument(help="Job id, from submit or `mmdistill jobs list`; means its last attempt.")]
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def submit(
     context: typer.Context,
-    stage: Annotated[str, typer.Argument(help="run, prepare, sweep, ablate or bench.")],
-    words: Annotated[list[str] | None, typer.Argument(help="What the stage takes here too.", metavar="...")] = None,
+    stage: Annotated[str, typer.Argument(help="Command to run: run, prepare, sweep, ablate or bench.")],
+    words: Annotated[list[str] | None, typer.Argument(help="Options of that command.", metavar="...")] = None,
     address: Address = None,
     follow: Annotated[
-        bool, typer.Option("--follow/--no-follow", help="Show its log until it ends, and exit as it does.")
+        bool, typer.Option("--follow/--no-follow", help="Show the log until the job ends, and exit with its exit code.")
     ] = True,
     env: Annotated[
-        list[str] | None, typer.Option(help="Variable that is passed on, by its name; may be repeated. No secrets.")
+        list[str] | None, typer.Option(help="Name of a variable to pass on; may be repeated. No secrets.")
     ] = None,
     id_: Annotated[
-        str | None, typer.Option("--id", help="Of the job; by default of the command and its configuration.")
+        str | None, typer.Option("--id", help="Job id; default: made from the command and its configuration.")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """A stage on a cluster, as a job that outlives this command. Submitted again it is joined, or goes on where it was.
+    """Run a stage on a cluster, as a job that outlives this command. Submitted again, it is joined or continues where it stopped.
 
     mmdistill submit run --recipe digits --workspace s3://team/runs --address http://head:8265
     """
@@ -60,19 +60,18 @@ def submit(
 
 
 def _checked(context: typer.Context, stage: str, words: list[str], screen: Any) -> tuple[list[Any], Any]:
-    """What the stage's own command is given, and its configuration, if it has one: parsed and checked by that command."""
+    """The parameters of the stage's command, and its configuration if it has one, parsed and checked by that command."""
     from rich.markup import escape
 
-    from workflows.config.schema import ConfigError
-    from workflows.errors import UserError
-    from workflows.jobs.submit import STAGES, given_of
+    from workflows.errors import ConfigError, UserError
+    from workflows.jobs.submit import STAGES, given_parameters
 
     if stage not in STAGES:
-        raise ConfigError(f"submit: {stage!r} is no stage for a cluster; there are: {', '.join(STAGES)}")
+        raise ConfigError(f"submit: {stage!r} is not a stage for a cluster; there are: {', '.join(STAGES)}")
     group: Any = context.find_root().command
     command = group.commands[stage]
     with command.make_context(f"submit {stage}", list(words), parent=context.parent) as own:
-        given = given_of(command, own)
+        given = given_parameters(command, own)
         try:
             with only_checking():
                 command.invoke(own)
@@ -81,12 +80,12 @@ def _checked(context: typer.Context, stage: str, words: list[str], screen: Any) 
         except (UserError, OSError) as error:
             screen.line(f"[yellow]![/] not checked here: {escape(str(error))}")
             return given, None
-    raise AssertionError(f"{stage} did not come to its check")
+    raise AssertionError(f"{stage} did not reach its check")
 
 
 @jobs.command("list")
 def list_(address: Address = None, debug: Debug = False) -> None:
-    """All jobs that were submitted to the cluster, oldest first."""
+    """List all jobs that were submitted to the cluster, oldest first."""
     with errors(debug):
         from rich.console import Console
 
@@ -100,7 +99,7 @@ def list_(address: Address = None, debug: Debug = False) -> None:
 
 @jobs.command()
 def status(name: Name, address: Address = None, debug: Debug = False) -> None:
-    """A job's state in a word; exit code 0 unless it has failed or was stopped: then its own."""
+    """Print the state of a job in a word. Exits with 0, or with the job's exit code if it failed or was stopped."""
     with errors(debug):
         from workflows.jobs.client import Head
 
@@ -112,11 +111,11 @@ def status(name: Name, address: Address = None, debug: Debug = False) -> None:
 @jobs.command()
 def logs(
     name: Name,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="As it grows, until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the log until the job ends.")] = False,
     address: Address = None,
     debug: Debug = False,
 ) -> None:
-    """What a job has said so far."""
+    """Print the log of a job."""
     with errors(debug):
         from workflows.jobs import watch
         from workflows.jobs.client import Head
@@ -131,7 +130,7 @@ def logs(
 
 @jobs.command()
 def stop(name: Name, address: Address = None, debug: Debug = False) -> None:
-    """End a job: it gets SIGTERM, and time for a checkpoint. Waits until it has ended. Submitted again, it goes on from there."""
+    """Stop a job with SIGTERM and time for a checkpoint, and wait until it has ended. Submitted again, it continues from there."""
     with errors(debug):
         from workflows.jobs import watch
         from workflows.jobs.client import Head

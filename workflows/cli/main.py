@@ -1,4 +1,4 @@
-"""The command line: `mmdistill STAGE ...`, or `python -m workflows STAGE ...`. Nothing heavy is imported before it is needed."""
+"""The command line: `mmdistill COMMAND ...` or `python -m workflows COMMAND ...`. Heavy libraries are imported only when needed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from workflows.cli.registry import app as registry
 from workflows.cli.sweep import app as sweeps
 
 USAGE: Any = typer.BadParameter.__base__
-"""A command line that can't be: an option that is not there, a number that is none."""
+"""A usage error, such as an unknown option or a malformed number."""
 
 app = typer.Typer(
     add_completion=False,
@@ -47,14 +47,16 @@ app = typer.Typer(
 @app.callback()
 def _options(
     s3_endpoint_url: Annotated[
-        str | None, typer.Option(help="An S3 server that is not AWS; else AWS_ENDPOINT_URL.")
+        str | None, typer.Option(help="URL of an S3 server other than AWS; default: AWS_ENDPOINT_URL.")
     ] = None,
-    s3_region: Annotated[str | None, typer.Option(help="Else AWS_REGION.")] = None,
+    s3_region: Annotated[str | None, typer.Option(help="Region of the S3 server; default: AWS_REGION.")] = None,
     s3_path_style: Annotated[
         bool | None,
-        typer.Option("--s3-path-style/--s3-virtual-style", help="How buckets are named; by default both are tried."),
+        typer.Option(
+            "--s3-path-style/--s3-virtual-style", help="Address buckets by path or by host name; default: tries both."
+        ),
     ] = None,
-    s3_ca: Annotated[str | None, typer.Option(help="File of the CA that signed the server's certificate.")] = None,
+    s3_ca: Annotated[str | None, typer.Option(help="File with the CA of the S3 server's certificate.")] = None,
 ) -> None:
     addressing = None if s3_path_style is None else "path" if s3_path_style else "virtual"
     given = {
@@ -76,33 +78,32 @@ def run(
     tracking_wait: TrackingWait = None,
     workers: Annotated[
         str | None,
-        typer.Option(
-            help="Workers of each training, or fewest:most, as 2:8; by default as many as there is room for now."
-        ),
+        typer.Option(help="Workers of each training, or fewest:most such as 2:8; default: as many as fit now."),
     ] = None,
     checkpoint_every: Annotated[
         str | None,
-        typer.Option(help="Images, or minutes such as 10m; by default the recipe's images, or 15 minutes."),
+        typer.Option(help="Images, or minutes such as 10m; default: the recipe's images, or 15 minutes."),
     ] = None,
     at_once: Annotated[
-        int | None, typer.Option(help="Students trained at once; by default as many as there is room for now.", min=1)
+        int | None, typer.Option(help="Students trained at once; default: as many as fit now.", min=1)
     ] = None,
     gpu: Annotated[
-        bool | None, typer.Option("--gpu/--no-gpu", help="By default GPUs are used if there are any.")
+        bool | None, typer.Option("--gpu/--no-gpu", help="Use GPUs or not; default: use them if there are any.")
     ] = None,
     force: Annotated[list[str] | None, typer.Option(help="Redo this stage; may be repeated.")] = None,
     until: Annotated[str, typer.Option(help="Stop after this stage.")] = "report",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Images to few-step students: prepare, teacher, distill, evaluate, register, report.
+    """Turn images into few-step students: prepare, teacher, distill, evaluate, register, report.
 
-    Finished stages are reused; an interrupted run goes on where it was.
+    Finished stages are reused; an interrupted run continues where it stopped.
     """
     with errors(debug, continues=True):
-        from workflows.config.schema import load_config
-        from workflows.pipeline.run import RunOptions, check_options, run_pipeline
+        from workflows.config.loading import load_config
+        from workflows.pipeline.run import check_options, run_pipeline
         from workflows.rendering.screen import Screen
+        from workflows.session.options import RunOptions
 
         config = load_config(recipe, set_, smoke=smoke)
         options = RunOptions(
@@ -138,47 +139,58 @@ def prepare(
     source: Annotated[
         str,
         typer.Argument(
-            help="Folder or s3://BUCKET/PREFIX of images, zips, Parquet, WebDataset tars, or Hugging Face's."
+            help="Folder or s3://BUCKET/PREFIX of images, zips, Parquet, WebDataset tars, or a Hugging Face data set."
         ),
     ],
-    dest: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX of the data set.")],
-    size: Annotated[int, typer.Option(help="Pixels of a side.", min=1)],
-    channels: Annotated[int, typer.Option(help="3, or 1 for grey.")] = 3,
-    crop: Annotated[str, typer.Option(help="center, or random (the same at every run).")] = "center",
-    flip: Annotated[bool, typer.Option("--flip", help="Add the mirror image of each.")] = False,
+    dest: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX for the data set.")],
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.", min=1)],
+    channels: Annotated[int, typer.Option(help="Channels: 3, or 1 for grey.")] = 3,
+    crop: Annotated[str, typer.Option(help="Square to cut out: center, or random (the same in every run).")] = "center",
+    flip: Annotated[bool, typer.Option("--flip", help="Add the mirror image of each image.")] = False,
     labels: Annotated[
-        str | None, typer.Option(help="none, folders, or a JSON or CSV file; by default what the source brings.")
+        str | None, typer.Option(help="Labels: none, folders, or a JSON or CSV file; default: those of the source.")
     ] = None,
-    captions: Annotated[str | None, typer.Option(help="none, or a file; by default what the source brings.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Of a table or of samples' JSON.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Of a table.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Of a table or of samples' JSON.")] = None,
-    encoding: Annotated[str, typer.Option(help="png is small, uint8 is fast to read.")] = "png",
+    captions: Annotated[
+        str | None, typer.Option(help="Captions: none, or a file; default: those of the source.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Label column of a table, or key in the samples' JSON.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Image column of a table.")] = None,
+    caption_column: Annotated[
+        str | None, typer.Option(help="Caption column of a table, or key in the samples' JSON.")
+    ] = None,
+    encoding: Annotated[str, typer.Option(help="Encoding of the images: png is small, uint8 is fast to read.")] = "png",
     split: Annotated[
-        str, typer.Option(help="Share that is held out: train,holdout=0.1; or train for none.")
+        str, typer.Option(help="Held-out share: train,holdout=0.1, or train for none.")
     ] = "train,holdout=0.1",
-    limit: Annotated[int | None, typer.Option(help="At most so many images.", min=1)] = None,
-    max_bad: Annotated[str, typer.Option(help="Images that can't be read, above which it stops.")] = "1%",
+    limit: Annotated[int | None, typer.Option(help="Maximum number of images.", min=1)] = None,
+    max_bad: Annotated[
+        str, typer.Option(help="Share of unreadable or unlabelled images above which the command fails.")
+    ] = "1%",
     latents: Annotated[
         str | None,
-        typer.Option(help="Folder of a VAE (diffusers): its latents of the images, in a column of their own."),
+        typer.Option(help="Folder of a diffusers VAE: adds a column with its latents of the images."),
     ] = None,
     text_encoder: Annotated[
-        str | None, typer.Option(help="Folder of a CLIP or T5 encoder (transformers): its embeddings of the captions.")
+        str | None,
+        typer.Option(help="Folder of a transformers CLIP or T5 encoder: adds its embeddings of the captions."),
     ] = None,
     extractor: Annotated[
         str | None,
-        typer.Option(help="Add reference statistics for all runs on it: classifier, mixture, inception or pixels."),
+        typer.Option(
+            help="Add reference statistics for all runs on the data set: classifier, mixture, inception or pixels."
+        ),
     ] = None,
-    extractor_weights: Annotated[str | None, typer.Option(help="File of inception's weights.")] = None,
+    extractor_weights: Annotated[str | None, typer.Option(help="File with the weights of inception.")] = None,
     shard_mb: Annotated[
-        float, typer.Option(help="MB of a shard's images before compression.", min=0.1, callback=finite)
+        float, typer.Option(help="MB of images in a shard, before compression.", min=0.1, callback=finite)
     ] = 64,
-    seed: Annotated[int, typer.Option(help="Of random crops.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random crops and of the extractor.", min=0)] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Images from wherever they are to a data set for `--set data.source=dataset://DEST`. Goes on where it was if run again."""
+    """Turn images into a data set for `--set data.source=dataset://DEST`. Run again, it continues where it stopped."""
     with errors(debug, continues=True):
         from workflows.cluster.session import ray_session
         from workflows.ingest.options import Preparation, parse_share, parse_split
@@ -222,27 +234,28 @@ def prepare(
 def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False, debug: Debug = False) -> None:
     """Print a recipe's resolved configuration as YAML."""
     with errors(debug):
-        from workflows.config.schema import load_config
+        from workflows.config.loading import load_config
 
         print(load_config(recipe, set_, smoke=smoke, only_shown=True).yaml(), end="")
 
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a YAML file.")] = "digits",
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a YAML file.")] = "digits",
     set_: Set = None,
-    gpus: Annotated[int, typer.Option(help="GPUs, each with a worker.", min=1)] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="GiB of each.", min=0.1, callback=finite)] = 80,
-    update: Annotated[
-        list[str] | None, typer.Option(help="alternating, joint or instant; may be repeated. By default all.")
+    gpus: Annotated[int, typer.Option(help="Number of GPUs, with one worker each.", min=1)] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="Memory of each GPU in GiB.", min=0.1, callback=finite)] = 80,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="One of the choices that the method compares; may be repeated. Default: all."),
     ] = None,
     bench: Annotated[
-        Path | None, typer.Option(help="Figures of `mmdistill bench engine --out FILE` on such a GPU, for the hours.")
+        Path | None, typer.Option(help="FILE of `mmdistill bench engine --out FILE` on such a GPU, to estimate hours.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """What a recipe would cost: memory, batches that fit, network evaluations, hours. Nothing is run."""
+    """Estimate what a recipe costs: memory, batches that fit, network evaluations, hours. Nothing is run."""
     with errors(debug):
         from workflows.plan.plan import run_plan
 
@@ -251,7 +264,7 @@ def plan(
             overrides=set_,
             gpus=gpus,
             gib=gpu_memory,
-            updates=update or [],
+            only=only or [],
             bench=bench,
             as_json=as_json,
         )
@@ -260,7 +273,7 @@ def plan(
 @app.command()
 def recipes() -> None:
     """List the recipes."""
-    from workflows.config.schema import RECIPES, recipe_names
+    from workflows.config.loading import RECIPES, recipe_names
 
     for name in recipe_names():
         first = (RECIPES / f"{name}.yaml").read_text().splitlines()[0]
@@ -270,27 +283,29 @@ def recipes() -> None:
 @app.command()
 def sample(
     model: Annotated[
-        str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
+        str, typer.Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
     ],
-    n: Annotated[int, typer.Option(help="How many images.", min=1)] = 64,
+    n: Annotated[int, typer.Option(help="Number of images.", min=1)] = 64,
     labels: Annotated[
         str | None,
         typer.Option(
-            help="Classes to draw, such as 3,5, or by name, as far as the data had names; by default all in turn."
+            help="Classes to draw: numbers such as 3,5, or names if the data had names; default: all in turn."
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Image i depends on it, on i and on its class.", min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed. Image i depends on the seed, on i and on its class.", min=0, max=2**63 - 1)
+    ] = 0,
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; by default the model's own.", min=1, max=2**24)
+        int | None, typer.Option(help="Sampling steps; default: the model's own.", min=1, max=2**24)
     ] = None,
     out: Annotated[
-        str, typer.Option(help="A .png for a grid, a .npy for the images, or FOLDER/ for a .png of each.")
+        str, typer.Option(help="Output: a .png for a grid, a .npy for the images, or FOLDER/ for a .png of each.")
     ] = "grid.png",
     columns: Annotated[int | None, typer.Option(help="Images in a row of the grid.", min=1)] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
-            help="Strength of classifier-free guidance; 0 is none. By default the model's own.", min=0, callback=finite
+            help="Strength of classifier-free guidance, 0 for none; default: the model's own.", min=0, callback=finite
         ),
     ] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
@@ -312,7 +327,7 @@ def doctor(
     tracking_uri: Tracking = None,
     cluster: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Check this file for `ray up` instead, before it costs anything."),
+        typer.Option(metavar="FILE", help="Check only this file for `ray up`, before it costs anything."),
     ] = None,
 ) -> None:
     """Check this machine: packages, devices, Ray, the tracking store, the object store."""
@@ -342,24 +357,24 @@ def ui(
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(help="engine, sampler, start, ray, scaling, tracking, memory, data, or all.")
+        str, typer.Argument(help="Benchmark: engine, sampler, start, ray, scaling, tracking, memory, data, or all.")
     ] = "all",
     recipe: Recipe = "digits",
-    repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns within each.", min=3)] = 15,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
-    place: Annotated[str | None, typer.Option(help="data: s3://BUCKET/PREFIX, to be measured from too.")] = None,
-    workers: Annotated[str, typer.Option(help="scaling: numbers of workers, each with one thread.")] = "1,2",
+    repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns in each.", min=3)] = 15,
+    out: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
+    place: Annotated[str | None, typer.Option(help="For data: s3://BUCKET/PREFIX to read from as well.")] = None,
+    workers: Annotated[str, typer.Option(help="For scaling: numbers of workers, each with one thread.")] = "1,2",
     debug: Debug = False,
 ) -> None:
-    """Measure on this machine: an update against its floor, samples/s against diffusers, Ray's share, memory, reading images."""
+    """Benchmark this machine: an update against its floor, samples/s against diffusers, Ray's overhead, memory, reading images."""
     with errors(debug):
         checked()
-        from benchmarks.bench import run_bench
-        from workflows.tools.sample import check_out
+        from workflows.storage.outputs import check_out
+        from workflows.tools.checkout import benchmark
 
         if out:
             check_out(out, str(out))
-        run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place, workers=workers)
+        benchmark("run").run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place, workers=workers)
 
 
 app.registered_commands += registry.registered_commands + submission.registered_commands + sweeps.registered_commands
@@ -367,7 +382,7 @@ app.add_typer(jobs, name="jobs")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point. typer's own usage errors exit with 2, in a line. What a stream can't show is written out, as \\xe9."""
+    """The entry point. Usage errors print one line and exit with 2. Characters that a stream can't encode are escaped, as \\xe9."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
@@ -375,10 +390,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = command(args=arguments, prog_name="mmdistill", standalone_mode=False)
     except USAGE as error:
-        if type(error).__name__ != "NoArgsIsHelpError":  # which has shown the help
+        if type(error).__name__ != "NoArgsIsHelpError":  # that one has shown the help
             say(f"error: {error.format_message()}")
             if error.ctx is not None:
-                say(f"       {error.ctx.command_path} --help tells what there is")
+                say(f"       {error.ctx.command_path} --help shows the usage")
         code = error.exit_code
     except typer.Abort:  # at a question
         say("aborted")

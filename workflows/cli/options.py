@@ -1,4 +1,4 @@
-"""Options that commands share, and how their errors are shown."""
+"""Options that several commands share, and the display of errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def finite(value: float | None) -> float | None:
-    """For an option that is a number: neither nan, which is in no range and fails no comparison, nor infinite."""
+    """A callback for numeric options: raises BadParameter for nan, which passes range checks, and for infinity."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -31,25 +31,27 @@ Workspace_ = Annotated[
 ]
 Tracking = Annotated[
     str | None,
-    typer.Option("--tracking-uri", help="MLflow server or store; by default SQLite in the workspace."),
+    typer.Option(
+        "--tracking-uri", help="MLflow server or store; default: MLFLOW_TRACKING_URI, or SQLite in the workspace."
+    ),
 ]
 TrackingWait = Annotated[
     float | None,
     typer.Option(
         "--tracking-wait",
-        help="Seconds to wait at the end for a tracking server that is away; by default 120.",
+        help="Seconds to wait at the end for an unreachable tracking server; default: 120.",
         min=0,
         callback=finite,
     ),
 ]
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="section.field=value; may be repeated.")]
+Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")]
+Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Setting, as section.field=value; may be repeated.")]
 Smoke = Annotated[
-    bool, typer.Option("--smoke", help="Made so small that all of it runs in seconds: three training steps a stage.")
+    bool, typer.Option("--smoke", help="Shrink everything to run in seconds: three training steps a stage.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Model = Annotated[str, typer.Argument(help="models:/NAME/VERSION or models:/NAME@ALIAS.")]
-Who = Annotated[str | None, typer.Option(envvar="MMDISTILL_USER", help="Who does it; by default the user's name.")]
+Model = Annotated[str, typer.Argument(help="Model: models:/NAME/VERSION or models:/NAME@ALIAS.")]
+Who = Annotated[str | None, typer.Option(envvar="MMDISTILL_USER", help="Name to record; default: the login name.")]
 DEFAULT_WORKSPACE = ".mmdistill"
 
 
@@ -57,7 +59,7 @@ _only_checking: ContextVar[bool] = ContextVar("only_checking", default=False)
 
 
 class Checked(Exception):
-    """A command that is only checked came to where its work would begin. `config`: its configuration, if it has one."""
+    """Raised by `checked` inside `only_checking`: the command's options are valid. `config`: its configuration, if it has one."""
 
     def __init__(self, config: RunConfig | None) -> None:
         super().__init__()
@@ -66,8 +68,10 @@ class Checked(Exception):
 
 @contextmanager
 def only_checking() -> Iterator[None]:
-    """Commands called inside end with Checked, with a wrong option as they would have shown it, or with the error of what is not
-    on this machine.
+    """Within the block, commands stop before their work begins.
+
+    They raise Checked if their options are valid, show option errors as usual, and raise the errors of files that are not on this
+    machine.
     """
     before = _only_checking.set(True)
     try:
@@ -77,8 +81,9 @@ def only_checking() -> Iterator[None]:
 
 
 def checked(config: RunConfig | None = None) -> None:
-    """Stands in a command where all is checked that can be before anything starts. `mmdistill submit` calls it up to here, so
-    that a mistake is told before a cluster is asked for anything.
+    """Commands call this once their options are checked and before their work begins.
+
+    Raises Checked inside `only_checking`. So `mmdistill submit` can report mistakes before it contacts a cluster.
     """
     if _only_checking.get():
         raise Checked(config)
@@ -86,8 +91,12 @@ def checked(config: RunConfig | None = None) -> None:
 
 @contextmanager
 def errors(debug: bool, continues: bool = False) -> Iterator[None]:
-    """The user's mistakes and the world's failures as a line each: exit 2 for a wrong option, 1 for the rest, 130 for Ctrl-C,
-    143 for SIGTERM, 129 for SIGHUP.
+    """Shows expected errors as one line instead of a traceback, and exits.
+
+    The exit code is 2 for a wrong option, 1 for other errors, 130 for Ctrl-C, 143 for SIGTERM and 129 for SIGHUP.
+
+    debug      show tracebacks
+    continues  the command can be resumed: signals end it after a checkpoint, and the message says how to resume
     """
     from workflows.cluster.stopping import listening
     from workflows.errors import ConfigError, UserError, foreign
@@ -106,7 +115,7 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
         if debug or (_only_checking.get() and not isinstance(error, ConfigError)):
             raise
         shown = foreign(error)
-        error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
+        error = getattr(error, "cause", None) or error  # the error of a Ray task, without its frames
         if isinstance(error, (ConfigError, UserError)):
             shown = error  # type: ignore[assignment]
         elif isinstance(error, OSError):
@@ -120,5 +129,5 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """A line on stderr; what would break it, or colour it, is written out."""
+    """Prints a line on stderr. Control characters, such as line breaks and colour codes, are escaped."""
     print("".join(c if c.isprintable() else repr(c)[1:-1] for c in text), file=sys.stderr)

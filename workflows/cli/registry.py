@@ -1,4 +1,4 @@
-"""Commands on what runs have left: the registry's lineage, gates and exports, what is queued, what is no longer needed."""
+"""The commands for the results of runs: lineage, promote, export, gc, deliver."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ app = typer.Typer()
 
 @app.command()
 def lineage(
-    model: Annotated[str, typer.Argument(help="models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")],
+    model: Annotated[
+        str, typer.Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")
+    ],
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the lineage as JSON.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Where a model came from: data, teacher, students, evaluations, exports, and who moved its aliases."""
+    """Show where a model came from: data, teacher, students, evaluations, exports, and who moved its aliases."""
     with errors(debug):
         from rich.console import Console
 
@@ -39,9 +41,11 @@ def lineage(
 @app.command()
 def promote(
     model: Model,
-    alias: Annotated[str, typer.Option(help="Such as k8-champion.")],
-    why: Annotated[str, typer.Option(help="Is kept with the move.")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Past the gate; is kept with the move.")] = False,
+    alias: Annotated[str, typer.Option(help="Alias to move, such as k8-champion.")],
+    why: Annotated[str, typer.Option(help="Reason, recorded with the move.")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Move it even if the gate refuses; recorded with the move.")
+    ] = False,
     who: Who = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
@@ -59,13 +63,13 @@ def promote(
 @app.command()
 def export(
     model: Model,
-    destination: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    destination: Annotated[Path, typer.Argument(help="New or empty folder.")],
     who: Who = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     debug: Debug = False,
 ) -> None:
-    """Write a registered model's folder, with its hashes; the export is recorded in the registry."""
+    """Write a registered model to a folder, with hashes; the export is recorded in the registry."""
     with errors(debug):
         from workflows.registry.export import run_export
         from workflows.registry.lineage import open_registry
@@ -75,11 +79,11 @@ def export(
 
 @app.command()
 def gc(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove it without asking.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
     keep_days: Annotated[
         float | None,
         typer.Option(
-            help="Keep what changed in the last N days, and count only configurations that ran in them; by default all count.",
+            help="Keep what changed in the last N days, and count only configurations that ran in them; default: all count.",
             min=0,
             max=1_000_000,
         ),
@@ -88,7 +92,7 @@ def gc(
     tracking_uri: Tracking = None,
     debug: Debug = False,
 ) -> None:
-    """Remove what a workspace no longer needs: shows it, and asks."""
+    """Remove what a workspace no longer needs. Lists it first, and asks."""
     with errors(debug):
         from workflows.rendering.screen import Screen
         from workflows.tools.gc import run_gc
@@ -109,7 +113,7 @@ def deliver(
     wait: TrackingWait = None,
     debug: Debug = False,
 ) -> None:
-    """Deliver what runs had queued while the tracking server was away."""
+    """Send what runs queued while the tracking server was unreachable."""
     with errors(debug):
         from workflows.rendering.screen import Screen
         from workflows.tools import deliver as stage

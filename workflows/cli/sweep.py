@@ -33,26 +33,33 @@ def sweep(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            help="What is tried: a space's name, a YAML file, or a field of distill: pairing=uniform,grid, "
+            help="Values to try: a space's name, a YAML file, or a field of distill: pairing=uniform,grid, "
             "optimiser.lr=loguniform(1e-4,1e-2), seed=0,1. May be repeated."
         ),
     ] = None,
     k: Annotated[
         list[int] | None,
-        typer.Option("-k", help="Steps; may be repeated. By default the space's, or the recipe's.", min=1),
+        typer.Option(
+            "-k", help="Steps of the students; may be repeated. Default: the space's, or the recipe's.", min=1
+        ),
     ] = None,
     trials: Annotated[
-        int, typer.Option(help="In all, shared evenly by the ks; a grid tries everything.", min=1, max=100_000)
+        int, typer.Option(help="Trials in all, shared evenly by the ks; a grid tries everything.", min=1, max=100_000)
     ] = 16,
     search: Annotated[
-        str | None, typer.Option(help="grid, random or tpe; by default grid, or random if a field is not a list.")
+        str | None, typer.Option(help="Search: grid, random or tpe; default: grid, or random if a field is not a list.")
     ] = None,
-    scheduler: Annotated[str, typer.Option(help="none, or asha: trials whose distance lags are stopped.")] = "none",
-    warm_start: Annotated[bool, typer.Option(help="Students of k steps start from the best of 2k steps.")] = False,
+    scheduler: Annotated[
+        str, typer.Option(help="Scheduler: none, or asha, which stops trials whose distance lags.")
+    ] = "none",
+    warm_start: Annotated[bool, typer.Option(help="Start students of k steps from the best of 2k steps.")] = False,
     register: Annotated[
-        bool, typer.Option("--register/--no-register", help="The best student of each k, through the recipe's gate.")
+        bool,
+        typer.Option(
+            "--register/--no-register", help="Register the best student of each k, through the recipe's gate."
+        ),
     ] = True,
-    at_once: Annotated[int | None, typer.Option(help="Trials at once; by default as many as fit.", min=1)] = None,
+    at_once: Annotated[int | None, typer.Option(help="Trials at once; default: as many as fit.", min=1)] = None,
     cpus: Annotated[float, typer.Option("--cpus-per-trial", help="CPUs of each trial.", min=0.01, callback=finite)] = 1,
     gpus: Annotated[
         float,
@@ -60,23 +67,26 @@ def sweep(
     ] = 0,
     hours: Annotated[
         float | None,
-        typer.Option(help="After so long what is under way waits for the next sweep.", min=0, callback=finite),
+        typer.Option(
+            help="Hours after which the sweep stops; unfinished trials wait for the next one.", min=0, callback=finite
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the rows and their means as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the rows and their means, as JSON.")] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     tracking_wait: TrackingWait = None,
     debug: Debug = False,
 ) -> None:
-    """Distil one teacher many ways (Ray Tune), each measured like the students of a run. Goes on where it was if run again."""
+    """Distil one teacher many ways (Ray Tune), and measure each student as a run does. Run again, it continues where it stopped."""
     with errors(debug, continues=True):
-        from workflows.config.schema import load_config
-        from workflows.pipeline.run import RunOptions, run_sweep
+        from workflows.config.loading import load_config
         from workflows.rendering.screen import Screen
+        from workflows.session.options import RunOptions
+        from workflows.storage.outputs import check_out
         from workflows.storage.uri import shown
         from workflows.sweep.options import SweepOptions
+        from workflows.sweep.run import run_sweep
         from workflows.sweep.space import read_space
-        from workflows.tools.sample import check_out
 
         config = load_config(recipe, set_)
         fields = read_space([*(space or []), *([f"k={','.join(map(str, k))}"] if k else [])], config)
@@ -96,24 +106,27 @@ def sweep(
 
 @app.command()
 def ablate(
-    recipe: Annotated[list[str] | None, typer.Argument(help="gmm, digits, or both, which is the default.")] = None,
+    recipe: Annotated[list[str] | None, typer.Argument(help="Recipes: gmm, digits, or both (default).")] = None,
     page: Annotated[
         Path,
-        typer.Option(help="Its tables are written anew, and the rows kept beside it; those of another teacher go."),
+        typer.Option(
+            help="Page whose tables are rewritten. The rows are kept beside it, except those of another teacher."
+        ),
     ] = Path("ablation.md"),
-    only: Annotated[list[str] | None, typer.Option(help="This setting; may be repeated. By default all.")] = None,
-    k: Annotated[list[int] | None, typer.Option("-k", help="Steps; may be repeated. By default 1, 2, 4, 8.")] = None,
-    seeds: Annotated[int, typer.Option(help="Trainings of each.", min=1)] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Setting to run; may be repeated. Default: all.")] = None,
+    k: Annotated[list[int] | None, typer.Option("-k", help="Steps; may be repeated. Default: 1, 2, 4, 8.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each setting.", min=1)] = 3,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     debug: Debug = False,
 ) -> None:
-    """One choice at a time against the same base: which of the paper's findings hold here, with mean and spread."""
+    """Change one choice at a time from the same base, to see which of the paper's findings hold here, with mean and spread."""
     with errors(debug, continues=True):
-        from benchmarks.ablation import run_ablation
-        from workflows.pipeline.run import RunOptions
         from workflows.rendering.screen import Screen
+        from workflows.session.options import RunOptions
+        from workflows.tools.checkout import benchmark
 
         options = RunOptions(workspace=workspace, tracking_uri=tracking_uri)
         checked()
-        run_ablation(recipe or [], options, Screen(), page=page, only=only or [], ks=k or [1, 2, 4, 8], seeds=seeds)
+        run = benchmark("ablation").run_ablation
+        run(recipe or [], options, Screen(), page=page, only=only or [], ks=k or [1, 2, 4, 8], seeds=seeds)

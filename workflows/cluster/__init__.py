@@ -1,1 +1,1 @@
-"""Ray: joining or starting it, what its processes leave, signals, the files for `ray up`."""
+"""Ray: joining or starting a cluster, ending leftover processes, handling signals, checking files for `ray up`."""

@@ -1,8 +1,8 @@
-"""Which Ray a run uses, found out before Ray is asked for anything: Ray itself tries for minutes where nobody answers, and falls
-over what an earlier one left behind.
+"""Finds the Ray cluster that a run uses, before Ray is called. Ray itself tries for minutes where nobody answers, and fails on what
+an earlier cluster left behind.
 
-RAY_ADDRESS names a cluster (HOST:PORT of its head, or auto), or says "local". Without it a Ray that `ray start` began on this
-machine is joined if it answers; else one is started for the length of the run.
+RAY_ADDRESS names a cluster (HOST:PORT of its head node, or auto), or is "local". Without it, a cluster that `ray start` began on
+this machine is joined if it answers; otherwise one is started for the length of the run.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ from workflows.errors import ConfigError, UserError, home, in_a_line
 
 OWN = "local"
 PATIENCE = 10.0
-"""Seconds that a head is waited for."""
+"""Seconds to wait for a head node."""
 SOCKET = "session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 LONGEST = 107
-"""Bytes of a socket's path, on Linux."""
-LOCAL = "RAY_ADDRESS=local is a Ray of this run's own, on this machine"
+"""The most bytes that the path of a socket may have on Linux."""
+LOCAL = "RAY_ADDRESS=local starts a Ray for this run alone, on this machine"
 
 
 @dataclass(frozen=True)
 class Place:
-    """`address` is what `ray.init` is to be given; `said`, for the screen, where the user may have expected another one."""
+    """`address` is passed to `ray.init`. `notice` is shown where the user may have expected another cluster."""
 
     address: str
-    said: str = ""
+    notice: str = ""
 
     @property
     def own(self) -> bool:
-        """Whether Ray is started by this run, and ends with it."""
+        """Whether this run starts Ray, and shuts it down."""
         return self.address == OWN
 
 
 def find_place(*, own: bool = False) -> Place:
-    """What the environment says; `own`: one of our own in any case. Raises ConfigError for a value that can't be an address,
-    UserError where no cluster answers, or where Ray can't be started.
+    """The cluster that the environment asks for; with `own` always a Ray started by this run. Raises ConfigError for a value that
+    can't be an address, UserError if no cluster answers, or Ray can't be started.
     """
     named = OWN if own else _named_address()
-    place = Place(OWN) if named == OWN else _named(named) if named else _of_this_machine()
+    place = Place(OWN) if named == OWN else _place_at(named) if named else _place_here()
     if place.own:
         check_own()
     return place
@@ -55,19 +55,19 @@ def _named_address() -> str:
     return os.environ.get("RAY_ADDRESS", "").strip()
 
 
-def _named(address: str) -> Place:
+def _place_at(address: str) -> Place:
     if address == "auto":
-        from ray._private.services import find_gcs_addresses
+        from workflows.private.ray import heads_on_this_machine
 
         found = _started_here()
-        if not found and not find_gcs_addresses():
+        if not found and not heads_on_this_machine():
             raise UserError("ray: RAY_ADDRESS=auto: no Ray runs on this machine", hint=LOCAL)
         if found and (why := refusal(found)):
             raise UserError(
                 f"ray: RAY_ADDRESS=auto: what was started on this machine, at {found}, is gone ({why})", hint=LOCAL
             )
         return Place("auto")
-    checked(address)
+    check_address(address)
     if why := refusal(address):
         raise UserError(
             f"ray: no cluster answers at {address} ({why})",
@@ -81,14 +81,14 @@ def _named(address: str) -> Place:
     return Place(address)
 
 
-def _of_this_machine() -> Place:
-    """Joins what `ray start` began here, if it is there. Ray notes its address in a file, and leaves it when it is killed."""
+def _place_here() -> Place:
+    """Joins what `ray start` began on this machine, if it answers. Ray notes its address in a file, which outlives a killed Ray."""
     found = _started_here()
     if found is None:
         return Place(OWN)
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from workflows.private.ray import load_token
 
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as ray.init does before it joins
+    load_token()
     if why := refusal(found):
         return Place(
             OWN, f"the one that was started on this machine does not answer at {found} ({why}): starts its own"
@@ -104,8 +104,8 @@ def _started_here() -> str | None:
         return None
 
 
-def checked(address: str) -> None:
-    """Raises ConfigError for what is not HOST:PORT, or ray://HOST:PORT."""
+def check_address(address: str) -> None:
+    """Raises ConfigError for an address that is neither HOST:PORT nor ray://HOST:PORT."""
     scheme, _, rest = address.rpartition("://")
     if scheme in ("http", "https"):
         host = rest.partition("/")[0].rpartition(":")[0] or rest.partition("/")[0]
@@ -122,28 +122,29 @@ def checked(address: str) -> None:
 
 
 def check_environment() -> None:
-    """What can be told without asking anybody. Raises ConfigError, UserError."""
+    """Checks what can be checked without a connection. Raises ConfigError, UserError."""
     home()
     named = _named_address()
     if named not in ("", "auto", OWN):
-        checked(named)
+        check_address(named)
     elif named == OWN or (not named and _started_here() is None):
         check_own()
 
 
 def check_own() -> None:
-    """Whether a Ray of our own can be started here. Raises ConfigError, UserError."""
+    """Checks whether Ray can be started on this machine. Raises ConfigError, UserError."""
     check_sockets()
     check_token()
 
 
 def refusal(address: str, *, patience: float | None = None) -> str | None:
-    """Why the head at this address is none, or does not answer; None for one that does."""
+    """Why there is no usable head node at this address, or None if one answers."""
     import grpc
-    from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import gcs_service_pb2
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
     from ray.exceptions import AuthenticationError
+
+    from workflows.private.ray import head_channel
 
     request: Any = gcs_service_pb2
 
@@ -155,7 +156,7 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
     try:
-        channel = init_grpc_channel(place)
+        channel = head_channel(place)
     except AuthenticationError as error:
         return in_a_line(str(error), 120)
     try:
@@ -165,11 +166,11 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
         if code is grpc.StatusCode.UNAUTHENTICATED:
             return "it wants a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the one it was started with"
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"it takes connections, but says nothing for {patience:g} s"
+            return f"it accepts connections, but did not answer within {patience:g} s"
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return None if scheme == "ray" else "what answers there is not the head of a Ray"
         return "what answers there is not Ray"
-    except AuthenticationError as error:  # there is none to be shown
+    except AuthenticationError as error:  # there is no token to send
         return in_a_line(str(error), 120)
     finally:
         channel.close()
@@ -177,11 +178,11 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
 
 
 def _has_node() -> bool:
-    """Whether a node of some cluster runs here; one that was just started may take a moment."""
-    from ray._private.services import find_node_ids
+    """Whether a node of some cluster runs on this machine. One that was just started may take a moment."""
+    from workflows.private.ray import nodes_on_this_machine
 
     end = time.monotonic() + PATIENCE
-    while not find_node_ids():
+    while not nodes_on_this_machine():
         if time.monotonic() > end:
             return False
         time.sleep(0.5)
@@ -189,13 +190,13 @@ def _has_node() -> bool:
 
 
 def ray_folder() -> Path:
-    """Where Ray has its sockets and logs."""
+    """The folder of Ray's sockets and logs."""
     return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))) / "ray"
 
 
 def check_sockets() -> None:
-    """Raises ConfigError where Ray's sockets can't be: their paths have a limit, mean the same to all of its processes, and their
-    folder has to be there.
+    """Raises ConfigError if the path of Ray's sockets is too long, or relative (all of Ray's processes use it). Raises UserError if
+    their folder can't be written.
     """
     folder = ray_folder()
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
@@ -220,14 +221,14 @@ def check_sockets() -> None:
 
 
 def check_token() -> None:
-    """Raises UserError where the token of a Ray of our own can neither be read nor be written: Ray makes one in the user's home."""
+    """Raises UserError if the token of a Ray started here can be neither read nor written. Ray creates one in the user's home."""
     env = os.environ
     if env.get("RAY_AUTH_MODE", "token").lower() != "token" or env.get("RAY_AUTH_TOKEN"):
         return
     hint = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file with a token, any 32 letters"
     if named := env.get("RAY_AUTH_TOKEN_PATH"):
         if not os.access(named, os.R_OK):
-            raise UserError(f"ray: RAY_AUTH_TOKEN_PATH: {named} is no file that can be read", hint=hint)
+            raise UserError(f"ray: RAY_AUTH_TOKEN_PATH: {named} is not a readable file", hint=hint)
         return
     token = home() / ".ray" / "auth_token"
     if os.access(token, os.R_OK):
@@ -245,22 +246,22 @@ def check_token() -> None:
 
 
 def explained(error: Exception, place: Place) -> UserError:
-    """What `ray.init` raised, by kind, in a line."""
+    """An error of `ray.init` in one line, with a hint for its kind."""
     from ray.exceptions import AuthenticationError
 
-    said = in_a_line(str(error)) or type(error).__name__
+    reason = in_a_line(str(error)) or type(error).__name__
     if isinstance(error, AuthenticationError):
         hint = "set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with"
     elif not place.own:
         hint = f"check RAY_ADDRESS; {LOCAL}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        said, hint = (
+        reason, hint = (
             f"the disk is full ({error.filename or ray_folder()})",
             "free space, or set RAY_TMPDIR; run it again",
         )
     elif isinstance(error, OSError) and error.filename:
-        said, hint = f"{error.filename}: {error.strerror}", "set RAY_TMPDIR to a folder of yours with a short name"
+        reason, hint = f"{error.filename}: {error.strerror}", "set RAY_TMPDIR to a folder of yours with a short name"
     else:
         hint = f"run it again, when the machine is less busy; Ray's own logs are in {ray_folder() / 'session_latest' / 'logs'}"
     what = "it could not be started here: " if place.own else ""
-    return UserError(f"ray: {what}{said}", hint=hint)
+    return UserError(f"ray: {what}{reason}", hint=hint)

@@ -1,4 +1,4 @@
-"""Cluster files for `ray up`, read before a machine is paid for: keys, values, what the cloud's own call takes, the token."""
+"""Checks cluster files for `ray up` before a machine is paid for: keys, values, parameters of the cloud's API, the token."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 
 from workflows.errors import expanded
 
-# Ray's schema lets any key pass in `provider`; these it knows without naming them there.
+# Ray's schema allows any key in `provider`. These are valid, though the schema does not list them.
 PROVIDER_KEYS = {"key_pair", "aws_credentials", "coordinator_address", "foreground_node_launch", "external_head_ip"}
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
-"""Where `ray up` lays the file, filled in, on the head: there the drivers of jobs run."""
+"""Where `ray up` puts the completed file on the head node, on which the drivers of jobs run."""
 ROOM = "MMDISTILL_ROOM"
-"""Where there is no such file, as on Kubernetes, the same in the head's environment: {"CPU": 160, "GPU": 16}."""
+"""Without such a file, as on Kubernetes, this variable of the head node gives the same figures: {"CPU": 160, "GPU": 16}."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def check_cluster(path: Path) -> list[str]:
-    """All that is wrong with the file, a line each, [] for nothing. Asks no network."""
+    """All that is wrong with the file, one line each; [] if nothing is. Uses no network."""
     import yaml
 
     try:
@@ -36,20 +36,20 @@ def check_cluster(path: Path) -> list[str]:
     if not isinstance(config, dict):
         return [f"{path}: holds no keys"]
     return list(_keys(config)) or [
-        *_filled(config),
+        *_ray_checks(config),
         *_node_configs(config),
         *_mounts(config),
-        *_doors(config),
+        *_exposed(config),
         *_todo(config),
     ]
 
 
 def possible(bootstrap: Path = BOOTSTRAP) -> dict[str, float]:
-    """The CPUs and GPUs of as many machines as the cluster's file allows, {} where there is no file. Asked for on the head: Ray
-    itself knows, but does not tell.
+    """The CPUs and GPUs of as many machines as the cluster's file allows; {} without a file. For use on the head node. Ray itself
+    knows these figures, but does not report them.
     """
-    if told := os.environ.get(ROOM):
-        return {name: float(most) for name, most in json.loads(told).items()}
+    if given := os.environ.get(ROOM):
+        return {name: float(most) for name, most in json.loads(given).items()}
     file = expanded(bootstrap)
     if not file.exists():
         return {}
@@ -65,7 +65,7 @@ def possible(bootstrap: Path = BOOTSTRAP) -> dict[str, float]:
 
 
 def _keys(config: dict[str, Any]) -> Iterator[str]:
-    """By Ray's own schema, and in `provider`, where that lets anything pass, by the names it has."""
+    """Checks keys against Ray's own schema, and in `provider`, where the schema allows any key, against the known names."""
     import jsonschema
     import ray.autoscaler
 
@@ -91,13 +91,13 @@ def _unknown(where: str, given: Any, known: Any) -> Iterator[str]:
             yield f"{where + '.' if where else ''}{key}: no such key; {hint}"
 
 
-def _filled(config: dict[str, Any]) -> Iterator[str]:
-    """What Ray says of the whole, once its defaults are filled in."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
+def _ray_checks(config: dict[str, Any]) -> Iterator[str]:
+    """Ray's own checks of the whole file, with its defaults filled in."""
+    from workflows.private.ray import check_cluster_config
 
     logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)
     try:
-        validate_config(prepare_config(config))
+        check_cluster_config(config)
     except (ValueError, RuntimeError, AssertionError, KeyError) as error:
         yield f"{error}"
     for name, node in (config.get("available_node_types") or {}).items():
@@ -113,7 +113,7 @@ def _node_configs(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _aws(where: str, given: dict[str, Any]) -> Iterator[str]:
-    """Against the parameters of EC2's RunInstances; SubnetIds is Ray's, who fills in the counts as well."""
+    """Checks against the parameters of EC2's RunInstances. SubnetIds is a key of Ray's, which also fills in the counts."""
     from botocore.validate import ParamValidator
 
     wanted = {key: value for key, value in given.items() if key != "SubnetIds"} | {"MinCount": 1, "MaxCount": 1}
@@ -134,7 +134,7 @@ def _run_instances() -> Any:
 
 
 def _gcp(where: str, given: dict[str, Any]) -> Iterator[str]:
-    """Against the fields of Compute Engine's instances, by the description of it that Google's client has with it."""
+    """Checks against the fields of a Compute Engine instance, as described in the files of Google's client."""
     try:
         schemas = _compute_engine()
     except ImportError:
@@ -172,16 +172,16 @@ def _mounts(config: dict[str, Any]) -> Iterator[str]:
             yield f"file_mounts: {local} can be read by others: chmod 600 {local}"
 
 
-def _doors(config: dict[str, Any]) -> Iterator[str]:
-    """A head that anybody may use: without the token, or with its dashboard on every address."""
+def _exposed(config: dict[str, Any]) -> Iterator[str]:
+    """Finds a head node that anybody could use: one without the token, or with its dashboard on every address."""
     for side in ("head", "worker"):
         key = f"{side}_start_ray_commands"
         commands = " ; ".join(config.get(key) or [])
         if "RAY_AUTH_MODE=token" not in commands:
-            yield f"{key}: RAY_AUTH_MODE=token is not set before ray start, so that Ray would ask nobody for the token"
+            yield f"{key}: RAY_AUTH_MODE=token is not set before ray start: Ray would ask nobody for the token"
         for host in re.findall(r"--dashboard-host[= ](\S+)", commands):
             if host not in LOOPBACK:
-                yield f"{key}: --dashboard-host {host} is reached from outside; 127.0.0.1, and people come by `ray dashboard`"
+                yield f"{key}: --dashboard-host {host} can be reached from outside; use 127.0.0.1 and `ray dashboard`"
 
 
 def _todo(config: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""What a Ray of our own leaves when its driver is killed: agents and workers that look only now and then whether it is still there.
+"""Ends what a Ray of this program leaves when its driver is killed: agents and workers only check now and then whether it lives.
 
-A note beside Ray's sessions says that a process of this program is about to begin one; it goes when the session ends as it should.
-The next run on this machine ends what is left of a session whose driver is dead, and of no other.
+A process of this program writes a note beside Ray's sessions before it begins one, and removes it when the session ends normally.
+The next run on this machine ends what is left of sessions whose driver is dead, and of no others.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-from workflows.storage.workspace import write_json
+from workflows.storage.local import write_json
 
 DATED = "%Y-%m-%d_%H-%M-%S_%f"
-"""As in the names of Ray's sessions: session_<date>_<the driver's process>."""
+"""The date in the names of Ray's sessions: session_<date>_<process id of the driver>."""
 
 
 @contextmanager
 def noted(folder: Path) -> Iterator[None]:
-    """Within the block this process begins a session below Ray's `folder`, and ends it."""
+    """Keeps a note, for the length of the block, that this process has a session below Ray's `folder`."""
     path = _notes(folder) / f"{os.getpid()}.json"
     about = {
         "driver": os.getpid(),
         "born": born(os.getpid()),
         "since": datetime.now().strftime(DATED),
-        "among": _among(),
+        "among": _pid_space(),
     }
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,9 +41,7 @@ def noted(folder: Path) -> Iterator[None]:
 
 
 def end_orphans(folder: Path) -> int:
-    """Ends what is left of the sessions below Ray's folder that this program began and whose drivers are dead: how many
-    processes that were.
-    """
+    """Kills the processes of sessions below `folder` that this program began and whose drivers are dead. Returns their number."""
     ended = 0
     for path in sorted(_notes(folder).glob("*.json")):
         for session in _orphans(folder, path):
@@ -55,13 +53,13 @@ def end_orphans(folder: Path) -> int:
 
 
 def _orphans(folder: Path, path: Path) -> Iterator[Path]:
-    """The sessions that the note is about, if its process is gone; the note goes too. The process's number may be another's by now,
-    or have been another's before.
+    """The sessions of a note whose process is gone; the note is removed. The process id may belong to another process by now, or
+    have belonged to one before.
     """
     try:
         about = json.loads(path.read_text())
         driver, since = int(about["driver"]), str(about["since"])
-        if about["among"] != _among() or path.stat().st_uid != os.getuid() or born(driver) == about["born"]:
+        if about["among"] != _pid_space() or path.stat().st_uid != os.getuid() or born(driver) == about["born"]:
             return
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -73,12 +71,12 @@ def _orphans(folder: Path, path: Path) -> Iterator[Path]:
 
 
 def _notes(folder: Path) -> Path:
-    """This user's."""
+    """The folder of this user's notes."""
     return folder / f"mmdistill-{os.getuid()}"
 
 
-def _among() -> str:
-    """Which processes are numbered together: those of this machine, or of a container."""
+def _pid_space() -> str:
+    """Identifies where a process id is valid: this boot of the machine, and this container."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -86,7 +84,7 @@ def _among() -> str:
 
 
 def born(pid: int) -> str | None:
-    """When the process began, in ticks since the machine did; None if there is none, or if it is dead and only not buried yet."""
+    """When the process began, in clock ticks since boot; None if it does not exist or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     except OSError:
@@ -95,7 +93,7 @@ def born(pid: int) -> str | None:
 
 
 def processes_of(session: Path) -> Iterator[int]:
-    """Those of this user that have a log of the session open, as all of Ray's have."""
+    """This user's processes that have a log of the session open, as all of Ray's processes have."""
     logs = f"{session.resolve() / 'logs'}{os.sep}"
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -1,5 +1,5 @@
-"""SIGTERM, SIGHUP (a terminal that is gone, as of a lost ssh) and Ctrl-C: the first asks trainings for a checkpoint and ends the
-run when they have written it, the second ends it.
+"""Handles SIGTERM, SIGHUP (a lost terminal or ssh connection) and Ctrl-C. The first signal asks trainings for a checkpoint, and
+ends the run when it is written. The second ends the run at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to end; `number` of the signal."""
+    """The run was asked to end, by signal `number`."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stopping:
-    """Whether the run was asked to end. Outside of `waits` it ends at once, by Stopped in the main thread."""
+    """Whether the run was asked to end. Outside of `waits`, a signal raises Stopped in the main thread at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -32,7 +32,7 @@ class Stopping:
 
     @contextmanager
     def waits(self) -> Iterator[None]:
-        """Within the block the first signal is noted alone: the block looks at `asked`, and calls `end` when all is written."""
+        """Within the block the first signal is only noted. The block checks `asked`, and calls `end` when everything is written."""
         self._waits = True
         try:
             yield
@@ -48,25 +48,25 @@ class Stopping:
         if self.number is not None:
             raise Stopped(self.number)
 
-    def _heard(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGHUP:
-            _let_go_of_a_lost_terminal()
-        again, self.number = self.asked, number
-        if again or not self._waits:
+            _redirect_lost_terminal()
+        second, self.number = self.asked, number
+        if second or not self._waits:
             raise Stopped(number)
 
 
 @contextmanager
 def listening() -> Iterator[Stopping]:
-    """Hears the signals for the length of the block; from a thread that is not the main one none can be heard."""
+    """Handles the signals for the length of the block. Only the main thread can; in any other, nothing is handled."""
     stopping = Stopping()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
         return
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as of a command in the background, or of nohup
-            signal.signal(number, stopping._heard)
+        if handler is not signal.SIG_IGN:  # nohup and background commands ignore signals
+            signal.signal(number, stopping._on_signal)
     try:
         yield stopping
     finally:
@@ -75,28 +75,28 @@ def listening() -> Iterator[Stopping]:
 
 
 @contextmanager
-def heard_later() -> Iterator[None]:
-    """A signal that comes within the block is heard at its end: for what must not be cut in the middle, and does not take long."""
-    heard: list[int] = []
+def deferred_signals() -> Iterator[None]:
+    """Handles a signal that comes within the block at its end: for short work that must not be interrupted."""
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
     if threading.current_thread() is not threading.main_thread():
         before = {}
     before = {number: handler for number, handler in before.items() if callable(handler)}
     for number in before:
-        signal.signal(number, lambda number, frame: heard.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for one in heard[:1]:
-            signal.raise_signal(one)
+        for first in received[:1]:
+            signal.raise_signal(first)
 
 
 @contextmanager
 def hangups_kept_from_children() -> Iterator[None]:
-    """What is started within the block does not hear SIGHUP: a terminal that is lost tells all processes, and a training's workers
-    have a checkpoint to write.
+    """Processes started within the block don't get SIGHUP. A lost terminal sends it to all processes, and a training's workers have
+    a checkpoint to write.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
@@ -105,8 +105,8 @@ def hangups_kept_from_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _let_go_of_a_lost_terminal() -> None:
-    """What is written to it would be an error from now on, and end the run before its checkpoint."""
+def _redirect_lost_terminal() -> None:
+    """Redirects a lost terminal to /dev/null: writing to it would raise, and end the run before its checkpoint."""
     for stream in (0, 1, 2):
         try:
             lost = stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream)

@@ -1,28 +1,19 @@
-"""Settings as plain values: sections within sections, and how they are read from YAML."""
+"""Settings as nested plain values: merging them, and parsing them from YAML."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-import reprlib
 from collections.abc import Hashable
 from typing import Any
 
 import yaml
 
+from workflows.errors import brief
+
 DEEPEST = 20
-"""Levels of values within values; no setting needs as many, and the reading of thousands would break."""
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 120
-_SHORT.maxlong = 40
-
-
-def brief(value: Any) -> str:
-    """A value as a message shows it: in one line, and not all of a long one."""
-    try:
-        return " ".join(_SHORT.repr(value).split())
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
-        return "a number of thousands of digits"
+"""Most levels of nesting. No setting needs as many, and thousands would exceed Python's recursion limit."""
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -34,7 +25,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def without(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """`values` less what `given` names, section by section."""
+    """`values` without the fields that `given` names, section by section."""
     out = {}
     for name, value in values.items():
         if name not in given:
@@ -45,7 +36,7 @@ def without(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def nested(field: str, value: Any) -> dict[str, Any]:
-    """("a.b", 1) -> {"a": {"b": 1}}; whole numbers are keys of their own kind."""
+    """("a.b", 1) -> {"a": {"b": 1}}. Parts that are whole numbers become int keys."""
     for part in reversed(field.split(".")):
         value = {int(part) if part.isascii() and part.isdigit() else part: value}
     assert isinstance(value, dict)
@@ -54,12 +45,12 @@ def nested(field: str, value: Any) -> dict[str, Any]:
 
 _TAG = "tag:yaml.org,2002:"
 _OLD = re.compile(r"[-+]?0[0-9_]+|.*:.*")
-"""Numbers of YAML 1.1 that are others, or none, to anybody else: 010, which is 8 there, and 1:30, which is 90."""
+"""Numbers that surprise in YAML 1.1, and are kept as text: 010, which is 8 there, and 1:30, which is 90."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain values. A key that stands twice in a section is refused: YAML would drop the first without a word. What looks
-    like a date is text, as no setting is one, and a folder's name may look so.
+    """Loads plain values only. It refuses a duplicate key, where YAML would silently drop the first. Dates stay text: no setting is
+    a date, and a folder's name may look like one.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -72,7 +63,7 @@ class _Loader(yaml.SafeLoader):
             return node.value
         try:
             return super().construct_object(node, deep)
-        except (LookupError, AttributeError):  # of a value that is not of its tag, as in !!bool maybe
+        except (LookupError, AttributeError):  # the value doesn't match its tag, as in !!bool maybe
             problem = f"{brief(node.value)} is no {node.tag.removeprefix(_TAG)}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
@@ -89,17 +80,17 @@ class _Loader(yaml.SafeLoader):
 
 
 def parsed(text: str | bytes) -> Any:
-    """The values of a YAML text. Raises ValueError that says in a line what is wrong with the text: "not YAML: ..."."""
+    """The values of a YAML text. Raises ValueError with a one-line message, such as "not YAML: ..."."""
     try:
         values = yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
         raise ValueError(f"not text in UTF-8: {_in_a_line(error)}") from None
-    except (yaml.YAMLError, ValueError) as error:  # the latter of a number or a date that can't be
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible number or date
         raise ValueError(f"not YAML: {_in_a_line(error)}") from None
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from None
     level = [values]
-    for _ in range(DEEPEST):  # each value once, however many aliases name it
+    for _ in range(DEEPEST):  # each value once, however many aliases refer to it
         level = list({id(inner): inner for value in level for inner in _inside(value)}.values())
     if level:
         raise ValueError(f"nested deeper than {DEEPEST} levels")
@@ -107,7 +98,7 @@ def parsed(text: str | bytes) -> Any:
 
 
 def _inside(value: Any) -> list[Any]:
-    """The values in a mapping or a list; none in anything else."""
+    """The values in a mapping or a list, none in anything else."""
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
@@ -117,3 +108,9 @@ def _in_a_line(error: Exception) -> str:
         text = f"line {error.problem_mark.line + 1}: {error.problem}"
     text = " ".join(text.split())
     return text if len(text) <= 300 else text[:297] + "..."
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """The first `length` hex digits of the SHA-256 of `value` as JSON with sorted keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]

@@ -1,1 +1,1 @@
-"""Data sets: shards and their manifest, readers of images from anywhere, sources by name, reference statistics."""
+"""Data sets: shards and manifests, readers of image sources, built-in sources, and reference statistics."""

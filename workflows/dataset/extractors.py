@@ -1,4 +1,4 @@
-"""The extractor in whose features distances are measured: read from a file, fitted to the data, or trained on them."""
+"""The feature extractor for Frechet distances: loaded from a file, fitted to the data, or trained on them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from workflows.errors import UserError
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth, as pytorch-fid and torch-fidelity have it; see docs/evaluation.md"
 AT_ONCE = 1024
+"""Images per batch when a classifier is evaluated."""
 CLASSIFIED, MEMORY = 50_000, 2**30
-"""Images, and bytes of them, that a classifier or a mixture is fitted to."""
+"""The most images, and bytes of images, that a classifier or a mixture is fitted to."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """`weights`: the file of inception's. `epochs` and `seed` of a classifier's training."""
+    """The extractor that is requested. weights: the file for "inception". epochs, seed: of the training of a "classifier"."""
 
     kind: str
     weights: str | None
@@ -31,22 +32,23 @@ class Wanted:
 
 
 Tick = Callable[[int, float, float | None], None]
-"""Called after each epoch of a classifier's training, with its number, the loss, and the accuracy on rows held out, if any."""
+"""Called after each epoch of a classifier's training with the epoch, the loss, and the accuracy on held-out rows, if any."""
 
 
-def said_of(loss: float, accuracy: float | None) -> str:
+def progress_text(loss: float, accuracy: float | None) -> str:
+    """The text beside the progress bar of a classifier's training."""
     return f"loss {loss:.3g}" + (f", held-out accuracy {accuracy:.1%}" if accuracy is not None else "")
 
 
 def check_extractor(
     kind: str, weights: str | None, shape: tuple[int, int, int], option: str = "data.extractor"
 ) -> None:
-    """Raises UserError where no image needs to be seen to know that it can't be had. `option`: what the user calls it."""
+    """Checks what can be checked without the images. Raises UserError. option: the name of the option in the message."""
     from mmdistill_core.metrics.statistics import PIXELS
     from mmdistill_core.networks.inception import NotInception, load_inception
 
     if kind == "pixels" and (dims := math.prod(shape)) > PIXELS:
-        raise UserError(f"{option}: pixels is for at most {PIXELS:,} dimensions, the images have {dims:,}")
+        raise UserError(f"{option}: pixels is for at most {PIXELS:,} dimensions, but the images have {dims:,}")
     if kind == "inception":
         try:
             load_inception(str(weights))
@@ -58,10 +60,10 @@ def check_extractor(
 def make_extractor(
     wanted: Wanted, root: str, manifest: Manifest, *, exact: Any = None, tick: Tick
 ) -> tuple[Any, float | None]:
-    """The extractor for a data set, and a classifier's accuracy on the rows held out. `exact`: the denoiser of a mixture that
-    the data are drawn from.
+    """Returns the extractor for a data set, and the accuracy of a classifier on the held-out rows (None for other kinds).
 
-    Raises UserError where it can't be made of these images.
+    exact: the optimal denoiser, if the data are drawn from a known mixture. Raises UserError if the extractor can't be made from
+    these images.
     """
     import torch
 
@@ -79,7 +81,7 @@ def make_extractor(
         return Mixture.of(weights=exact.weights, means=exact.means, variances=exact.variances), None
     if not manifest.num_classes:
         raise UserError(
-            f"extractor {wanted.kind} needs labels, and the images have none", hint="pixels or inception need none"
+            f"extractor {wanted.kind} needs labels, but the images have none", hint="pixels and inception need none"
         )
     arrays = some_rows(root, manifest)
     images = torch.from_numpy(arrays.images)
@@ -103,7 +105,7 @@ def make_extractor(
 
 
 def some_rows(root: str, manifest: Manifest) -> Arrays:
-    """All rows, or CLASSIFIED of them, or as many as MEMORY holds: spread over all, as images often lie class by class."""
+    """Returns at most CLASSIFIED rows and MEMORY bytes of images, spread evenly, as images are often ordered by class."""
     most = min(CLASSIFIED, MEMORY // manifest.image_bytes)
     return read_rows(root, manifest, evenly(manifest.count, most))
 
@@ -118,10 +120,10 @@ def train_classifier(
     seed: int,
     tick: Tick,
 ) -> tuple[Any, float | None]:
-    """A Classifier trained on the rows not held out (with shifts of a pixel), and its accuracy on those that are, if any. images
-    [n, c, h, w], bytes or in [-1, 1].
+    """Trains a Classifier on the rows that are not held out, with random shifts of up to one pixel.
 
-    Raises UserError where no labelled row is left to train on.
+    images: [n, c, h, w], uint8 or in [-1, 1]. Returns the classifier and its accuracy on the held-out rows, None if there are none.
+    Raises UserError if no labelled row is left to train on.
     """
     import torch
     from torch.nn import functional as F
@@ -134,7 +136,7 @@ def train_classifier(
     known, held = y >= 0, torch.from_numpy(holdout)
     train_x, train_y, held_x, held_y = x[known & ~held], y[known & ~held], x[known & held], y[known & held]
     if not len(train_x):
-        raise UserError("extractor classifier: no image is left to train it on, as all are held out")
+        raise UserError("extractor classifier: there is no image to train it on, because all are held out")
     rng, batch = generator(seed, 2), min(64, len(train_x))
     torch.manual_seed(seed)
     classifier = Classifier(ClassifierConfig(image_size=x.shape[-1], channels=x.shape[1], num_classes=num_classes))

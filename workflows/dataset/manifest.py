@@ -1,5 +1,7 @@
-"""What a data set is: a folder, here or in an object store, of Parquet shards and a manifest.json that is written last. Without the
-manifest the folder is not a data set, so that a half-written one is never taken for a whole one.
+"""The manifest of a data set: its types, reading and writing it.
+
+A data set is a folder, local or in an object store, of Parquet shards and a manifest.json. The manifest is written last, so that a
+half-written folder is never taken for a data set.
 """
 
 from __future__ import annotations
@@ -21,16 +23,16 @@ from workflows.storage.uri import is_remote, join, shown
 MANIFEST = "manifest.json"
 FORMAT = 2
 KNOWN = 60.0
-"""Seconds for which a store's manifest is taken as it was read."""
+"""Seconds for which a manifest read from an object store is cached."""
 FEWEST = 100
-"""Images below which nothing can be held out, compared or learnt."""
+"""The smallest number of images in a data set: with fewer, holding out, comparing and training make no sense."""
 ENCODINGS = {"float32": 4, "uint8": 1, "png": 1}
-"""How a shard holds an image, and the bytes of a value once it is decoded: values in [-1, 1], or bytes of 0 to 255."""
+"""Encoding of the images in a shard -> bytes per decoded value: float32 in [-1, 1], or uint8 of 0 to 255."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """`file` below the data set's folder, its rows and those of them that are held out, its bytes and their hash."""
+    """One shard: its path below the folder of the data set, rows, held-out rows, size in bytes, and SHA-256."""
 
     file: str
     rows: int
@@ -39,24 +41,25 @@ class Shard:
     sha256: str
 
     def count(self, which: str) -> int:
-        """Of "all" rows, of those of the "holdout", or of the "rest"."""
+        """Returns the number of "all" rows, of those of the "holdout", or of the "rest"."""
         return {"all": self.rows, "holdout": self.held_out, "rest": self.rows - self.held_out}[which]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """
-    count, held_out  images, and those of them that are held out
-    shape            (c, h, w); `encoding` one of ENCODINGS
-    classes, labels  names of the classes in the order of their numbers (empty: they have none), and images of each
-    fingerprint      of the images and labels, whatever their order and however they are cut into shards; `held_fingerprint` of
-                     those held out
-    columns          further columns by name: latent, text, caption; shape, dtype, and what made them
-    statistics       extractor, weights (their hash), accuracy on rows held out, and of each set of rows count, near (features
-                     that are kept) and identity (hash of the files); empty: none were asked for
-    taken            what was taken for labels and captions, and what was left out: {"labels", "captions", "left_out", "said"}
-                     (stages/taken.py); empty: images that no preparation read
-    skipped          {"count", "listed": [{"path", "reason"}]}: images that could not be read
+    count, held_out  number of images, and how many of them are held out
+    shape            (c, h, w); `encoding` is a key of ENCODINGS
+    classes          class names in the order of their numbers; empty if they have no names
+    labels           number of images of each label
+    fingerprint      hash of the images, labels and captions; independent of their order and of how they are cut into shards.
+                     `held_fingerprint` is that of the held-out rows
+    columns          further columns by name (latent, text, caption): shape, dtype, and what made them
+    statistics       extractor, hash of its weights, accuracy on held-out rows; for each set of rows the count, near (features
+                     kept) and identity (hash of the files). Empty if none were requested
+    taken            where labels and captions came from, and what was left out: {"labels", "captions", "left_out", "said"}
+                     (workflows/ingest/summary.py). Empty for a data set that was not made by `mmdistill prepare`
+    skipped          images that could not be read: {"count", "listed": [{"path", "reason"}]}
     """
 
     source: str
@@ -80,11 +83,12 @@ class Manifest:
     format: int = FORMAT
 
     def rows(self, which: str) -> int:
+        """Returns the number of "all" rows, of those of the "holdout", or of the "rest"."""
         return sum(shard.count(which) for shard in self.shards)
 
     @cached_property
     def image_bytes(self) -> int:
-        """Of one decoded image."""
+        """Bytes of one decoded image."""
         return math.prod(self.shape) * ENCODINGS[self.encoding]
 
     def in_memory(self) -> int:
@@ -93,7 +97,7 @@ class Manifest:
 
 
 class Sum:
-    """The sum of rows' digests: the same for the same rows in any order, and additive over shards."""
+    """A sum of row digests. It does not depend on the order of the rows, and the sums of shards can be added."""
 
     BITS = 128
 
@@ -111,35 +115,39 @@ class Sum:
 
 
 def fingerprint(total: Sum, count: int) -> str:
+    """Returns the fingerprint of `count` rows with this sum of digests."""
     return hashlib.sha256(f"{total.hex()} {count}".encode()).hexdigest()[:16]
 
 
 def write_manifest(root: str | Path, manifest: Manifest) -> None:
+    """Writes manifest.json, which makes the folder a data set. Call it after all shards are written."""
     _known.pop(join(root, MANIFEST), None)
     write(join(root, MANIFEST), (json.dumps(asdict(manifest), indent=2) + "\n").encode())
 
 
 def is_data_set(root: str | Path) -> bool:
+    """Returns whether the folder holds a manifest."""
     return exists(join(root, MANIFEST))
 
 
 _known: dict[str, tuple[Any, Manifest]] = {}
-"""What `known_manifest` has read, by URI, and what tells that it may still be taken."""
+"""The cache of `known_manifest`: URI -> (mark that tells whether the entry is still valid, manifest)."""
 
 
 def known_manifest(root: str | Path) -> Manifest:
-    """As `read_manifest`, but one that this process has read a moment ago is not read again: a configuration asks for it several
-    times, a sweep's once a point. A local one counts as the same while its file is; one of a store for KNOWN seconds.
+    """As `read_manifest`, but cached in this process: a configuration asks for it several times, a sweep once per point.
+
+    The cache holds for a local manifest until its file changes, and for one in an object store for KNOWN seconds.
     """
     uri = join(str(root).removesuffix(f"/{MANIFEST}"), MANIFEST)
     mark = _mark(uri)
-    if mark is None or uri not in _known or not _still(_known[uri][0], mark):
+    if mark is None or uri not in _known or not _is_fresh(_known[uri][0], mark):
         _known[uri] = mark, read_manifest(root)
     return _known[uri][1]
 
 
 def _mark(uri: str) -> Any:
-    """Of a local file what changes with it, else the time."""
+    """For a local file, its inode, size and modification time (None if missing); for a remote one, the current time."""
     if is_remote(uri):
         return time.monotonic()
     try:
@@ -149,22 +157,22 @@ def _mark(uri: str) -> Any:
     return info.st_ino, info.st_size, info.st_mtime_ns
 
 
-def _still(before: Any, now: Any) -> bool:
+def _is_fresh(before: Any, now: Any) -> bool:
     return bool(now - before < KNOWN) if isinstance(before, float) and isinstance(now, float) else bool(before == now)
 
 
 def read_manifest(root: str | Path) -> Manifest:
-    """Raises UserError where there is no data set, or one that another version wrote."""
+    """Reads the manifest of a data set. Raises UserError if there is none, or if another version wrote it."""
     root = str(root).removesuffix(f"/{MANIFEST}")
     try:
         values = json.loads(read(join(root, MANIFEST)))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{shown(root)}: no data set: there is no {MANIFEST}",
-            hint="`mmdistill prepare SOURCE DEST` writes one, the manifest last; one that was cut short goes on if run again",
+            hint="`mmdistill prepare SOURCE DEST` writes one, the manifest last; run it again if it was interrupted",
         ) from None
     except ValueError as error:
-        raise UserError(f"{shown(root)}/{MANIFEST}: is no JSON ({error})") from error
+        raise UserError(f"{shown(root)}/{MANIFEST}: is not JSON ({error})") from error
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise UserError(
@@ -175,4 +183,4 @@ def read_manifest(root: str | Path) -> Manifest:
         tuples = {name: tuple(values[name]) for name in ("shape", "classes")}
         return Manifest(**values | tuples, shards=shards)
     except (TypeError, KeyError) as error:
-        raise UserError(f"{shown(root)}/{MANIFEST}: does not hold what it should ({error})") from error
+        raise UserError(f"{shown(root)}/{MANIFEST}: has missing or unknown fields ({error})") from error

@@ -1,7 +1,7 @@
-"""Reference statistics: the data's side of every measure, in a folder that says what it was made of; refused where it does not fit.
+"""Reference statistics of a data set, against which samples are measured: built, saved, loaded, and checked for compatibility.
 
-<folder>/statistics.safetensors   moments, features for measures of pairs
-<folder>/statistics.json          counts, the fingerprint, and the floor: the distance of half the data to the other half
+<folder>/statistics.safetensors   moments, and features for pairwise metrics
+<folder>/statistics.json          counts, the fingerprint, and the floor (the Frechet distance between two halves of the data)
 """
 
 from __future__ import annotations
@@ -16,39 +16,40 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workflows.cluster.session import device_of_task, task_options
-from workflows.config.schema import RunConfig
 from workflows.dataset.extractors import check_extractor
 from workflows.dataset.manifest import Manifest, Shard
 from workflows.dataset.shards import REPAIR, read_shards
 from workflows.dataset.sources import source_of
 from workflows.dataset.sources.folder import checked
 from workflows.errors import UserError
-from workflows.session.context import identity_of
+from workflows.storage.integrity import identity_of
+from workflows.storage.local import write_json
 from workflows.storage.store import fetch
 from workflows.storage.uri import join, shown
-from workflows.storage.workspace import write_json
 
 if TYPE_CHECKING:
     from mmdistill_core.metrics.statistics import Statistics
+    from workflows.config.schema import RunConfig
 
 TENSORS, ABOUT = "statistics.safetensors", "statistics.json"
 FORMAT = 1
 AGREE = ("extractor", "weights", "resolution", "preprocessing")
-"""What samples and a reference must have in common to be compared at all. Their data and counts may differ, and are shown."""
+"""Fingerprint fields that samples and a reference must share to be comparable. Data and counts may differ; they are shown."""
 
 
 ROWS = 4096
-"""Images whose features are taken at once."""
+"""Images per batch of the extractor."""
 FLOORS = 3
+"""Random splits over which the floor is averaged."""
 AT_HAND = 4 * 2**20
-"""Bytes of images whose statistics the driver takes itself, in less time than a Ray task's process takes to start."""
+"""Up to this many bytes of images, the driver computes the statistics itself: a Ray task would take longer to start."""
 
 
 @dataclass(frozen=True)
 class Reference:
     """
     fingerprint  data, rows, count, resolution, preprocessing, extractor, weights
-    floor        Frechet distance of one half of `near` to the other: what no sampler of so few beats by much
+    floor        Frechet distance between the two halves of `near`: no sampler does much better with so few samples
     """
 
     statistics: Statistics
@@ -57,6 +58,7 @@ class Reference:
 
 
 def save_reference(folder: Path, reference: Reference) -> None:
+    """Writes statistics.safetensors and statistics.json into `folder`, which is created if needed."""
     from safetensors.torch import save_file
 
     s, tensors = reference.statistics, {"near": reference.statistics.near.contiguous()}
@@ -70,7 +72,7 @@ def save_reference(folder: Path, reference: Reference) -> None:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """statistics.json. Raises UserError for a folder that holds no statistics."""
+    """Returns the contents of statistics.json. Raises UserError for a folder without statistics of this format."""
     try:
         about = json.loads((folder / ABOUT).read_text())
         if about["format"] == FORMAT and (folder / TENSORS).is_file() and set(AGREE) <= about["fingerprint"].keys():
@@ -84,6 +86,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def load_reference(folder: Path) -> Reference:
+    """Reads what `save_reference` wrote. Raises UserError for a folder without statistics of this format."""
     from safetensors.torch import load_file
 
     from mmdistill_core.metrics.frechet import Moments
@@ -100,12 +103,15 @@ def load_reference(folder: Path) -> Reference:
 
 
 def reference_folder(config: RunConfig, statistics: str) -> Path:
-    """The statistics that samples are measured against: the user's, or the run's own, which are below `statistics`."""
+    """Returns the folder of the statistics to measure against: `evaluate.reference`, else the run's own below `statistics`."""
     return fetch(config.evaluate.reference or join(statistics, config.data.reference))
 
 
 def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) -> Path:
-    """`reference_folder`, if its fingerprint fits what `prepare` returned. Raises UserError that names what differs."""
+    """Returns `reference_folder` if its fingerprint matches `result`, which the stage `prepare` returned.
+
+    Raises UserError that names the fields that differ, or where too few features are kept for `evaluate.neighbours`.
+    """
     folder, own = reference_folder(config, statistics), result["statistics"][config.data.reference]["fingerprint"]
     about, neighbours = read_about(folder), config.evaluate.neighbours
     found = about["fingerprint"]
@@ -123,7 +129,7 @@ def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) 
 
 
 def check_inputs(config: RunConfig) -> None:
-    """The files and folders that the configuration names, before anything starts. Raises UserError."""
+    """Checks the files and folders that the configuration names, before anything starts. Raises UserError."""
     if config.data.source == "folder":
         checked(config.data.path)
     check_extractor(config.data.extractor, config.data.extractor_weights, source_of(config.data).shape)
@@ -131,16 +137,16 @@ def check_inputs(config: RunConfig) -> None:
         found = read_about(reference_folder(config, ""))["fingerprint"]["extractor"]
         if found != config.data.extractor:
             raise UserError(
-                f"evaluate.reference: its features are of extractor {found!r}, this run's of {config.data.extractor!r}",
+                f"evaluate.reference: its features come from extractor {found!r}, those of this run from {config.data.extractor!r}",
                 hint=f"set data.extractor={found}, or leave out evaluate.reference",
             )
 
 
-# Built
+# Building the statistics
 
 
 def about_of(manifest: Manifest, extractor: Any) -> dict[str, Any]:
-    """The fingerprint of statistics of these images in these features, but for the rows and their count."""
+    """The fingerprint of the statistics of this data set with this extractor, without the fields `rows` and `count`."""
     return {
         "data": manifest.fingerprint,
         "resolution": list(manifest.shape),
@@ -151,9 +157,9 @@ def about_of(manifest: Manifest, extractor: Any) -> dict[str, Any]:
 
 
 def kept_reference(root: str, manifest: Manifest, which: str, *, near: int, fingerprint: dict[str, Any]) -> Path | None:
-    """The folder of the data set's own statistics of these rows, if they are what would be built.
+    """Returns the folder of the statistics stored with the data set, or None if `build_reference` would make different ones.
 
-    Raises UserError where they are not those that the manifest names.
+    Raises UserError if the files differ from their hash in the manifest.
     """
     kept = manifest.statistics.get("rows", {}).get(which)
     if kept is None or kept["near"] != min(near, kept["count"]):
@@ -179,8 +185,10 @@ def build_reference(
     task: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> Reference:
-    """Statistics of these rows of a data set, by a Ray task a shard, `cpus` and a few at a time, or at once where the images are
-    few; features of `near` of them are kept. `task` is what Ray gives each task, `device` where it computes.
+    """Computes the statistics of the rows `which` of a data set, and keeps the features of `near` random ones.
+
+    Each shard is a Ray task, of which `cpus` + 2 run at once; a small data set is done in this process instead. task: the options
+    of a Ray task. device: where it computes. tick: called with the number of images done.
     """
     import torch
 
@@ -217,7 +225,7 @@ def _spread(
     task: dict[str, Any] | None,
     add: Callable[[int, tuple[Any, Any]], None],
 ) -> None:
-    """`statistics_of` each shard as a Ray task; `add(i, its result)` as they come."""
+    """Runs `statistics_of` on each shard as a Ray task, and calls `add(i, result)` as the results arrive."""
     import ray
 
     extractor, root, manifest, which, device = of
@@ -243,7 +251,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _by_shard(chosen: Any, counts: list[int]) -> Iterator[tuple[Any, int]]:
-    """Of sorted indices over all shards, those within each, and the index of the shard's first row."""
+    """Splits sorted indices over all shards by shard. Yields (the indices in the shard, the index of its first row)."""
     first = 0
     for count in counts:
         yield chosen[(chosen >= first) & (chosen < first + count)], first
@@ -253,8 +261,10 @@ def _by_shard(chosen: Any, counts: list[int]) -> Iterator[tuple[Any, int]]:
 def statistics_of(
     extractor: str, root: str, manifest: Manifest, shard: Shard, which: str, near: np.ndarray, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """`statistics` of a shard as a Ray task: on one thread, from the extractor's folder; without the predictions, which only
-    samples need. And the images [len(near), c, h, w], where their pixels are compared.
+    """The body of a Ray task, on one thread: the statistics of a shard, with the extractor loaded from its folder.
+
+    Logits and predictions are dropped, as only samples need them. Also returns the images [len(near), c, h, w] of the kept
+    features, or None where pixels are not compared.
     """
     import torch
 
@@ -274,7 +284,7 @@ def statistics_of(
 
 
 def floor(features: Any, pixels: Any) -> dict[str, float]:
-    """The distance of one half to the other, mean over FLOORS splits."""
+    """The Frechet distance between two random halves, averaged over FLOORS splits, for the features and for the pixels."""
     import torch
 
     from mmdistill_core.metrics.frechet import frechet_distance, moments

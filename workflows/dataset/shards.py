@@ -1,6 +1,6 @@
-"""One shard: rows to the bytes of a Parquet file, and back.
+"""Shards of a data set as Parquet files: encoding, decoding, writing and reading them.
 
-Columns: image (the bytes of a tensor, or a PNG), label, holdout, key (its name in the source), and those that the manifest names.
+Columns: image (the bytes of a tensor, or a PNG), label, holdout, key (the image's name in the source), and those of the manifest.
 """
 
 from __future__ import annotations
@@ -26,19 +26,24 @@ from workflows.dataset.manifest import (
     write_manifest,
 )
 from workflows.errors import UserError
-from workflows.storage.s3 import again, filesystem
+from workflows.storage.s3 import filesystem, retry
 from workflows.storage.store import delete, read, write
 from workflows.storage.uri import join, shown
 
 AT_ONCE = 4
 POOL = 100_000
-"""Labels in a pool, some more than so many."""
+"""Approximate number of labels in a pool that is made from the counts of the manifest."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """images [n, c, h, w], bytes or float32 in [-1, 1]; label [n] int64, 0 where there are no classes; holdout [n]; key and caption
-    lists of n; `columns` further tensors [n, ...].
+    """Rows of a shard before it is written.
+
+    images    [n, c, h, w], uint8 or float32 in [-1, 1]
+    labels    [n] int64, 0 where there are no classes
+    holdout   [n] bool
+    keys      n names in the source; `captions` likewise, None where an image has none
+    columns   further tensors [n, ...] by name
     """
 
     images: np.ndarray
@@ -50,7 +55,7 @@ class Rows:
 
 
 def encode(rows: Rows, encoding: str) -> bytes:
-    """A Parquet file of the rows."""
+    """Returns the rows as the bytes of a Parquet file. encoding: "png", or the images as they are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -76,7 +81,10 @@ def decode(
     columns: Sequence[str] = ("image", "label", "holdout"),
     rows: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Columns of a shard, of these `rows`: arrays, and lists of strings. Tensors have the manifest's shape and type."""
+    """Decodes `columns` of a shard, of all rows or of `rows` alone, into arrays and lists of strings.
+
+    Tensors have the shape and type that the manifest gives.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -137,8 +145,8 @@ def _decoded(images: list[bytes], shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def save_shard(root: str | Path, file: str, rows: Rows, encoding: str) -> dict[str, Any]:
-    """Writes it, and gives what its manifest needs: `shard`, images of each `labels`, and the sums of all rows' and the held
-    out ones' digests.
+    """Writes a shard, and returns what `manifest_of` needs: the fields of its Shard, the number of images of each label, and the
+    sums of the digests of all rows and of the held-out rows.
     """
     data = encode(rows, encoding)
     write(join(root, file), data)
@@ -173,16 +181,19 @@ def _digests(rows: Rows) -> list[bytes]:
 
 
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
-    """Which rows are held out: those whose key's hash, read as a fraction in [0, 1), lies below `share`. [n] bool.
+    """Returns which rows are held out, [n] bool: those where the hash of the key, as a fraction in [0, 1), is below `share`.
 
-    The rows of a smaller share are among those of a larger one.
+    Rows that are held out with a smaller share are held out with a larger one as well.
     """
     hashes = (hashlib.blake2b(key.encode(), digest_size=4).digest() for key in keys)
     return np.array([int.from_bytes(h, "big") / 2**32 < share for h in hashes], bool)
 
 
 def load_shard(root: str | Path, shard: Shard) -> bytes:
-    """Its bytes, as the manifest has them. Raises UserError where they differ."""
+    """Returns the bytes of a shard after comparing their hash with the manifest. A shard that differs is read once more.
+
+    Raises UserError for a shard that is missing or differs.
+    """
     for last in (False, True):
         try:
             data = read(join(root, shard.file))
@@ -205,33 +216,45 @@ class Arrays:
     images: np.ndarray
     labels: np.ndarray
     holdout: np.ndarray
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
 
     def rows(self, which: str) -> Arrays:
-        """ "all" of them, those of the "holdout", or the "rest"."""
+        """Returns "all" rows, those of the "holdout", or the "rest"."""
         if which == "all":
             return self
         keep = {"holdout": self.holdout, "rest": ~self.holdout}[which]
-        return Arrays(self.images[keep], self.labels[keep], self.holdout[keep])
+        more = {name: values[keep] for name, values in self.columns.items()}
+        return Arrays(self.images[keep], self.labels[keep], self.holdout[keep], more)
 
 
-def read_shards(root: str | Path, manifest: Manifest, shards: Sequence[Shard], which: str = "all") -> Arrays:
-    """The rows of these shards."""
+def read_shards(
+    root: str | Path, manifest: Manifest, shards: Sequence[Shard], which: str = "all", columns: Sequence[str] = ()
+) -> Arrays:
+    """Returns the rows `which` of these shards, with further `columns` of the manifest.
+
+    Raises UserError for a column that the data set does not have, or for a shard that is missing or damaged.
+    """
+    if missing := [name for name in columns if name not in manifest.columns]:
+        known = ", ".join(manifest.columns) or "none beside images and labels"
+        raise UserError(f"{shown(root)}: the data set has no column {missing[0]!r}; it has {known}")
 
     def one(shard: Shard) -> Arrays:
-        got = decode(load_shard(root, shard), manifest)
-        return Arrays(got["image"], got["label"], got["holdout"]).rows(which)
+        got = decode(load_shard(root, shard), manifest, ("image", "label", "holdout", *columns))
+        return Arrays(got["image"], got["label"], got["holdout"], {name: got[name] for name in columns}).rows(which)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         parts = list(pool.map(one, shards))
     if len(parts) == 1:
         return parts[0]
-    return Arrays(
-        *(np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "holdout"))
+    more = {name: np.concatenate([part.columns[name] for part in parts]) for name in columns}
+    images, labels, holdout = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "holdout")
     )
+    return Arrays(images, labels, holdout, more)
 
 
 def read_rows(root: str | Path, manifest: Manifest, rows: np.ndarray) -> Arrays:
-    """These rows (sorted numbers over all shards), one shard in memory at a time."""
+    """Returns these rows, given as sorted indices over all shards, with one shard in memory at a time."""
     first, parts = 0, []
     for shard in manifest.shards:
         own = rows[(rows >= first) & (rows < first + shard.rows)] - first
@@ -239,16 +262,21 @@ def read_rows(root: str | Path, manifest: Manifest, rows: np.ndarray) -> Arrays:
         if len(own):
             got = decode(load_shard(root, shard), manifest, rows=own)
             parts.append((got["image"], got["label"], got["holdout"]))
-    return Arrays(*map(np.concatenate, zip(*parts, strict=True)))
+    images, labels, holdout = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Arrays(images, labels, holdout)
 
 
-def read_all(root: str | Path, which: str = "all") -> Arrays:
+def read_all(root: str | Path, which: str = "all", columns: Sequence[str] = ()) -> Arrays:
+    """Returns the rows `which` of a whole data set. Raises UserError as `read_manifest` and `read_shards` do."""
     manifest = read_manifest(root)
-    return read_shards(root, manifest, manifest.shards, which)
+    return read_shards(root, manifest, manifest.shards, which, columns)
 
 
 def read_labels(root: str | Path, manifest: Manifest, which: str = "all") -> np.ndarray:
-    """The labels of these rows in the order of the shards, from their column alone: no image is read, and no hash compared."""
+    """Returns the labels of the rows `which`, in the order of the shards. No image is read, and no hash is compared.
+
+    Raises UserError for a shard that is missing, or that has another number of rows than the manifest says.
+    """
 
     def one(shard: Shard) -> np.ndarray:
         table = _columns(join(root, shard.file), ["label", "holdout"])
@@ -262,7 +290,7 @@ def read_labels(root: str | Path, manifest: Manifest, which: str = "all") -> np.
 
 
 def _columns(uri: str, names: list[str]) -> Any:
-    """These columns of a Parquet file, by reading no others; None where it is no such file."""
+    """Reads only these columns of a Parquet file. Returns None if it is not a Parquet file that has them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -273,7 +301,7 @@ def _columns(uri: str, names: list[str]) -> Any:
             return pq.read_table(file, columns=names, use_threads=False)
 
     try:
-        return again(get, uri)
+        return retry(get, uri)
     except FileNotFoundError:
         raise UserError(f"{shown(uri)}: the shard is missing", hint=REPAIR) from None
     except pa.ArrowException:
@@ -281,8 +309,10 @@ def _columns(uri: str, names: list[str]) -> Any:
 
 
 def label_pool(root: str | Path, which: str, *, most: int) -> np.ndarray:
-    """Labels to draw from, as often as they are in the data: those of the rows themselves where the images take at most `most`
-    bytes, else as the manifest counts them.
+    """Returns labels to sample from, with the frequencies of the data.
+
+    They are the labels of the rows `which` if the decoded images take at most `most` bytes. Otherwise they are about POOL labels
+    in the proportions that the manifest counts.
     """
     manifest = read_manifest(root)
     if manifest.in_memory() <= most:
@@ -303,10 +333,12 @@ def write_shards(
     classes: Sequence[str] = (),
     preprocessing: str = "whole images",
 ) -> Manifest:
-    """Images in memory, [n, c, h, w] in [0, 1], and labels [n] as a data set of shards of at most `rows`. `holdout`: the share
-    of rows, chosen by hash of their index, that are marked as held out.
+    """Writes images in memory, [n, c, h, w] in [0, 1], and labels [n] as a data set. Returns its manifest.
 
-    Raises UserError for images of another shape or range.
+    A shard has at most `rows` rows. holdout: the share of rows, chosen by a hash of their index, that are marked as held out.
+    A data set that `root` holds already is replaced.
+
+    Raises UserError for images of another shape or range, or fewer than FEWEST.
     """
     _check(source, images)
     delete(join(root, MANIFEST))
@@ -338,7 +370,7 @@ def _check(source: str, images: np.ndarray) -> None:
     if len(images) < FEWEST:
         raise UserError(f"{source}: {len(images)} images; at least {FEWEST} are needed")
     low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):  # nan, too, is out of range
+    if not (low >= 0 and high <= 1):  # also true for NaN
         hint = "divide them by 255" if low >= 0 and 1 < high <= 255 else ""
         raise UserError(f"{source}: values in [0, 1] are expected, got [{low:g}, {high:g}]", hint=hint)
 
@@ -346,7 +378,7 @@ def _check(source: str, images: np.ndarray) -> None:
 def manifest_of(
     made: Sequence[dict[str, Any]], *, shape: Sequence[int], encoding: str, num_classes: int, **about: Any
 ) -> Manifest:
-    """The manifest of shards that `save_shard` made, in their order; `about`: Manifest's other fields."""
+    """Returns the manifest of shards from what `save_shard` returned for each, in order. about: the other fields of Manifest."""
     shards = tuple(Shard(**m["shard"]) for m in made)
     total, held, labels = Sum(), Sum(), dict.fromkeys(map(str, range(num_classes)), 0)
     for m in made:

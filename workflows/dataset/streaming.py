@@ -1,4 +1,4 @@
-"""The only file that knows Ray Data: work spread over a cluster as a stream, and a training's images read as one."""
+"""All use of Ray Data: spreading work over a cluster, and streaming the images of a training that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from workflows.dataset.shards import read_shards
 from workflows.errors import UserError
 
 AHEAD = 2
-"""Windows that a worker's decoding tasks work on at once."""
+"""Windows that are decoded at once for a worker."""
 BLOCK = 4096
-"""Images that travel at once from a decoding task to its worker."""
+"""Images per block that a decoding task sends to its worker."""
 PASS = 64
-"""Windows of one execution of Ray Data."""
+"""Windows per execution of Ray Data."""
 
 
 def _context() -> None:
-    """V1 of Ray's data source (V2 waits seconds before the first batch of every pass), order kept, no bars of its own."""
+    """Configures Ray Data: data source V1 (V2 waits seconds before the first batch of every pass), order kept, no progress bars."""
     import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # Ray Data sets its own level when it is imported
@@ -38,8 +38,9 @@ def _context() -> None:
 
 
 def _numbers(n: int) -> Any:
-    """0 to n - 1, a block each. They are there already: a task that reads would ask for a CPU, and wait for ever where a training's
-    workers have them all.
+    """A Ray Dataset of the numbers 0 to n - 1, one per block, already in memory.
+
+    A read task would ask for a CPU, and would wait for ever where the workers of a training hold all of them.
     """
     import ray.data
 
@@ -53,8 +54,9 @@ def spread(
     at_once: int,
     options: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """What `work(item)` yields for each item (plain JSON), as it comes; `at_once` items at a time, each a Ray task with these
-    `options`. The order of items is not kept.
+    """Runs `work(item)` on each item as a Ray task, and yields its rows (plain JSON) as they arrive, in no fixed order.
+
+    At most `at_once` tasks run at a time; `options` are Ray's for a task. Raises the UserError of a task as one.
     """
     import ray.data
 
@@ -67,34 +69,35 @@ def spread(
     def do(batch: Any) -> Iterator[Any]:
         for i in batch["id"]:
             for row in work(ray.get(held[int(i)])):
-                yield {"row": [json.dumps(row)]}  # a table would mix the rows' fields
+                yield {"row": [json.dumps(row)]}  # JSON, as a table would merge the fields of all rows
 
     done = _numbers(len(items)).map_batches(do, batch_size=1, concurrency=min(at_once, len(items)), **options)
     try:
         for row in done.iter_rows():
             yield json.loads(row["row"])
-    except UserError as error:  # Ray adds words of its own
+    except UserError as error:  # Ray adds its own text to the message
         cause = getattr(error, "cause", error)
         raise UserError(str(cause).split("\n")[0], hint=cause.hint) from error
 
 
-Block = tuple[np.ndarray, np.ndarray]
-"""Images [n, c, h, w] and labels [n]."""
+Block = dict[str, np.ndarray]
+"""Columns of equal length: image [n, c, h, w], label [n], and the further columns that a method needs."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Shards that are read together, and a seed for the order of their rows."""
+    """Shards that are read together, and the seed that shuffles their rows."""
 
     shards: tuple[Shard, ...]
     seed: tuple[int, int, int]
 
 
 class Plan:
-    """Which rows a worker sees, and when: a function of the seed, the worker and the number of workers alone.
+    """Which rows a worker sees, and when. It depends on the seed, the rank and the number of workers alone.
 
-    Each epoch takes all shards in an order of its own, `window` shards at a time; the rows of a window are permuted. Window
-    number g of the run goes to worker g mod world, so that together they see every image once an epoch, whatever divides what.
+    Each epoch shuffles the shards and takes `window` of them at a time; the rows within a window are shuffled as well. Window
+    number g of the run goes to worker g mod world. So the workers together see every image once per epoch, even if the number of
+    windows is not divisible by the number of workers.
     """
 
     def __init__(self, manifest: Manifest, which: str, *, seed: int, rank: int, world: int, window: int) -> None:
@@ -103,7 +106,7 @@ class Plan:
         self.window, self.each = window, -(-len(self.shards) // window)
 
     def __getitem__(self, m: int) -> Window:
-        """The worker's window number m."""
+        """Window number m of this worker."""
         number = m * self.world + self.rank
         epoch, i = divmod(number, self.each)
         order = np.random.default_rng([self.seed, 1, epoch]).permutation(len(self.shards))
@@ -114,27 +117,32 @@ class Plan:
         return sum(shard.count(self.which) for shard in self[m].shards)
 
     def find(self, position: int) -> tuple[int, int]:
-        """The window that holds the worker's row `position`, and the row's place in it."""
+        """Returns (the window that holds row `position` of this worker, the row's index in that window)."""
         m = 0
         while position >= (rows := self.rows(m)):
             m, position = m + 1, position - rows
         return m, position
 
 
-def read_window(root: str, manifest: Manifest, window: Window, which: str) -> Block:
-    """Its images and labels, in the order that its seed gives them."""
-    arrays = read_shards(root, manifest, window.shards, which)
+def read_window(root: str, manifest: Manifest, window: Window, which: str, columns: Sequence[str] = ()) -> Block:
+    """Returns the rows of a window, in the order that its seed gives."""
+    arrays = read_shards(root, manifest, window.shards, which, columns)
     order = np.random.default_rng(window.seed).permutation(len(arrays.labels))
-    return arrays.images[order], arrays.labels[order]
+    rows = {"image": arrays.images, "label": arrays.labels, **arrays.columns}
+    return {name: values[order] for name, values in rows.items()}
+
+
+def length_of(block: Block) -> int:
+    return len(block["label"])
 
 
 class StreamedBatches:
-    """Batches of a data set that is read while it is trained on (engine.batches.BatchSource).
+    """Batches of a data set that is streamed during training. Implements engine.batches.BatchSource.
 
-    Like the batches of images in memory they are a function of n_images: a run that goes on from a checkpoint, with as many
-    workers as before, sees exactly the rows that it would have seen. With another number of workers it begins at the same
-    number of images seen, but the windows fall to other workers: an image may come twice in that epoch, or not at all; at most
-    (workers before + workers now) windows of them.
+    A batch is a function of n_images, like those of images in memory. A run resumed from a checkpoint with the same number of
+    workers sees exactly the rows that it would have seen. With another number of workers it starts at the same n_images, but the
+    windows go to other workers: at most (workers before + workers now) windows of images come twice in that epoch, and as many
+    not at all.
     """
 
     def __init__(
@@ -150,16 +158,18 @@ class StreamedBatches:
         window: int,
         device: Any = "cpu",
         labelled: bool = True,
+        columns: Sequence[str] = (),
     ) -> None:
         from mmdistill_core.engine.batches import share_of
 
         self.root, self.manifest, self.device, self.labelled = root, manifest, device, labelled
+        self.columns = tuple(columns)
         self.local, self.global_batch = len(share_of(global_batch, rank=rank, world=world)), global_batch
         self.plan = Plan(manifest, which, seed=seed, rank=rank, world=world, window=window)
         self._next = -1
         self._blocks: Iterator[Block] = iter(())
         self._rest: list[Block] = []
-        self.waited = 0.0  # seconds that its caller did, in all
+        self.waited = 0.0  # total seconds that the caller has waited for batches
 
     def __call__(self, n_images: int) -> Any:
         import time
@@ -172,75 +182,82 @@ class StreamedBatches:
         since = time.perf_counter()
         if n_images != self._next:
             self._seek(n_images // self.global_batch * self.local)
-        while sum(len(labels) for _, labels in self._rest) < self.local:
+        while sum(map(length_of, self._rest)) < self.local:
             self._rest.append(next(self._blocks))
-        images, labels = (np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*self._rest, strict=True))
-        x, label = torch.from_numpy(images[: self.local].copy()), torch.from_numpy(labels[: self.local].copy())
-        self._rest = [(images[self.local :], labels[self.local :])]
+        rows = self._rest[0]
+        if len(self._rest) > 1:
+            rows = {name: np.concatenate([part[name] for part in self._rest]) for name in rows}
+        taken = {name: self._placed(torch.from_numpy(values[: self.local].copy())) for name, values in rows.items()}
+        self._rest = [{name: values[self.local :] for name, values in rows.items()}]
         self._next = n_images + self.global_batch
-        if str(self.device).startswith("cuda"):
-            x, label = x.pin_memory(), label.pin_memory()
-        x, label = x.to(self.device, non_blocking=True), label.to(self.device, non_blocking=True)
-        batch = Batch(centred(x), label if self.labelled else None)
+        x, label = taken.pop("image"), taken.pop("label")
+        batch = Batch(centred(x), label if self.labelled else None, **taken)
         self.waited += time.perf_counter() - since
         return batch
+
+    def _placed(self, values: Any) -> Any:
+        if str(self.device).startswith("cuda"):
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
 
     def _seek(self, position: int) -> None:
         self.close()
         m, skip = self.plan.find(position)
-        # Bytes are read by the worker itself; images that have to be decoded are so by Ray Data, on CPUs that have time for it.
+        # The worker reads shards of pixel bytes itself. Ray Data decodes PNGs, on CPUs that are idle.
         stream = self._decoded(m) if self.manifest.encoding == "png" else self._read(m)
         self._blocks, self._rest = Ahead(_after(skip, stream)), []
 
     def close(self) -> None:
-        """Ends the reading."""
+        """Stops the reading thread."""
         if isinstance(self._blocks, Ahead):
             self._blocks.close()
 
     def _read(self, m: int) -> Iterator[Block]:
-        """The worker's windows from number m on, without end."""
+        """Yields this worker's windows from number m on, endlessly."""
         while True:
-            yield read_window(self.root, self.manifest, self.plan[m], self.plan.which)
+            yield read_window(self.root, self.manifest, self.plan[m], self.plan.which, self.columns)
             m += 1
 
     def _decoded(self, m: int) -> Iterator[Block]:
-        """The same in blocks, by Ray Data's tasks."""
+        """Yields the same rows as `_read`, in blocks that Ray Data's tasks decode."""
         import ray.data
 
         _context()
-        root, manifest, which = self.root, self.manifest, self.plan.which
+        root, manifest, which, columns = self.root, self.manifest, self.plan.which, self.columns
         while True:
-            if not ray.is_initialized():  # it would start one of its own
+            if not ray.is_initialized():  # ray.put would start a new cluster
                 raise RuntimeError("Ray was shut down while images were read")
             held = ray.put((manifest, [self.plan[m + i] for i in range(PASS)]))
 
             def blocks(batch: Any, held: Any = held) -> Iterator[Any]:
                 (i,) = batch["id"]
                 about, windows = ray.get(held)
-                images, labels = read_window(root, about, windows[int(i)], which)
-                for start in range(0, len(labels), BLOCK):
-                    part = images[start : start + BLOCK]  # flat: a tensor column is copied on its way
-                    yield {"image": part.reshape(len(part), -1), "label": labels[start : start + BLOCK]}
+                rows = read_window(root, about, windows[int(i)], which, columns)
+                for start in range(0, length_of(rows), BLOCK):
+                    part = {name: values[start : start + BLOCK] for name, values in rows.items()}
+                    # Flattened, as Ray Data would copy a tensor column in transit.
+                    yield {name: v.reshape(len(v), -1) if v.ndim > 1 else v for name, v in part.items()}
 
-            # No CPU is asked for: on a small machine the training's workers have taken them all.
+            # num_cpus=0: on a small machine the training's workers hold all CPUs.
             read = _numbers(PASS).map_batches(blocks, batch_size=1, num_cpus=0, concurrency=AHEAD)
             batch: Any
             for batch in read.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=AHEAD):
-                yield batch["image"].reshape(-1, *manifest.shape), batch["label"]
+                shapes = {"image": manifest.shape, **{name: manifest.columns[name]["shape"] for name in columns}}
+                yield {name: v.reshape(-1, *shapes[name]) if name in shapes else v for name, v in batch.items()}
             m += PASS
 
 
 def _after(skip: int, blocks: Iterator[Block]) -> Iterator[Block]:
-    """Without the first `skip` rows."""
-    for images, labels in blocks:
-        drop = min(skip, len(labels))
+    """Yields the blocks without their first `skip` rows."""
+    for block in blocks:
+        drop = min(skip, length_of(block))
         skip -= drop
-        if drop < len(labels):
-            yield images[drop:], labels[drop:]
+        if drop < length_of(block):
+            yield {name: values[drop:] for name, values in block.items()}
 
 
 class Ahead:
-    """An iterator that a thread keeps ahead of its reader by a block. An error is raised where it is met."""
+    """An iterator that prefetches one block in a thread. An error of the source is raised when the reader reaches it."""
 
     def __init__(self, blocks: Iterator[Block]) -> None:
         self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)

@@ -1,1 +1,1 @@
-"""`mmdistill prepare`: images from anywhere become a data set."""
+"""`mmdistill prepare`: turns images from any source into a data set."""

@@ -1,7 +1,6 @@
-"""Encoders that turn what was read into what is trained on: images into latents of a VAE, captions into embeddings.
+"""Encoders for training data: a VAE turns images into latents, a text encoder turns captions into embeddings.
 
-Both take their weights from a folder of this machine that the user names, in safetensors; nothing is fetched, and nothing is
-unpickled.
+Both load safetensors weights from a local folder. Nothing is downloaded and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,29 +19,29 @@ if TYPE_CHECKING:
     import torch
 
 HASHED = ("*.json", "*.safetensors", "*.txt", "*.model")
-"""The files of a model that its fingerprint is made of."""
+"""The files of a model that its fingerprint covers."""
 
 ENCODED = 16
-"""Images or captions that an encoder takes at once."""
+"""Batch size of the encoders, in images or captions."""
 
 
 class Latents:
-    """The latents (z - shift) scale of a diffusers AutoencoderKL: z is the `mean` of the code, or a `sample` of it.
+    """Latents (z - shift) * scale of a diffusers AutoencoderKL, where z is the `mean` of the encoding or a `sample` of it.
 
-    scale and shift are scaling_factor and shift_factor of the model's configuration. Raises UserError for a folder that holds no
-    such model, or one that is not in safetensors.
+    scale and shift are scaling_factor and shift_factor of the model's configuration. Raises UserError if the folder holds no
+    AutoencoderKL in safetensors.
     """
 
     def __init__(self, folder: str, *, device: str = "cpu", how: Literal["mean", "sample"] = "mean") -> None:
-        _needs("diffusers", "diffusers")
+        _require("diffusers", "diffusers")
         root = _root(folder, "vae")
         kind = _config(root).get("_class_name")
         if kind != "AutoencoderKL":
             raise UserError(f"{folder}: a diffusers AutoencoderKL is expected, not {kind}")
-        _weights(root)
+        _check_weights(root)
         from diffusers import AutoencoderKL
 
-        self.vae = _loaded(root, AutoencoderKL).to(device)
+        self.vae = _load(root, AutoencoderKL).to(device)
         self.device, self.how = device, how
         config = self.vae.config
         self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0)
@@ -50,14 +49,15 @@ class Latents:
         self.fingerprint = _fingerprint([root], how)
 
     def shape(self, size: int) -> tuple[int, int, int]:
-        """(c, h, w) of the latents of square images. Raises UserError for a size that the model can't halve often enough."""
+        """The shape (c, h, w) of the latents of square images. Raises UserError if `size` is not a multiple of the VAE's factor."""
         if size % self.factor:
             raise UserError(f"image size {size}: the VAE needs a multiple of {self.factor}")
         return self.channels, size // self.factor, size // self.factor
 
     def __call__(self, images: np.ndarray, keys: Sequence[str]) -> np.ndarray:
-        """uint8 images [n, 3, h, w] -> float32 latents [n, c, h / factor, w / factor]. The noise of a `sample` is that of the
-        image's key: the same in whatever batch.
+        """uint8 images [n, 3, h, w] -> float32 latents [n, c, h / factor, w / factor].
+
+        The noise of a `sample` depends only on the image's key, not on the batch.
         """
         import torch
 
@@ -74,41 +74,44 @@ class Latents:
 
 
 class TextEmbeddings:
-    """The last hidden states of a CLIP text model or a T5 encoder of transformers, each caption padded to `length` tokens.
+    """The last hidden states of a transformers CLIP text model or T5 encoder, for captions padded to `length` tokens.
 
-    length: by default the tokenizer's own longest (77 for CLIP). tokenizer: its folder, where it isn't the model's. Raises
-    UserError for a folder that holds no such model or tokenizer.
+    length     default: the tokenizer's maximum (77 for CLIP)
+    tokenizer  its folder, if it is not with the model
+
+    Raises UserError if a folder holds no such model or tokenizer.
     """
 
     def __init__(
         self, folder: str, *, tokenizer: str | None = None, length: int | None = None, device: str = "cpu"
     ) -> None:
-        _needs("transformers", "text")
+        _require("transformers", "text")
         root = _root(folder, "text_encoder")
-        of = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+        class_names = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
         kind = str(_config(root).get("model_type"))
-        if kind not in of:
+        if kind not in class_names:
             raise UserError(f"{folder}: a text model of CLIP or T5 is expected, not {kind}")
-        _weights(root)
+        _check_weights(root)
         import transformers
 
-        words = _tokenizer_of(root, tokenizer)
-        self.tokenizer = _loaded(words, transformers.AutoTokenizer)
-        self.model = _loaded(root, getattr(transformers, of[kind])).to(device)
+        tokenizer_root = _tokenizer_root(root, tokenizer)
+        self.tokenizer = _load(tokenizer_root, transformers.AutoTokenizer)
+        self.model = _load(root, getattr(transformers, class_names[kind])).to(device)
         self.device = device
-        self.length = length or self._longest(folder)
+        self.length = length or self._max_length(folder)
         self.width = int(getattr(self.model.config, "d_model", 0) or self.model.config.hidden_size)
-        self.fingerprint = _fingerprint([root, words], str(self.length))
+        self.fingerprint = _fingerprint([root, tokenizer_root], str(self.length))
 
-    def _longest(self, folder: str) -> int:
+    def _max_length(self, folder: str) -> int:
         longest = int(self.tokenizer.model_max_length)
-        if longest > 10_000:  # transformers' word for: not told
-            raise UserError(f"{folder}: the tokenizer doesn't tell its longest text", hint="give a length, such as 128")
+        if longest > 10_000:  # transformers sets a huge number if the tokenizer states no maximum
+            raise UserError(f"{folder}: the tokenizer states no maximum length", hint="give a length, such as 128")
         return longest
 
     def __call__(self, captions: Sequence[str | None]) -> dict[str, np.ndarray]:
-        """embedding float32 [n, length, width]; mask bool [n, length], True for tokens of the caption, which is cut where it
-        has more than that. No caption is the empty one.
+        """Returns `embedding`, float32 [n, length, width], and `mask`, bool [n, length], True for tokens of the caption.
+
+        Longer captions are truncated. None is encoded as the empty caption.
         """
         import torch
 
@@ -132,7 +135,7 @@ def _noise(key: str, shape: Any) -> torch.Tensor:
 
 
 class Encoders:
-    """A VAE and a text encoder, or one of them, from folders of the user's; `size` of the images."""
+    """A VAE, a text encoder, or both, loaded from local folders. `size`: side of the images in pixels."""
 
     def __init__(self, latents: str | None, text: str | None, *, size: int, device: str = "cpu") -> None:
         self.size = size
@@ -140,7 +143,7 @@ class Encoders:
         self.text = TextEmbeddings(text, device=device) if text else None
 
     def columns(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of the columns that they make. Raises UserError for a size that the VAE does not take."""
+        """The manifest's description of the encoded columns. Raises UserError if the VAE does not take this image size."""
         out: dict[str, dict[str, Any]] = {}
         if self.latents:
             out["latent"] = {
@@ -171,16 +174,16 @@ class Encoders:
         return {name: np.concatenate(parts) for name, parts in out.items()}
 
 
-def _needs(package: str, extra: str) -> None:
+def _require(package: str, extra: str) -> None:
     if find_spec(package) is None:
         raise UserError(f"{package} is not installed", hint=f"pip install 'mmdistill[{extra}]'")
 
 
 def _root(folder: str, part: str) -> Path:
-    """The model's folder: this one, or `part` of a whole pipeline's."""
+    """The model's folder: `folder`, or its subfolder `part` if `folder` is a diffusers pipeline."""
     root = expanded(folder)
     if not root.is_dir():
-        raise UserError(f"{folder} is not a folder", hint="weights are not fetched: name a folder of this machine")
+        raise UserError(f"{folder} is not a folder", hint="weights are not downloaded: name a folder on this machine")
     return root / part if (root / part / "config.json").is_file() else root
 
 
@@ -190,19 +193,19 @@ def _config(root: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{root} holds no model: no config.json that can be read") from error
     if not isinstance(config, dict):
-        raise UserError(f"{root} holds no model: config.json is no object")
+        raise UserError(f"{root} holds no model: config.json is not an object")
     return config
 
 
-def _weights(root: Path) -> None:
+def _check_weights(root: Path) -> None:
     if not any(root.glob("*.safetensors")):
         others = [file.name for suffix in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in sorted(root.glob(suffix))]
-        said = f"{others[0]} is a pickle, which may run programs" if others else "there are no weights"
-        raise UserError(f"{root}: {said}; *.safetensors is expected")
+        problem = f"{others[0]} is a pickle, which may run programs" if others else "there are no weights"
+        raise UserError(f"{root}: {problem}; *.safetensors is expected")
 
 
-def _tokenizer_of(root: Path, named: str | None) -> Path:
-    """Named, beside the weights, or where a pipeline has it: text_encoder_2 -> tokenizer_2."""
+def _tokenizer_root(root: Path, named: str | None) -> Path:
+    """The tokenizer's folder: `named`, else the model's, else the one of a pipeline (text_encoder_2 -> tokenizer_2)."""
     beside = root.parent / root.name.replace("text_encoder", "tokenizer")
     places = [expanded(named)] if named else [root, beside]
     for place in places:
@@ -211,8 +214,8 @@ def _tokenizer_of(root: Path, named: str | None) -> Path:
     raise UserError(f"{places[0]} holds no tokenizer: no tokenizer_config.json")
 
 
-def _loaded(root: Path, kind: Any) -> Any:
-    """A model (frozen, for evaluation) or a tokenizer, from this folder alone."""
+def _load(root: Path, kind: Any) -> Any:
+    """Loads a frozen model in eval mode, or a tokenizer, from this folder only."""
     try:
         weights = {} if kind.__name__ == "AutoTokenizer" else {"use_safetensors": True}
         loaded = kind.from_pretrained(str(root), local_files_only=True, **weights)
@@ -222,7 +225,7 @@ def _loaded(root: Path, kind: Any) -> Any:
 
 
 def _fingerprint(folders: Sequence[Path], *options: str) -> str:
-    """Of the files' content, whatever the folders are called, and of the options."""
+    """A hash of the files' contents and of the options. The folders' names don't matter."""
     out = hashlib.sha256(" ".join(options).encode())
     for folder in folders:
         for path in sorted({path for pattern in HASHED for path in folder.glob(pattern)}):

@@ -1,4 +1,4 @@
-"""What `mmdistill prepare` is asked to make of a source, and what decides that a preparation is the same as another."""
+"""The options of `mmdistill prepare`, and the keys that tell whether two preparations are the same."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from workflows.config.schema import ConfigError, Data, digest
+from workflows.config.schema import Data
+from workflows.config.values import digest
 from workflows.dataset.readers import Listing
-from workflows.errors import expanded
+from workflows.errors import ConfigError, expanded
+from workflows.storage.code import code_version
 from workflows.storage.uri import check_name
-from workflows.storage.workspace import code_version
 
 EXTRACTORS = get_args(Data.model_fields["extractor"].annotation)
 CODE = (
     "workflows/ingest/options.py",
     "workflows/ingest/prepare.py",
     "workflows/ingest/summary.py",
-    "workflows/ingest",
+    "workflows/ingest/encoders.py",
+    "workflows/dataset/readers",
     "workflows/dataset/shards.py",
     "workflows/dataset/manifest.py",
 )
@@ -26,7 +28,7 @@ CODE = (
 
 @dataclass(frozen=True)
 class Preparation:
-    """What to make of a source. Raises ConfigError for values that can't be."""
+    """The options of a preparation. Raises ConfigError for invalid values."""
 
     source: str
     dest: str
@@ -64,7 +66,7 @@ class Preparation:
         if self.extractor_weights and not expanded(self.extractor_weights).is_file():
             raise ConfigError(f"--extractor-weights: {self.extractor_weights} is not a file")
         if not 0 <= self.max_bad < 1:
-            raise ConfigError(f"--max-bad: {self.max_bad:g} is not a share")
+            raise ConfigError(f"--max-bad: {self.max_bad:g} should be a share of the images, from 0 to less than 1")
         check_name("DEST", self.dest)
         if self.latents and self.channels != 3:
             raise ConfigError("--latents: a VAE takes images of 3 channels")
@@ -84,46 +86,46 @@ class Preparation:
 
     @property
     def features(self) -> dict[str, Any]:
-        """What decides which features statistics are of."""
+        """The options that determine the features of the reference statistics."""
         weights = self.extractor_weights
         content = hashlib.sha256(expanded(weights).read_bytes()).hexdigest() if weights else None
         return {"extractor": self.extractor, "weights": content, "seed": self.seed}
 
     @property
     def rows(self) -> int:
-        """Of a shard."""
+        """Rows in a shard."""
         return max(1, int(self.shard_mb * 2**20 / math.prod(self.shape)))
 
     def key(self, listing: Listing, columns: dict[str, Any]) -> str:
-        """Of all that decides what is written; `columns` of the encoders (Encoders.columns)."""
-        return digest([self.same(listing, columns), code_version(*CODE)])
+        """A hash of everything that determines the output: source, options, code, and `columns` (Encoders.columns)."""
+        return digest([self.key_without_code(listing, columns), code_version(*CODE)])
 
-    def same(self, listing: Listing, columns: dict[str, Any]) -> str:
-        """As `key`, but for the code: a data set that is there stays what it is."""
-        return digest([listing.fingerprint, self._ways(), columns])
+    def key_without_code(self, listing: Listing, columns: dict[str, Any]) -> str:
+        """`key` without the code, so that a finished data set stays valid when the code changes."""
+        return digest([listing.fingerprint, self._key_options(), columns])
 
-    def ways(self, columns: dict[str, Any]) -> str:
-        """As `same`, but for the source."""
-        return digest([self._ways(), columns])
+    def key_of_options(self, columns: dict[str, Any]) -> str:
+        """`key` without the code and the source."""
+        return digest([self._key_options(), columns])
 
-    def _ways(self) -> dict[str, Any]:
-        apart = ("source", "dest", "max_bad", "latents", "text_encoder", "extractor", "extractor_weights")
-        return {name: value for name, value in asdict(self).items() if name not in apart}
+    def _key_options(self) -> dict[str, Any]:
+        excluded = ("source", "dest", "max_bad", "latents", "text_encoder", "extractor", "extractor_weights")
+        return {name: value for name, value in asdict(self).items() if name not in excluded}
 
 
 def parse_share(option: str, text: str) -> float:
-    """ "1%" or "0.01" as 0.01. Raises ConfigError."""
+    """Parses "1%" or "0.01" as 0.01. Raises ConfigError unless it is at least 0 and less than 1."""
     try:
         share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         share = math.nan
     if not 0 <= share < 1:
-        raise ConfigError(f"{option}: {text!r} is no share, such as 1% or 0.01")
+        raise ConfigError(f"{option}: {text!r} is not a share, such as 1% or 0.01")
     return share
 
 
 def parse_split(text: str) -> float:
-    """ "train,holdout=0.1": the share that is held out. Raises ConfigError."""
+    """The held-out share of a --split such as "train,holdout=0.1". Raises ConfigError."""
     parts = dict(part.strip().partition("=")[::2] for part in text.split(","))
     if not set(parts) <= {"train", "holdout"} or parts.get("train", "") != "":
         raise ConfigError(f"--split: {text!r} should read train, or train,holdout=0.1")

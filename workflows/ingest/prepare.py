@@ -1,8 +1,8 @@
-"""`mmdistill prepare SOURCE DEST`: images from wherever they are become a data set, by tasks that each write shards of a part.
+"""`mmdistill prepare SOURCE DEST`: turns images into a data set. Each Ray task writes the shards of one part of the source.
 
-DEST/shards/<plan>-<part>-<n>.parquet   the rows, 64 MB a shard or so
-DEST/.parts/<plan>/<part>.json          a part that is whole; a preparation that goes on skips it. Removed at the end
-DEST/manifest.json                      last
+DEST/shards/<plan>-<part>-<n>.parquet   the rows, about 64 MB a shard
+DEST/.parts/<plan>/<part>.json          marks a finished part, which a resumed preparation skips. Removed at the end
+DEST/manifest.json                      written last
 """
 
 from __future__ import annotations
@@ -33,37 +33,36 @@ from workflows.errors import UserError
 from workflows.ingest.encoders import Encoders
 from workflows.ingest.options import Preparation
 from workflows.ingest.statistics import statistics_are_whole, statistics_for
-from workflows.ingest.summary import UNLABELLED, kind_of, taken_of
+from workflows.ingest.summary import UNLABELLED, kind_of, summarise
 from workflows.rendering.screen import Screen, short
-from workflows.storage import s3
-from workflows.storage import store as storage
-from workflows.storage.s3 import again, explained
+from workflows.storage import s3, store
+from workflows.storage.code import git_commit
+from workflows.storage.s3 import explained, retry
 from workflows.storage.uri import join, resolved, shown
-from workflows.storage.workspace import git_commit
 
 UNIT = 2**20
-"""Bytes of the source that are never divided further."""
+"""Target bytes of a unit, the smallest piece of the source that is read at once."""
 PARTS, SMALL = 16, 1000
-"""A source that would fill few shards is cut into so many parts, of at least so many images, for the sake of those who wait."""
-GUESS = 100_000
-"""Bytes of an image of a source that doesn't tell its count."""
-OWN = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM))
-"""Errors of writing, which the command line explains."""
+"""A small source is still cut into about PARTS parts, of at least SMALL images each, so that tasks run in parallel."""
+GUESSED_BYTES = 100_000
+"""Assumed bytes of an image, if the source does not state its number of images."""
+WRITE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM))
+"""Errors from writing, which the command line explains."""
 READERS = 8
-"""Units that are read at once where nothing is decoded."""
+"""Units that are read concurrently to compare contents."""
 LISTED = 1000
-"""Skipped images that the manifest names."""
+"""Maximum number of skipped images that the manifest lists."""
 
 
 @lru_cache(maxsize=1)
 def _encoders(latents: str | None, text: str | None, size: int, device: str) -> Encoders:
-    """A task's process keeps them for the next."""
+    """The encoders, cached for the next task in the same process."""
     return Encoders(latents, text, size=size, device=device)
 
 
 @dataclass
 class Tally:
-    """What the parts have come to."""
+    """The records of finished parts, by number, and their sums."""
 
     parts: dict[int, dict[str, Any]] = field(default_factory=dict)
 
@@ -81,7 +80,7 @@ class Tally:
 
     @property
     def reasons(self) -> Counter[str]:
-        """Why images were left out, by kind."""
+        """How many images were left out, by kind of reason."""
         return sum((Counter(part["reasons"]) for part in self.parts.values()), Counter[str]())
 
     @property
@@ -90,7 +89,7 @@ class Tally:
 
     @property
     def content(self) -> str:
-        """Of all that was read: the sum of the items' digests."""
+        """A hash of all items that were read: the sum of their digests."""
         total = Sum()
         for part in self.parts.values():
             total.merge(part["content"])
@@ -105,15 +104,15 @@ def _left_out(entries: Sequence[Sequence[Any]]) -> LeftOut:
 
 
 def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
-    """Writes the data set, or the rest of one that was begun; one that is there is left as it is. Ray is up.
+    """Writes the data set and returns its manifest. Continues an interrupted preparation, and leaves a finished one as it is.
 
-    Raises UserError where the source can't be read, too much of it is broken, or DEST holds something else.
+    Needs a running Ray. Raises UserError if the source can't be read, too many images are broken, or DEST holds something else.
     """
     p = replace(preparation, source=resolved(preparation.source), dest=resolved(preparation.dest))
     for outer, inner in ((p.source, p.dest), (p.dest, p.source)):
         if f"{inner}/".startswith(f"{outer}/"):
             raise UserError(f"{shown(inner)}: lies in {shown(outer)}", hint="name a folder beside the source")
-    storage.check(p.dest)
+    store.check(p.dest)
     with screen.status(f"listing {escape(shown(p.source))}"):
         listing = list_source(
             p.source,
@@ -138,37 +137,37 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
     if p.extractor:
         check_extractor(p.extractor, p.extractor_weights, p.shape, "--extractor")
     plan = p.key(listing, columns)
-    if is_data_set(p.dest) and (there := _there(p, listing, columns, screen)):
-        return there
+    if is_data_set(p.dest) and (existing := _existing(p, listing, columns, screen)):
+        return existing
     for note in listing.notes:
         screen.line(f"[yellow]![/] {escape(note)}")
     tally = _write_parts(p, listing, plan, screen)
     manifest = _manifest(p, listing, columns, tally)
     if p.extractor:
         manifest = replace(manifest, statistics=statistics_for(p, manifest, screen))
-    if is_data_set(p.dest) or not _whole(p.dest, manifest):
-        raise UserError(f"{shown(p.dest)}: another preparation wrote there meanwhile", hint="name another folder")
+    if is_data_set(p.dest) or not _is_complete(p.dest, manifest):
+        raise UserError(f"{shown(p.dest)}: another preparation wrote to it in the meantime", hint="name another folder")
     write_manifest(p.dest, manifest)
     _tidy(p.dest, manifest)
-    said = f", {tally.bad:,} left out" if tally.bad else ""
+    left_out = f", {tally.bad:,} left out" if tally.bad else ""
     screen.line(
         f"[green]✓[/] [bold]{shown(p.dest)}[/]  {manifest.count:,} images "
-        f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{said}  [dim]{manifest.fingerprint}[/]"
+        f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{left_out}  [dim]{manifest.fingerprint}[/]"
     )
-    _say_taken(manifest, screen)
+    _print_summary(manifest, screen)
     return manifest
 
 
-def _say_taken(manifest: Manifest, screen: Screen) -> None:
+def _print_summary(manifest: Manifest, screen: Screen) -> None:
     if manifest.taken:
         screen.line(f"  {escape(manifest.taken['said'])}")
 
 
 def _is_same(p: Preparation, listing: Listing, columns: dict[str, Any], there: Manifest, screen: Screen) -> bool:
-    """Whether the data set that is there was made of this source. Where files' times alone differ, all are read to tell."""
-    if there.options.get("same") == p.same(listing, columns):
+    """Whether the existing data set was made from this source. If only the files' times differ, all contents are compared."""
+    if there.options.get("same") == p.key_without_code(listing, columns):
         return True
-    alike = p.ways(columns) == there.options.get("ways") and there.classes == listing.classes
+    alike = p.key_of_options(columns) == there.options.get("ways") and there.classes == listing.classes
     if not alike or there.options.get("names") != listing.content:
         return False
     with screen.status("the files' times differ: comparing their contents"):
@@ -176,52 +175,56 @@ def _is_same(p: Preparation, listing: Listing, columns: dict[str, Any], there: M
 
 
 def content_of(p: Preparation, listing: Listing) -> str:
-    """The sum of the digests of all that a source holds, as `Tally.content` has it. Nothing is decoded."""
+    """The same hash as `Tally.content`, computed by reading the source. Nothing is decoded."""
     fs, total = s3.filesystem(p.source)[0], Sum()
 
-    def of(unit: Unit) -> list[bytes]:
-        return again(lambda: [digest_of(item) for item in read_unit(listing, unit, fs)], p.source)
+    def digests_of(unit: Unit) -> list[bytes]:
+        return retry(lambda: [digest_of(item) for item in read_unit(listing, unit, fs)], p.source)
 
     with ThreadPoolExecutor(READERS) as pool:
-        for digests in pool.map(of, listing.units):
+        for digests in pool.map(digests_of, listing.units):
             total.add(digests)
     return total.hex()
 
 
 def digest_of(item: Item) -> bytes:
-    about = json.dumps([item.key, item.label, item.caption, item.error])
+    """A hash of an item as it was read: key, label, caption, error and bytes."""
+    about = json.dumps([item.key, item.label, item.caption, bool(item.error)])
     digest = hashlib.blake2b(about.encode(), digest_size=Sum.BITS // 8)
     digest.update(item.image or b"")
     return digest.digest()
 
 
-def _there(p: Preparation, listing: Listing, columns: dict[str, Any], screen: Screen) -> Manifest | None:
-    """The data set that is there already, with the statistics that are asked for; None if some of it is gone."""
+def _existing(p: Preparation, listing: Listing, columns: dict[str, Any], screen: Screen) -> Manifest | None:
+    """The manifest of the data set in DEST, with the requested statistics added. None if shards are missing.
+
+    Raises UserError if it is another data set.
+    """
     there = read_manifest(p.dest)
     if not _is_same(p, listing, columns, there, screen):
         raise UserError(
             f"{shown(p.dest)}: holds another data set, of {there.count:,} images from {there.source}",
             hint="name another folder, or remove that one",
         )
-    if not _whole(p.dest, there):
-        screen.line(f"[yellow]![/] {shown(p.dest)}: shards are missing: it is made again")
-        storage.delete(join(p.dest, MANIFEST))
+    if not _is_complete(p.dest, there):
+        screen.line(f"[yellow]![/] {shown(p.dest)}: shards are missing, so it is prepared again")
+        store.delete(join(p.dest, MANIFEST))
         return None
-    screen.line(f"[green]✓[/] {shown(p.dest)} is this data set already: {there.count:,} images")
+    screen.line(f"[green]✓[/] {shown(p.dest)} already holds this data set: {there.count:,} images")
     if p.extractor is None or (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
-        _say_taken(there, screen)
+        _print_summary(there, screen)
         return there
-    write_manifest(p.dest, replace(there, statistics={}))  # who reads it meanwhile takes none for others
+    write_manifest(p.dest, replace(there, statistics={}))  # readers must not use the old statistics meanwhile
     there = replace(there, statistics=statistics_for(p, there, screen))
     write_manifest(p.dest, there)
-    screen.line(f"[green]✓[/] its reference statistics are in features of {p.extractor}")
-    _say_taken(there, screen)
+    screen.line(f"[green]✓[/] added reference statistics in features of {p.extractor}")
+    _print_summary(there, screen)
     return there
 
 
-def _whole(dest: str, manifest: Manifest) -> bool:
-    """Whether all its shards are there, by name and size."""
-    there = storage.listing(join(dest, "shards"))
+def _is_complete(dest: str, manifest: Manifest) -> bool:
+    """Whether all shards exist, by name and size."""
+    there = store.listing(join(dest, "shards"))
     sizes = {f"shards/{name}": entry.size for name, entry in there.items()}
     return all(sizes.get(shard.file) == shard.size for shard in manifest.shards)
 
@@ -233,18 +236,18 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
 
     groups = grouped(listing, p.rows)
     folder = join(p.dest, ".parts", plan)
-    tally = Tally(_done(folder, p.dest))
+    tally = Tally(_finished_parts(folder, p.dest))
     if tally.parts:
-        screen.line(f"  goes on: {len(tally.parts)} of {len(groups)} parts are there, {tally.images:,} images")
+        screen.line(f"  continues: {len(tally.parts)} of {len(groups)} parts are done, {tally.images:,} images")
     bare, resources = replace(listing, units=()), ray.cluster_resources()
-    # Encoders run on GPUs where there are any.
+    # Encoders use GPUs if there are any.
     use_gpu = p.encoded and resources.get("GPU", 0) >= 1
     at_once, device = int(resources.get("GPU" if use_gpu else "CPU", 1)), "cuda" if use_gpu else "cpu"
     task = {name: value for name, value in task_options(use_gpu=use_gpu).items() if name != "max_retries"}
     waiting = [(number, units) for number, units in enumerate(groups) if number not in tally.parts]
 
     def work(item: tuple[int, Sequence[Unit]]) -> Iterator[dict[str, Any]]:
-        yield write_surely(p, bare, plan, *item, device)
+        yield write_with_retries(p, bare, plan, *item, device)
 
     with screen.bars():
         bar = screen.bar("prepare", listing.count or len(groups), unit="images" if listing.count else "parts")
@@ -263,8 +266,8 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
 
 
 def grouped(listing: Listing, rows: int) -> list[tuple[Unit, ...]]:
-    """The units in order, those together that should about fill a shard of `rows`."""
-    each = sum(unit.size for unit in listing.units) / listing.count if listing.count else GUESS
+    """Groups the units into parts that fill about one shard of `rows` rows each."""
+    each = sum(unit.size for unit in listing.units) / listing.count if listing.count else GUESSED_BYTES
     expected = [unit.size / max(each, 1) for unit in listing.units]
     most = min(rows, max(SMALL, sum(expected) / PARTS))
     groups: list[list[Unit]] = []
@@ -277,32 +280,32 @@ def grouped(listing: Listing, rows: int) -> list[tuple[Unit, ...]]:
         filled += n
     if listing.units[0].kind != "images":
         return [tuple(group) for group in groups]
-    # Files in the order of their names are in the order of their classes: each part gets some of all.
+    # Files sorted by name are sorted by class, so each part takes every n-th unit to get all classes.
     return [tuple(listing.units[i :: len(groups)]) for i in range(len(groups))]
 
 
-def _done(folder: str, dest: str) -> dict[int, dict[str, Any]]:
-    """The parts that are whole, with all their shards, by number; not those that lacked rights, which they may have by now."""
-    sizes = {name: entry.size for name, entry in storage.listing(join(dest, "shards")).items()}
+def _finished_parts(folder: str, dest: str) -> dict[int, dict[str, Any]]:
+    """The records of finished parts whose shards all exist, by number. Parts with denied files are left out, to be tried again."""
+    sizes = {name: entry.size for name, entry in store.listing(join(dest, "shards")).items()}
     done = {}
-    for name in storage.listing(folder):
+    for name in store.listing(folder):
         if not re.fullmatch(r"[0-9]+\.json", name):
-            continue  # half a note
-        part = json.loads(storage.read(join(folder, name)))
+            continue  # a half-written record
+        part = json.loads(store.read(join(folder, name)))
         shards = [made["shard"] for made in part["made"]]
         if not part["denied"] and all(sizes.get(s["file"].removeprefix("shards/")) == s["size"] for s in shards):
             done[int(part["number"])] = part
     return done
 
 
-def write_surely(
+def write_with_retries(
     p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str
 ) -> dict[str, Any]:
-    """`write_part`, begun again while a store does not answer. Raises UserError where the source can't be read now."""
+    """`write_part`, retried while a store does not answer. Raises UserError if the source still can't be read."""
     try:
-        return again(lambda: write_part(p, listing, plan, number, units, device), p.source)
+        return retry(lambda: write_part(p, listing, plan, number, units, device), p.source)
     except OSError as error:
-        if error.errno in OWN:
+        if error.errno in WRITE_ERRORS:
             raise
         raise explained(error, p.source) from error
 
@@ -310,9 +313,9 @@ def write_surely(
 def write_part(
     p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str = "cpu"
 ) -> dict[str, Any]:
-    """Reads these units, writes their shards, then the note that the part is whole; gives that note. A Ray task."""
+    """Reads these units, writes their shards and then the record of the part, and returns that record. Runs as a Ray task."""
     encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
-    # Of tars that is known when they are read.
+    # For tars this is known only when they are read.
     may_have = bool(listing.captioned or (listing.kind == "webdataset" and listing.caption_columns))
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=may_have, encoders=encoders)
     denied, captioned, listed = 0, 0, list[dict[str, str]]()
@@ -344,12 +347,12 @@ def write_part(
         "content": content.hex(),
         "denied": denied,
     }
-    storage.write(join(p.dest, ".parts", plan, f"{number:05d}.json"), json.dumps(part).encode())
+    store.write(join(p.dest, ".parts", plan, f"{number:05d}.json"), json.dumps(part).encode())
     return part
 
 
 class Shards:
-    """Images as they come, to shards of `rows`."""
+    """Writes images to shards of `rows` rows as they arrive."""
 
     def __init__(self, p: Preparation, name: str, *, captioned: bool, encoders: Encoders | None) -> None:
         self.p, self.name, self.captioned, self.encoders = p, name, captioned, encoders
@@ -358,7 +361,7 @@ class Shards:
         self._rows: list[tuple[str, np.ndarray, int, str | None]] = []
 
     def add(self, key: str, image: bytes, label: int, caption: str | None) -> str:
-        """Why it is left out, or nothing."""
+        """Adds an image. Returns why it is left out, or an empty string."""
         from workflows.dataset.readers.decode import BadImage, decode
 
         p = self.p
@@ -393,41 +396,44 @@ class Shards:
 
 
 def _check_bad(p: Preparation, listing: Listing, tally: Tally, *, whole: bool) -> None:
-    """Raises UserError once it is certain that more than `max_bad` of the images can't be read."""
-    of = tally.images + tally.bad if whole else listing.count
-    if of and tally.bad > p.max_bad * of:
+    """Raises UserError once more than `max_bad` of the images are sure to be left out. `whole`: all parts are done.
+
+    At the end also checks that captions matched and that there are enough images.
+    """
+    total = tally.images + tally.bad if whole else listing.count
+    if total and tally.bad > p.max_bad * total:
         unlabelled = tally.reasons[UNLABELLED]
-        lacking = unlabelled > p.max_bad * of
-        said = (
-            f"{unlabelled:,} of {of:,} images have no label"
+        lacking = unlabelled > p.max_bad * total
+        problem = (
+            f"{unlabelled:,} of {total:,} images have no label"
             if lacking
-            else f"{tally.bad:,} of {of:,} images can't be read"
+            else f"{tally.bad:,} of {total:,} images can't be read"
         )
         first = next(
             (e for e in tally.listed() if not lacking or e["reason"] == UNLABELLED), {"path": "?", "reason": "?"}
         )
         hint = (
-            "--labels none: no classes; or leave them out with --max-bad"
+            "use --labels none for a data set without classes, or leave them out with --max-bad"
             if lacking
-            else "mend them, or allow more with --max-bad"
+            else "repair them, or allow more with --max-bad"
         )
         raise UserError(
-            f"{shown(p.source)}: {said}, more than {p.max_bad:.3%}; such as {first['path']}: {first['reason']}",
-            hint=f"{hint}; the parts that are done are kept",
+            f"{shown(p.source)}: {problem}, more than {p.max_bad:.3%}; such as {first['path']}: {first['reason']}",
+            hint=f"{hint}; finished parts are kept",
         )
     if whole and listing.caption_file and listing.limit is None and not tally.captioned:
-        raise UserError(f"{listing.captioned}: none of its captions is of an image of {shown(p.source)}")
+        raise UserError(f"{listing.captioned}: none of its captions belongs to an image of {shown(p.source)}")
     if whole and tally.images < FEWEST:
-        raise UserError(f"{shown(p.source)}: {tally.images} images that can be read; at least {FEWEST} are needed")
+        raise UserError(f"{shown(p.source)}: only {tally.images} images can be read; at least {FEWEST} are needed")
 
 
 def _manifest(p: Preparation, listing: Listing, encoded: dict[str, Any], tally: Tally) -> Manifest:
     made = [m for _, part in sorted(tally.parts.items()) for m in part["made"]]
     classes = len(listing.classes)
-    if listing.labelled and not classes:  # the source's own numbers
+    if listing.labelled and not classes:  # labels are numbers without names
         classes = 1 + max(int(label) for m in made for label in m["labels"])
     captions = listing.captioned or ("files beside the images" if tally.captioned else "")
-    taken = taken_of(
+    taken = summarise(
         listing,
         images=tally.images,
         captioned=tally.captioned,
@@ -447,9 +453,9 @@ def _manifest(p: Preparation, listing: Listing, encoded: dict[str, Any], tally: 
         taken=taken,
         skipped={"count": tally.bad, "listed": tally.listed()},
         options={
-            "same": p.same(listing, encoded),
+            "same": p.key_without_code(listing, encoded),
             "of": listing.fingerprint,
-            "ways": p.ways(encoded),
+            "ways": p.key_of_options(encoded),
             "names": listing.content,
             "content": tally.content,
             "kind": listing.kind,
@@ -465,6 +471,7 @@ def _manifest(p: Preparation, listing: Listing, encoded: dict[str, Any], tally: 
 
 
 def versions() -> dict[str, str]:
+    """The versions of the software that made a data set, for its manifest."""
     from importlib.metadata import version
 
     names = ("numpy", "pillow", "pyarrow", "ray")
@@ -472,14 +479,14 @@ def versions() -> dict[str, str]:
 
 
 def _tidy(dest: str, manifest: Manifest) -> None:
-    """Removes the notes of parts, and shards of attempts that came to nothing."""
+    """Removes the records of parts, and shards that failed attempts left behind."""
     wanted = {shard.file for shard in manifest.shards}
-    for name in storage.listing(join(dest, "shards")):
+    for name in store.listing(join(dest, "shards")):
         if f"shards/{name}" not in wanted:
-            storage.delete(join(dest, "shards", name))
-    storage.delete(join(dest, ".parts"))
+            store.delete(join(dest, "shards", name))
+    store.delete(join(dest, ".parts"))
 
 
 def shown_manifest(manifest: Manifest) -> dict[str, Any]:
-    """The manifest for a screen: how many shards, in place of them all."""
+    """The manifest as JSON values, with the number of shards in place of their list."""
     return asdict(manifest) | {"shards": len(manifest.shards)}

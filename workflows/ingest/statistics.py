@@ -1,7 +1,7 @@
-"""`mmdistill prepare --extractor KIND`: the extractor and the reference statistics that all runs on a data set then share.
+"""`mmdistill prepare --extractor KIND`: makes the extractor and the reference statistics that all runs on a data set share.
 
-DEST/extractor/           its weights
-DEST/statistics/<rows>/   of all rows, and of those held out and the rest
+DEST/extractor/           the extractor's weights
+DEST/statistics/<rows>/   statistics of all rows, of the held-out rows ("holdout") and of the others ("rest")
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 
 from workflows.cluster.session import task_options
 from workflows.config.schema import Data, Evaluate
-from workflows.dataset.extractors import Wanted, make_extractor, said_of
+from workflows.dataset.extractors import Wanted, make_extractor, progress_text
 from workflows.dataset.manifest import Manifest
 from workflows.dataset.reference import ABOUT, TENSORS, about_of, build_reference, save_reference
 from workflows.ingest.options import Preparation
 from workflows.rendering.screen import Bar, Screen
-from workflows.session.context import identity_of
-from workflows.storage import store as storage
+from workflows.storage import store
+from workflows.storage.integrity import identity_of
 from workflows.storage.store import publish
 from workflows.storage.uri import join
 
 FEWEST_ROWS = 4
-"""Rows below which there are no statistics of a part."""
+"""Minimum number of rows for the statistics of a part."""
 
 
 def _enough(manifest: Manifest, which: str) -> bool:
@@ -31,9 +31,9 @@ def _enough(manifest: Manifest, which: str) -> bool:
 
 
 def statistics_for(p: Preparation, manifest: Manifest, screen: Screen) -> dict[str, Any]:
-    """Builds and writes them for a data set whose shards are there; gives what its manifest says of them. Ray is up.
+    """Builds and writes the statistics of a data set whose shards exist. Returns the manifest's `statistics`.
 
-    Raises UserError where the extractor can't be made of these images.
+    Needs a running Ray. Raises UserError if the extractor can't be made for these images.
     """
     import ray
 
@@ -47,7 +47,7 @@ def statistics_for(p: Preparation, manifest: Manifest, screen: Screen) -> dict[s
 
         def tick(epoch: int, loss: float, accuracy: float | None) -> None:
             bars[:] = bars or [screen.bar("classifier", wanted.epochs, unit="epochs")]
-            bars[0].update(epoch, said_of(loss, accuracy))
+            bars[0].update(epoch, progress_text(loss, accuracy))
 
         extractor, accuracy = make_extractor(wanted, p.dest, manifest, tick=tick)
         about, folder = about_of(manifest, extractor), Path(scratch)
@@ -88,6 +88,6 @@ def statistics_for(p: Preparation, manifest: Manifest, screen: Screen) -> dict[s
 
 
 def statistics_are_whole(root: str, manifest: Manifest) -> bool:
-    """Whether the files are there that the manifest names."""
-    there = storage.listing(join(root, "statistics"))
+    """Whether all statistics files that the manifest names exist."""
+    there = store.listing(join(root, "statistics"))
     return all(f"{name}/{file}" in there for name in manifest.statistics.get("rows", {}) for file in (TENSORS, ABOUT))

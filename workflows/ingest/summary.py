@@ -1,4 +1,4 @@
-"""What a preparation took for labels and captions, and what it left out: for the manifest, and in a line for the screen."""
+"""Summarises a preparation: where labels and captions came from, and what was left out. For the manifest and the terminal."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from workflows.dataset.readers import Listing
 from workflows.dataset.readers.files import NO_SUFFIX, LeftOut, clean
 
 SHOWN, KINDS = 5, 20
-"""Names in the line; kinds of reasons in the manifest, the most frequent ones, others together."""
+"""Maximum names in the line, and maximum kinds of reasons in the manifest; rarer kinds are counted together."""
 UNLABELLED = "has no label"
 
 
-def taken_of(
+def summarise(
     listing: Listing,
     *,
     images: int,
@@ -24,8 +24,11 @@ def taken_of(
     reasons: Mapping[str, int],
     classes: int,
 ) -> dict[str, Any]:
-    """`images` that were taken, `captioned` of them with a caption, what was left out while reading, why images were (a count for
-    each kind of reason).
+    """The manifest's `taken`: the sources of labels and captions, what was left out, and the line for the terminal.
+
+    images, captioned  images that were taken, and those of them that have a caption
+    left_out           files and columns that were skipped while reading
+    reasons            why images were left out: a count for each kind of reason
     """
     found = left_out + Counter({(what, why): count for what, why, count in listing.left_out})
     often = sorted(reasons.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -40,11 +43,11 @@ def taken_of(
             for (what, why), count in sorted(found.items(), key=lambda pair: (pair[0][1], -pair[1], pair[0][0]))
         ],
     }
-    return values | {"said": said_of(values, listing.classes, images)}
+    return values | {"said": summary_line(values, listing.classes, images)}
 
 
-def said_of(taken: Mapping[str, Any], classes: Sequence[str], images: int) -> str:
-    """Such as: labels: 3 classes by folders (a, b, c); captions: none; left out: 120 .txt, 20 .heic (not images)."""
+def summary_line(taken: Mapping[str, Any], classes: Sequence[str], images: int) -> str:
+    """A line such as: labels: 3 classes by folders (a, b, c); captions: none; left out: 120 .txt, 20 .heic (not images)."""
     by, count = taken["labels"]["by"], taken["labels"]["classes"]
     names = f" ({_few([clean(name) for name in classes])})" if classes else ""
     labels = f"{count:,} class{'es' if count > 1 else ''} by {by}{names}" if by else "none"
@@ -74,7 +77,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def kind_of(reason: str) -> str:
-    """A reason without what is of one image alone: names, sizes, what a decoder said."""
+    """The kind of a reason: the text without details of one image, such as names, sizes or decoder messages."""
     text = re.sub(r"^\S*[\d.]\S*: ", "", reason)
     text = re.sub(r"\(.*?\)", "", text).partition(":")[0]
     return " ".join(re.sub(r"(?<![\w-])\d[\d,.]*(?![\w-])", "...", text).split())

@@ -1,1 +1,1 @@
-"""Jobs of a cluster: submitted, watched, stopped."""
+"""Jobs on a Ray cluster: submit, watch and stop them."""

@@ -1,4 +1,4 @@
-"""The only file that knows ray.job_submission: the jobs of a head, over HTTP, with Ray's token."""
+"""Client of the jobs API of a Ray head: HTTP with Ray's token. Only this file uses ray.job_submission."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from workflows.errors import UserError, expanded, home
 from workflows.storage.uri import shown
 
 SECONDS = (5.0, 60.0)
-"""To connect, and to be silent: Ray's own client waits for ever."""
+"""Connect and read timeouts. Ray's own client has none."""
 HEARTBEAT = 20.0
-"""Seconds between the pings that tell a followed log's dead connection from a silent job."""
+"""Seconds between pings while a log is followed. They tell a dead connection from a silent job."""
 PATIENCE = 300.0
-"""Seconds that a head may be away while a log is followed."""
+"""Seconds for which the head may be unreachable while a log is followed."""
 NAME = "mmdistill"
-"""Where a job's metadata have the name that it was submitted under."""
+"""Metadata key with the name that the job was submitted under."""
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
-"""Where a job's supervisor reads, from the job's own environment, how long a stop may take before it is a kill; by default 3 s."""
+"""Variable in the job's environment: the seconds that Ray waits between SIGTERM and SIGKILL. Ray's default is 3."""
 
 
 class Unreachable(UserError):
-    """The head does not answer now; it may later."""
+    """The head does not answer now. A retry may succeed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job as its head knows it. Times in seconds since 1970; `exit_code` of its command, if that came to an end."""
+    """A submitted job as its head describes it. Times are in seconds since 1970. `exit_code` is None until the command exits."""
 
     id: str
     status: str
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def code(self) -> int:
-        """As a shell would tell it: 128 and the signal where there was one, SIGTERM for a job that was stopped."""
+        """The exit code as a shell reports it: 128 + N after signal N. A job that was stopped counts as ended by SIGTERM."""
         if self.status == "SUCCEEDED":
             return 0
         if self.exit_code is None:
@@ -65,7 +65,10 @@ class Job:
 
 
 def address_of(given: str | None) -> str:
-    """The dashboard's address: as given, or RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if it is one of HTTP. Raises UserError."""
+    """The URL of the dashboard: `given`, RAY_API_SERVER_ADDRESS, or RAY_ADDRESS if that is an HTTP URL.
+
+    Raises UserError if there is none, or if it is no HTTP URL.
+    """
     env = os.environ
     ray = env.get("RAY_ADDRESS", "")
     found = given or env.get("RAY_API_SERVER_ADDRESS") or (ray if ray.startswith(("http://", "https://")) else "")
@@ -81,7 +84,10 @@ def address_of(given: str | None) -> str:
 
 
 def token() -> tuple[str | None, str]:
-    """Ray's token, from where Ray looks for it, and the name of that place. Raises UserError for a file that can't be read."""
+    """Ray's token (None: there is none) and where it came from. Looks in the same places as Ray.
+
+    Raises UserError if the token file can't be read.
+    """
     env = os.environ
     if env.get("RAY_AUTH_MODE") == "disabled":
         return None, "RAY_AUTH_MODE=disabled"
@@ -100,26 +106,27 @@ def token() -> tuple[str | None, str]:
 
 
 class Head:
-    """The jobs of the cluster whose dashboard is at `address`. Raises UserError, in a line, if there is none, it refuses the token,
-    or it does not know a job.
+    """The jobs of the cluster whose dashboard is at `address`.
+
+    Methods raise UserError if nothing answers there, the token is refused, or the job does not exist.
     """
 
     def __init__(self, address: str | None) -> None:
         self.address = address_of(address)
         self._token, self._place = token()
         self._headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        with self._answering():
+        with self._translated_errors():
             self._client = _client(self.address, self._headers)
 
     @contextlib.contextmanager
-    def _answering(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         from ray.exceptions import AuthenticationError
         from requests import JSONDecodeError, RequestException
 
         try:
             yield
         except AuthenticationError:
-            raise self._unwelcome() from None
+            raise self._token_error() from None
         except (JSONDecodeError, KeyError, TypeError):
             raise _no_dashboard(self.address) from None
         except (RequestException, ConnectionError) as error:
@@ -127,19 +134,17 @@ class Head:
                 raise _no_dashboard(self.address) from None
             raise Unreachable(
                 f"head: nothing answers at {self.address}",
-                hint="check --address, and the tunnel to it, if it is one: ssh -L 8265:127.0.0.1:8265 HEAD",
+                hint="check --address, and the tunnel if you use one: ssh -L 8265:127.0.0.1:8265 HEAD",
             ) from None
         except RuntimeError as error:
             if isinstance(error, UserError):
                 raise
             if str(error).startswith("Version check returned 404"):
                 raise _no_dashboard(self.address) from None
-            said = re.sub(r"^Request failed with status code \d+: ", "", str(error)).strip().splitlines() or [
-                "it refuses"
-            ]
-            raise UserError(f"head: {shown(said[-1])[:300]}") from None
+            lines = re.sub(r"^Request failed with status code \d+: ", "", str(error)).strip().splitlines()
+            raise UserError(f"head: {shown(lines[-1] if lines else 'it refused the request')[:300]}") from None
 
-    def _unwelcome(self) -> UserError:
+    def _token_error(self) -> UserError:
         if self._token:
             return UserError(
                 f"head: {self.address} refuses the token of {self._place}",
@@ -150,8 +155,8 @@ class Head:
             hint="set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with",
         )
 
-    def takes_anyone(self) -> bool:
-        """Whether the head asks for no token: whoever reaches it can run what they like."""
+    def needs_no_token(self) -> bool:
+        """Whether the head accepts requests without a token. Then anyone who reaches it can run code on the cluster."""
         import requests
 
         with contextlib.suppress(requests.RequestException):
@@ -160,24 +165,25 @@ class Head:
 
     def jobs(self) -> list[Job]:
         """All submitted jobs, oldest first."""
-        with self._answering():
+        with self._translated_errors():
             found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
         return sorted(found, key=lambda job: job.began or 0)
 
     def job(self, name: str) -> Job:
-        with self._answering():
+        with self._translated_errors():
             return _job(self._client.get_job_info(name))
 
     def attempts(self, name: str) -> list[Job]:
-        """The job of this name and those that were started again under it, NAME-2, NAME-3, ..., in this order. Another's name may
-        look like that as well: those started again tell whose they are.
+        """All attempts of a job: NAME, NAME-2, NAME-3, ..., in this order.
+
+        A job with another name may look like an attempt, so the name in the metadata decides.
         """
         own = [job for job in self.jobs() if job.id == name or job.metadata.get(NAME) == name]
         numbered = [(attempt_of(job.id, name), job) for job in own]
         return [job for n, job in sorted((pair for pair in numbered if pair[0]), key=lambda pair: pair[0])]
 
     def newest(self, name: str) -> Job:
-        """The last attempt of this name; NAME-1 is the first."""
+        """The last attempt of a job. NAME-1 names the first attempt. Raises UserError if there is no such job."""
         found = self.attempts(name) or self.attempts(name.removesuffix("-1"))[:1]
         if not found:
             raise UserError(
@@ -188,9 +194,9 @@ class Head:
     def submit(
         self, name: str, *, entrypoint: str, folder: Path | None, env: dict[str, str], metadata: dict[str, str]
     ) -> bool:
-        """Starts a job: `entrypoint` in a copy of `folder`. False if there is one of this name already."""
+        """Starts `entrypoint` in a copy of `folder`. Returns False if a job of this name exists already."""
         runtime: dict[str, Any] = {"env_vars": env} | ({"working_dir": str(folder)} if folder else {})
-        with self._answering():
+        with self._translated_errors():
             try:
                 self._client.submit_job(
                     entrypoint=entrypoint, submission_id=name, runtime_env=runtime, metadata=metadata
@@ -202,18 +208,19 @@ class Head:
         return True
 
     def stop(self, name: str) -> bool:
-        """Asks a job to end: SIGTERM, and after its STOP_WAIT a kill. False if it had ended."""
-        with self._answering():
+        """Asks a job to end: SIGTERM, then SIGKILL after the seconds in its STOP_WAIT. Returns False if it had ended already."""
+        with self._translated_errors():
             return bool(self._client.stop_job(name))
 
     def log(self, name: str) -> str:
-        with self._answering():
+        with self._translated_errors():
             return str(self._client.get_job_logs(name))
 
     def follow(self, name: str, show: Callable[[str], None], say: Callable[[str], None], *, past: int = 0) -> Job:
-        """Shows the job's log but for its first `past` characters, as it grows, and returns the job when it has ended.
+        """Passes the job's log to `show` as it grows, without its first `past` characters. Returns the job when it has ended.
 
-        A connection that drops is made again, and what was shown is not shown again; `say` is told of that.
+        Reconnects if the connection drops, and shows no text twice. `say` gets messages about lost and restored connections.
+        Raises Unreachable if the head does not answer for PATIENCE seconds.
         """
         seen, here, since, pause, away = past, 0, time.monotonic(), 1.0, False
 
@@ -239,8 +246,8 @@ class Head:
             except Unreachable as error:
                 if time.monotonic() - since > PATIENCE:
                     raise Unreachable(
-                        f"head: it has not answered at {self.address} for {PATIENCE:.0f} s; the job may well go on",
-                        hint=f"look again with: mmdistill jobs logs {name} --follow --address {self.address}",
+                        f"head: it has not answered at {self.address} for {PATIENCE:.0f} s; the job may still be running",
+                        hint=f"to follow it again: mmdistill jobs logs {name} --follow --address {self.address}",
                     ) from error
                 if not away:
                     say(f"the head at {self.address} does not answer; trying again")
@@ -249,7 +256,7 @@ class Head:
             pause = min(2 * pause, 15.0)
 
     async def _tail(self, name: str, take: Callable[[str], None]) -> bool:
-        """The log from its beginning to its end, or to where the connection drops: whether it came to its end."""
+        """Passes the log from its beginning to `take`. Returns False if the connection drops before the end of the log."""
         import aiohttp
 
         url = f"{self.address}/api/jobs/{name}/logs/tail"
@@ -265,7 +272,7 @@ class Head:
 
 
 def attempt_of(job_id: str, name: str) -> int:
-    """1 for NAME, n for NAME-n, 0 for another job."""
+    """The number of an attempt: 1 for NAME, n for NAME-n, 0 for another job."""
     if job_id == name:
         return 1
     found = re.fullmatch(re.escape(name) + r"-([1-9]\d*)", job_id)
@@ -275,7 +282,7 @@ def attempt_of(job_id: str, name: str) -> int:
 def _no_dashboard(address: str) -> UserError:
     return UserError(
         f"head: what answers at {address} is not Ray's dashboard",
-        hint="its port is 8265 unless it was started with another; a driver's address (RAY_ADDRESS, :6379) is not it",
+        hint="the dashboard listens on port 8265 by default; RAY_ADDRESS (port 6379) is for drivers",
     )
 
 
@@ -295,17 +302,8 @@ def _job(details: Any) -> Job:
 
 
 def _client(address: str, headers: dict[str, str]) -> Any:
-    """Ray's client of this address alone: left to itself it prefers the environment's to the one that it is given."""
-    from ray.job_submission import JobSubmissionClient
-
-    class Client(JobSubmissionClient):
-        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-            return super()._do_request(method, endpoint, **{"timeout": SECONDS} | options)
+    from workflows.private.ray import job_client
 
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.ERROR)
-    kept = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
-    try:
-        return Client(address, headers=dict(headers))
-    finally:
-        os.environ.update(kept)
+    return job_client(address, headers, seconds=SECONDS)

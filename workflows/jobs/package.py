@@ -1,4 +1,4 @@
-"""What a job is sent: this program's own source, and nothing that lies beside it."""
+"""Collects the files that are sent with a job: the source of this program, and nothing else in the checkout."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("mmdistill_core", "workflows")
+PACKAGES = ("mmdistill_core", "workflows", "benchmarks")
 KINDS = {".py", ".yaml", ".html", ".css"}
 PRIVATE = re.compile(r"secret|token|credential|passw|(^|/)\.", re.IGNORECASE)
-"""Of a file's path: what is not sent, whatever it holds."""
+"""Files whose path matches are never sent."""
 
 
 def checkout() -> Path | None:
-    """The folder of this program's source, or None where it was installed from a wheel: then the head has to have it too."""
+    """The root of the checkout. None for an installation from a wheel: then the head needs its own installation."""
     return ROOT if (ROOT / "pyproject.toml").is_file() else None
 
 
 def source_files(root: Path) -> list[str]:
-    """Relative paths of the packages' files that a job needs."""
+    """The source files that a job needs, as paths relative to `root`."""
     found = ["pyproject.toml"]
     for package in PACKAGES:
         files = (path for path in (root / package).rglob("*") if path.suffix in KINDS and path.is_file())
@@ -31,7 +31,7 @@ def source_files(root: Path) -> list[str]:
 
 @contextmanager
 def working_directory(given: dict[str, bytes]) -> Iterator[Path | None]:
-    """A folder with the source and the `given` files, by their names in it; None if there is nothing to send."""
+    """A temporary folder with the source and the `given` files (path -> content). None if there is nothing to send."""
     root = checkout()
     if root is None and not given:
         yield None

@@ -1,4 +1,7 @@
-"""submit: a stage's command as a job of a cluster, once: submitted again it is joined, or goes on from the workspace."""
+"""The `submit` command: runs a stage as a job on a cluster.
+
+The same command submitted again joins the running job. If the job has ended, a new attempt continues from the workspace.
+"""
 
 from __future__ import annotations
 
@@ -13,41 +16,43 @@ from typing import Any
 
 from rich.markup import escape
 
-from workflows.config.schema import ConfigError, RunConfig, digest, exists, sendable
-from workflows.errors import UserError
+from workflows.config.loading import exists, sendable
+from workflows.config.schema import RunConfig
+from workflows.config.values import digest
+from workflows.errors import ConfigError, UserError
 from workflows.jobs.client import NAME, STOP_WAIT, Head, Job, attempt_of
 from workflows.jobs.package import PACKAGES, checkout, working_directory
 from workflows.rendering.screen import Screen, clock
+from workflows.storage.code import code_version, git_commit
 from workflows.storage.lease import WAITS
-from workflows.storage.s3 import told
+from workflows.storage.s3 import shared_environment
 from workflows.storage.uri import check_name, is_remote, secrets, shown
-from workflows.storage.workspace import code_version, git_commit
 
 STAGES = ("run", "prepare", "sweep", "ablate", "bench")
 PLACES = {"workspace", "source", "dest", "place", "out", "page", "latents", "text_encoder", "extractor_weights"}
-"""Parameters that say where something is or goes: on a cluster, a place that all of its machines see."""
-FILES = {"out", "page"}
-"""Those of them that are written as files, and can't be in an object store."""
-FIELDS = (("data", "path"), ("data", "extractor_weights"), ("evaluate", "reference"))
-"""The same, of a configuration."""
+"""Parameters that name a path or URI. On a cluster all machines must be able to reach it."""
+FILE_PLACES = {"out", "page"}
+"""The places that are written as local files, so they can't be in an object store."""
+PLACE_FIELDS = (("data", "path"), ("data", "extractor_weights"), ("evaluate", "reference"))
+"""Fields of the configuration that name a path or URI."""
 SHARED = "an absolute path that all machines see"
-OF_CONFIG = {"recipe", "set_", "smoke"}
-SHOWN_ONLY = {"as_json", "debug", "tracking_wait"}
-"""Parameters that make no other job."""
-SENT = {".yaml", ".yml", ".json", ".csv"}
-LARGEST = 2**20
+CONFIG_PARAMETERS = {"recipe", "set_", "smoke"}
+NOT_IN_ID = {"as_json", "debug", "tracking_wait"}
+"""Parameters that don't change a job's id."""
+SENT_SUFFIXES = {".yaml", ".yml", ".json", ".csv"}
+LARGEST_SENT = 2**20
 COMMAND, CODE = "mmdistill.command", "mmdistill.code"
-"""Of a job's metadata, beside its NAME: what tells its command from another, and the version of its code."""
+"""Metadata keys of a job, beside NAME: the id of its command, and the version of its code."""
 TRACKING = "MLFLOW_TRACKING_URI"
 STOP_SECONDS = "120"
-"""A stop waits so long for the checkpoint; after it comes the kill."""
+"""Seconds that a stop waits for the last checkpoint before the job is killed."""
 SECRET = re.compile(r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|PRIVATE|(TOKEN|KEY|PASS|PWD)S?(_|$)", re.IGNORECASE)
-GIVE = "whoever sees the cluster could read it; give it to the nodes themselves: docs/jobs.md"
+SECRET_HINT = "anyone who can list the jobs could read it; set it on the nodes instead: docs/jobs.md"
 
 
 @dataclass(frozen=True)
-class Given:
-    """A parameter of a stage as it was given: its name, the option's, its values as text, and as words of a command line."""
+class Parameter:
+    """A parameter of a stage with its value: its name, its option, its values as text, and as words of a command line."""
 
     name: str
     option: str
@@ -57,7 +62,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Submission:
-    """What a head is asked to run. `name` is the same for the same command and configuration; `files`: sent beside the source."""
+    """A job to submit. `command` is an id of the command and its configuration; `name` is the same unless --id names another.
+
+    `files` are sent along with the source.
+    """
 
     name: str
     command: str
@@ -66,8 +74,8 @@ class Submission:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-def given_of(command: Any, context: Any) -> list[Given]:
-    """The parameters of a parsed command that were given, by the command line or the environment, and those that name places."""
+def given_parameters(command: Any, context: Any) -> list[Parameter]:
+    """The parameters of a parsed command that were set on the command line or in the environment, and all that name places."""
     found = []
     for parameter in command.params:
         value, source = context.params.get(parameter.name), context.get_parameter_source(parameter.name)
@@ -80,29 +88,30 @@ def given_of(command: Any, context: Any) -> list[Given]:
             words = [option if value else parameter.secondary_opts[0]]
         else:
             words = [word for text in values for word in ([text] if argument else [option, text])]
-        found.append(Given(parameter.name, option, values, tuple(words)))
+        found.append(Parameter(parameter.name, option, values, tuple(words)))
     return found
 
 
 def compose(
-    stage: str, given: list[Given], config: RunConfig | None, *, env: Iterable[str] = (), name: str | None = None
+    stage: str, given: list[Parameter], config: RunConfig | None, *, env: Iterable[str] = (), name: str | None = None
 ) -> Submission:
-    """The job of a command. Raises ConfigError for a place that the cluster can't see, and for what would show a secret."""
+    """The job of a command. Raises ConfigError for a path that the cluster can't reach, and for secrets that Ray would show."""
     _check_places(given, config)
     files: dict[str, bytes] = {}
-    words, own = ["python", "-m", "workflows", stage], []
-    # Options first: an argument may be a list.
+    words, identifying = ["python", "-m", "workflows", stage], []
+    # Options come first, because an argument may be a list.
     for part in sorted(given, key=lambda part: not part.option.startswith("-")):
-        sent = [_sent(part.name, word, files) if part.name not in PLACES else word for word in part.words]
+        sent = [_attach(part.name, word, files) if part.name not in PLACES else word for word in part.words]
         words += sent
-        if part.name not in SHOWN_ONLY and not (config and part.name in OF_CONFIG):
-            own.append(sent)
+        if part.name not in NOT_IN_ID and not (config and part.name in CONFIG_PARAMETERS):
+            identifying.append(sent)
     for word in words:
         if secrets(word):
-            raise ConfigError(f"{stage}: there is a password in an address; {GIVE}")
-    of = re.sub(r"[^A-Za-z0-9_.]+", "-", config.recipe) if config else ""
-    made = "-".join(part for part in (stage, of, digest([own, config and config.model_dump(mode="json")])) if part)
-    return Submission(_checked_name(name) if name else made, made, shlex.join(words), environment(env), files)
+            raise ConfigError(f"{stage}: there is a password in an address; {SECRET_HINT}")
+    recipe = re.sub(r"[^A-Za-z0-9_.]+", "-", config.recipe) if config else ""
+    key = digest([identifying, config and config.model_dump(mode="json")])
+    command = "-".join(part for part in (stage, recipe, key) if part)
+    return Submission(_checked_name(name) if name else command, command, shlex.join(words), environment(env), files)
 
 
 def _checked_name(name: str) -> str:
@@ -111,83 +120,91 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _check_places(given: list[Given], config: RunConfig | None) -> None:
+def _check_places(given: list[Parameter], config: RunConfig | None) -> None:
     for part in given:
         for value in part.values if part.name in PLACES else ():
-            remote = is_remote(value) and part.name not in FILES
+            remote = is_remote(value) and part.name not in FILE_PLACES
             if part.name == "workspace":
                 check_name("workspace", value)
             if not remote and not value.removeprefix("file://").startswith("/"):
-                kinds = SHARED if part.name in FILES else f"s3://BUCKET/PREFIX, or {SHARED}"
+                kinds = SHARED if part.name in FILE_PLACES else f"s3://BUCKET/PREFIX, or {SHARED}"
                 option = part.option if part.option.startswith("-") else part.name.upper()
                 raise ConfigError(f"{option}: {value} is a place on this machine; for a cluster give {kinds}")
         if part.name == "tracking_uri" and re.match(r"sqlite:///(?!/)", part.values[0]):
             raise ConfigError(
-                f"--tracking-uri: {part.values[0]} is a file on this machine; for a cluster give a server's"
+                f"--tracking-uri: {part.values[0]} is a file on this machine; for a cluster give a server's address"
             )
-    for section, name in FIELDS if config else ():
+    for section, name in PLACE_FIELDS if config else ():
         value = str(getattr(getattr(config, section), name) or "/")
         if not is_remote(value) and not value.startswith("/"):
             raise ConfigError(f"{section}.{name}: {value} is a place on this machine; for a cluster give {SHARED}")
 
 
-def _sent(parameter: str, word: str, files: dict[str, bytes]) -> str:
-    """A word that is a small file here (a recipe with those that it extends, a space, labels) as the file's name in the job's
-    folder.
+def _attach(parameter: str, word: str, files: dict[str, bytes]) -> str:
+    """If `word` names a small local file (a recipe, a sweep space, labels), adds it to `files` and returns its path in the job's
+    folder. A recipe is sent together with those that it extends. Other words are returned unchanged.
     """
     path = Path(word)
-    if path.suffix not in SENT or not exists(path):
+    if path.suffix not in SENT_SUFFIXES or not exists(path):
         return word
     content, size = b"", path.stat().st_size
-    if size <= LARGEST:
+    if size <= LARGEST_SENT:
         content = sendable(word) if parameter == "recipe" else path.read_bytes()
-    if (size := max(size, len(content))) > LARGEST:
-        raise ConfigError(f"{word}: {size / 2**20:.1f} MiB are too much to send along; for a cluster give {SHARED}")
+    if (size := max(size, len(content))) > LARGEST_SENT:
+        raise ConfigError(f"{word}: {size / 2**20:.1f} MiB is too large to send along; for a cluster give {SHARED}")
     name = f"given/{hashlib.sha256(content).hexdigest()[:8]}/{path.name}"
     files[name] = content
     return name
 
 
 def environment(names: Iterable[str]) -> dict[str, str]:
-    """What a job's processes find in their environment: how the object store is reached, and the variables that are named.
+    """The environment variables of a job: how to reach the object store, and the variables in `names`.
 
-    Raises ConfigError for one that is not set, and for a secret: Ray shows all of it to whoever may list the jobs.
+    Raises ConfigError for a variable that is not set, and for a secret: Ray shows the environment to anyone who can list the jobs.
     """
-    # The cache is this machine's own.
-    env = {name: value for name, value in told().items() if name != "MMDISTILL_CACHE"}
+    # The cache folder is specific to this machine.
+    env = {name: value for name, value in shared_environment().items() if name != "MMDISTILL_CACHE"}
     for name in names:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ConfigError(
                 "--env: it takes the name of a variable that is set here, as in --env MLFLOW_TRACKING_URI"
             )
         if SECRET.search(name):
-            raise ConfigError(f"--env {name}: it looks like a secret; {GIVE}")
+            raise ConfigError(f"--env {name}: it looks like a secret; {SECRET_HINT}")
         if name not in os.environ:
             raise ConfigError(f"--env {name}: it is not set here")
         env[name] = os.environ[name]
     for name, value in env.items():
         if secrets(value):
-            raise ConfigError(f"--env {name}: there is a password in it; {GIVE}")
-    # The driver tells its workers the same variables, which Ray takes for a conflict unless it is told not to.
-    ours = {STOP_WAIT: STOP_SECONDS, WAITS: "1", "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", "MMDISTILL_COMMIT": git_commit()}
-    return ours | env
+            raise ConfigError(f"--env {name}: there is a password in it; {SECRET_HINT}")
+    # The driver passes the same variables to its workers. Ray calls that a conflict unless RAY_OVERRIDE_JOB_RUNTIME_ENV is set.
+    defaults = {
+        STOP_WAIT: STOP_SECONDS,
+        WAITS: "1",
+        "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
+        "MMDISTILL_COMMIT": git_commit(),
+    }
+    return defaults | env
 
 
 def submit(head: Head, job: Submission, screen: Screen) -> str:
-    """Starts the job, or finds that it runs; returns the id of the attempt that runs now."""
-    if head.takes_anyone():
+    """Starts the job, or joins it if it is running. Returns the id of the running attempt.
+
+    Raises UserError if another command is running under this name.
+    """
+    if head.needs_no_token():
         screen.line(
-            f"[yellow]![/] the head at {escape(head.address)} asks for no token: whoever reaches it runs what they like "
-            "(RAY_AUTH_MODE=token where it is started)"
+            f"[yellow]![/] the head at {escape(head.address)} accepts requests without a token: anyone who reaches it can run "
+            "code there (start it with RAY_AUTH_MODE=token)"
         )
     if os.environ.get(TRACKING) and TRACKING not in job.env and "--tracking-uri" not in job.entrypoint:
-        screen.line(f"[yellow]![/] {TRACKING} is set here, and not passed on: --env {TRACKING} would do it")
+        screen.line(f"[yellow]![/] {TRACKING} is set here, but not passed to the job: add --env {TRACKING}")
     code, taken = code_version(*PACKAGES), 0
     with working_directory(job.files) as folder:
         while True:
             attempts = head.attempts(job.name)
             if attempts and not attempts[-1].ended:
-                return _joined(job, attempts[-1], code, screen)
+                return _join(job, attempts[-1], code, screen)
             n = max(taken, attempt_of(attempts[-1].id, job.name) if attempts else 0) + 1
             name = job.name if n == 1 else f"{job.name}-{n}"
             if head.submit(
@@ -197,36 +214,40 @@ def submit(head: Head, job: Submission, screen: Screen) -> str:
                 env=job.env,
                 metadata={NAME: job.name, COMMAND: job.command, CODE: code if checkout() else ""},
             ):
-                again = f"  [dim]attempt {n}: goes on from what the workspace has[/]" if n > 1 else ""
+                again = f"  [dim]attempt {n}: continues from the workspace[/]" if n > 1 else ""
                 screen.line(f"[green]submitted[/] [bold]{name}[/]{again}")
                 return name
-            taken = n  # by another submitter, who was faster and is joined; or by a job of another name
+            taken = n  # by another submitter of this job, which the next round joins, or by another job of this name
 
 
-def _joined(wanted: Submission, job: Job, code: str, screen: Screen) -> str:
+def _join(wanted: Submission, job: Job, code: str, screen: Screen) -> str:
     if job.metadata.get(COMMAND, wanted.command) != wanted.command:
         raise UserError(
-            f"--id {wanted.name}: under this name another command runs: {shown(job.entrypoint)}",
+            f"--id {wanted.name}: another command is running under this name: {shown(job.entrypoint)}",
             hint=f"give another name, or: mmdistill jobs stop {job.id}",
         )
-    screen.line(f"[green]joined[/] [bold]{job.id}[/], which runs already ({job.status.lower()}, {clock(job.seconds)})")
+    screen.line(
+        f"[green]joined[/] [bold]{job.id}[/], which is already running ({job.status.lower()}, {clock(job.seconds)})"
+    )
     if job.metadata.get(CODE, "") not in ("", code):
-        screen.line(f"[yellow]![/] it runs other code than there is here; to run this: mmdistill jobs stop {job.id}")
+        screen.line(
+            f"[yellow]![/] its code differs from the code here; to run this code, first: mmdistill jobs stop {job.id}"
+        )
     return job.id
 
 
-LACKING = re.compile(
+MISSING_PACKAGE = re.compile(
     r"^(?:\S*python\S*: |ModuleNotFoundError: )No module named '?([A-Za-z0-9_]+)[^\n]*\Z", re.MULTILINE
 )
-"""As the last line of a log."""
+"""The last line of a log, if a package was missing."""
 
 
-def explained(job: Job, log: str) -> UserError | None:
-    """Why a job has failed, where its head lacks something; None for errors of its own, which stand in its log."""
+def explain_failure(job: Job, log: str) -> UserError | None:
+    """Why a job failed, if its head lacks something that it needs. None for errors of the job itself, which are in its log."""
     install = (
         "run the pinned image, or install mmdistill there with infra/constraints.txt before `ray start`: docs/jobs.md"
     )
-    if found := LACKING.search(log.rstrip()) or LACKING.search(job.message.rstrip()):
+    if found := MISSING_PACKAGE.search(log.rstrip()) or MISSING_PACKAGE.search(job.message.rstrip()):
         return UserError(f"job {job.id}: the head's Python has no package {found[1]}", hint=install)
     if re.search(r"python: (command )?not found", log[-20_000:] + job.message):
         return UserError(
@@ -234,8 +255,6 @@ def explained(job: Job, log: str) -> UserError | None:
             hint="activate its environment in the shell that runs `ray start`",
         )
     if job.exit_code is None and job.status == "FAILED":
-        said = [line for line in job.message.splitlines() if line.strip()] or ["it did not start"]
-        return UserError(
-            f"job {job.id}: {said[0][:300]}", hint="submitted again, it goes on from what the workspace has"
-        )
+        lines = [line for line in job.message.splitlines() if line.strip()] or ["it did not start"]
+        return UserError(f"job {job.id}: {lines[0][:300]}", hint="submit it again: it continues from the workspace")
     return None

@@ -1,4 +1,4 @@
-"""jobs: what runs on a cluster, looked at from elsewhere: a list, a state, a log as it grows, a stop."""
+"""The `jobs` commands: list the jobs of a cluster, follow a log, stop a job."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rich.table import Table
 
 from workflows.errors import UserError
 from workflows.jobs.client import STOP_WAIT, Head, Job
-from workflows.jobs.submit import explained
+from workflows.jobs.submit import explain_failure
 from workflows.rendering.screen import Screen, clock
 
 MARKS = {"SUCCEEDED": "[green]✓[/]", "FAILED": "[red]✗[/]", "STOPPED": "[yellow]■[/]"}
 GRACE = 30.0
-"""Seconds beyond its own that a stop may take: the head looks now and then only."""
+"""Extra seconds to wait for a stop, because the head checks its jobs only now and then."""
 
 
 def table(jobs: list[Job]) -> Table:
-    """A line a job: state, when it began, how long it took or has run, its command."""
+    """A table of jobs: state, start time, duration so far, command."""
     shown = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("job", "state", "began", "took", "command"):
         shown.add_column(name, no_wrap=name != "command")
@@ -31,7 +31,7 @@ def table(jobs: list[Job]) -> Table:
 
 
 def follow(head: Head, name: str, screen: Screen) -> int:
-    """Shows the job's log on stdout until it has ended; returns its exit code. Ctrl-C leaves it running: 130."""
+    """Writes the job's log to stdout until the job ends, and returns its exit code. Ctrl-C detaches and returns 130."""
     shown: list[str] = []
 
     def show(text: str) -> None:
@@ -42,14 +42,14 @@ def follow(head: Head, name: str, screen: Screen) -> int:
     try:
         job = head.follow(name, show, lambda text: screen.line(f"[yellow]![/] {escape(text)}"))
     except KeyboardInterrupt:
-        screen.line(f"\ndetached: [bold]{name}[/] goes on\n{commands(head, name)}")
+        screen.line(f"\ndetached: [bold]{name}[/] keeps running\n{commands(head, name)}")
         return 130
     return conclude(job, "".join(shown), screen)
 
 
 def conclude(job: Job, log: str, screen: Screen) -> int:
-    """A line on how the job ended, and why, where its head lacks what it needs; returns its exit code."""
-    if job.status == "FAILED" and (error := explained(job, log)):
+    """Says how the job ended, and what its head lacks if that is why. Returns the job's exit code."""
+    if job.status == "FAILED" and (error := explain_failure(job, log)):
         screen.line(f"error: {escape(str(error))}\n       {escape(error.hint)}")
     code = f", exit {job.code}" if job.status == "FAILED" else ""
     screen.line(f"{MARKS[job.status]} [bold]{job.id}[/]  {job.status.lower()} after {clock(job.seconds)}{code}")
@@ -57,19 +57,19 @@ def conclude(job: Job, log: str, screen: Screen) -> int:
 
 
 def commands(head: Head, name: str) -> str:
-    """How to look again, and how to stop it."""
+    """The commands that follow and stop a job."""
     end = f"{name} --address {escape(head.address)}"
-    return f"  again: mmdistill jobs logs --follow {end}\n  stop:  mmdistill jobs stop {end}"
+    return f"  follow: mmdistill jobs logs --follow {end}\n  stop:   mmdistill jobs stop {end}"
 
 
 def stop(head: Head, name: str, screen: Screen) -> None:
-    """Asks the job to end, and shows what it still says until it has. Raises UserError if it does not end in time."""
+    """Stops the last attempt of a job, and shows its log until it has ended. Raises UserError if it does not end in time."""
     job = head.newest(name)
     if not job.ended:
         past = len(head.log(job.id))
         head.stop(job.id)
         seconds = float(job.env.get(STOP_WAIT, 3)) + GRACE
-        screen.line(f"stopping [bold]{job.id}[/]: it may take {seconds - GRACE:.0f} s for its checkpoint")
+        screen.line(f"stopping [bold]{job.id}[/]: it has {seconds - GRACE:.0f} s to write a checkpoint")
         until = time.monotonic() + seconds
         while not (job := head.job(job.id)).ended:
             past = _show_rest(head, job, past)

@@ -1,1 +1,1 @@
-"""The order of the stages, and a run of them from beginning to end."""
+"""The order of the stages, and running them from beginning to end."""

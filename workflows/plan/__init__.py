@@ -1,1 +1,1 @@
-"""What a recipe costs before anything runs."""
+"""Tells what a recipe costs, before anything runs."""

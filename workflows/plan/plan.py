@@ -1,6 +1,6 @@
-"""plan: what a recipe costs before anything runs: bytes on each GPU, network evaluations, and hours at a measured rate.
+"""Tells what a recipe costs before anything runs: bytes on each GPU, network evaluations, and hours at a measured rate.
 
-All counts are of the code that training runs (plan_count.py); only the hours are an estimate.
+All counts come from the code that training runs (count.py). Only the hours are an estimate.
 """
 
 from __future__ import annotations
@@ -14,43 +14,46 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from workflows.config.schema import ConfigError, RunConfig, load_config
-from workflows.errors import UserError
-from workflows.plan.count import UPDATES, Counted, Training, count
+from workflows.config.assembly import rounds_of, schedule_of
+from workflows.config.loading import load_config
+from workflows.config.schema import Distill, RunConfig
+from workflows.errors import ConfigError, UserError
+from workflows.plan.count import Counted, Training, choices_of, count
 from workflows.rendering.screen import short, show_table
 from workflows.training.job import JUDGED
 
 GIB = 2**30
 RESERVE = 0.1
-"""The share of a GPU's memory that is left to CUDA, to its libraries' work spaces and to fragments."""
+"""The share of a GPU's memory that is left to CUDA, to the work spaces of its libraries and to fragmentation."""
 BENCHES = Path(__file__).resolve().parents[2] / "docs" / "bench"
 
 
 def plan(
     config: RunConfig, counted: Counted, *, gpus: int, gib: float, bench: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Plain JSON. Raises UserError when no update fits, ConfigError when there are more GPUs than a batch has images for."""
-    batches = {0: config.teacher.batch} | {k: config.distill.for_k(k).batch for k in config.distill.k}
+    """The costs as plain JSON, with hours if `bench` holds a measured rate. Raises UserError if nothing fits, ConfigError if a
+    batch has too few images for so many GPUs.
+    """
+    batches = {"teacher": config.teacher.batch} | {name: own.batch for name, own in sections_of(config).items()}
     for trainings in counted.trainings.values():
-        for k, training in trainings.items():
-            if batches[k] < gpus * training.halves:
-                of = f"k = {k}" if k else "teacher"
+        for name, training in trainings.items():
+            if batches[name] < gpus * training.halves:
                 raise ConfigError(
-                    f"--gpus: {gpus} is more than the batch {batches[k]} of {of} has images for, {training.halves} each"
+                    f"--gpus: {gpus} is more than the batch {batches[name]} of {name} has images for, {training.halves} each"
                 )
     memory = {
-        name: _most([_memory(t, k, batches[k], gpus, gib) for k, t in trainings.items()])
-        for name, trainings in counted.trainings.items()
+        choice: _most([_memory(t, name, batches[name], gpus, gib) for name, t in trainings.items()])
+        for choice, trainings in counted.trainings.items()
     }
-    updates = [name for name in memory if name != "teacher"]
-    if not any(memory[update]["micro_batch"] for update in updates):
-        needs = {u: (memory[u]["fixed_bytes"] + memory[u]["bytes_per_image"]) / GIB / (1 - RESERVE) for u in updates}
+    choices = [choice for choice in memory if choice != "teacher"]
+    if not any(memory[choice]["micro_batch"] for choice in choices):
+        needs = {c: (memory[c]["fixed_bytes"] + memory[c]["bytes_per_image"]) / GIB / (1 - RESERVE) for c in choices}
         least = min(needs, key=needs.__getitem__)
         line = f"nothing fits in {gib:g} GiB; {least}, the smallest, needs GPUs of {needs[least]:.1f} GiB"
         raise UserError(f"{config.recipe}: {line}")
     evaluations = {
-        "teacher": {"training": config.teacher.images * counted.trainings["teacher"][0].evaluations},
-        **{update: _evaluations(config, counted.trainings[update]) for update in updates},
+        "teacher": {"training": config.teacher.images * counted.trainings["teacher"]["teacher"].evaluations},
+        **{choice: _evaluations(config, counted.trainings[choice]) for choice in choices},
         "evaluate": _evaluate(config),
     }
     figures = {
@@ -67,23 +70,29 @@ def plan(
     return figures
 
 
+def sections_of(config: RunConfig) -> dict[str, Distill]:
+    """Round -> its distill section."""
+    rounds = rounds_of(config.distill, schedule_of(config))
+    return {one.name: config.distill.for_round(one) for one in rounds}
+
+
 def _most(columns: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of the students of several k, the one that needs the most memory; `k` then has those that need the same."""
+    """The round that needs the most memory. Its `rounds` lists all rounds that need the same."""
     most = max(columns, key=lambda c: (c["fixed_bytes"] + (c["micro_batch"] or 1) * c["bytes_per_image"], c["batch"]))
     most = next((c for c in columns if not c["micro_batch"]), most)
-    return most | {"k": [c["k"] for c in columns if c == most | {"k": c["k"]}]}
+    return most | {"rounds": [c["rounds"] for c in columns if c == most | {"rounds": c["rounds"]}]}
 
 
-def _memory(t: Training, k: int, batch: int, gpus: int, gib: float) -> dict[str, Any]:
-    """The largest micro-batch that fits and divides a GPU's part of the batch, of the GPU with the largest; None if not even one
-    image does.
+def _memory(t: Training, name: str, batch: int, gpus: int, gib: float) -> dict[str, Any]:
+    """The memory of a training on the GPU with the largest part of the batch. `micro_batch` is the largest that fits and divides
+    that part, or None if not even one image fits.
     """
-    # Between GPUs gradients travel in buckets, which are a copy of them.
+    # Gradients are exchanged in buckets, which hold a copy of them.
     fixed = t.fixed | {"buckets between GPUs": t.fixed["gradients"] if gpus > 1 else 0}
     free, part = gib * GIB * (1 - RESERVE) - sum(fixed.values()), -(-batch // (gpus * t.halves))
     micro = next((m for m in range(part, 0, -1) if part % m == 0 and m * t.per_image <= free), None)
     return {
-        "k": k,
+        "rounds": name,
         "bytes": fixed,
         "bytes_per_image": t.per_image,
         "fixed_bytes": sum(fixed.values()),
@@ -96,29 +105,33 @@ def _memory(t: Training, k: int, batch: int, gpus: int, gib: float) -> dict[str,
     }
 
 
-def _evaluations(config: RunConfig, trainings: dict[int, Training]) -> dict[str, float]:
-    """Of each student's training, and of all their validations: forwards, or as many operations."""
-    sections = {k: config.distill.for_k(k) for k in config.distill.k}
-    # The last state is measured too, and at most two networks are judged at the end.
-    measured = {
-        k: math.ceil(own.images / own.validate_every) + 2 * JUDGED if own.validate_every else 0
-        for k, own in sections.items()
-    }
-    return {f"k={k}": own.images * trainings[k].evaluations for k, own in sections.items()} | {
-        "validation": sum(measured[k] * own.validate_samples * k for k, own in sections.items())
-    }
+def _evaluations(config: RunConfig, trainings: dict[str, Training]) -> dict[str, float]:
+    """Forwards, or the same number of FLOPs, of each round's training and of all validations."""
+    from mmdistill_core.samplers.samplers import evaluations
+
+    sections, validation = sections_of(config), 0.0
+    for one in rounds_of(config.distill, schedule_of(config)):
+        own = sections[one.name]
+        if own.validate_every:
+            # The last state is measured too, and at most two networks are judged at the end.
+            times = math.ceil(own.images / own.validate_every) + 2 * JUDGED
+            steps = sum(evaluations(one.method.sampler(k).name, k) for k in one.method.validate(one.ks))
+            validation += times * own.validate_samples * steps
+    of_rounds = {name: own.images * trainings[name].evaluations for name, own in sections.items()}
+    return of_rounds | {"validation": validation}
 
 
 def _evaluate(config: RunConfig) -> dict[str, float]:
     from workflows.stages.evaluate import STRIP, rows_of
 
     options = config.evaluate
-    rows = rows_of(config, "", dict.fromkeys(config.distill.k, ""))
+    samplers = {k: one.method.sampler(k) for one in rounds_of(config.distill, schedule_of(config)) for k in one.ks}
+    rows = rows_of(config, "", dict.fromkeys(config.distill.k, ""), samplers)
     return {"samples": sum(row.nfe for row in rows) * (options.samples * options.seeds + STRIP)}
 
 
 def _hours(evaluations: dict[str, dict[str, float]], flops: float, gpus: int, bench: dict[str, Any]) -> dict[str, Any]:
-    """At the operations a second of the measured pair of updates, whose network and batch the bench file tells."""
+    """Hours at the FLOP/s of the pair of updates that was measured with the network and batch of the bench file."""
     engine = bench["engine"]
     rate = engine["flops_per_pair"] / engine["seconds_per_pair"]["engine"]
     return {
@@ -134,9 +147,9 @@ def _hours(evaluations: dict[str, dict[str, float]], flops: float, gpus: int, be
 
 
 def read_bench(path: Path | None) -> dict[str, Any] | None:
-    """The figures of `mmdistill bench --out`; by default those in docs/bench of this machine's GPU, if there are any.
+    """The figures that `mmdistill bench --out` wrote to `path`; by default those in docs/bench of this machine's GPU, else None.
 
-    Raises ConfigError for a file that does not hold them.
+    Raises ConfigError if `path` does not hold such figures.
     """
     import torch
 
@@ -161,15 +174,16 @@ def run_plan(
     overrides: list[str] | None,
     gpus: int,
     gib: float,
-    updates: Sequence[str],
+    only: Sequence[str],
     bench: Path | None,
     as_json: bool,
 ) -> None:
-    for update in updates:
-        if update not in UPDATES:
-            raise ConfigError(f"--update: {update!r} is not one of {', '.join(UPDATES)}")
+    """Prints the plan of a recipe, as a table or as JSON. Raises ConfigError and UserError."""
     measured, config = read_bench(bench), load_config(recipe, overrides)
-    figures = plan(config, count(config, updates or UPDATES), gpus=gpus, gib=gib, bench=measured)
+    for choice in only:
+        if choice not in (known := choices_of(config)):
+            raise ConfigError(f"--only: {choice!r} is not one of {', '.join(known)}")
+    figures = plan(config, count(config, only or None), gpus=gpus, gib=gib, bench=measured)
     if as_json:
         print(json.dumps(figures, indent=2))
         return
@@ -180,7 +194,7 @@ def run_plan(
 
 
 def table(figures: dict[str, Any]) -> Table:
-    """A column for the teacher's training and for each update."""
+    """A table with a column for the teacher's training and one for each choice."""
     memory, evaluations, gpus = figures["memory"], figures["evaluations"], figures["gpus"]
     each = f"{gpus} GPU{'s' * (gpus > 1)} of {figures['gpu_memory_gib']:g} GiB"
     title = f"{figures['recipe']}: {figures['parameters'] / 1e6:,.1f} M parameters, {each}"
@@ -217,19 +231,17 @@ def table(figures: dict[str, Any]) -> Table:
 
 
 def notes(figures: dict[str, Any]) -> list[str]:
-    """What the table can't say."""
+    """The lines below the table."""
     samples, forward = figures["evaluations"]["evaluate"]["samples"], figures["flops_per_forward"] / 1e9
     out = [
         f"A forward of one image: {forward:,.3g} GFLOP. A backward counts as the forwards that have as many operations. "
         f"Evaluate: {short(samples)} forwards. {RESERVE:.0%} of the memory is left free; float32 throughout."
     ]
     for name, column in figures["memory"].items():
-        if name != "teacher" and set(column["k"]) != {
-            int(what[2:]) for what in figures["evaluations"][name] if "=" in what
-        }:
-            few = ", ".join(map(str, column["k"]))
+        if name != "teacher" and set(column["rounds"]) != set(figures["evaluations"][name]) - {"validation"}:
+            few = ", ".join(column["rounds"])
             out.append(
-                f"Memory and batch of {name} are those of k = {few}, which needs the most; the others have options of their own."
+                f"Memory and batch of {name} are those of {few}, which needs the most; the others have options of their own."
             )
     if hours := figures.get("hours"):
         out.append(

@@ -1,1 +1,1 @@
-"""MLflow's model registry: versions with their lineage, gates and aliases, exports."""
+"""The MLflow model registry: registered versions with their lineage, gates, aliases and exports."""

@@ -1,4 +1,4 @@
-"""The lineage as a drawing: inline SVG, boxes in five columns from the data to the exports. No script, nothing from elsewhere."""
+"""Draws the lineage as inline SVG: boxes in five columns, from data to exports, without scripts or external files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ GAP, LINE, PAD, BETWEEN, TOP = 26, 15, 9, 12, 26
 COLOUR = {"teacher": "#2b6f9e", "students": "#d1495b"}
 BOLD, DIM = 'font-weight="600"', 'fill="#68707a"'
 LETTER = 6.5
-"""The width of one, at most: lines are broken by it."""
+"""Maximum width of a letter, by which lines are wrapped."""
 
 
 class Sheet:
-    """Boxes placed from the top; `y` is where the next row begins."""
+    """The drawing under construction, filled from the top. `y` is where the next row begins."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -28,7 +28,7 @@ class Sheet:
         return sum(width for _, width in COLUMNS) + GAP * (len(COLUMNS) - 1) + 2
 
     def box(self, column: int, lines: list[str], middle: float) -> float:
-        """A box of lines, the first bold, about `middle`; gives its middle."""
+        """Draws a box of text lines, the first one bold, centred vertically on `middle`. Returns `middle`."""
         name, width = COLUMNS[column]
         x, height = self.left(column), height_of(lines)
         edge = COLOUR.get(name, "#b8bdc4")
@@ -47,7 +47,7 @@ class Sheet:
         return 1 + sum(width + GAP for _, width in COLUMNS[:column])
 
     def join(self, column: int, here: float, there: float) -> None:
-        """A curve from the right of a box to the left of one in the next column."""
+        """Draws a curve from the right edge of a box to the left edge of a box in the next column."""
         x, end = self.left(column) + COLUMNS[column][1], self.left(column + 1)
         bend = (x + end) / 2
         self.parts.append(
@@ -59,20 +59,20 @@ def height_of(lines: list[str]) -> float:
     return 2 * PAD + LINE * len(lines) - 2
 
 
-def _fitted(column: int, lines: list[str]) -> list[str]:
+def _wrapped(column: int, lines: list[str]) -> list[str]:
     most = int((COLUMNS[column][1] - 2 * PAD) / LETTER)
     return [part for line in lines for part in textwrap.wrap(line, most, break_on_hyphens=False)]
 
 
 def draw(found: dict[str, Any]) -> str:
-    """`lineage_of` as an <svg> element."""
+    """The result of `lineage_of` as an <svg> element."""
     sheet = Sheet()
     heads = "".join(
         f'<text x="{sheet.left(i)}" y="13" fill="#68707a">{name}</text>' for i, (name, _) in enumerate(COLUMNS)
     )
     for data in found["data"]:
         count = [f"{int(data['count']):,} images {data['shape'] or ''}".rstrip()] if data["count"] else []
-        own = _fitted(0, [data["source"] or "data", data["fingerprint"], *count])
+        own = _wrapped(0, [data["source"] or "data", data["fingerprint"], *count])
         top, middles = sheet.y, [_teacher(sheet, teacher) for teacher in data["teachers"]]
         here = _beside(sheet, own, top, middles)
         sheet.box(0, own, here)
@@ -86,9 +86,9 @@ def draw(found: dict[str, Any]) -> str:
 
 
 def _teacher(sheet: Sheet, teacher: dict[str, Any]) -> float:
-    """A teacher with all that came of it; gives the middle of its box. Its own evaluation stands in its box."""
+    """Draws a teacher and its students. The teacher's evaluation is in its own box. Returns the middle of that box."""
     gone = [] if teacher["registered"] else ["no longer in the registry"]
-    lines = _fitted(1, [f"{teacher['name']} v{teacher['version']}", *_aliases(teacher), *measured(teacher)[:1], *gone])
+    lines = _wrapped(1, [f"{teacher['name']} v{teacher['version']}", *_aliases(teacher), *measured(teacher)[:1], *gone])
     top, middles = sheet.y, [_student(sheet, student) for student in teacher["students"]]
     here = _beside(sheet, lines, top, middles)
     sheet.box(1, lines, here)
@@ -100,9 +100,9 @@ def _teacher(sheet: Sheet, teacher: dict[str, Any]) -> float:
 def _student(sheet: Sheet, student: dict[str, Any]) -> float:
     start = [f"starts from {student['start'].removeprefix('models:/').replace('/', ' v')}"] if student["start"] else []
     lines = [f"{student['name']} v{student['version']}", f"k = {student['k']}, {student['method']}"]
-    lines = _fitted(2, [*lines, *_aliases(student), *start])
-    figures = _fitted(3, measured(student))
-    copies = [_fitted(4, [e["format"], e["where"], f"sha256 {e['sha256'][:12]}"]) for e in student["exports"]]
+    lines = _wrapped(2, [*lines, *_aliases(student), *start])
+    figures = _wrapped(3, measured(student))
+    copies = [_wrapped(4, [e["format"], e["where"], f"sha256 {e['sha256'][:12]}"]) for e in student["exports"]]
     tall = sum(height_of(c) + BETWEEN for c in copies) - BETWEEN if copies else 0.0
     height = max([height_of(lines), height_of(figures) if figures else 0.0, tall])
     here = sheet.y + height / 2
@@ -122,7 +122,7 @@ def _aliases(node: dict[str, Any]) -> list[str]:
 
 
 def _beside(sheet: Sheet, lines: list[str], top: float, middles: list[float]) -> float:
-    """The middle of a box beside those, and not above `top`; the next row begins below it."""
+    """The middle of a box that is placed beside `middles` and not above `top`. Moves the next row below it."""
     half = height_of(lines) / 2
     here = max((middles[0] + middles[-1]) / 2 if middles else 0.0, top + half)
     sheet.y = max(sheet.y, here + half + BETWEEN)

@@ -1,4 +1,4 @@
-"""export: a registered model's folder (weights.safetensors, model.json) as files of its own, with their hashes, and recorded."""
+"""The `export` command: copies a registered model's files to a folder with their hashes, and records the copy in the registry."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from mmdistill_core.files import sha256_of
 from workflows.errors import UserError
 from workflows.registry.promote import user
 from workflows.registry.versions import Export, Registry, now
-from workflows.storage.integrity import sha256_of
 from workflows.storage.uri import check_here
 
 SUMS = "SHA256SUMS"
@@ -19,7 +19,10 @@ FORMAT = "mmdistill"
 
 
 def run_export(registry: Registry, model: str, destination: Path, *, who: str | None = None) -> str:
-    """Writes the model's files and SHA256SUMS (for `sha256sum -c`) to a new or empty folder; gives a line that says so."""
+    """Writes the model's files and SHA256SUMS (for `sha256sum -c`) to `destination`, and returns a line that says so.
+
+    Raises UserError if `destination` is not a new or empty folder.
+    """
     version = registry.one(model)
     check_here("FOLDER", destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

@@ -1,6 +1,7 @@
-"""lineage: data -> teacher -> students -> evaluations -> exports, and who moved which alias when, from the registry alone.
+"""The `lineage` command: data -> teacher -> students -> evaluations -> exports, and the history of the aliases.
 
-`lineage_of` gives it as plain JSON; the tree on the screen and the drawing in the report (drawing.py) are made of that.
+Everything is read from the registry. `lineage_of` returns it as plain JSON; the tree in the terminal and the drawing in the report
+(drawing.py) are made from that.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ COUNTED = ("samples", "seeds", "reference_count")
 
 
 def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
-    """The registry of a tracking store, in which nothing is made. With an address no workspace is needed, and none is made; raises
-    UserError where there is neither.
+    """The registry of a tracking store, opened to read: no store, experiment or workspace is created.
+
+    The store is `tracking_uri`, MLFLOW_TRACKING_URI, or the store of the workspace. Raises UserError if there is none.
     """
     from workflows.storage.workspace import Workspace
     from workflows.tracking.tracker import Tracker
@@ -39,7 +41,7 @@ def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
 
 
 def lineage(registry: Registry, model: str) -> dict[str, Any]:
-    """Of what `model` names (Registry.resolve); of a teacher, with all the students that it has anywhere in the registry."""
+    """The lineage of the versions that `model` names (Registry.resolve). A teacher comes with all its students in the registry."""
     versions = registry.resolve(model)
     taught = [s for v in versions for s in registry.versions(teacher_name=v.name, teacher_version=v.version)]
     return lineage_of(registry, list({v.uri: v for v in [*versions, *taught]}.values()))
@@ -51,7 +53,7 @@ def lineage_of(registry: Registry, versions: list[Version]) -> dict[str, Any]:
     {"tracking", "data": [{"fingerprint", "source", "count", "shape", "teachers": [{..., "students": [...]}]}],
      "moves": [{"model", "alias", "version", "before", "when", "who", "why", "by", "done"}], "notes": [...]}
 
-    A teacher that a student names and that is no longer there is {"name", "version", "registered": False}.
+    A teacher that was deleted from the registry has "registered": False.
     """
     names = sorted({v.name for v in versions})
     aliases = {name: registry.aliases(name) for name in names}
@@ -65,8 +67,8 @@ def lineage_of(registry: Registry, versions: list[Version]) -> dict[str, Any]:
         if uri not in teachers:
             found = registry.version(name, number)
             gone = Version(name, number, {k: t for k, t in student.tags.items() if k.startswith("data_")})
-            marks = registry.aliases(name) if found else {}
-            _teacher(data, teachers, found or gone, marks)["registered"] = found is not None
+            its_aliases = registry.aliases(name) if found else {}
+            _teacher(data, teachers, found or gone, its_aliases)["registered"] = found is not None
         teachers[uri]["students"].append(_described(student, aliases[student.name]))
     moves = [{"model": name} | asdict(move) for name in names for move in registry.moves(name)]
     shown = {v.uri for v in versions}
@@ -79,20 +81,22 @@ def lineage_of(registry: Registry, versions: list[Version]) -> dict[str, Any]:
     }
 
 
-def _teacher(data: dict[str, Any], teachers: dict[str, Any], version: Version, marks: dict[str, str]) -> dict[str, Any]:
-    """The teacher's node, below that of its data."""
+def _teacher(
+    data: dict[str, Any], teachers: dict[str, Any], version: Version, aliases: dict[str, str]
+) -> dict[str, Any]:
+    """Adds the node of a teacher below the node of its data set, and returns it."""
     tags = version.tags
     fingerprint = tags.get("data_fingerprint", "unknown")
     about = {name: tags.get(f"data_{name}") for name in ("source", "count", "shape")}
     images = data.setdefault(fingerprint, {"fingerprint": fingerprint, **about, "teachers": []})
     images.update({name: value for name, value in about.items() if images[name] is None})
-    node: dict[str, Any] = {**_described(version, marks), "registered": True, "students": []}
+    node: dict[str, Any] = {**_described(version, aliases), "registered": True, "students": []}
     images["teachers"].append(node)
     teachers[version.uri] = node
     return node
 
 
-def _described(version: Version, marks: dict[str, str]) -> dict[str, Any]:
+def _described(version: Version, aliases: dict[str, str]) -> dict[str, Any]:
     tags, start = version.tags, None
     if "start_name" in tags:
         start = f"models:/{tags['start_name']}/{tags.get('start_version', '?')}"
@@ -113,15 +117,15 @@ def _described(version: Version, marks: dict[str, str]) -> dict[str, Any]:
         "created": version.created,
         "run": version.run_id,
         "start": start,
-        "aliases": sorted(alias for alias, number in marks.items() if number == version.version),
+        "aliases": sorted(alias for alias, number in aliases.items() if number == version.version),
         "evaluation": evaluation or None,
         "exports": [asdict(e) for e in exports(version)],
     }
 
 
 def _unrecorded(name: str, aliases: dict[str, str], moves: list[dict[str, Any]]) -> list[str]:
-    """Aliases that stand elsewhere than their last recorded move left them. One that is not known to have ended left it where it
-    was, or moved it.
+    """Notes on aliases that are not where their last recorded move put them. A move that is not known to have completed may have
+    left its alias in either place.
     """
     ends: dict[str, list[str | None]] = {}
     for m in (m for m in moves if m["model"] == name):
@@ -137,7 +141,7 @@ def _unrecorded(name: str, aliases: dict[str, str], moves: list[dict[str, Any]])
 
 
 def measured(node: dict[str, Any]) -> list[str]:
-    """A version's evaluation in words: its figures, how they stand to the teacher's, how they were measured."""
+    """The evaluation of a version as lines of text: its metrics, their ratio to the teacher's, how they were measured."""
     e = node["evaluation"]
     if not e or "frechet" not in e:
         return []
@@ -155,6 +159,7 @@ def measured(node: dict[str, Any]) -> list[str]:
 
 
 def tree(found: dict[str, Any]) -> Tree:
+    """The result of `lineage_of` as a tree for the terminal."""
     from rich.markup import escape
     from rich.tree import Tree
 
@@ -173,11 +178,11 @@ def tree(found: dict[str, Any]) -> Tree:
     if found["moves"]:
         history = root.add("[bold]aliases[/]")
         for m in found["moves"]:
-            state = "" if m["done"] else "  [yellow]not known to have ended[/]"
+            state = "" if m["done"] else "  [yellow]not known to have completed[/]"
             forced = "[yellow]forced[/]" if m["by"] == "forced" else m["by"]
             arrow = f"{m['before'] or 'none'} → {m['version']}"
-            said = f"{m['when']}  {escape(m['model'])}@{m['alias']}  {arrow}  {escape(m['who'])}, {forced}"
-            history.add(f"{said}  [dim]{escape(m['why'])}[/]{state}")
+            text = f"{m['when']}  {escape(m['model'])}@{m['alias']}  {arrow}  {escape(m['who'])}, {forced}"
+            history.add(f"{text}  [dim]{escape(m['why'])}[/]{state}")
     for note in found["notes"]:
         root.add(f"[yellow]{escape(note)}[/]")
     return root
@@ -186,10 +191,10 @@ def tree(found: dict[str, Any]) -> Tree:
 def _label(role: str, node: dict[str, Any]) -> str:
     from rich.markup import escape
 
-    marks = "".join(f"  [green]@{alias}[/]" for alias in node["aliases"])
+    aliases = "".join(f"  [green]@{alias}[/]" for alias in node["aliases"])
     start = f"  from {escape(node['start'])}" if node["start"] else ""
     steps = f"  k = {node['k']}" if role == "student" and node["k"] else ""
-    return f"{role} [bold]{escape(node['name'])} v{node['version']}[/]{steps}{marks}{start}"
+    return f"{role} [bold]{escape(node['name'])} v{node['version']}[/]{steps}{aliases}{start}"
 
 
 def _details(branch: Tree, node: dict[str, Any]) -> None:
@@ -201,5 +206,5 @@ def _details(branch: Tree, node: dict[str, Any]) -> None:
         for line in lines:
             evaluation.add(line)
     for e in node["exports"]:
-        said = f"export [bold]{escape(e['format'])}[/]  {escape(e['where'])}  sha256 {e['sha256'][:16]}"
-        branch.add(f"{said}  [dim]{e['when']}, {escape(e['who'])}[/]")
+        text = f"export [bold]{escape(e['format'])}[/]  {escape(e['where'])}  sha256 {e['sha256'][:16]}"
+        branch.add(f"{text}  [dim]{e['when']}, {escape(e['who'])}[/]")

@@ -1,8 +1,8 @@
-"""The registered model, as code: MLflow runs this file to load it, so that nothing is pickled. It needs mmdistill_core alone.
+"""The registered model as code: MLflow runs this file to load it, so nothing is pickled. Needs mmdistill_core, not workflows.
 
-predict(DataFrame with a column `label`, params={"seed": 0, "guidance": 1.5}) -> float32 images [n, c, h, w] in [-1, 1], one for
-each row. The image of row i depends on the seed, on i and on its label alone, whatever the other rows are: those of one request
-differ, and the same request gives the same again. A guidance below 0, which is the default, is the model's own.
+predict(DataFrame with a column `label`, params={"seed": 0, "guidance": 1.5}) -> float32 images [n, c, h, w] in [-1, 1], one per
+row. The image of row i depends only on the seed, on i and on its label. So the images of one request differ, and the same request
+gives the same images again. A guidance below 0, the default, means the model's own guidance.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The model registry in MLflow: versions with their lineage as tags, aliases whose every move is recorded, exports.
+"""The MLflow model registry: registered versions, aliases and exports.
 
-What a version came from and how it was measured are tags of the version; moves of an alias are tags of the registered model, and
-so outlive the versions. A machine that has the store's address alone can read all of it.
+A version's lineage and metrics are tags of the version. Moves of an alias are tags of the registered model, so they outlive deleted
+versions. Reading all of it needs only the address of the tracking store.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from mmdistill_core.files import sha256_of
 from workflows.errors import UserError
-from workflows.storage.integrity import sha256_of
 from workflows.tracking.tracker import EXPERIMENT, Tracker
 
 WEIGHTS, WEIGHTS_FILE = "weights_sha256", "weights.safetensors"
-"""The tag of a version, and the file of its model that the tag is the hash of."""
+"""The version tag with the SHA-256 of the weights, and the name of the weights file."""
 MOVE, EXPORT = "mmdistill.move.", "mmdistill.export."
+"""Prefixes of the tags that record moves and exports."""
 MOST_TEXT = 1000
-"""Characters of a `why`: a tag of a registered model holds 5,000."""
-NAMED = re.compile(r"^(?:models:/)?(?P<name>[^/@]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[^/@]+))?$")
-TAKEN = ("unique constraint", "duplicate key", "duplicate entry")
-ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
+"""Maximum length of a `why`, in characters. MLflow limits a tag of a registered model to 5,000."""
+REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^/@]+)(?:/(?P<version>[0-9]+)|@(?P<alias>[^/@]+))?$")
+DUPLICATE = ("unique constraint", "duplicate key", "duplicate entry")
+NOT_FOUND = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "NOT_FOUND")
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Version:
 
 @dataclass(frozen=True)
 class Move:
-    """An alias went from version `before` (None: from none) to `version`.
+    """The record of an alias that moved from version `before` (None: the alias was new) to `version`.
 
-    by    "gate", or "forced" past it
-    done  False while it is under way, or where the mover died: then the alias may or may not have been moved
+    by    "gate" if the version passed the gate, "forced" if it was moved despite the gate
+    done  False while the move is under way. It stays False if the process died: the alias may or may not have moved
     """
 
     alias: str
@@ -71,7 +72,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Export:
-    """A copy of a version that left the registry. sha256 is that of the copy's SHA256SUMS, or of its one file."""
+    """The record of a copy of a version outside the registry. `sha256` is the hash of its SHA256SUMS, or of its only file."""
 
     format: str
     where: str
@@ -81,15 +82,15 @@ class Export:
 
 
 @dataclass(frozen=True)
-class Held:
-    """The version that an alias points at, and the moves of it that were recorded when that was read."""
+class AliasState:
+    """The version that an alias points to, and the keys of the moves that were recorded when it was read."""
 
     version: str | None
     known: frozenset[str]
 
 
 class Registry:
-    """The registry of a tracking store. Raises UserError when it does not answer, from every call."""
+    """The model registry of a tracking store. Every method raises UserError if the store does not answer."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker, self.client = tracker, tracker.client
@@ -98,7 +99,9 @@ class Registry:
     # Versions
 
     def register(self, *, run_id: str, name: str, folder: Path, tags: dict[str, str]) -> Version:
-        """Logs the model folder as a loadable pyfunc model (models from code: nothing is pickled) and registers a version."""
+        """Logs the model folder as an MLflow pyfunc model and registers it as a version. Nothing is pickled: MLflow loads the
+        model from code.
+        """
         import mlflow
         import numpy as np
         import safetensors
@@ -121,7 +124,7 @@ class Registry:
                 info = mlflow.pyfunc.log_model(
                     name=name.rsplit("-", 1)[-1],
                     python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-                    artifacts={"model": folder.resolve().as_uri()},  # a path would be read as an address
+                    artifacts={"model": folder.resolve().as_uri()},  # MLflow would parse a plain path as a URI
                     code_paths=[str(root / "mmdistill_core")],
                     signature=signature,
                     pip_requirements=[
@@ -143,12 +146,12 @@ class Registry:
         return _version(made)
 
     def names(self) -> list[str]:
-        """All registered models."""
+        """The names of all registered models, sorted."""
         with self.tracker.reachable():
             return sorted(m.name for m in _pages(lambda token: self.client.search_registered_models(page_token=token)))
 
     def versions(self, name: str | None = None, **tags: str) -> list[Version]:
-        """The versions of a model, or of all, that have all of these tags; the oldest first."""
+        """The versions of `name`, or of all models, that have all of these tags. Sorted by name, then oldest first."""
         where = f"name = '{name}'" if name else None
         with self.tracker.reachable():
             found = _pages(lambda token: self.client.search_model_versions(where, page_token=token))
@@ -159,7 +162,7 @@ class Registry:
         return self._or_none(lambda: _version(self.client.get_model_version(name, version)))
 
     def find_version(self, name: str, tags: dict[str, str]) -> Version | None:
-        """The newest version that has all of these tags: registering twice leaves one version."""
+        """The newest version that has all of these tags, or None. Callers use it to avoid registering the same model twice."""
         return next(reversed(self.versions(name, **tags)), None)
 
     def version_tags(self, name: str, version: str) -> dict[str, str]:
@@ -172,14 +175,15 @@ class Registry:
                 self.client.set_model_version_tag(version.name, version.version, key, value)
 
     def resolve(self, model: str) -> list[Version]:
-        """models:/NAME/VERSION or models:/NAME@ALIAS -> that version; NAME -> all of its versions, the oldest first.
+        """The versions that `model` names: one for models:/NAME/VERSION or models:/NAME@ALIAS, all for NAME, oldest first.
 
-        Raises UserError that says what there is.
+        Raises UserError, which lists the existing models, versions or aliases, if nothing matches.
         """
-        parts, names = NAMED.match(model), self.names()
+        parts, names = REFERENCE.match(model), self.names()
         if parts is None:
             raise UserError(
-                f"{model}: not a model of a registry", hint="models:/NAME/VERSION, models:/NAME@ALIAS, or a name"
+                f"{model}: not a reference to a registered model",
+                hint="use models:/NAME/VERSION, models:/NAME@ALIAS, or a name",
             )
         name, number, alias = parts["name"], parts["version"], parts["alias"]
         if name not in names:
@@ -199,7 +203,7 @@ class Registry:
         return found
 
     def one(self, model: str) -> Version:
-        """The version that models:/NAME/VERSION or models:/NAME@ALIAS names; a bare name that has but one means that."""
+        """The single version that `model` names (see `resolve`). Raises UserError for a bare name with several versions."""
         found = self.resolve(model)
         if len(found) > 1:
             raise UserError(
@@ -209,11 +213,16 @@ class Registry:
         return found[0]
 
     def download(self, model_uri: str, into: Path) -> Path:
-        """The model folder (weights.safetensors, model.json) of a registry URI, below `into`."""
+        """Downloads a model below `into` and returns its folder (weights.safetensors, model.json).
+
+        Raises UserError if there is no such model, or if its weights are not the registered ones.
+        """
         import mlflow
 
         with self.tracker.reachable():
-            self.client.get_experiment_by_name(EXPERIMENT)  # tells "not there" from "does not answer"
+            self.client.get_experiment_by_name(
+                EXPERIMENT
+            )  # separates a store that does not answer from a missing model
         try:
             with _silent():
                 self.tracker.make_current()
@@ -225,55 +234,59 @@ class Registry:
             ) from error
         folders = [p.parent for p in Path(local).rglob("model.json")]
         if not folders:
-            raise UserError(f"{model_uri}: is in the registry, but is not a model of mmdistill's")
+            raise UserError(f"{model_uri}: is in the registry, but is not a model of mmdistill")
         self._check_weights(model_uri, folders[0])
         return folders[0]
 
     def _check_weights(self, model_uri: str, folder: Path) -> None:
-        """Raises UserError where they are not those that the version was registered with."""
+        """Raises UserError if the hash of the weights differs from the one in the version's tag."""
         if not model_uri.startswith("models:/") or model_uri.count("/") + model_uri.count("@") == 1:
             return
         version, weights = self.one(model_uri), folder / WEIGHTS_FILE
         if WEIGHTS in version.tags and not (weights.exists() and sha256_of(weights) == version.tags[WEIGHTS]):
             raise UserError(
                 f"{version.title}: its weights in the store are not those that were registered",
-                hint="the stage that made them has them still, where it is kept: delete the version, and run the recipe again",
+                hint="delete the version and run the recipe again: it registers the weights of the stage, if that is still kept",
             )
 
     # Aliases and their moves
 
     def alias(self, name: str, alias: str) -> str | None:
-        """The version an alias points at."""
+        """The version that an alias points to, or None."""
         return self._or_none(lambda: str(self.client.get_model_version_by_alias(name, alias).version))
 
     def aliases(self, name: str) -> dict[str, str]:
         found = self._or_none(lambda: self.client.get_registered_model(name))
         return {alias: str(version) for alias, version in found.aliases.items()} if found else {}
 
-    def held(self, name: str, alias: str) -> Held:
-        # Moves first: one that comes between the two reads is then among those that `move` finds to be new.
+    def alias_state(self, name: str, alias: str) -> AliasState:
+        # Read the moves first. `move` then treats a move between the two reads as new.
         known = frozenset(self._records(name, alias))
-        return Held(self.alias(name, alias), known)
+        return AliasState(self.alias(name, alias), known)
 
-    def move(self, version: Version, alias: str, held: Held, *, who: str, why: str, by: str) -> Move:
-        """Moves the alias to the version and records it. `held` is what the decision was made on; the record, which is returned,
-        says what was replaced: another version, if somebody else moved the alias since.
+    def move(self, version: Version, alias: str, state: AliasState, *, who: str, why: str, by: str) -> Move:
+        """Moves the alias to the version, and returns the record of the move.
 
-        MLflow has no compare-and-set. So the record is written before the alias is set, and the others' are read afterwards:
-        of two who race, the one who sets last is sure to find the other's record, and no move goes unrecorded.
+        `state` is the alias as it was when the caller decided. The record's `before` differs from it if someone else moved the
+        alias since then.
+
+        MLflow has no compare-and-set. So the record is written before the alias is set, and the other records are read after that.
+        In a race, whoever sets the alias last finds the other record, and every move is recorded.
         """
         key = f"{MOVE}{alias}.{_stamp()}"
-        move = Move(alias, version.version, held.version, now(), who, why[:MOST_TEXT], by)
+        move = Move(alias, version.version, state.version, now(), who, why[:MOST_TEXT], by)
         self._record(version.name, key, move)
         self.set_alias(version.name, alias, version.version)
-        since = {k: m for k, m in self._records(version.name, alias).items() if k not in held.known and k != key}
-        replaced = since[max(since)].version if since else held.version
+        since = {k: m for k, m in self._records(version.name, alias).items() if k not in state.known and k != key}
+        replaced = since[max(since)].version if since else state.version
         move = replace(move, before=replaced, done=True)
         self._record(version.name, key, move)
         return move
 
     def set_alias(self, name: str, alias: str, version: str) -> None:
-        """Without a record: for `move`. MLflow fails one of two who create an alias at once, as its row is there: tried again."""
+        """Sets the alias without recording it; `move` records. If two processes create the same alias at once, MLflow fails one of
+        them with a duplicate key error: that call is retried.
+        """
         from mlflow.exceptions import MlflowException
 
         with self.tracker.reachable():
@@ -281,12 +294,12 @@ class Registry:
                 try:
                     return self.client.set_registered_model_alias(name, alias, version)
                 except MlflowException as error:
-                    if not wait or not any(word in str(error).lower() for word in TAKEN):
+                    if not wait or not any(word in str(error).lower() for word in DUPLICATE):
                         raise
                     time.sleep(wait)
 
     def moves(self, name: str) -> list[Move]:
-        """Of all of the model's aliases, the oldest first, by the movers' clocks."""
+        """The moves of all aliases of the model, oldest first by the clocks of the machines that made them."""
         return [move for _, move in sorted(self._records(name).items(), key=lambda item: item[0].rsplit(".", 1)[-1])]
 
     def _record(self, name: str, key: str, move: Move) -> None:
@@ -300,24 +313,24 @@ class Registry:
     # Exports
 
     def record_export(self, version: Version, export: Export) -> None:
-        """A copy of the version that is kept somewhere else. What `mmdistill sample` fetches for itself is none."""
+        """Records a copy of the version that is kept elsewhere. A download by `mmdistill sample` is not an export."""
         self.set_tags(version, {f"{EXPORT}{_stamp()}": json.dumps(asdict(export))})
 
     def _or_none(self, call: Callable[[], Any]) -> Any:
-        """What the call gives, or None where the store answers that there is no such thing."""
+        """The result of `call`, or None if the store answers that the object does not exist."""
         from mlflow.exceptions import MlflowException
 
         with self.tracker.reachable():
             try:
                 return call()
             except MlflowException as error:
-                if error.error_code in ABSENT:
+                if error.error_code in NOT_FOUND:
                     return None
                 raise
 
 
 def exports(version: Version) -> list[Export]:
-    """The oldest first."""
+    """The recorded exports of a version, oldest first."""
     return [export for _, export in sorted(_read(version.tags, EXPORT, Export).items())]
 
 
@@ -326,12 +339,12 @@ def now() -> str:
 
 
 def _stamp() -> str:
-    """Sorts by time, and no two are the same: two who write at once write two records."""
+    """A unique string that sorts by time, so that concurrent writers never write the same tag."""
     return datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%S%fZ") + "-" + secrets.token_hex(2)
 
 
 def _read(tags: dict[str, str], prefix: str, kind: Any) -> dict[str, Any]:
-    """The records among tags; what is not one, written by someone else, is left out."""
+    """The records among `tags`, by key. Skips values that can't be parsed, such as those written by other programs."""
     out = {}
     for key, text in tags.items():
         if key.startswith(prefix):
@@ -366,7 +379,7 @@ def _version(found: Any) -> Version:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """MLflow's progress bars and warnings off."""
+    """Turns off MLflow's progress bars and warnings."""
     import logging
     import warnings
 

@@ -1,4 +1,4 @@
-"""What a user looks at: the terminal, plots, grids of samples, templates of reports."""
+"""Output for people: the terminal, plots, grids of samples, and the templates of reports."""
 
 from pathlib import Path
 

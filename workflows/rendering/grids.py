@@ -1,4 +1,4 @@
-"""Images to look at: a grid of samples as one picture."""
+"""Arranges samples as a grid in one picture."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ def _scale(width: int) -> int:
 
 
 def cell_of(width: int, gap: int = 2) -> int:
-    """Screen pixels from one image of a grid to the next."""
+    """Distance in screen pixels from one image of a grid to the next."""
     return width * _scale(width) + gap
 
 
 def image_grid(images: np.ndarray, *, columns: int, pixel: int | None = None, gap: int = 2) -> Any:
-    """images [n, c, h, w] in [-1, 1], c 1 or 3 -> a PIL image of a white-edged grid; each pixel `pixel` screen pixels wide
-    (by default as many as make an image about 48 wide).
+    """Images [n, c, h, w] in [-1, 1], with c 1 or 3 -> a PIL image of a grid with white edges.
+
+    pixel  screen pixels for each pixel of an image; default: as many as make an image about 48 wide
     """
     from PIL import Image
 

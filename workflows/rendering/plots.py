@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmdistill_core.methods.base import Curve
 
 STUDENT, TEACHER, DDIM, FLOOR, INK = "#d1495b", "#2b6f9e", "#7fb2d1", "#8a8f98", "#22262b"
 History = list[tuple[int, dict[str, float]]]
@@ -56,6 +60,17 @@ def steps_axis(axis: Any, values: list[int]) -> None:
     axis.minorticks_off()
 
 
+def _styles(table: dict[str, Any]) -> dict[tuple[str, str | None], dict[str, str]]:
+    """(who, sampler) -> how its line is drawn: the teacher by each of its samplers, the one that students are compared by first."""
+    samplers = dict.fromkeys(r["sampler"] for r in table["rows"] if r["who"] == "teacher" and r["plain"])
+    looks = itertools.cycle([(TEACHER, "-", "o"), (DDIM, "--", "s"), ("#9a86c9", ":", "^"), ("#6f9e2b", "-.", "v")])
+    styles: dict[tuple[str, str | None], dict[str, str]] = {
+        ("teacher", sampler): {"color": colour, "linestyle": line, "marker": marker}
+        for sampler, (colour, line, marker) in zip(samplers, looks)  # noqa: B905
+    }
+    return styles | {("student", None): {"color": STUDENT, "linestyle": "-", "marker": "D"}}
+
+
 def distance_against_steps(table: dict[str, Any]) -> str:
     """Log-log: the teacher by each sampler, the students, the floor; in features and, where they were measured, in pixels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -63,36 +78,22 @@ def distance_against_steps(table: dict[str, Any]) -> str:
     titles = {"frechet": f"in {table['features']} features", "frechet_pixels": "in raw pixels"}
     titles = {measure: title for measure, title in titles.items() if measure in table["measures"]}
     figure, axes = blank(len(titles), width=10.4, height=4.3)
-    styles = {
-        ("teacher", "ancestral"): (TEACHER, "-", "o"),
-        ("teacher", "ddim"): (DDIM, "--", "s"),
-        ("teacher", "heun"): ("#9a86c9", ":", "^"),
-        ("student", "ancestral"): (STUDENT, "-", "D"),
-    }
     for axis, (measure, title) in zip(axes[0], titles.items(), strict=True):
-        for (who, sampler), (colour, line, marker) in styles.items():
+        for (who, sampler), style in _styles(table).items():
             rows = sorted(
-                (r for r in table["rows"] if (r["who"], r["sampler"]) == (who, sampler)), key=lambda r: r["k"]
-            )
-            if not rows:
-                continue
-            label = (
-                "student (moment matching)"
-                if who == "student"
-                else f"teacher, {'DDIM' if sampler == 'ddim' else sampler}"
+                (r for r in table["rows"] if r["plain"] and r["who"] == who and sampler in (None, r["sampler"])),
+                key=lambda r: int(r["k"]),
             )
             axis.errorbar(
                 [r["nfe"] for r in rows],
                 [r[measure]["mean"] for r in rows],
                 yerr=[r[measure]["spread"] for r in rows],
-                color=colour,
-                linestyle=line,
-                marker=marker,
                 markersize=6,
                 linewidth=2,
                 capsize=2.5,
-                label=label,
+                label=who if sampler is None else f"{who}, {sampler}",
                 zorder=4 if who == "student" else 3,
+                **style,
             )
         axis.axhline(table["floor"][measure], color=FLOOR, linewidth=1, linestyle=(0, (2, 3)))
         most = max(r["nfe"] for r in table["rows"])
@@ -116,50 +117,49 @@ def distance_against_steps(table: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _each_k(
-    histories: dict[int, History], draw: Callable[[Any, int, History], None], height: float, *, sharey: bool = True
-) -> str:
-    figure, axes = blank(len(histories), width=10.4, height=height, sharey=sharey)
-    for axis, (k, history) in zip(axes[0], histories.items(), strict=True):
+def _each(histories: dict[str, History], draw: Callable[[Any, str, History], None], height: float) -> str:
+    """An axis for each training, of those that are given."""
+    figure, axes = blank(len(histories), width=10.4, height=height, sharey=True)
+    for axis, (title, history) in zip(axes[0], histories.items(), strict=True):
         axis.set_yscale("log")
-        draw(axis, k, history)
-        axis.set_title(f"k = {k}")
+        draw(axis, title, history)
+        axis.set_title(title)
         axis.set_xlabel("images seen, thousands")
     return svg(figure)
 
 
-def moment_gap(histories: dict[int, History]) -> str:
-    """w(s) |g_phi - g_theta|^2 over training, of an instant student G_A . Lambda G_B: its mean, and each of 8 noise levels."""
+def curve_in_training(histories: dict[str, History], curve: Curve) -> str:
+    """A method's curve over each training that logged it: its mean, and each of 8 noise levels."""
     import matplotlib as mpl
 
     levels = mpl.colormaps["viridis"]
-    instant = {k: any("squared_moments" in m for _, m in history) for k, history in histories.items()}
-    mixed = len(set(instant.values())) > 1
+    own = {title: history for title, history in histories.items() if any(curve.metric in m for _, m in history)}
+    first, last = next(iter(own), ""), next(reversed(own), "")
 
-    def draw(axis: Any, k: int, history: History) -> None:
-        logged = "squared_moments" if instant[k] else "moment_gap"
-        for level in range(8):
-            points = [(n / 1e3, m[f"{logged}/level{level}"]) for n, m in history if f"{logged}/level{level}" in m]
+    def draw(axis: Any, title: str, history: History) -> None:
+        for level in range(8) if curve.by_level else ():
+            logged = f"{curve.metric}/level{level}"
+            points = [(n / 1e3, m[logged]) for n, m in history if logged in m]
             if points:
                 name = ("logsnr < -6", *(f"{-6 + 2 * i} to {-4 + 2 * i}" for i in range(6)), "logsnr > 6")[level]
                 axis.plot(*zip(*points, strict=True), color=levels(level / 7.5), linewidth=1, alpha=0.8, label=name)
-        mean = [(n / 1e3, m[logged]) for n, m in history if logged in m]
+        mean = [(n / 1e3, m[curve.metric]) for n, m in history if curve.metric in m]
         if mean:
             axis.plot(*zip(*mean, strict=True), color=INK, linewidth=2, label="mean")
-            if instant[k]:  # without bias, and so below 0 as often as above once it is over
+            if curve.signed:
                 axis.set_yscale("symlog", linthresh=max(abs(v) for _, v in mean) / 1e3)
-        if k == min(histories) or mixed:
-            axis.set_ylabel("squared moments" if instant[k] else "moment gap")
-        if k == max(histories) and axis.lines:
+        if title == first:
+            axis.set_ylabel(curve.label)
+        if title == last and axis.lines:
             axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
 
-    return _each_k(histories, draw, 3.2, sharey=not mixed)
+    return _each(own or histories, draw, 3.2)
 
 
-def distance_in_training(histories: dict[int, History], teacher: float, most: int) -> str:
+def distance_in_training(histories: dict[str, History], teacher: float, most: int) -> str:
     """The measured distance over training; the kept weights are those at its lowest point."""
 
-    def draw(axis: Any, k: int, history: History) -> None:
+    def draw(axis: Any, title: str, history: History) -> None:
         points = [(n / 1e3, m["score"]) for n, m in history if "score" in m]
         if points:
             axis.plot(*zip(*points, strict=True), color=STUDENT, linewidth=2, marker="D", markersize=4)
@@ -176,14 +176,14 @@ def distance_in_training(histories: dict[int, History], teacher: float, most: in
             color=TEACHER,
             fontsize=8.5,
         )
-        if k == min(histories):
+        if title == next(iter(histories)):
             axis.set_ylabel("Frechet distance")
 
-    return _each_k(histories, draw, 2.8)
+    return _each(histories, draw, 2.8)
 
 
 @dataclass(frozen=True)
-class Course:
+class Timeline:
     """A training against the clock: (images, ms since 1970) of its metrics, and its events."""
 
     points: list[tuple[int, int]]
@@ -202,16 +202,16 @@ class Course:
             yield row, path, after
 
 
-def timeline(courses: dict[str, Course]) -> str:
+def timeline(timelines: dict[str, Timeline]) -> str:
     """Images trained on against time, of each training: its checkpoints, what was lost, and how many workers went on."""
-    figure, axes = blank(len(courses), width=10.4, height=3.6)
-    for axis, (name, course) in zip(axes[0], courses.items(), strict=True):
-        since = course.events[0]["time"]
+    figure, axes = blank(len(timelines), width=10.4, height=3.6)
+    for axis, (name, one) in zip(axes[0], timelines.items(), strict=True):
+        since = one.events[0]["time"]
 
         def drawn(path: list[tuple[int, int]], since: int = since, axis: Any = axis, **style: Any) -> None:
             axis.plot([(t - since) / 60e3 for _, t in path], [n / 1e3 for n, _ in path], **style)
 
-        for row, path, after in course.stretches():
+        for row, path, after in one.stretches():
             drawn(path, color=TEACHER, linewidth=2, zorder=3)
             axis.annotate(
                 f"{row['workers']} worker{'s' * (row['workers'] > 1)}",
@@ -225,7 +225,7 @@ def timeline(courses: dict[str, Course]) -> str:
                 gap = [path[-1], (after["n_images"], after["time"])]
                 drawn(gap, color=STUDENT, linestyle=(0, (2, 2)), linewidth=1.4, zorder=2)
                 drawn(gap[:1], color=STUDENT, marker="x", markersize=9, markeredgewidth=2.2, zorder=5)
-        kept = [(row["n_images"], row["time"]) for row in course.events if row["event"] == "checkpoint"]
+        kept = [(row["n_images"], row["time"]) for row in one.events if row["event"] == "checkpoint"]
         drawn(kept, color=TEACHER, linestyle="none", marker="o", markersize=4.5, markerfacecolor="white", zorder=4)
         axis.set_title(name)
         axis.set_xlabel("minutes since it began")

@@ -1,4 +1,4 @@
-"""Live progress: bars on a terminal, a line now and then elsewhere."""
+"""Progress and messages: live bars on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 QUIET_INTERVAL = 15.0
+"""Seconds between the progress lines of a bar without a terminal."""
 WORD = 16
-"""Columns of a cell that is broken into lines, at least."""
+"""Minimum width, in characters, of a cell whose text is wrapped."""
 NARROW = 72
-"""Columns of a terminal below which a bar is a percentage and a time."""
+"""Width of a terminal, in characters, below which a bar shows only a percentage and the time."""
 
 
 def short(number: float) -> str:
@@ -28,20 +29,19 @@ def short(number: float) -> str:
 
 
 def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
 def show_table(console: Console, table: Table) -> None:
-    """The table; where the screen is too narrow for it, its rows one below the other, with a line for each cell: a figure that is
-    cut is none.
-    """
+    """Prints the table. On a terminal that is too narrow, prints a line for each cell instead, so that no figure is cut."""
     unbound, gives = console.options.update(width=10_000), 0
     for column in table.columns:
         sizes = [console.measure(cell, options=unbound) for cell in (column.header, *column.cells)]
         if column.no_wrap:
             column.min_width = max(size.maximum for size in sizes)
-        else:  # a long word, such as a path, goes on in the next line
+        else:  # a long word, such as a path, is wrapped
             column.overflow = "fold"
             gives += max(0, max(size.minimum for size in sizes) - WORD)
     if console.measure(table, options=unbound).minimum - gives <= console.width:
@@ -64,7 +64,7 @@ def show_table(console: Console, table: Table) -> None:
 
 
 class _Detail(TextColumn):
-    """The column that gives way on a narrow terminal, with an ellipsis; the others keep their width."""
+    """The column that is cut with an ellipsis on a narrow terminal. The others keep their width."""
 
     def render(self, task: Task) -> Text:
         text = super().render(task)
@@ -73,7 +73,7 @@ class _Detail(TextColumn):
 
 
 class Bar:
-    """One line of progress: update it with how much is done and a few words (rate, loss)."""
+    """A progress bar. Update it with the amount done and a few words, such as a rate or a loss."""
 
     def __init__(self, screen: Screen, name: str, total: float, unit: str, start_at: float) -> None:
         self.screen, self.name, self.total, self.unit = screen, name, total, unit
@@ -85,7 +85,7 @@ class Bar:
         return f"{short(self.completed)}/{short(self.total)} {self.unit}" if self.unit else ""
 
     def _left(self) -> str:
-        """Time left at the rate since the first update: starting up does not count, nor what an earlier run had done."""
+        """The time left, at the rate since the first update: the start-up and the work of earlier runs don't count."""
         now = time.monotonic()
         if self._since is None:
             self._since = (now, self.completed)
@@ -108,7 +108,7 @@ class Bar:
 
 
 class Screen:
-    """Everything that the pipeline shows. `quiet` (no terminal): plain lines. All of it goes to stderr, results to stdout."""
+    """The messages and progress bars of a command, on stderr. Results go to stdout. `quiet`: no terminal, so plain lines only."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -144,14 +144,14 @@ class Screen:
 
     @contextmanager
     def bars(self) -> Iterator[Screen]:
-        """Bars live inside; they vanish at the end, and lines take their place."""
+        """Shows bars within the block. They vanish at its end."""
         self.progress = self._new_progress()
         with self.progress:
             yield self
 
     @contextmanager
     def status(self, text: str) -> Iterator[None]:
-        """A few words while something short goes on."""
+        """Shows a short text while the block runs. Does nothing without a terminal."""
         if self.quiet:
             yield
             return
@@ -159,4 +159,5 @@ class Screen:
             yield
 
     def bar(self, name: str, total: float, *, unit: str = "", start_at: float = 0) -> Bar:
+        """Adds a bar; call it within `bars`. `start_at`: the amount that an earlier run had done."""
         return Bar(self, name, total, unit, start_at)

@@ -17,26 +17,30 @@ import numpy as np
 from rich.markup import escape
 
 from workflows.cluster.session import device_of_task, task_options
-from workflows.config.schema import Distill, Evaluate, RunConfig, digest
+from workflows.config.schema import Evaluate, RunConfig
+from workflows.config.values import digest
 from workflows.dataset.reference import ABOUT, TENSORS, Reference, check_reference, load_reference
 from workflows.rendering.screen import short
-from workflows.session.context import Context, Done, StageRun, identity_of, run_stage
+from workflows.session.context import Context, Done
+from workflows.session.stage import StageRun, run_stage
 from workflows.stages.teacher import data_of
+from workflows.storage.code import code_version
+from workflows.storage.integrity import identity_of
+from workflows.storage.local import write_json
 from workflows.storage.store import fetch
-from workflows.storage.workspace import code_version, write_json
 
 if TYPE_CHECKING:
+    from mmdistill_core.methods.base import Sampler
     from mmdistill_core.metrics.statistics import Statistics
 
-CODE = (
-    "workflows/stages/evaluate.py",
-    "workflows/dataset/reference.py",
-    "mmdistill_core/metrics",
-    "mmdistill_core/samplers",
-    "mmdistill_core/diffusion",
-    "mmdistill_core/networks",
-    "mmdistill_core/artifact.py",
-    "mmdistill_core/rng.py",
+CODE = ("workflows/stages/evaluate.py", "workflows/dataset/reference.py")
+MODULES = (
+    "mmdistill_core.artifact",
+    "mmdistill_core.samplers.labels",
+    *(
+        f"mmdistill_core.metrics.{name}"
+        for name in ("statistics", "frechet", "kernel", "inception_score", "precision_recall")
+    ),
 )
 CHUNK = 600
 GRID_COLUMNS, STRIP = 10, 40
@@ -46,43 +50,39 @@ MEASURES = ("frechet", "frechet_pixels", "kid", "inception_score", "precision", 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: who is sampled, and how: a teacher by `sampler`, a student by its own; `options` are those of
-    `DiffusionModel.sample`, guidance and extra_noise; `own` names a student's sampler where it is not that of `sampler`. `name`
-    is unique and fit for a file.
+    """One row of the table: who is sampled, and how. A teacher is sampled by `sampler`; a student has it in its model.json.
+
+    `options` are those of `DiffusionModel.sample`: guidance, and the teacher's extra_noise.
     """
 
     who: str
-    sampler: str
+    sampler: Sampler
     k: int
     model: str
     options: tuple[tuple[str, float], ...] = ()
-    own: str = ""
 
     @property
     def name(self) -> str:
-        return "-".join([self.who, self.sampler, str(self.k), *(f"{name}{value:g}" for name, value in self.options)])
+        """Unique, and fit for a file."""
+        by = [self.sampler.name] if self.who == "teacher" else []
+        return "-".join([self.who, *by, str(self.k), *(f"{name}{value:g}" for name, value in self.options)])
 
     @property
     def label(self) -> str:
-        """The sampler by which rows are compared."""
-        return self._told(self.sampler)
-
-    @property
-    def shown(self) -> str:
-        """The sampler that was taken, as the table has it."""
-        return self._told(self.own or self.sampler)
-
-    def _told(self, sampler: str) -> str:
-        return ", ".join([sampler, *(f"{name.replace('_', ' ')} {value:g}" for name, value in self.options)])
+        """The sampler, as the table shows it."""
+        options = (*self.sampler.options.items(), *self.options)
+        return ", ".join([self.sampler.name, *(f"{name.replace('_', ' ')} {value:g}" for name, value in options)])
 
     @property
     def how(self) -> dict[str, Any]:
-        return dict(self.options) | ({"sampler": self.sampler} if self.who == "teacher" else {})
+        return dict(self.options) | ({"sampler": self.sampler.name} if self.who == "teacher" else {})
 
     @property
     def nfe(self) -> int:
-        steps = 2 * self.k - 1 if self.sampler == "heun" else self.k
-        return steps * (2 if self.who == "teacher" and "guidance" in dict(self.options) else 1)
+        from mmdistill_core.samplers.samplers import evaluations
+
+        twice = "guidance" in dict(self.options) and "guidance" not in self.sampler.ranges
+        return evaluations(self.sampler.name, self.k) * (2 if twice else 1)
 
 
 def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int, Done]) -> Done:
@@ -94,7 +94,7 @@ def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int,
         "teacher": taught.identity,
         "students": {k: s.identity for k, s in students.items()},
         "seed": context.config.seed,
-        "code": code_version(*CODE),
+        "code": measuring_code(context.config, taught, students),
         **shown,
     }
     return run_stage(
@@ -106,49 +106,62 @@ def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int,
     )
 
 
-def rows_of(config: RunConfig, model: str, students: dict[int, str]) -> list[Row]:
-    """The rows of a teacher and of students by k, given their folders: the plain ones; then the teacher with more noise in its
-    ancestral steps, and all that can be guided, guided.
+def measuring_code(config: RunConfig, taught: Done, students: dict[int, Done]) -> str:
+    """The version of the code that samples these models, and measures their samples."""
+    from mmdistill_core.artifact import extractor_class
+    from mmdistill_core.networks.config import network_config
+    from mmdistill_core.samplers.samplers import sampler_function
+
+    modules = {*MODULES, extractor_class(config.data.extractor).__module__}
+    modules |= {sampler_function(name).__module__ for name in config.evaluate.samplers}
+    for done in (taught, *students.values()):
+        description = json.loads((done.folder / "model" / "model.json").read_text())
+        modules.add(type(network_config(description["network"])).__module__)
+        modules |= {sampler_function(own["name"]).__module__ for own in description["samplers"].values()}
+    return code_version(*CODE, modules=tuple(sorted(modules)))
+
+
+def rows_of(config: RunConfig, model: str, students: dict[int, str], samplers: dict[int, Sampler]) -> list[Row]:
+    """The rows of a teacher and of students by k, given their folders and the students' samplers: the plain ones; then the teacher
+    with more noise in its steps, and all that can be guided, guided.
     """
+    from mmdistill_core.methods.base import Sampler
+
     options, steps = config.evaluate, sorted({*config.evaluate.teacher_steps, *students})
-    rows = [Row("teacher", sampler, k, model) for sampler in options.samplers for k in steps]
-    rows += [
-        Row("teacher", "ancestral", k, model, (("extra_noise", noise),))
-        for noise in options.teacher_noise
-        for k in steps
-    ]
-    rows += [
-        Row("student", "ancestral", k, student, own=_own_sampler(config.distill.for_k(k)))
-        for k, student in students.items()
-    ]
+    by = [Sampler(name) for name in options.samplers]
+    rows = [Row("teacher", sampler, k, model) for sampler in by for k in steps]
+    for noise in options.teacher_noise:
+        rows += [Row("teacher", by[0], k, model, (("extra_noise", noise),)) for k in steps]
+    rows += [Row("student", samplers[k], k, student) for k, student in students.items()]
     for w in options.guidance:
         guided = (("guidance", w),)
-        rows += [Row("teacher", sampler, k, model, guided) for sampler in options.samplers for k in steps]
+        rows += [Row("teacher", sampler, k, model, guided) for sampler in by for k in steps]
         for k, student in students.items():
-            low, high = config.distill.for_k(k).told or (1.0, 0.0)
+            low, high = samplers[k].ranges.get("guidance", (1.0, 0.0))
             if low <= w <= high:
-                rows.append(Row("student", "ancestral", k, student, guided, own=_own_sampler(config.distill.for_k(k))))
+                rows.append(Row("student", samplers[k], k, student, guided))
     return rows
 
 
-def _own_sampler(own: Distill) -> str:
-    """The name of the sampler that a student's transition calls for, where it is not the ancestral one."""
-    if own.transition == "unconditional":
-        return "renoise"
-    return "" if own.eta == 1 else f"ancestral, eta {own.eta:g}"
+def samplers_of(students: dict[int, Path]) -> dict[int, Sampler]:
+    """k -> the sampler of the student in this folder, of its model.json."""
+    from mmdistill_core.artifact import samplers_in
+
+    return {k: samplers_in(json.loads((folder / "model.json").read_text()))[k] for k, folder in students.items()}
 
 
 def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: dict[int, Done]) -> dict[str, Any]:
     import ray
     import torch
 
-    from mmdistill_core.samplers import data_labels
+    from mmdistill_core.samplers.labels import data_labels
     from workflows.dataset.shards import label_pool
     from workflows.rendering.grids import image_grid
 
     config, options, screen = run.context.config, run.context.config.evaluate, run.context.screen
     models = {k: student.at("model") for k, student in students.items()}
-    rows = rows_of(config, taught.at("model"), models)
+    samplers = samplers_of({k: student.folder / "model" for k, student in students.items()})
+    rows = rows_of(config, taught.at("model"), models, samplers)
     parts, grids = run.path / "rows", run.path / "grids"
     parts.mkdir(exist_ok=True)
     grids.mkdir(exist_ok=True)
@@ -160,7 +173,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     wanted = [(row, seed) for row in sorted(rows, key=lambda r: -r.nfe) for seed in range(options.seeds)]
     total = sum(row.nfe for row, _ in wanted) * options.samples + sum(row.nfe for row in rows) * STRIP
     missing = [(row, seed) for row, seed in wanted if not (parts / f"{row.name}-{seed}.json").exists()]
-    done = sum(row.nfe for row, _ in set(wanted) - set(missing)) * options.samples
+    done = (sum(row.nfe for row, _ in wanted) - sum(row.nfe for row, _ in missing)) * options.samples
     placement = run.context.placement
     sample_task = ray.remote(**placement.task)(sample_chunk)
     strip_task = ray.remote(**placement.task)(sample_strip)
@@ -202,6 +215,7 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
         ]
     result = {
         "rows": table,
+        "compared_by": rows[0].label,
         "measures": [name for name in MEASURES if name in table[0]],
         **_against(run, reference, prepared),
         "classifier_accuracy": prepared.result["classifier_accuracy"],
@@ -209,9 +223,9 @@ def _body(run: StageRun, folder: Path, prepared: Done, taught: Done, students: d
     write_json(run.path / "table.json", result)
     for text in result["warnings"]:
         screen.line(f"[yellow]![/] {escape(text)}")
-    for line in table:
-        how = line["sampler"].replace(", ", "_").replace(" ", "_")
-        prefix = line["who"] + ("" if (line["who"], how) == ("student", "ancestral") else f"_{how}")
+    for row, line in zip(rows, table, strict=True):
+        how = [row.sampler.name] if row.who == "teacher" else []
+        prefix = "_".join([row.who, *how, *(f"{name}_{value:g}" for name, value in row.options)])
         run.log_at(line["k"], {f"{prefix}/{name}": line[name]["mean"] for name in result["measures"]})
     for name in ("table.json", "grids"):
         run.context.tracker.log_artifact(run.run_id, run.path / name, None if name == "table.json" else "grids")
@@ -374,7 +388,7 @@ def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
     return {
         "who": row.who,
         "sampler": row.label,
-        "shown": row.shown,
+        "plain": not row.options,
         "k": row.k,
         "nfe": row.nfe,
         "name": row.name,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from workflows.config.schema import digest
-from workflows.dataset.extractors import Wanted, make_extractor, said_of
+from mmdistill_core.files import sha256_of
+from workflows.config.values import digest
+from workflows.dataset.extractors import Wanted, make_extractor, progress_text
 from workflows.dataset.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from workflows.dataset.reference import (
     ABOUT,
@@ -24,17 +23,19 @@ from workflows.dataset.sources import Source, data_set, source_of
 from workflows.dataset.sources.folder import listing
 from workflows.errors import UserError
 from workflows.rendering.screen import Bar
-from workflows.session.context import Context, Done, StageRun, identity_of, run_stage
+from workflows.session.context import Context, Done
+from workflows.session.stage import StageRun, run_stage
+from workflows.storage.code import code_version
+from workflows.storage.integrity import identity_of
 from workflows.storage.store import fetch, publish
 from workflows.storage.uri import join, shown
-from workflows.storage.workspace import code_version
 from workflows.training.crew import CREWS
 
 CODE = (
     "workflows/stages/prepare.py",
     "workflows/dataset/extractors.py",
     "workflows/dataset/reference.py",
-    "workflows/sources",
+    "workflows/dataset/sources",
     "workflows/dataset/manifest.py",
     "workflows/dataset/shards.py",
     "workflows/dataset/readers/decode.py",
@@ -60,9 +61,7 @@ def prepare(context: Context) -> Done:
         "data": data.model_dump(exclude={"extractor_weights", "memory_gib", "window"}),
         "listing": listing(data.path) if data.source == "folder" else None,
         "data set": digest(asdict(read_manifest(data_set(data)))) if data.source == "dataset" else None,
-        "weights": hashlib.sha256(Path(data.extractor_weights).read_bytes()).hexdigest()
-        if data.extractor_weights
-        else None,
+        "weights": sha256_of(data.extractor_weights) if data.extractor_weights else None,
         "near": context.config.evaluate.neighbour_samples,
         "seed": context.config.seed,
         "code": code_version(*CODE),
@@ -167,7 +166,7 @@ def _extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> 
         bars[:] = bars or [run.context.screen.bar("prepare", wanted.epochs, unit="epochs")]
         known = {} if accuracy is None else {"classifier/accuracy": accuracy}
         run.log(epoch, {"step": epoch, "classifier/loss": loss} | known)
-        bars[0].update(epoch, f"classifier: {said_of(loss, accuracy)}")
+        bars[0].update(epoch, f"classifier: {progress_text(loss, accuracy)}")
 
     return make_extractor(wanted, root, manifest, exact=exact, tick=tick)
 

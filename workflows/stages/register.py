@@ -5,16 +5,21 @@ All that `mmdistill lineage` and `promote` ask for is put there as tags, so that
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from rich.markup import escape
 
-from workflows.config.schema import Gate, digest
+from workflows.config.assembly import rounds_of, schedule_of
+from workflows.config.schema import Gate, RunConfig
+from workflows.config.values import digest
 from workflows.errors import UserError
 from workflows.registry.promote import gate_tag, promote, user
 from workflows.registry.versions import Registry, Version
-from workflows.session.context import Context, Done, StageRun, run_stage
-from workflows.storage.workspace import code_version, git_commit
+from workflows.session.context import Context, Done
+from workflows.session.results import Results
+from workflows.session.stage import StageRun, run_stage
+from workflows.storage.code import code_version, git_commit
 
 CODE = (
     "workflows/stages/register.py",
@@ -67,14 +72,13 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
     context.settle()  # the registry has to answer, and to know the runs that the models come from
     registry = Registry(context.tracker)
     teacher_name, student_name = f"mmdistill-{recipe}-teacher", f"mmdistill-{recipe}-student"
-    rows = {(row["who"], row["sampler"], row["k"]): row for row in measured.result["rows"]}
-    common = _common(run, prepared, measured)
+    results = Results.of(measured.result)
+    common, starts = _common(run, prepared, measured), starts_of(config)
     with context.screen.bars() as screen:
         bar = screen.bar("register", 1 + len(students), unit="models")
-        most = max(k for who, sampler, k in rows if who == "teacher" and sampler == "ancestral")
-        row = rows["teacher", "ancestral", most]
+        row = results.longest
         none = Gate(teacher_ratio=None, recall=0)  # the recipe's gate is for students
-        tags = common | {"role": "teacher", "k": str(most), "method": "denoising"} | _figures(row)
+        tags = common | {"role": "teacher", "k": str(row["k"]), "method": method_in(taught)} | _figures(row)
         teacher = _version(registry, teacher_name, taught, tags, none)
         bar.update(1)
         versions: dict[int, Version] = {}
@@ -82,22 +86,22 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
             tags = common | {
                 "role": "student",
                 "k": str(k),
-                "method": config.distill.for_k(k).method,
+                "method": config.distill.method,
                 "teacher_name": teacher.name,
                 "teacher_version": teacher.version,
-                "teacher_frechet": f"{rows['teacher', 'ancestral', k]['frechet']['mean']:.6g}",
+                "teacher_frechet": f"{results.teacher(k)['frechet']['mean']:.6g}",
             }
-            tags |= _figures(rows["student", "ancestral", k])
+            tags |= _figures(results.student(k))
             versions[k] = _version(registry, student_name, student, tags, config.gate.for_k(k))
             bar.update(2 + i)
         for k, version in versions.items():
-            if config.distill.for_k(k).warm_start and 2 * k in versions:
-                registry.set_tags(version, {"start_name": student_name, "start_version": versions[2 * k].version})
+            if (start := starts.get(k)) in versions:
+                registry.set_tags(version, {"start_name": student_name, "start_version": versions[start].version})
     moved = {}
     for k, version in versions.items():
         outcome = promote(registry, version, _alias(k), who=user(), why=f"run {run.run_id}", better=True)
         moved[k] = outcome.text.removeprefix(f"{_alias(k)}: ")
-        if not outcome.moved and "is that already" not in outcome.text:
+        if outcome.refused:
             context.screen.line(f"[yellow]![/] {escape(outcome.text)}")
     first = f"{teacher.name} v{teacher.version}"
     return {
@@ -107,6 +111,24 @@ def _body(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done]
         "champions": {str(k): f"models:/{student_name}@{_alias(k)}" for k in versions},
         "moved": {str(k): reason for k, reason in moved.items()},
         "summary": f"{first}, {student_name} v" + ", v".join(v.version for v in versions.values()),
+    }
+
+
+def method_in(taught: Done) -> str:
+    """By which a teacher was trained, as far as it says."""
+    provenance = json.loads((taught.folder / "model" / "model.json").read_text())["provenance"]
+    return str(provenance.get("training", {}).get("method", "unknown"))
+
+
+def starts_of(config: RunConfig) -> dict[int, int]:
+    """k -> the k whose student that of k starts from."""
+    rounds = {one.name: one for one in rounds_of(config.distill, schedule_of(config))}
+    return {
+        k: rounds[start].ks[0]
+        for one in rounds.values()
+        for k in one.ks
+        for start in one.starts.values()
+        if rounds[start].ks
     }
 
 

@@ -7,17 +7,25 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from workflows.config.schema import digest
+from workflows.config.assembly import rounds_of, schedule_of
+from workflows.config.schema import RunConfig
+from workflows.config.values import digest
 from workflows.rendering import TEMPLATES
 from workflows.rendering.screen import Screen, clock, short, show_table
-from workflows.session.context import Context, Done, StageRun, identity_of, read_metrics, read_timed_metrics, run_stage
-from workflows.storage import jsonl as lines
+from workflows.session.context import Context, Done
+from workflows.session.metrics import read_metrics, read_timed_metrics
+from workflows.session.results import Results
+from workflows.session.stage import StageRun, run_stage
+from workflows.stages.distill import Distilled
+from workflows.storage import jsonl
+from workflows.storage.code import code_version
+from workflows.storage.integrity import identity_of
 from workflows.storage.uri import shown
-from workflows.storage.workspace import code_version
 from workflows.training.events import CAUSES, EVENTS, interruptions
 
 if TYPE_CHECKING:
-    from workflows.rendering import plots as figures
+    from mmdistill_core.methods.base import Curve, Round
+    from workflows.rendering import plots
 
 CODE = (
     "workflows/stages/report.py",
@@ -28,6 +36,7 @@ CODE = (
     "workflows/registry/drawing.py",
     "workflows/training/events.py",
 )
+NO_COSTS = {"images": None, "forwards": None, "best_images": None}
 TITLES = {
     "frechet": "Frechet, features",
     "frechet_pixels": "Frechet, pixels",
@@ -43,7 +52,7 @@ def report(
     context: Context,
     prepared: Done,
     taught: Done,
-    students: dict[int, Done],
+    distilled: Distilled,
     measured: Done,
     registered: Done,
 ) -> Done:
@@ -58,63 +67,56 @@ def report(
         "report",
         depends=depends,
         config={"recipe": context.config.recipe},
-        body=lambda run: _body(run, prepared, taught, students, measured, registered),
+        body=lambda run: _body(run, prepared, taught, distilled, measured, registered),
     )
 
 
 def _body(
-    run: StageRun, prepared: Done, taught: Done, students: dict[int, Done], measured: Done, registered: Done
+    run: StageRun, prepared: Done, taught: Done, distilled: Distilled, measured: Done, registered: Done
 ) -> dict[str, Any]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from workflows.registry.drawing import draw
     from workflows.registry.lineage import lineage_of
     from workflows.registry.versions import Registry
-    from workflows.rendering import plots as figures
+    from workflows.rendering import plots
 
-    table = measured.result
-    histories = {k: read_metrics(s.folder) for k, s in students.items()}
+    table, config = measured.result, run.context.config
+    results, ks, trainings = Results.of(table), sorted(distilled.students), [taught, *distilled.rounds.values()]
+    histories = {_title(one): read_metrics(distilled.rounds[one.name].folder) for one in _rounds(config, distilled)}
+    curves = _curves(config, distilled)
     grids = {p.stem: _data_uri(p) for p in (measured.folder / "grids").glob("*.png")}
-    rows = {(r["who"], r["sampler"], r["k"]): r for r in table["rows"]}
-    most = max(k for who, sampler, k in rows if who == "teacher" and sampler == "ancestral")
-    instant = [k for k in sorted(students) if run.context.config.distill.for_k(k).update == "instant"]
-    courses = {
-        done.name: _course(done) for done in (taught, *students.values()) if done.result["interruptions"]["times"]
-    }
+    timelines = {done.name: _timeline(done) for done in trainings if done.result["interruptions"]["times"]}
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     registry, made = Registry(run.context.tracker), registered.result
     lineage = lineage_of(registry, [registry.one(uri) for uri in (made["teacher"], *made["students"].values())])
     environment.filters |= {"short": short, "clock": clock}
     html = environment.get_template("report.html").render(
-        recipe=run.context.config.recipe,
-        headline=headline(table["rows"], sorted(students)),
-        most=most,
+        recipe=config.recipe,
+        method=config.distill.method.rpartition(":")[2].replace("_", " "),
+        headline=headline(results, ks),
+        most=results.longest["k"],
         table=table,
         titles=TITLES,
         features=_features(table, prepared.result["held_out"]),
         reference=_reference(table),
         pairs=_pairs(table),
-        rows=rows,
-        ks=sorted(students),
-        samplers=list(run.context.config.evaluate.samplers),
-        steps=sorted({k for who, _, k in rows if who == "teacher"}),
-        distance_plot=figures.distance_against_steps(table),
-        gap_plot=figures.moment_gap(histories),
-        instant=instant,
-        with_auxiliary=len(instant) < len(students),
-        progress_plot=figures.distance_in_training(
-            histories, rows[("teacher", "ancestral", most)]["frechet"]["mean"], most
-        ),
+        ks=ks,
+        shown={k: (results.teacher(k)["name"], results.student(k)["name"]) for k in ks},
+        longest=results.longest["name"],
+        distance_plot=plots.distance_against_steps(table),
+        curve_plots=[(plots.curve_in_training(histories, curve), curve.explanation) for curve in curves],
+        progress_plot=plots.distance_in_training(histories, results.longest["frechet"]["mean"], results.longest["k"]),
         grids=grids,
-        costs=_costs(prepared, taught, students, measured),
+        costs=_costs(prepared, trainings, measured),
         causes=CAUSES,
-        interrupted={name: (course.events, interruptions(course.events)) for name, course in courses.items()},
-        timeline=figures.timeline(courses) if courses else "",
+        interrupted={name: (one.events, interruptions(one.events)) for name, one in timelines.items()},
+        timeline=plots.timeline(timelines) if timelines else "",
         lineage=lineage,
         lineage_drawing=draw(lineage),
         moved=made["moved"],
         prepared=prepared.result,
-        config_yaml=run.context.config.yaml(),
+        config_yaml=config.yaml(),
         parent_run=run.context.parent_run,
         tracking=run.context.tracker.uri,
     )
@@ -124,18 +126,33 @@ def _body(
     return {"identity": identity_of(path), "artifacts": ["report.html"], "summary": "one HTML file"}
 
 
-def headline(rows: list[dict[str, Any]], ks: list[int]) -> dict[str, Any]:
-    """The student of most steps against the teacher's longest row, and each k against the teacher at the same k."""
-    by = {(r["who"], r["sampler"], r["k"]): r["frechet"]["mean"] for r in rows}
-    most = max(k for who, sampler, k in by if who == "teacher" and sampler == "ancestral")
-    best = min(ks, key=lambda k: by["student", "ancestral", k])
+def _rounds(config: RunConfig, distilled: Distilled) -> list[Round]:
+    """The rounds, those of few steps first."""
+    rounds = [one for one in rounds_of(config.distill, schedule_of(config)) if one.name in distilled.rounds]
+    return sorted(rounds, key=lambda one: (one.ks or (0,), one.name))
+
+
+def _title(one: Round) -> str:
+    return f"k = {', '.join(map(str, one.ks))}" if one.ks else one.name
+
+
+def _curves(config: RunConfig, distilled: Distilled) -> list[Curve]:
+    """What the methods of these rounds have to show of their trainings, each once."""
+    found = {curve.metric: curve for one in _rounds(config, distilled) for curve in one.method.curves}
+    return list(found.values())
+
+
+def headline(results: Results, ks: list[int]) -> dict[str, Any]:
+    """The student of the lowest distance against the teacher's longest row, and each k against the teacher at the same k."""
+    distance = {k: results.student(k)["frechet"]["mean"] for k in ks}
+    longest, best = results.longest, min(ks, key=lambda k: distance[k])
     return {
         "k": best,
-        "student": by["student", "ancestral", best],
-        "teacher": by["teacher", "ancestral", most],
-        "ratio": by["student", "ancestral", best] / by["teacher", "ancestral", most],
-        "fewer": most / best,
-        "same_k": {k: by["student", "ancestral", k] / by["teacher", "ancestral", k] for k in ks},
+        "student": distance[best],
+        "teacher": longest["frechet"]["mean"],
+        "ratio": distance[best] / longest["frechet"]["mean"],
+        "fewer": longest["nfe"] / results.student(best)["nfe"],
+        "same_k": {k: distance[k] / results.teacher(k)["frechet"]["mean"] for k in ks},
     }
 
 
@@ -176,20 +193,20 @@ def _pairs(table: dict[str, Any]) -> str:
     return f"Precision, recall and kernel distance are from {counts}, the last over {kid}{score}."
 
 
-def _course(done: Done) -> figures.Course:
-    from workflows.rendering.plots import Course
+def _timeline(done: Done) -> plots.Timeline:
+    from workflows.rendering.plots import Timeline
 
     points = [(step, moment) for step, _, moment in read_timed_metrics(done.folder)]
-    return Course(points, list(lines.read(done.folder / EVENTS)))
+    return Timeline(points, list(jsonl.read(done.folder / EVENTS)))
 
 
 def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _costs(prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> list[dict[str, Any]]:
-    costs: list[dict[str, Any]] = [{"name": "prepare", "run": prepared.run_id, "seconds": prepared.seconds}]
-    for done in (taught, *students.values()):
+def _costs(prepared: Done, trainings: list[Done], measured: Done) -> list[dict[str, Any]]:
+    costs: list[dict[str, Any]] = [{**NO_COSTS, "name": "prepare", "run": prepared.run_id, "seconds": prepared.seconds}]
+    for done in trainings:
         costs.append(
             {
                 "name": done.name,
@@ -201,7 +218,9 @@ def _costs(prepared: Done, taught: Done, students: dict[int, Done], measured: Do
             }
         )
     evaluations = sum(r["nfe"] for r in measured.result["rows"]) * measured.result["samples"] * measured.result["seeds"]
-    costs.append({"name": "evaluate", "run": measured.run_id, "seconds": measured.seconds, "forwards": evaluations})
+    costs.append(
+        {**NO_COSTS, "name": "evaluate", "run": measured.run_id, "seconds": measured.seconds, "forwards": evaluations}
+    )
     return costs
 
 

@@ -1,23 +1,39 @@
-"""teacher: a diffusion model trained on the prepared images, by denoising; its average over training is what is kept."""
+"""teacher: a diffusion model trained on the prepared images, or one that is there already. Of a training the average is kept.
+
+The exact denoiser, of data whose law is known, has nothing to train: beside it lies a network that was fitted to the data.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from workflows.cluster.session import Workers, groups, let_go, run_together
+from workflows.config.assembly import network_of, options_in, schedule_of
 from workflows.config.schema import RunConfig
 from workflows.dataset.sources import source_of
-from workflows.session.context import Context, Done, StageRun, identity_of, run_stage, training_listener
-from workflows.storage.workspace import code_version
+from workflows.errors import UserError
+from workflows.session.context import Context, Done
+from workflows.session.stage import StageRun, run_stage, training_listener
+from workflows.storage.code import code_version
+from workflows.storage.integrity import check_model, identity_of
+from workflows.storage.store import fetch
+from workflows.storage.uri import is_remote
 from workflows.training.crew import CREWS, abort
 from workflows.training.events import EVENTS, interruptions
 from workflows.training.job import Job
+
+if TYPE_CHECKING:
+    from mmdistill_core.methods.base import About
+    from mmdistill_core.networks.config import NetworkConfig
 
 FITTED = "fitted"
 """Folder beside an exact teacher: the network from which its students start."""
@@ -26,13 +42,6 @@ WITHOUT_WORKERS = 30.0
 STEPS = 256
 """With which a teacher is sampled where nothing else is said."""
 TRAINING_CODE = (
-    "mmdistill_core/artifact.py",
-    "mmdistill_core/rng.py",
-    "mmdistill_core/diffusion",
-    "mmdistill_core/networks",
-    "mmdistill_core/engine",
-    "mmdistill_core/methods/base.py",
-    "mmdistill_core/methods/parts.py",
     "workflows/training/job.py",
     "workflows/training/worker.py",
     "workflows/training/crew.py",
@@ -40,7 +49,16 @@ TRAINING_CODE = (
     "workflows/dataset/streaming.py",
     "workflows/dataset/shards.py",
 )
-CODE = (*TRAINING_CODE, "mmdistill_core/methods/denoising.py", "workflows/stages/teacher.py")
+ENGINE = ("mmdistill_core.engine", "mmdistill_core.engine.preparation", "mmdistill_core.artifact")
+"""What every training runs beside its method and its network."""
+
+
+def training_code(method: str, *parts: str, networks: Sequence[Any], modules: tuple[str, ...] = ()) -> str:
+    """The version of the code of a training by this method of this network."""
+    from mmdistill_core.methods import method_class
+
+    own = (method_class(method).__module__, *(type(network).__module__ for network in networks))
+    return code_version(*TRAINING_CODE, *parts, modules=(*ENGINE, *own, *modules))
 
 
 def model_config(context: Context) -> dict[str, Any]:
@@ -51,12 +69,17 @@ def model_config(context: Context) -> dict[str, Any]:
 
 
 def teacher(context: Context, prepared: Done) -> Done:
-    shown = {"teacher": context.config.teacher.model_dump(), **model_config(context)}
+    c = context.config
+    if c.teacher.model is not None:
+        return _named(context, prepared, c.teacher.model)
+    shown = {"teacher": c.teacher.model_dump(exclude={"model"}), **model_config(context)}
     depends = {
         "prepare": prepared.identity,
-        "window": window_of(context.config, prepared.result),
-        "seed": context.config.seed,
-        "code": code_version(*CODE),
+        "window": window_of(c, prepared.result),
+        "seed": c.seed,
+        "code": training_code(
+            c.teacher.method, "workflows/stages/teacher.py", networks=[network_in(c, prepared.result)]
+        ),
         **shown,
     }
     return run_stage(context, "teacher", depends=depends, config=shown, body=lambda run: _body(run, prepared))
@@ -73,25 +96,21 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
         rows=c.data.trained,
         window=window_of(c, prepared.result),
         seed=c.seed,
-        method="denoising",
-        arguments=denoising_arguments(c),
-        networks={},
-        network=network_config(c, prepared.result),
+        method=c.teacher.method,
+        arguments=options_in(c.teacher),
+        network=network_values(c, prepared.result),
         schedule=c.schedule.as_dict(),
         prediction=c.prediction,
-        options={"teacher": c.teacher.optimiser.model_dump()},
+        options=dict.fromkeys(trained_by(c), c.teacher.optimiser.model_dump()),
         images=c.teacher.images,
         batch=c.teacher.batch,
         compute=c.compute.model_dump(),
         log_every=c.teacher.log_every,
         checkpoint_every=c.teacher.checkpoint_every,
-        best_role="teacher_ema",
-        k=STEPS,
+        ks=(STEPS,),
         ema_half_life_images=c.teacher.ema_half_life_images,
         ema_ramp=c.teacher.ema_ramp,
         micro_batch=c.teacher.micro_batch,
-        dropout=c.network.dropout,
-        null_label=c.teacher.label_dropout > 0,
         provenance={
             "role": "teacher",
             "recipe": c.recipe,
@@ -106,6 +125,13 @@ def _body(run: StageRun, prepared: Done) -> dict[str, Any]:
     return training_result(run, f"{c.teacher.images:,} images" + (", the exact denoiser beside it" if exact else ""))
 
 
+def trained_by(config: RunConfig) -> list[str]:
+    """The roles that the teacher's method trains."""
+    from workflows.config.assembly import method_of
+
+    return [role.name for role in method_of(config.teacher, schedule_of(config)).roles if role.trained]
+
+
 def _save_exact(run: StageRun, job: Job) -> None:
     """The optimal denoiser in the place of the teacher, with the figures of the network that was fitted to the data."""
     from mmdistill_core.artifact import DiffusionModel, load_model, save_model
@@ -114,8 +140,67 @@ def _save_exact(run: StageRun, job: Job) -> None:
     exact = source_of(run.context.config.data).exact
     assert exact is not None
     denoiser, provenance = exact(schedule=schedule_from_dict(job.schedule)), load_model(run.path / FITTED).provenance
-    save_model(run.path / "model", DiffusionModel(denoiser, k=job.k, null_label=True, provenance=provenance))
+    save_model(run.path / "model", DiffusionModel(denoiser, k=job.ks[0], null_label=True, provenance=provenance))
     run.context.tracker.log_artifact(run.run_id, run.path / FITTED, FITTED)
+
+
+def _named(context: Context, prepared: Done, model: str) -> Done:
+    """A teacher that is there already: a copy of it, which has to fit the data."""
+    from workflows.registry.versions import Registry
+
+    registered = model.startswith("models:/")
+    if registered:
+        context.settle()
+        version = Registry(context.tracker).one(model)
+        identity = [version.uri, version.tags.get("identity", "")]
+    else:
+        folder = fetch(model) if is_remote(model) else check_model(fetch(model))
+        _describe(folder, model)
+        identity = [identity_of(folder / "weights.safetensors", folder / "model.json")]
+    shown = {"teacher": model}
+
+    def body(run: StageRun) -> dict[str, Any]:
+        with TemporaryDirectory() as scratch:
+            there = Registry(context.tracker).download(model, Path(scratch)) if registered else folder
+            _check_fits(context.config, prepared, _describe(there, model), model)
+            shutil.copytree(there, run.path / "model", dirs_exist_ok=True)
+        return training_result(run, f"{model}, as it is") | {"images": None, "forwards": None}
+
+    depends = {"model": identity, "prepare": prepared.identity, "code": code_version("workflows/stages/teacher.py")}
+    return run_stage(context, "teacher", depends=depends, config=shown, body=body)
+
+
+def _describe(folder: Path, named: str) -> dict[str, Any]:
+    """The model.json of a model folder. Raises UserError for a folder that holds none."""
+    with suppress(OSError, ValueError):
+        description = json.loads((folder / "model.json").read_text())
+        if isinstance(description, dict) and description.get("kind") == "denoiser":
+            return description
+    raise UserError(f"teacher.model: {named} is not a model folder (model.json and weights.safetensors)")
+
+
+def _check_fits(config: RunConfig, prepared: Done, model: dict[str, Any], named: str) -> None:
+    """Raises UserError for a teacher of other images than the data are, or that can't do what the recipe asks."""
+    network, shape = model["network"], prepared.result["shape"]
+    found = [network["channels"], network["image_size"], network["image_size"]]
+    if found != list(shape):
+        sizes = ["x".join(map(str, one)) for one in (found, shape)]
+        raise UserError(f"teacher.model: {named} makes images of {sizes[0]}, the data are of {sizes[1]}")
+    if network["num_classes"] != prepared.result["num_classes"]:
+        raise UserError(
+            f"teacher.model: {named} has {network['num_classes']} classes, the data have {prepared.result['num_classes']}"
+        )
+    if config.evaluate.guidance and not model.get("null_label"):
+        raise UserError(f"evaluate.guidance: {named} never learnt the null label, so that it can't be guided")
+
+
+def about(model: Path) -> About:
+    """What is known of a teacher from its folder."""
+    from mmdistill_core.artifact import beside
+    from mmdistill_core.methods.base import About
+
+    description = json.loads((model / "model.json").read_text())
+    return About(description["network"]["num_classes"], bool(description["null_label"]), beside(model))
 
 
 def data_of(prepared: Done) -> str:
@@ -134,17 +219,15 @@ def window_of(config: RunConfig, prepared: dict[str, Any]) -> int | None:
     return config.data.window if prepared["bytes"] > config.data.memory_gib * 2**30 else None
 
 
-def denoising_arguments(config: RunConfig) -> dict[str, Any]:
-    """The fields of Denoising but the schedule."""
-    t = config.teacher
-    return {"p_t": t.p_t, "w_t": t.w_t, "label_dropout": t.label_dropout}
+def network_in(config: RunConfig, prepared: dict[str, Any]) -> NetworkConfig:
+    """The recipe's network, for the prepared images."""
+    return network_of(config.network, shape=tuple(prepared["shape"]), num_classes=prepared["num_classes"])
 
 
-def network_config(config: RunConfig, prepared: dict[str, Any]) -> dict[str, Any]:
-    """The fields of DiTConfig: the recipe's, and those that follow from the data."""
-    channels, height, _ = prepared["shape"]
-    data: dict[str, Any] = {"image_size": height, "channels": channels, "num_classes": prepared["num_classes"]}
-    return data | config.network.model_dump()
+def network_values(config: RunConfig, prepared: dict[str, Any]) -> dict[str, Any]:
+    """The network as plain values, with its kind: the recipe's, and those that follow from the data."""
+    made = network_in(config, prepared)
+    return {"kind": made.kind} | asdict(made)
 
 
 def run_trainings(

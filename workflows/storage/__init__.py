@@ -1,1 +1,1 @@
-"""Files by path or URI: object stores, leases, integrity, the workspace."""
+"""Storage: files by path or URI, object stores, leases, integrity checks, the workspace."""

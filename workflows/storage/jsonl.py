@@ -1,4 +1,4 @@
-"""Files of JSON objects, one a line, that are only ever added to. A kill may cut the last one short: it stays by itself, unread."""
+"""Append-only files of JSON objects, one a line. A kill may cut a line short: it stays on a line of its own, and is skipped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """A line more. Half a line before it, of a full disk or a loss of power, stays by itself."""
+    """Appends a line. Half a line at the end, left by a full disk or a power loss, is ended first."""
     with path.open("ab+") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - 1))
@@ -18,7 +18,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Its whole lines; of a file that is not there, none."""
+    """The complete lines of a file; none if it does not exist."""
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             yield json.loads(line)

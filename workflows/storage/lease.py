@@ -1,4 +1,4 @@
-"""One holder at a time of something in an object store: a lease, renewed while its holder lives, which runs out when it doesn't."""
+"""A lease in an object store: one holder at a time. The holder renews it while it lives; if it dies, the lease expires."""
 
 from __future__ import annotations
 
@@ -18,29 +18,27 @@ from workflows.storage.store import put_if, read_tagged
 from workflows.storage.uri import shown
 
 SECONDS = 60.0
-"""How long a lease lasts that is not renewed. The clocks of those who compete should differ by much less."""
+"""How long a lease lasts without renewal. The clocks of competing machines should differ by much less."""
 WAITS = "MMDISTILL_LEASE_WAIT"
-"""Set, as it is for jobs, a lease is waited for as long as nobody renews it: a job that follows one that was killed has no user to
-try it again.
-"""
+"""If set, as for jobs, a run waits for a lease that nobody renews. A job that follows a killed one has no user to retry it."""
 
 
 @dataclass
 class Lease:
-    """An object that says who holds it until when. `lost` once another took it over, or may have, which a holder must look at."""
+    """An object that says who holds it, and until when. The holder must check `lost`: another may have taken it over."""
 
     uri: str
     what: str
     seconds: float = SECONDS
     holder: str = field(default_factory=lambda: f"{socket.gethostname()}, process {os.getpid()}")
-    taken: bool = False
+    taken_over: bool = False
     _id: str = ""
     _tag: str = ""
     _until: float = 0.0
 
     @contextmanager
     def held(self) -> Iterator[Lease]:
-        """Raises UserError while another holds it."""
+        """Holds the lease for the length of the block, renewing it in a thread. Raises UserError if another holds it."""
         self._id = uuid.uuid4().hex
         self._tag = self._take()
         stop = threading.Event()
@@ -51,22 +49,22 @@ class Lease:
         finally:
             stop.set()
             renewing.join()
-            if not self.taken:
+            if not self.taken_over:
                 self._release()
 
     @property
     def lost(self) -> bool:
-        """By the clock that others judge by: a put may have taken long, and a machine that slept has not renewed anything."""
-        return self.taken or time.time() > self._until
+        """By the wall clock, as others judge it: a put may have taken long, and a machine that slept has renewed nothing."""
+        return self.taken_over or time.time() > self._until
 
     def _body(self, until: float) -> bytes:
         return json.dumps({"id": self._id, "holder": self.holder, "until": until}).encode()
 
     def _put(self, before: str | None) -> str | None:
-        """The new tag, or None if another was faster. An answer that was lost on its way is no other."""
+        """The new etag, or None if another was faster. If only the answer to our own write was lost, that write counts."""
         until = time.time() + self.seconds
         tag = put_if(self.uri, self._body(until), before)
-        if tag is None and (found := read_tagged(self.uri)) and (about := _about(found[0]))["id"] == self._id:
+        if tag is None and (found := read_tagged(self.uri)) and (about := _parsed(found[0]))["id"] == self._id:
             tag, until = found[1], about["until"]
         if tag is not None:
             self._until = until
@@ -79,42 +77,42 @@ class Lease:
             if tag := self._put(None):
                 return tag
             found = read_tagged(self.uri)
-            if found is None:  # deleted in between, by hand
+            if found is None:  # somebody deleted it in between
                 continue
-            about, tag = _about(found[0]), found[1]
+            about, tag = _parsed(found[0]), found[1]
             left, holder = about["until"] - time.time(), about["holder"]
             if left > 0 and waits and about["until"] == (first := first or about["until"]):
-                time.sleep(min(left, 1.0))  # not renewed so far: it may be of a run that was killed
+                time.sleep(min(left, 1.0))  # not renewed so far: its run may have been killed
                 tries = 5
                 continue
             if left > 0:
                 raise UserError(
                     f"{self.what}: {shown(self.uri.rpartition('/')[0])} is in use by another run ({holder})",
-                    hint=f"wait for it to end; if it was killed, its hold runs out in {left:.0f} s",
+                    hint=f"wait for it to end; if it was killed, its lease runs out in {left:.0f} s",
                 )
             if new := self._put(tag):
                 return new
-        raise UserError(f"{self.what}: {shown(self.uri.rpartition('/')[0])} is wanted by many runs at once")
+        raise UserError(f"{self.what}: many runs want {shown(self.uri.rpartition('/')[0])} at once")
 
     def _renew(self, stop: threading.Event) -> None:
         while not stop.wait(self.seconds / 4):
             try:
                 tag = self._put(self._tag)
             except (UserError, OSError):
-                continue  # away for now
+                continue  # the store is away: try again at the next interval
             if tag is None:
-                self.taken = True
+                self.taken_over = True
                 return
             self._tag = tag
 
     def _release(self) -> None:
-        """Leaves it run out, if it is still this one: no store but a few deletes an object on the condition that it is."""
-        with suppress(UserError, OSError):  # then it runs out
+        """Marks the lease as expired, if it is still ours. Few stores could delete it on that condition."""
+        with suppress(UserError, OSError):  # if this fails, it expires by itself
             put_if(self.uri, self._body(0), self._tag)
 
 
-def _about(body: bytes) -> dict[str, Any]:
-    """What a holder wrote; what is not readable has run out."""
+def _parsed(body: bytes) -> dict[str, Any]:
+    """What a holder wrote. An unreadable body counts as expired."""
     try:
         about = json.loads(body)
         return {"id": str(about["id"]), "holder": str(about["holder"]), "until": float(about["until"])}

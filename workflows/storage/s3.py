@@ -1,9 +1,9 @@
-"""The only file that knows fsspec, s3fs and boto3: how an object store is reached, and what its errors mean.
+"""How an object store is reached, and what its errors mean. No other file uses s3fs or boto3.
 
-Credentials come by the standard chain alone (environment, profile, role). Everything else of S3 is read from the environment, where
-the command line's options put it: AWS_ENDPOINT_URL, AWS_REGION, AWS_CA_BUNDLE, MMDISTILL_S3_ADDRESSING (auto, path, virtual) and
-MMDISTILL_S3_TIMEOUT (seconds a request may be silent). A request that is refused for now (429, 5xx), cut off or silent is made
-again, with growing pauses.
+Credentials come from the standard chain alone (environment, profile, role). All other settings of S3 are environment variables,
+which the command line's options set: AWS_ENDPOINT_URL, AWS_REGION, AWS_CA_BUNDLE, MMDISTILL_S3_ADDRESSING (auto, path, virtual) and
+MMDISTILL_S3_TIMEOUT (seconds a request may be silent). A request that is refused for now (429, 5xx), cut off or silent is retried,
+with growing pauses.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from workflows.errors import ConfigError, UserError, expanded, seconds_of
+from workflows.errors import ConfigError, UserError, chain_of, expanded, seconds_of
 from workflows.storage.uri import is_remote, shown
 
 T = TypeVar("T")
 
 PART = 50 * 1024**2
-"""Bytes of a part of a multipart upload; objects of less than two go in one request."""
-TRIES = 9
+"""Bytes of a part of a multipart upload. Objects of less than two parts go in one request."""
+TRIES = 14
+"""Calls that `retry` makes before it gives up. Their pauses add up to about a minute."""
 
-TOLD = (
+SHARED = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "AWS_REGION",
@@ -39,20 +40,20 @@ TOLD = (
     "MMDISTILL_S3_TIMEOUT",
     "MMDISTILL_CACHE",
 )
-"""What workers on other machines are told of the driver's environment: no credential is among them."""
+"""The driver's variables that workers on other machines get. No credential is among them."""
 
-# Checksums in trailers, the default of the SDKs, are answered with 411 by servers that are not AWS.
+# By default the SDKs send checksums in trailers. Servers other than AWS answer those with 411.
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
 
 
 class Changed(OSError):
-    """The store holds other bytes than were written."""
+    """A transfer or a deletion did not have the effect that it should have. `retry` calls again."""
 
 
-def told() -> dict[str, str]:
-    """How this process reaches the store, for those that it starts elsewhere."""
-    return {name: os.environ[name] for name in TOLD if name in os.environ}
+def shared_environment() -> dict[str, str]:
+    """The variables by which this process reaches the store, for processes that it starts on other machines."""
+    return {name: os.environ[name] for name in SHARED if name in os.environ}
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class S3Settings:
     ca: str | None
     addressing: str
     timeout: float
-    attempts: int = 5
+    attempts: int = 1
+    """Of botocore for each request. One, as `retry` is above it: layers of retries would multiply."""
 
     @staticmethod
     def of_environment() -> S3Settings:
@@ -88,19 +90,19 @@ class S3Settings:
         )
 
     def config(self) -> dict[str, Any]:
-        """botocore's Config."""
+        """The arguments of botocore's Config."""
         return {
             "connect_timeout": min(10.0, self.timeout),
             "read_timeout": self.timeout,
-            "retries": {"mode": "standard", "max_attempts": self.attempts},
+            "retries": {"mode": "standard", "total_max_attempts": self.attempts},
             "s3": {"addressing_style": self.addressing},
             "max_pool_connections": 32,
         }
 
 
 def filesystem(uri: str | Path, **changes: Any) -> tuple[Any, str]:
-    """fsspec's file system for a path or URI, and the path within it; `changes` of S3's settings. Raises UserError for a protocol
-    that is not known.
+    """fsspec's file system for a path or URI, and the path within it. `changes`: fields of S3Settings. Raises UserError for an
+    unknown protocol.
     """
     protocol, _, rest = str(uri).rpartition("://") if "://" in str(uri) else ("file", "", str(uri))
     if protocol == "file":
@@ -125,7 +127,7 @@ def _filesystem(protocol: str, s3: S3Settings | None) -> Any:
             use_listings_cache=False,
             default_block_size=PART,
         )
-        fs.retries = 2  # botocore tries again below, `again` above
+        fs.retries = 1  # `retry` is above it
         return fs
     except (ValueError, ImportError, TypeError, OSError) as error:
         raise UserError(
@@ -134,10 +136,12 @@ def _filesystem(protocol: str, s3: S3Settings | None) -> Any:
 
 
 def arrow_filesystem(uri: str | Path) -> tuple[Any, str]:
-    """The same file system for those who want pyarrow's interface (Ray Train), and the path within it."""
+    """The same file system with pyarrow's interface, which Ray Train needs, and the path within it. Ray Train calls it without
+    `retry`, so that botocore retries here.
+    """
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    fs, path = filesystem(uri)
+    fs, path = filesystem(uri, attempts=5)
     return PyFileSystem(FSSpecHandler(fs)), path
 
 
@@ -158,8 +162,11 @@ def client(settings: S3Settings) -> Any:
 # Errors
 
 
-def again(call: Callable[[], T], uri: str | Path, *, tries: int | None = None) -> T:
-    """Calls until it succeeds, with growing pauses after errors that may pass. Raises FileNotFoundError, or UserError."""
+def retry(call: Callable[[], T], uri: str | Path, *, tries: int | None = None) -> T:
+    """Calls up to `tries` times (TRIES), with growing pauses after transient errors. Errors of local files are raised as they are.
+
+    Raises FileNotFoundError for a missing object, UserError for every other error of a store.
+    """
     tries = tries or TRIES
     for attempt in range(tries):
         try:
@@ -169,47 +176,42 @@ def again(call: Callable[[], T], uri: str | Path, *, tries: int | None = None) -
                 raise
             if isinstance(error, FileNotFoundError) and code_of(error) != "NoSuchBucket":
                 raise
-            if not _passing(error) or attempt == tries - 1:
+            if isinstance(error, UserError):  # of a call within this one, which was retried already
+                raise
+            if not _is_transient(error) or attempt == tries - 1:
                 raise explained(error, uri) from error
         time.sleep(random.uniform(0.5, 1) * min(0.2 * 2**attempt, 10))
     raise AssertionError
 
 
-def _chain(error: BaseException) -> Iterable[BaseException]:
-    inner: BaseException | None = error
-    while inner is not None:
-        yield inner
-        inner = inner.__cause__ or inner.__context__
-
-
 def _response(error: BaseException) -> dict[str, Any]:
-    return next((e.response for e in _chain(error) if isinstance(getattr(e, "response", None), dict)), {})  # type: ignore[attr-defined]
+    return next((e.response for e in chain_of(error) if isinstance(getattr(e, "response", None), dict)), {})  # type: ignore[attr-defined]
 
 
 def code_of(error: BaseException) -> str:
     return str(_response(error).get("Error", {}).get("Code", ""))
 
 
-def _passing(error: BaseException) -> bool:
-    """Whether another try may do: refused for now, cut off, silent, or damaged on the way."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether a retry may succeed: the request was refused for now, cut off, silent, or damaged on the way."""
     from aiohttp import ClientError as Dropped
     from botocore.exceptions import ConnectionError as NoAnswer
     from botocore.exceptions import HTTPClientError, IncompleteReadError, SSLError
     from botocore.parsers import ResponseParserError
     from fsspec.exceptions import FSTimeoutError
 
-    if any(isinstance(e, SSLError) for e in _chain(error)):
+    if any(isinstance(e, SSLError) for e in chain_of(error)):
         return False
     if response := _response(error):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        passing = ("SlowDown", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
-        return status in (429, 500, 502, 503, 504) or code_of(error) in passing
+        transient = ("SlowDown", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody")
+        return status in (429, 500, 502, 503, 504) or code_of(error) in transient
     kinds = (Dropped, NoAnswer, HTTPClientError, IncompleteReadError, ResponseParserError, FSTimeoutError, Changed)
-    return any(isinstance(e, (*kinds, ConnectionError, TimeoutError)) for e in _chain(error))
+    return any(isinstance(e, (*kinds, ConnectionError, TimeoutError)) for e in chain_of(error))
 
 
 REASONS = {
-    "NoSuchBucket": ("there is no such bucket", "create it, or mend the name; --s3-endpoint-url names the server"),
+    "NoSuchBucket": ("there is no such bucket", "create it, or correct the name; --s3-endpoint-url names the server"),
     "AccessDenied": (
         "no permission",
         "the credentials need s3:ListBucket, GetObject, PutObject and DeleteObject there",
@@ -223,10 +225,10 @@ REASONS = {
 
 
 def explained(error: BaseException, uri: str | Path) -> UserError:
-    """The error in a line: where, what, and what to do. Nothing of a request's headers is in it."""
+    """The error in one line: where, what, and what to do. It contains nothing of the request's headers."""
     from botocore.exceptions import EndpointConnectionError, NoCredentialsError, PartialCredentialsError, SSLError
 
-    for e in _chain(error):
+    for e in chain_of(error):
         if isinstance(e, UserError):
             return e
         if isinstance(e, (NoCredentialsError, PartialCredentialsError)):
@@ -240,14 +242,14 @@ def explained(error: BaseException, uri: str | Path) -> UserError:
             return UserError(f"{shown(uri)}: nothing answers at {shown(where)}", hint="check --s3-endpoint-url")
     code = code_of(error)
     if code in REASONS or isinstance(error, PermissionError):
-        said, hint = REASONS.get(code, REASONS["AccessDenied"])
-        return UserError(f"{shown(uri)}: {said}" + (f" ({code})" if code else ""), hint=hint)
-    said = shown((str(error).splitlines() or [type(error).__name__])[0])[:200]
-    return UserError(f"{shown(uri)}: {said}", hint="run it again: what was finished is kept")
+        reason, hint = REASONS.get(code, REASONS["AccessDenied"])
+        return UserError(f"{shown(uri)}: {reason}" + (f" ({code})" if code else ""), hint=hint)
+    reason = shown((str(error).splitlines() or [type(error).__name__])[0])[:200]
+    return UserError(f"{shown(uri)}: {reason}", hint="run it again: what was finished is kept")
 
 
 def object_store_status() -> tuple[bool | None, str]:
-    """(True answers, False configured but does not answer, None not configured; what to do)."""
+    """(status, text): True if the store answers, False if it is configured and does not, None if it is not configured."""
     settings = S3Settings.of_environment()
     configured = settings.endpoint or any(
         os.environ.get(n) for n in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN")
@@ -262,13 +264,13 @@ def object_store_status() -> tuple[bool | None, str]:
     from botocore.exceptions import BotoCoreError, ClientError
 
     where = shown(settings.endpoint or "AWS S3")
-    config = Config(**replace(settings, attempts=1, timeout=5).config())
+    config = Config(**replace(settings, timeout=5).config())
     try:
         buckets = boto3.client("s3", config=config).list_buckets()["Buckets"]
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "error")
         if code == "AccessDenied":
-            return True, f"{where} answers; listing buckets is not allowed, which is no harm"
+            return True, f"{where} answers; listing buckets is not allowed, and not needed"
         return False, f"{where} refuses the credentials ({code})"
     except (BotoCoreError, ValueError) as error:
         return False, f"{where}: {shown(str(error).splitlines()[0])}"

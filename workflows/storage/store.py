@@ -1,4 +1,4 @@
-"""Files and folders by path or URI, the same calls for both. What was written is compared with what the store says it holds."""
+"""Files and folders by path or URI, with the same calls for both. Every upload is verified against what the store then reports."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from workflows.errors import UserError, expanded, home
-from workflows.storage.s3 import PART, Changed, S3Settings, again, client, code_of, explained, filesystem
+from workflows.storage.local import atomic
+from workflows.storage.s3 import PART, Changed, S3Settings, client, code_of, explained, filesystem, retry
 from workflows.storage.uri import is_remote, join, shown
 
 AT_ONCE = 8
-"""Files of a folder that are on their way together."""
+"""Files of a folder that are transferred at the same time."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file as its store lists it; `tag` changes with its content; `changed` in seconds since 1970, 0 if that is not known."""
+    """A file as its store lists it. `tag` changes with its content. `changed`: seconds since 1970, 0 if unknown."""
 
     size: int
     tag: str
@@ -31,7 +32,7 @@ class Entry:
 
 
 def cache_folder() -> Path:
-    """Where copies of remote files are kept on this machine. Raises UserError where there is no such place."""
+    """Where copies of remote files are kept on this machine. Raises UserError if the user has no home."""
     if named := os.environ.get("MMDISTILL_CACHE"):
         return expanded(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "mmdistill"
@@ -41,13 +42,13 @@ def cache_folder() -> Path:
 
 
 def read(uri: str | Path) -> bytes:
-    """Raises FileNotFoundError, UserError."""
+    """The content of a file. Raises FileNotFoundError, UserError."""
     fs, path = filesystem(uri)
-    return bytes(again(lambda: fs.cat_file(path), uri))
+    return bytes(retry(lambda: fs.cat_file(path), uri))
 
 
 def write(uri: str | Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Writes a file atomically. Raises UserError."""
     fs, path = filesystem(uri)
     if not is_remote(uri):
         _write_local(Path(path), data)
@@ -58,31 +59,22 @@ def write(uri: str | Path, data: bytes) -> None:
         parts = (data[i : i + PART] for i in range(0, len(data), PART))
         _verify(fs, path, len(data), parts)
 
-    again(put, uri)
+    retry(put, uri)
 
 
 def _write_local(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(path) as partial, partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def upload(path: Path, uri: str | Path) -> None:
-    """A local file, whole or not at all; large ones in parts."""
+    """Copies a local file to `uri` atomically; a large one as a multipart upload. Raises UserError."""
     fs, there = filesystem(uri)
     if not is_remote(uri):
-        target = Path(there)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        shutil.copyfile(path, partial)
-        os.replace(partial, target)
+        with atomic(Path(there)) as partial:
+            shutil.copyfile(path, partial)
         return
 
     def parts() -> Iterable[bytes]:
@@ -94,30 +86,25 @@ def upload(path: Path, uri: str | Path) -> None:
         fs.put_file(str(path), there, chunksize=PART)
         _verify(fs, there, path.stat().st_size, parts())
 
-    again(put, uri)
+    retry(put, uri)
 
 
 def download(uri: str | Path, path: Path) -> None:
-    """To a local file, whole or not at all. Raises FileNotFoundError, UserError."""
+    """Copies a file to a local path atomically. Raises FileNotFoundError, UserError."""
     fs, there = filesystem(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
 
     def get() -> None:
         size = int(fs.size(there))
         fs.get_file(there, str(partial))
         if (got := partial.stat().st_size) != size:
-            raise Changed(f"{got} bytes of {size} came")
+            raise Changed(f"{got} of {size} bytes arrived")
 
-    try:
-        again(get, uri)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(path) as partial:
+        retry(get, uri)
 
 
 def etag(parts: Iterable[bytes], size: int) -> str:
-    """The tag that S3 gives to an object of `size` bytes that was uploaded in these parts, or in one request if it is small."""
+    """The etag that S3 gives an object of `size` bytes, uploaded in these parts, or in one request if it is small."""
     if size < 2 * PART:
         whole = hashlib.md5(usedforsecurity=False)
         for part in parts:
@@ -128,27 +115,27 @@ def etag(parts: Iterable[bytes], size: int) -> str:
 
 
 def _verify(fs: Any, path: str, size: int, parts: Iterable[bytes]) -> None:
-    """Raises Changed where the store holds something else, as its tag says if it is an MD5 (an encrypting store's is not)."""
+    """Raises Changed if the stored size differs, or the etag, where that is an MD5 (with encryption it is not)."""
     info = fs.info(path)
     if info["size"] != size:
         raise Changed(f"{size} bytes were written, the store has {info['size']}")
     tag = str(info.get("ETag", "")).strip('"')
     if "SSEKMSKeyId" not in info and re.fullmatch(r"[0-9a-f]{32}(-\d+)?", tag) and tag != etag(parts, size):
-        raise Changed("the store holds other bytes than were written")
+        raise Changed("the stored content differs from what was written")
 
 
-def _object(uri: str) -> tuple[Any, dict[str, str]]:
+def _client_and_key(uri: str) -> tuple[Any, dict[str, str]]:
     parts = urlsplit(uri)
     if parts.scheme not in ("s3", "s3a"):
-        raise UserError(f"{shown(uri)}: only folders and s3:// can be held by one run at a time")
+        raise UserError(f"{shown(uri)}: only folders and s3:// can be locked")
     return client(S3Settings.of_environment()), {"Bucket": parts.netloc, "Key": parts.path.lstrip("/")}
 
 
 def put_if(uri: str, data: bytes, tag: str | None) -> str | None:
-    """Writes an object of s3:// if its tag is still this one (None: if there is none yet). The new tag, or None where it was not
+    """Writes an s3:// object if its etag is still `tag` (None: if it does not exist). Returns the new etag, or None if it was not
     written.
     """
-    client, where = _object(uri)
+    client, where = _client_and_key(uri)
     condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
 
     def put() -> str | None:
@@ -159,31 +146,31 @@ def put_if(uri: str, data: bytes, tag: str | None) -> str | None:
                 return None
             raise
 
-    return again(put, uri)
+    return retry(put, uri)
 
 
 def read_tagged(uri: str) -> tuple[bytes, str] | None:
-    """An object of s3:// and the tag of these very bytes, or None."""
-    client, where = _object(uri)
+    """The bytes of an s3:// object and their etag, from one request; None if it does not exist."""
+    client, where = _client_and_key(uri)
 
     def get() -> tuple[bytes, str] | None:
         try:
             found = client.get_object(**where)
         except client.exceptions.NoSuchKey:
             return None
-        return found["Body"].read(), str(found["ETag"]).strip('"')  # Ceph knows its tags without their quotes alone
+        return found["Body"].read(), str(found["ETag"]).strip('"')  # Ceph accepts etags only without quotes
 
-    return again(get, uri)
+    return retry(get, uri)
 
 
 # Folders
 
 
 def listing(uri: str | Path) -> dict[str, Entry]:
-    """All files below, by their path from there; empty if there is nothing."""
+    """All files below `uri`, by relative path; {} if there are none. Raises UserError."""
     fs, path = filesystem(uri)
     try:
-        found = again(lambda: fs.find(path, detail=True), uri)
+        found = retry(lambda: fs.find(path, detail=True), uri)
     except FileNotFoundError:
         return {}
     entries = {}
@@ -196,49 +183,51 @@ def listing(uri: str | Path) -> dict[str, Entry]:
 
 
 def exists(uri: str | Path) -> bool:
+    """Whether the file exists. Raises UserError."""
     fs, path = filesystem(uri)
-    return bool(again(lambda: fs.isfile(path), uri))
+    return bool(retry(lambda: fs.isfile(path), uri))
 
 
 def delete(uri: str | Path) -> None:
-    """A file, or all below a folder; nothing if it is not there."""
+    """Deletes a file, or everything below a folder. Nothing happens if it does not exist. Raises UserError."""
     fs, path = filesystem(uri)
 
     def remove() -> None:
         if fs.exists(path):
             fs.rm(path, recursive=True)
-            if is_remote(uri) and fs.exists(path):  # s3fs is silent where single objects are refused
+            if is_remote(uri) and fs.exists(path):  # s3fs does not report single objects that the store refused
                 raise Changed("it could not be deleted: is s3:DeleteObject allowed?")
 
-    again(remove, uri)
+    retry(remove, uri)
 
 
 def publish(folder: Path, uri: str, *, skip: Callable[[str], bool] = lambda name: False, last: str = "") -> None:
-    """All files of a local folder, below `uri`; `last` after all others, so that where it is the rest is whole."""
+    """Uploads all files of a local folder but partial ones. If `last` is there, the rest is complete. Raises UserError."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     names = [name for name in names if not skip(name) and name != last and not name.endswith(".partial")]
-    _all([lambda name=name: upload(folder / name, join(uri, name)) for name in names])  # type: ignore[misc]
+    _in_parallel([lambda name=name: upload(folder / name, join(uri, name)) for name in names])  # type: ignore[misc]
     if last:
         upload(folder / last, join(uri, last))
 
 
 def pull(uri: str, folder: Path, *, skip: Callable[[str], bool] = lambda name: False) -> None:
-    """All files below `uri`, into a local folder."""
+    """Downloads all files below `uri` into a local folder. Raises UserError."""
     names = [name for name in listing(uri) if not skip(name)]
-    _all([lambda name=name: download(join(uri, name), _within(folder, name)) for name in names])  # type: ignore[misc]
+    _in_parallel([lambda name=name: download(join(uri, name), _within(folder, name)) for name in names])  # type: ignore[misc]
 
 
 def skeleton(uri: str, folder: Path, *, whole: Callable[[str], bool]) -> None:
-    """All files below `uri` in a local folder by name, size and date; with their content those alone that `whole` says."""
+    """Recreates the files below `uri` in a local folder by name, size and date. Only those that `whole` selects have content."""
     entries, folder = listing(uri), folder.resolve()
-    _all([lambda name=name: download(join(uri, name), _within(folder, name)) for name in entries if whole(name)])  # type: ignore[misc]
+    with_content = [name for name in entries if whole(name)]
+    _in_parallel([lambda name=name: download(join(uri, name), _within(folder, name)) for name in with_content])  # type: ignore[misc]
     newest: dict[Path, float] = {}
     for name, entry in entries.items():
         path = _within(folder, name)
         if not whole(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as file:
-                file.truncate(entry.size)  # takes no room
+                file.truncate(entry.size)  # sparse: takes no space
         for part in (path, *path.parents):
             newest[part] = max(newest.get(part, 0), entry.changed)
             if part == folder:
@@ -248,21 +237,21 @@ def skeleton(uri: str, folder: Path, *, whole: Callable[[str], bool]) -> None:
 
 
 def fetch(uri: str | Path) -> Path:
-    """A folder as a local one: itself if it is, else a copy on this machine, made once for what it holds now."""
+    """The folder itself if it is local, else a cached local copy of its present content. Raises UserError if it is empty."""
     if not is_remote(uri):
         return expanded(str(uri).removeprefix("file://"))
     entries = listing(uri)
     if not entries:
-        raise UserError(f"{shown(uri)}: there is nothing")
+        raise UserError(f"{shown(uri)}: there are no files")
     content = "\n".join(f"{name} {entry.size} {entry.tag}" for name, entry in sorted(entries.items()))
     target = cache_folder() / "copies" / hashlib.sha256(f"{uri}\n{content}".encode()).hexdigest()[:24]
     try:
-        os.utime(target)  # used now: `mmdistill gc` takes those that nothing uses
+        os.utime(target)  # marks it as used: `mmdistill gc` removes unused copies
     except FileNotFoundError:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
-            _all([lambda name=name: download(join(uri, name), _within(partial, name)) for name in entries])  # type: ignore[misc]
+            _in_parallel([lambda name=name: download(join(uri, name), _within(partial, name)) for name in entries])  # type: ignore[misc]
             try:
                 partial.rename(target)
             except OSError:  # another process was faster
@@ -274,14 +263,14 @@ def fetch(uri: str | Path) -> Path:
 
 
 def _within(folder: Path, name: str) -> Path:
-    """The path of `name` below `folder`. An object's name may say anything."""
+    """The path of `name` below `folder`. Object names are not trusted: raises UserError for one that leads out of it."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise UserError(f"{name!r}: a name that leads out of its folder")
+        raise UserError(f"{name!r}: the name leads out of its folder")
     return path
 
 
-def _all(calls: list[Callable[[], None]]) -> None:
+def _in_parallel(calls: list[Callable[[], None]]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
@@ -290,9 +279,9 @@ def _all(calls: list[Callable[[], None]]) -> None:
 
 
 def check(uri: str | Path) -> None:
-    """Raises UserError in a few seconds where nothing can be written below `uri`."""
+    """Raises UserError within a few seconds if nothing can be written below `uri`."""
     probe = join(uri, f".probe-{os.getpid()}")
-    fs, path = filesystem(probe, attempts=2)
+    fs, path = filesystem(probe)
     if not is_remote(uri):
         return
     if not urlsplit(str(uri)).netloc:
@@ -303,6 +292,6 @@ def check(uri: str | Path) -> None:
         fs.rm_file(path)
 
     try:
-        again(put_and_remove, uri, tries=2)
+        retry(put_and_remove, uri, tries=2)
     except FileNotFoundError as error:
         raise explained(error, uri) from error

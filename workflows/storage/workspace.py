@@ -1,4 +1,4 @@
-"""The workspace: one folder for everything a run leaves, here or in an object store; stages kept by key, one run at a time.
+"""The workspace: one folder, local or in an object store, for everything that runs leave. Stages have keys; one run at a time.
 
 .mmdistill/
     stages/<stage>-<key>/   result.json (last: the stage is done), config.yaml, metrics.jsonl, runs.json, its outputs
@@ -6,9 +6,9 @@
     reports/<recipe>/       report.html, summary.json
     ray/                    checkpoints of trainings
     mlflow.db, mlartifacts/ the default tracking store
-    outbox/<store>/         what is logged, until a tracking store has it
+    outbox/<store>/         what was logged, until the tracking store has it
 
-Of one in an object store a working copy is kept on this machine. A stage is there once its result.json is, which is written last.
+A workspace in an object store has a working copy on this machine. A stage exists once its result.json does, which is written last.
 """
 
 from __future__ import annotations
@@ -23,28 +23,21 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from workflows.errors import ConfigError, UserError
-from workflows.storage import store as storage
+from workflows.storage import store
 from workflows.storage.lease import Lease
+from workflows.storage.local import read_json, write_json
 from workflows.storage.uri import absolute, check_name, is_remote, join, shown
 
 RESULT = "result.json"
 RUNS = "runs.json"
 """The ids of a stage's tracking runs, by store."""
-WORLDS = (errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EMFILE, errno.ENFILE)
-"""Errors of files that are never a fault of this program's."""
+SYSTEM_ERRORS = (errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EMFILE, errno.ENFILE)
+"""Errors of files that are never this program's fault."""
 MINIMUM_FREE = 200 * 1024**2
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)
 
 
 def size_of(path: Path) -> int:
@@ -54,124 +47,118 @@ def size_of(path: Path) -> int:
 
 
 def changed(path: Path) -> float:
-    """When the file, or the newest file or folder below a folder, was written (seconds since 1970)."""
+    """When the file, or the newest file or folder in a folder, was written (seconds since 1970)."""
     return max(p.lstat().st_mtime for p in (path, *(path.rglob("*") if path.is_dir() else ())))
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """A stage's outputs, and whether they are whole. `path` is here; `uri` is where others find them: the same, or in the store."""
+    """A stage's outputs. `path` is on this machine; `uri` is where other machines find them: the same, or in the store. `in_store`:
+    what a worker already wrote there.
+    """
 
     name: str
     key: str
     path: Path
     uri: str
-    there: set[str] = field(default_factory=set)
+    in_store: set[str] = field(default_factory=set)
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the stage returned, or None while it is not done."""
-        try:
-            value = json.loads((self.path / RESULT).read_text())
-        except (OSError, ValueError):
-            return None
-        return value if isinstance(value, dict) else None
+        """What the stage returned, or None if it is not finished."""
+        return read_json(self.path / RESULT)
 
     def at(self, name: str) -> str:
-        """Where others find this file or folder of the stage."""
+        """The path or URI of a file or folder of the stage, for other machines."""
         return join(self.uri, name)
 
     def keep(self, name: str) -> None:
-        """A file that a run on another machine would want, before the stage is done."""
+        """Uploads a file of an unfinished stage that a run on another machine would need."""
         if is_remote(self.uri):
-            storage.upload(self.path / name, self.at(name))
+            store.upload(self.path / name, self.at(name))
 
     def _begun_here(self) -> bool:
-        """Whether the store says of this unfinished stage what was begun here."""
+        """Whether the store's unfinished stage is the one that was begun on this machine."""
         try:
-            return (self.path / RUNS).read_bytes() == storage.read(self.at(RUNS))
+            return (self.path / RUNS).read_bytes() == store.read(self.at(RUNS))
         except FileNotFoundError:
             return False
 
     def collect(self, name: str) -> None:
-        """What a worker wrote to `at(name)`, here."""
+        """Downloads what a worker wrote to `at(name)`."""
         if is_remote(self.uri):
-            storage.pull(self.at(name), self.path / name)
-            self.there.add(name)
+            store.pull(self.at(name), self.path / name)
+            self.in_store.add(name)
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the stage; empty where there is none."""
-        with contextlib.suppress(OSError, ValueError):
-            value = json.loads((self.path / name).read_text())
-            return value if isinstance(value, dict) else {}
-        return {}
+        """A JSON file of the stage; {} if it does not exist or can't be read."""
+        return read_json(self.path / name) or {}
 
     def finish(self, result: dict[str, Any]) -> None:
+        """Writes the result. In a store everything else is uploaded before it."""
         write_json(self.path / RESULT, result)
         if is_remote(self.uri):
-            collected = tuple(f"{name}/" for name in self.there)
-            storage.publish(self.path, self.uri, skip=lambda name: name.startswith(collected), last=RESULT)
+            collected = tuple(f"{name}/" for name in self.in_store)
+            store.publish(self.path, self.uri, skip=lambda name: name.startswith(collected), last=RESULT)
 
     def refresh(self) -> None:
-        """The working copy as the store has it."""
+        """Updates the working copy from the store."""
         if not is_remote(self.uri):
             return
         try:
-            stored = storage.read(self.at(RESULT))
+            stored = store.read(self.at(RESULT))
         except FileNotFoundError:
             (self.path / RESULT).unlink(missing_ok=True)
-            if not self._begun_here():  # or another machine began it anew since
+            if not self._begun_here():  # another machine has begun it since
                 shutil.rmtree(self.path)
                 self.path.mkdir()
-                storage.pull(self.uri, self.path, skip=_heavy)
+                store.pull(self.uri, self.path, skip=_is_shard)
             return
         if not (self.path / RESULT).is_file() or (self.path / RESULT).read_bytes() != stored:
             self.fetch_again()
 
     def fetch_again(self) -> None:
-        """The working copy of a finished stage, from the store; the result comes last."""
-        stored = storage.read(self.at(RESULT))
+        """Downloads a finished stage again; the result comes last."""
+        stored = store.read(self.at(RESULT))
         shutil.rmtree(self.path)
         self.path.mkdir()
-        storage.pull(self.uri, self.path, skip=lambda name: _heavy(name) or name == RESULT)
+        store.pull(self.uri, self.path, skip=lambda name: _is_shard(name) or name == RESULT)
         (self.path / RESULT).write_bytes(stored)
 
 
-def _heavy(name: str) -> bool:
-    """Shards are read where they are."""
+def _is_shard(name: str) -> bool:
+    """Shards are read from the store, not copied."""
     return name.startswith("data/shards/")
 
 
-def _record(name: str) -> bool:
-    """What says what a workspace has, and what may be resumed."""
+def _is_record(name: str) -> bool:
+    """Whether the file tells what the workspace has, or what can be resumed."""
     parts = name.split("/")
     return name.endswith(".json") and (parts[0] == "pipelines" or (len(parts) == 3 and parts[0] in ("stages", "ray")))
 
 
 class Workspace:
-    """`root` is a folder or s3://BUCKET/PREFIX. Raises ConfigError for what is no name of one, UserError if it can't be made or
-    written, or the disk is full.
+    """`root` is a folder or s3://BUCKET/PREFIX. Raises ConfigError for anything else, UserError if it can't be created or written,
+    or the disk is full.
     """
 
     def __init__(self, root: str | Path, *, minimum_free: int | None = None, looks: bool = False) -> None:
-        """`minimum_free`: bytes that must be free on its disk; by default what a run may need. `looks`: to read only, so that
-        nothing is made, and whether anything could be is not asked.
+        """`minimum_free`: bytes that must be free on its disk; by default what a run may need. `looks`: read-only. Nothing is
+        created, and whether anything could be written is not checked.
         """
         check_name("workspace", root)
         self.remote = is_remote(root)
-        if self.remote and not str(root).startswith(
-            ("s3://", "s3a://")
-        ):  # of others none can be held by one run at a time
+        if self.remote and not str(root).startswith(("s3://", "s3a://")):  # other stores have no lock
             raise ConfigError(f"workspace: {shown(root)} should be a folder, or s3://BUCKET/PREFIX")
         if self.remote:
             self.uri = str(root).rstrip("/")
             if not looks:
-                storage.check(self.uri)
-            self.root = storage.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
+                store.check(self.uri)
+            self.root = store.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
         else:
             self.root = absolute(root)
             self.uri = str(self.root)
-            check_name("workspace", self.uri)  # the current folder's is part of it
+            check_name("workspace", self.uri)  # a relative path has the current folder's name in it now
         self._lease: Lease | None = None
         if looks:
             return
@@ -195,6 +182,7 @@ class Workspace:
             )
 
     def stage(self, name: str, key: str) -> StageFolder:
+        """A stage's folder: created if it is new, and updated from the store."""
         path = self.root / "stages" / f"{name}-{key}"
         path.mkdir(parents=True, exist_ok=True)
         folder = StageFolder(name, key, path, join(self.uri, "stages", path.name))
@@ -202,20 +190,20 @@ class Workspace:
         return folder
 
     def remove(self, path: Path) -> None:
-        """Removes a file or folder of the workspace, and only of it; a folder is renamed first, so that none is there in part. In a
-        store the result goes first, without which a stage is not there.
+        """Removes a file or folder of the workspace; raises UserError for one outside of it. A folder is renamed first, so that no
+        partial one is left. In a store the result is deleted first: without it the stage does not exist.
         """
         if self.root not in path.parents:
-            raise UserError(f"{path} is not in the workspace {self.root}; it is left")
+            raise UserError(f"{path} is not in the workspace {self.root}: it is not removed")
         if self.remote:
             for name in (f"{path.relative_to(self.root)}/{RESULT}", str(path.relative_to(self.root))):
-                storage.delete(join(self.uri, name))
+                store.delete(join(self.uri, name))
         if not path.exists():
             return
         if path.is_dir() and not path.is_symlink():
             if not path.name.endswith(".partial"):
                 partial = path.with_name(f".{path.name}.partial")
-                if partial.exists():  # of a removal that was killed
+                if partial.exists():  # left by a removal that was killed
                     shutil.rmtree(partial)
                 path = path.rename(partial)
             shutil.rmtree(path)
@@ -223,21 +211,19 @@ class Workspace:
             path.unlink(missing_ok=True)
 
     def discard(self, folder: StageFolder) -> None:
-        """Forgets a stage, its checkpoints included."""
+        """Forgets a stage and its checkpoints."""
         self.remove(folder.path)
         self.remove(self.root / "ray" / folder.path.name)
         folder.path.mkdir(parents=True)
 
     @contextlib.contextmanager
     def tree(self) -> Iterator[Workspace]:
-        """The workspace for those who look through it: itself, or what the store has, its records whole and all else without
-        content.
-        """
+        """The workspace as a local tree: itself, or a skeleton of the store, in which only records have content."""
         if not self.remote:
             yield self
             return
         with tempfile.TemporaryDirectory() as scratch:
-            storage.skeleton(self.uri, Path(scratch), whole=_record)
+            store.skeleton(self.uri, Path(scratch), whole=_is_record)
             yield Workspace(scratch, minimum_free=0)
 
     def stages(self) -> list[StageFolder]:
@@ -248,20 +234,18 @@ class Workspace:
         return [StageFolder(name, key, path, str(path)) for path, name, _, key in parts]
 
     def pipelines(self) -> dict[str, dict[str, Any]]:
-        """The records of the configurations that were run, by name, each with "used", when (seconds since 1970). One that is not
-        as it was written has that alone.
+        """The records of the configurations that were run, by name. "used" is the time of the last run (seconds since 1970). A
+        damaged record has only that.
         """
         found: dict[str, dict[str, Any]] = {}
         for path in sorted((self.root / "pipelines").glob("*.json")):
-            record: Any = None
-            with contextlib.suppress(OSError, ValueError):
-                record = json.loads(path.read_text())
-            whole = isinstance(record, dict) and isinstance(record.get("stages", {}), dict)
+            record = read_json(path) or {}
+            whole = isinstance(record.get("stages", {}), dict)
             found[path.stem] = (record if whole else {}) | {"used": path.lstat().st_mtime}
         return found
 
     def refer(self, pipeline: str, folder: StageFolder) -> None:
-        """Records that the pipeline has this stage, in the place of one of the same name with another key."""
+        """Records that the pipeline uses this stage, instead of one of the same name with another key."""
         note = f"pipelines/{pipeline}.json"
         record = self.read_note(note) or {}
         self.write_note(note, record | {"stages": record.get("stages", {}) | {folder.name: folder.key}})
@@ -271,14 +255,14 @@ class Workspace:
         return join(self.uri, "ray")
 
     def read_note(self, name: str) -> dict[str, Any] | None:
-        """A small JSON file of the workspace, or None if it is not there."""
+        """A small JSON file of the workspace, or None if it does not exist or is damaged."""
         try:
-            return dict(json.loads(storage.read(join(self.uri, name))))
+            return dict(json.loads(store.read(join(self.uri, name))))
         except (FileNotFoundError, ValueError):
             return None
 
     def write_note(self, name: str, value: dict[str, Any]) -> None:
-        storage.write(join(self.uri, name), (json.dumps(value, indent=2) + "\n").encode())
+        store.write(join(self.uri, name), (json.dumps(value, indent=2) + "\n").encode())
 
     def report(self, recipe: str) -> Path:
         path = self.root / "reports" / recipe
@@ -286,15 +270,15 @@ class Workspace:
         return path
 
     def share_report(self, recipe: str) -> str:
-        """Puts the report where the workspace is; says where."""
+        """Uploads the report of a workspace in a store. Returns the report's address."""
         if self.remote:
-            storage.publish(self.report(recipe), join(self.uri, "reports", recipe))
+            store.publish(self.report(recipe), join(self.uri, "reports", recipe))
         return join(self.uri, "reports", recipe, "report.html")
 
     @property
     def default_tracking_uri(self) -> str:
-        """In an address % and ? mean something, and are quoted. MLflow would then make a folder of the quoted name, unless the
-        address names the driver too.
+        """The workspace's SQLite store. In an address % and ? have a meaning, and are quoted. MLflow would then create a folder of
+        the quoted name, unless the address names the driver too.
         """
         path = str(self.root / "mlflow.db")
         quoted = path.replace("%", "%25").replace("?", "%3F")
@@ -309,26 +293,26 @@ class Workspace:
         return self.root / "outbox"
 
     def check_held(self) -> None:
-        """Raises UserError when another run took the workspace over, as it may when this one did not reach the store for long."""
+        """Raises UserError if another run took the workspace over, as it may when this one could not reach the store for long."""
         if self._lease and self._lease.lost:
             raise UserError(
-                f"workspace: {self.uri} was taken over by another run: this one could not renew its hold",
+                f"workspace: {self.uri} was taken over by another run: this one could not renew its lease",
                 hint="what it had saved is kept, and the other run goes on from it",
             )
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """What a full disk, or a folder that can't be written, does to a run of this workspace is a UserError that names it."""
+        """Within the block, a full disk or a folder that can't be written raises a UserError that names this workspace."""
         try:
             yield
         except OSError as error:
-            if told := explain_os_error(error, self.uri):
-                raise told from error
+            if explanation := explain_os_error(error, self.uri):
+                raise explanation from error
             raise
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One run at a time. Here the kernel frees the lock when its holder dies, however it dies; in a store it runs out."""
+        """One run at a time. The kernel frees a local lock when its holder dies, however it dies; a lease in a store expires."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._flock())
             if self.remote:
@@ -355,46 +339,15 @@ class Workspace:
 
 
 def explain_os_error(error: OSError, workspace: str | Path | None = None) -> UserError | None:
-    """What a full disk or a folder that can't be written means here; None for other errors. `workspace`: of the run that met it."""
-    error = getattr(error, "cause", None) or error  # of a Ray task: its error without the frames
+    """A full disk or a folder that can't be written, as a UserError; None for other errors. `workspace`: the run's workspace."""
+    error = getattr(error, "cause", None) or error  # an error of a Ray task wraps the original
     where = error.filename or workspace
     saved = f"; finished stages and the last checkpoints in {workspace} are kept" if workspace else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         full = f"the disk is full ({where})" if where else "the disk is full"
         return UserError(f"{full}{saved}", hint="free space, run it again")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return UserError(f"{where or 'a file'} cannot be written{saved}", hint="mend that, run it again")
-    if error.errno in WORLDS and where:
-        return UserError(f"{where}: {error.strerror}{saved}", hint="mend that, run it again")
+        return UserError(f"{where or 'a file'} cannot be written{saved}", hint="fix that, then run it again")
+    if error.errno in SYSTEM_ERRORS and where:
+        return UserError(f"{where}: {error.strerror}{saved}", hint="fix that, then run it again")
     return None
-
-
-@cache
-def code_version(*parts: str) -> str:
-    """A hash of the source files below the named packages or files: the part of a stage's key that is code."""
-    root = Path(__file__).resolve().parents[2]
-    digest = hashlib.sha256()
-    for part in parts:
-        path = root / part
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        for file in files:
-            digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def git_commit() -> str:
-    """The commit of this source tree, with "+" if it has changes. Outside a checkout MMDISTILL_COMMIT, which a job is told, or
-    "unknown".
-    """
-    import subprocess
-
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        out = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10)
-        return out.stdout.strip() if out.returncode == 0 else ""
-
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        if git("rev-parse", "--show-toplevel") == str(root) and (commit := git("rev-parse", "HEAD")):
-            return commit + ("+" if git("status", "--porcelain") else "")
-    return os.environ.get("MMDISTILL_COMMIT") or "unknown"

@@ -1,1 +1,1 @@
-"""Many students of one teacher, on Ray Tune."""
+"""Trains many students of one teacher with different settings, on Ray Tune."""

@@ -1,4 +1,4 @@
-"""ASHA for a sweep: a trial that lags, by the measured distance, behind others with as many steps is stopped."""
+"""ASHA for a sweep: stops a trial whose measured distance lags behind others at the same k."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
 GRACE, REDUCTION = 25, 2
-"""Per cent of its images that every trial gets; there, at twice and at four times that, the better half goes on."""
+"""Every trial gets GRACE per cent of its images. There, at twice and at four times that, the better half goes on."""
 
 
 class Asha(FIFOScheduler):
-    """Ray's ASHA, one for each k: students of 8 steps are nearer to the data than those of 1 whatever else was chosen."""
+    """Ray's ASHA, one for each k: students of 8 steps are nearer to the data than those of 1, whatever the settings."""
 
     def __init__(self, stopped: Callable[[str], None]) -> None:
         """`stopped` is called with the name of a trial that is stopped for its distance."""
@@ -29,7 +29,7 @@ class Asha(FIFOScheduler):
         return self._of_k[k]
 
     def remember(self, k: int, name: str, curve: list[tuple[float, float]]) -> None:
-        """(done_share, score) of a trial that an earlier run of the sweep had ended: others are held against it."""
+        """Takes the (done_share, score) pairs of a trial that ended in an earlier run of the sweep. Others are compared with it."""
         trial, of_k = SimpleNamespace(trial_id=name), self._of(k)
         of_k.on_trial_add(None, trial)
         for share, score in curve:
@@ -55,5 +55,5 @@ class Asha(FIFOScheduler):
         self._of(trial.config["k"]).on_trial_remove(tune_controller, trial)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune writes its state down; nothing is ever restored from that."""
+        """Empty: Tune saves this state, but a sweep never restores it."""
         return {}

@@ -1,4 +1,4 @@
-"""What a sweep leaves: the best student of each k as a recipe, and in the registry, through the gates of `register`."""
+"""The outcome of a sweep: the best student of each k, as a recipe and in the registry, through the gates of `register`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def best_config(ledger: Ledger) -> RunConfig:
 
 
 def register_best(ledger: Ledger, prepared: Done, taught: Done) -> Registered:
-    """The best trials as the students of a run: evaluated beside their teacher, registered, promoted if they pass."""
+    """Evaluates the best trial of each k beside the teacher, registers it, and promotes it if it passes the gate."""
     from workflows.stages.evaluate import evaluate
     from workflows.stages.register import register
 
@@ -35,7 +35,7 @@ def register_best(ledger: Ledger, prepared: Done, taught: Done) -> Registered:
 
 
 def best_recipe(ledger: Ledger) -> str:
-    """YAML for `mmdistill run -r`: the recipe with these settings. A trial's seed is no setting, and is told in a comment."""
+    """YAML for `mmdistill run -r`: the recipe with the best settings. A seed is not a setting, so it is stated in a comment."""
     if not ledger.best():
         return "# No trial finished.\n"
     seeds = [f"k = {k}: seed {row['point']['seed']}" for k, row in ledger.best().items() if row["point"].get("seed")]

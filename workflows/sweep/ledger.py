@@ -1,7 +1,7 @@
-"""The ledger of a sweep: which trials there are, which ended and how, which are under way; and what the workers tell of them.
+"""Tracks the trials of a sweep: which are running, which ended and how, and what their workers report.
 
-A trial is a stage of its own, kept by the key of all that its result follows from, and a run in the tracking store, below that of
-the sweep.
+A trial is a stage, whose key covers everything that its result depends on. It is also a run in the tracking store, below the
+sweep's.
 """
 
 from __future__ import annotations
@@ -12,38 +12,36 @@ from typing import Any
 
 from rich.markup import escape
 
-from workflows.config.schema import ConfigError, digest
+from workflows.config.assembly import rounds_of
+from workflows.config.values import digest
 from workflows.dataset.reference import ABOUT, TENSORS, check_reference
-from workflows.errors import UserError
-from workflows.session.context import Context, Done, StageRun, identity_of, open_stage, read_metrics
+from workflows.errors import ConfigError, UserError
+from workflows.session.context import Context, Done
+from workflows.session.metrics import read_metrics
+from workflows.session.stage import StageRun, open_stage
 from workflows.stages import distill, evaluate
-from workflows.stages.teacher import model_config
+from workflows.storage.code import code_version
+from workflows.storage.integrity import identity_of
 from workflows.storage.store import exists
 from workflows.storage.uri import join
-from workflows.storage.workspace import RESULT, code_version
+from workflows.storage.workspace import RESULT
 from workflows.sweep.options import SweepOptions
 from workflows.sweep.space import Point, Space, section
 from workflows.sweep.table import described
 from workflows.sweep.trial import MEASURED, WORST, Trial, seed_of
 
-CODE = (
-    *distill.CODE,
-    *evaluate.CODE,
-    "workflows/sweep/space.py",
-    "workflows/sweep/shelf.py",
-    "workflows/sweep/trial.py",
-)
+CODE = (*evaluate.CODE, "workflows/sweep/space.py", "workflows/sweep/shelf.py", "workflows/sweep/trial.py")
 ENDED = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
-"""What became of a trial, and what MLflow calls that."""
+"""The outcome of a trial, and MLflow's status for it."""
 Row = dict[str, Any]
-"""A trial that ended: point, name, outcome, run_id, seconds, images, score (its best in training); of a finished one forwards,
-kept_at and the measures as well, of a failed one why.
+"""A trial that ended: point, name, outcome, run_id, seconds, images, score (its best in training). A finished one also has
+forwards, kept_at and the measures, a failed one has why.
 """
 
 
 @dataclass
 class Open:
-    """A trial under way; `share` is how much of its `images` it has seen."""
+    """A running trial. `share` is the part of its `images` that it has seen."""
 
     trial: Trial
     run: StageRun
@@ -52,9 +50,9 @@ class Open:
 
 
 class Ledger:
-    """`rows` and `done`: the trials that ended, by name; `order`: the names of all, as they were begun; `error` of a trial, if one
-    met with any. Trials are opened in Tune's thread, and finished in that of the driver. `progress` is called when something has
-    gone on, `found` with the row of a trial that an earlier run had ended.
+    """`rows` and `done` hold the trials that ended, by name. `order` holds the names of all, in the order in which they began.
+    `error` is set if an error ended trials. Tune's thread opens trials, and the driver's finishes them. `progress` is called after
+    every change, `found` with the row of a trial that ended in an earlier run.
     """
 
     def __init__(self, context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions) -> None:
@@ -68,12 +66,13 @@ class Ledger:
         self.progress: Callable[[], None] = lambda: None
         self.found: Callable[[Row], None] = lambda row: None
         self._note = f"pipelines/{context.pipeline}.json"
+        self._prepared, self._taught = prepared, distill.Taught.of(taught)
         self._common = self._depends(prepared, taught)
 
-    # Which they are
+    # Keys and points
 
     def _depends(self, prepared: Done, taught: Done) -> dict[str, Any]:
-        """What the result of every trial follows from, beside its own point."""
+        """What the result of every trial depends on, apart from its own point."""
         c, o = self.context.config, self.options
         folder = check_reference(c, str(prepared.folder / "statistics"), prepared.result)
         return {
@@ -82,20 +81,19 @@ class Ledger:
             "reference": identity_of(folder / TENSORS, folder / ABOUT),
             "evaluate": c.evaluate.model_dump(),
             "teacher": taught.identity,
-            "code": code_version(*CODE),
-            **model_config(self.context),
-            # Who is stopped depends on the others.
+            "code": code_version(*CODE, modules=evaluate.MODULES),
+            # With a scheduler, whether a trial is stopped depends on the others.
             "others": [self.space.described, o.search, o.scheduler, o.warm_start] if o.scheduler != "none" else None,
         }
 
     def depends(self, point: Point, start: Done | None) -> dict[str, Any]:
         config, k = self.context.config, point["k"]
         own = section(config, k, point)
+        rounds = rounds_of(own, self._taught.schedule)
         return {
             **self._common,
             "k": k,
-            "distill": own.model_dump(exclude={"k", "overrides", "warm_start"}),
-            "preconditioner": distill.preconditioner(config, own),
+            "rounds": [distill.round_depends(config, own, one, self._prepared, self._taught, {}) for one in rounds],
             "seed": seed_of(config, point),
             "start": start.identity if start else None,
         }
@@ -113,12 +111,12 @@ class Ledger:
         )
 
     def begun(self, k: int | None = None) -> list[Point]:
-        """The points of k, or of all, that a search had suggested in an earlier run of this sweep, in their order."""
+        """The points, for k or for all, that a search suggested in an earlier run of this sweep, in their order."""
         points = (self.context.workspace.read_note(self._note) or {}).get("points", [])
         return [point for point in points if k in (None, point["k"])]
 
     def is_done(self, point: Point) -> bool:
-        """Whether an earlier run ended the trial, as far as can be told yet."""
+        """Whether the trial ended in an earlier run. False with a warm start, before which its key is not known."""
         if self._after(point["k"]):
             return False
         trial = self.trial_of(point, None)
@@ -127,20 +125,20 @@ class Ledger:
     # A warm start
 
     def _after(self, k: int) -> bool:
-        """Whether students of k steps start from others."""
+        """Whether students of k steps start from those of 2k steps."""
         return self.options.warm_start and 2 * k in self.space.ks
 
     def may_begin(self, k: int) -> bool:
-        """Once all students of 2k steps have ended, if they start those of k."""
+        """Whether trials of k may begin: not while students of 2k steps, from which they start, are training."""
         return not (self._after(k) and any(o.trial.k == 2 * k for o in list(self.running.values())))
 
     def start_of(self, k: int) -> Done | None:
-        """The best student of 2k steps, where it is to start those of k, and one finished."""
+        """The best student of 2k steps if those of k start from it, else None. None too if none finished."""
         row = self.best().get(2 * k) if self._after(k) else None
         return self.done[row["name"]] if row else None
 
     def best(self) -> dict[int, Row]:
-        """k -> the finished trial of the lowest distance."""
+        """k -> the finished trial with the lowest distance."""
         found: dict[int, Row] = {}
         for row in list(self.rows.values()):
             k = row["point"]["k"]
@@ -148,16 +146,18 @@ class Ledger:
                 found[k] = row
         return dict(sorted(found.items()))
 
-    # How they go
+    # Progress
 
     def offer(self, point: Point) -> dict[str, Any] | float | None:
-        """Opens the trial: Tune's configuration of it; or of one that is there already its distance, None while it has none."""
+        """Opens a trial, and returns its configuration for Tune. An invalid point gives None. An existing trial gives its distance,
+        or None while it has none.
+        """
         if self.closed:  # Tune's thread outlives Ctrl-C
             raise RuntimeError("the sweep has ended, and begins nothing more")
         start = self.start_of(point["k"])
         try:
             trial = self.trial_of(point, start)
-        except ConfigError as error:  # of a search that suggests: other points were checked before the first trial
+        except ConfigError as error:  # of a point that TPE suggests: others were checked before the first trial
             self.context.screen.line(f"[yellow]![/] left out: {escape(str(error))}")
             return None
         if trial.name in self.order:
@@ -168,11 +168,11 @@ class Ledger:
         if self.options.search == "tpe":
             self._note_begun(point)
         if isinstance(opened, Done):
-            self._remove_checkpoints(opened.folder.name)  # who was killed had not come to it
+            self._remove_checkpoints(opened.folder.name)  # a killed run may have left them
             self._end(opened)
             self.found(opened.result["row"])
             return _distance(opened.result["row"])
-        self.running[trial.name] = Open(trial, opened, section(self.context.config, trial.k, point).images)
+        self.running[trial.name] = Open(trial, opened, self.images_of(point))
         self.context.listeners[trial.name] = lambda row: self._listen(trial.name, row)
         return {"k": trial.k, "name": trial.name, "trial": vars(trial)}
 
@@ -198,15 +198,15 @@ class Ledger:
         self.progress()
 
     def stopped(self, name: str) -> None:
-        """By the scheduler."""
+        """The scheduler stopped the trial."""
         self._push(name, {"done": {"outcome": "stopped"}})
 
     def broke(self, name: str) -> None:
-        """By an error: for another run of the sweep to try again."""
+        """An error ended the trial. The next run of the sweep tries it again."""
         self._push(name, {"broken": True})
 
     def _push(self, name: str, row: Row) -> None:
-        """In Tune's thread: the word goes the way of the trial's own, behind all of these."""
+        """Called in Tune's thread. The row goes through the mailbox, behind all rows of the trial itself."""
         import ray
 
         ray.get(self.context.monitor.actor.push.remote(name, row))
@@ -239,21 +239,26 @@ class Ledger:
         self.context.listeners.pop(name, None)
 
     def abandon(self, error: BaseException) -> None:
-        """The trials under way are left as they are, for another run of the sweep to go on with."""
+        """Leaves the running trials unfinished, for another run of the sweep to resume."""
         self.closed = True
         for name, opened in list(self.running.items()):
             if opened.run.folder.result is None:
                 opened.run.abandon(error)
             self.context.listeners.pop(name, None)
 
+    def images_of(self, point: Point) -> int:
+        """The images of all rounds that lead to the student."""
+        own = section(self.context.config, point["k"], point)
+        return own.images * len(rounds_of(own, self._taught.schedule))
+
     def curve(self, row: Row) -> list[tuple[float, float]]:
-        """(per cent of its images, distance) in training of a trial that ended."""
-        images = section(self.context.config, row["point"]["k"], row["point"]).images
+        """(per cent of its images, distance) pairs from the training of a trial that ended."""
+        images = self.images_of(row["point"])
         return [(100 * n / images, m["score"]) for n, m in read_metrics(self.done[row["name"]].folder) if "score" in m]
 
     @property
     def completed(self) -> float:
-        """Trials that ended, and the shares of the others."""
+        """The number of trials that ended, plus the shares of the running ones."""
         return len(self.rows) + sum(opened.share for opened in list(self.running.values()))
 
 

@@ -1,12 +1,12 @@
-"""How a sweep goes about its space: by which search, with which scheduler, how many trials, with what each."""
+"""The options of a sweep: search, scheduler, number of trials, resources of a trial."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 from workflows.cluster.session import fits_a_machine
-from workflows.config.schema import ConfigError, RunConfig
-from workflows.errors import UserError
+from workflows.config.schema import RunConfig
+from workflows.errors import ConfigError, UserError
 from workflows.sweep.space import Space
 
 SEARCHES, SCHEDULERS = ("grid", "random", "tpe"), ("none", "asha")
@@ -15,12 +15,12 @@ SEARCHES, SCHEDULERS = ("grid", "random", "tpe"), ("none", "asha")
 @dataclass(frozen=True)
 class SweepOptions:
     """
-    search      grid, random or tpe; by default grid where there are lists alone, else random
+    search      grid, random or tpe; by default grid if every field has a list of values, else random
     scheduler   none, or asha, which stops trials that lag
-    trials      in all, shared evenly by the ks; a grid tries all of its points
+    trials      in all, shared evenly among the ks; a grid tries all of its points
     warm_start  students of k steps start from the best of 2k steps
     register    the best student of each k goes through the promotion gate
-    hours       after which the trials under way are cut short, for the next sweep to go on with
+    hours       after which running trials are interrupted; the next sweep resumes them
     cpus, gpus  of each trial
     """
 
@@ -35,7 +35,7 @@ class SweepOptions:
 
 
 def check_sweep(space: Space, options: SweepOptions) -> SweepOptions:
-    """The options with the search that is meant. Raises ConfigError for those that can't be together, UserError without Optuna."""
+    """The options with the default search filled in. Raises ConfigError for options that conflict, UserError without Optuna."""
     search = options.search or ("grid" if space.listed else "random")
     for name, value, known in (("--search", search, SEARCHES), ("--scheduler", options.scheduler, SCHEDULERS)):
         if value not in known:
@@ -56,7 +56,7 @@ def check_sweep(space: Space, options: SweepOptions) -> SweepOptions:
 
 
 def check_room(options: SweepOptions, resources: dict[str, float]) -> None:
-    """Raises UserError for a trial that the cluster could never place, on one of its machines: Ray would wait for ever."""
+    """Raises UserError if no machine of the cluster can hold a trial: Ray would wait for ever."""
     for option, name, need in (("cpus", "CPU", options.cpus), ("gpus", "GPU", options.gpus)):
         if need > (have := resources.get(name, 0)):
             raise UserError(
@@ -72,5 +72,5 @@ def check_room(options: SweepOptions, resources: dict[str, float]) -> None:
 
 
 def warmed(config: RunConfig, start: bool) -> RunConfig:
-    """The recipe with `distill.warm_start` as the sweep has it."""
+    """The recipe with `distill.warm_start` set to `start`."""
     return config.model_copy(update={"distill": config.distill.model_copy(update={"warm_start": start})})

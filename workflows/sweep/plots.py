@@ -1,4 +1,4 @@
-"""The figures of a sweep's report: matplotlib to inline SVG, in the looks of figures.py."""
+"""The figures of a sweep's report: matplotlib to inline SVG, in the style of rendering/plots.py."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from workflows.rendering.plots import FLOOR, INK, STUDENT, TEACHER, blank, steps
 from workflows.sweep.table import front, short_value
 
 COLOURS = ("#d1495b", "#e28413", "#3f8f5f", "#2b6f9e", "#7a5aa6", "#8a8f98")
-"""Of the ks, in turn."""
+"""One for each k, in turn."""
 COLUMNS = 4
 
 
 def pareto(rows: list[dict[str, Any]], teacher: dict[int, float]) -> str:
-    """Log-log: every trial at its k, the front through the best of them, the teacher with as many steps."""
+    """A log-log plot of every trial at its k, the Pareto front, and the teacher at the same steps."""
     figure, axes = blank(1, width=10.4, height=4.6)
     axis, ks = axes[0, 0], {row["point"]["k"] for row in rows}
     for outcome, marker, label in (("finished", "o", "a trial"), ("stopped", "x", "stopped early")):
@@ -46,7 +46,7 @@ def _front(axis: Any, on: list[tuple[int, float]]) -> None:
 
 
 def _teacher(axis: Any, beside: dict[int, float], teacher: dict[int, float]) -> None:
-    """A line of the steps beside the students', and its distance at the best of its steps."""
+    """Draws the teacher at the students' steps, and a level at its lowest distance."""
     look: dict[str, Any] = {"color": TEACHER, "linestyle": "--", "marker": "o", "zorder": 4}
     axis.plot(list(beside), list(beside.values()), label="teacher, same steps", **look)
     k = min(teacher, key=lambda k: teacher[k])
@@ -64,7 +64,7 @@ def _teacher(axis: Any, beside: dict[int, float], teacher: dict[int, float]) -> 
 
 
 def by_field(rows: list[dict[str, Any]], fields: list[str]) -> str:
-    """The distance against each field that differs, a colour for each k; empty where there is none."""
+    """The distance against each field that differs, with a colour for each k. Returns "" if there is none."""
     shown, names = [row for row in rows if row["outcome"] != "failed"], [f for f in fields if f != "k"]
     if not names or not shown:
         return ""
@@ -111,12 +111,12 @@ def _field(axis: Any, rows: list[dict[str, Any]], field: str, ks: list[int]) -> 
 
 
 def _at(row: dict[str, Any]) -> tuple[int, float]:
-    """Where a trial is drawn: one that was stopped at its best distance in training."""
+    """Where a trial is drawn: (k, distance). A stopped trial has its best distance in training."""
     return int(row["point"]["k"]), float(row.get("frechet", row.get("score", math.nan)))
 
 
 def _decimal(side: Any) -> None:
-    """Ticks of a logarithmic axis as 0.1, 0.2, 0.5, 1."""
+    """Sets the ticks of a logarithmic axis to 0.1, 0.2, 0.5, 1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     side.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))

@@ -1,4 +1,4 @@
-"""The report of a sweep: one HTML file, whole in itself: the Pareto front of k against distance, each field, all trials."""
+"""The report of a sweep, a self-contained HTML file: the Pareto front of k against distance, each field, all trials."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 from workflows.rendering import TEMPLATES
 from workflows.rendering.screen import clock
 from workflows.session.context import Done
+from workflows.session.results import Results
+from workflows.storage.local import write_json
 from workflows.storage.uri import join
-from workflows.storage.workspace import write_json
 from workflows.sweep.best import Registered, best_recipe
 from workflows.sweep.ledger import Ledger
 from workflows.sweep.table import front, short_value, summarise, varied
 
 
 def write_report(ledger: Ledger, prepared: Done, taught: Done, made: Registered | None, name: str) -> str:
-    """report.html, best.yaml and trials.json in reports/<recipe>-<name> of the workspace, and with the sweep's run; where the first
-    is.
+    """Writes report.html, best.yaml and trials.json to reports/<recipe>-<name> in the workspace, and to the sweep's run. Returns
+    the URI of report.html.
     """
     context, rows = ledger.context, rows_of(ledger)
     name = f"{context.config.recipe}-{name}"
@@ -31,12 +32,12 @@ def write_report(ledger: Ledger, prepared: Done, taught: Done, made: Registered 
 
 
 def rows_of(ledger: Ledger) -> list[dict[str, Any]]:
-    """The trials that ended, in the order in which they were begun."""
+    """The trials that ended, in the order in which they began."""
     return [ledger.rows[name] for name in ledger.order if name in ledger.rows]
 
 
 def as_json(ledger: Ledger, taught: Done) -> dict[str, Any]:
-    """The rows, their means over seeds, and what they are of."""
+    """trials.json: the sweep's settings, the rows, and their means over seeds."""
     rows = rows_of(ledger)
     return {
         "recipe": ledger.context.config.recipe,
@@ -52,7 +53,7 @@ def as_json(ledger: Ledger, taught: Done) -> dict[str, Any]:
 def render(ledger: Ledger, rows: list[dict[str, Any]], prepared: Done, made: Registered | None) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from workflows.sweep import plots as figures
+    from workflows.sweep import plots
 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"clock": clock, "value": short_value}
@@ -76,8 +77,8 @@ def render(ledger: Ledger, rows: list[dict[str, Any]], prepared: Done, made: Reg
         counts={outcome: sum(r["outcome"] == outcome for r in rows) for outcome in ("finished", "stopped", "failed")},
         seconds=sum(row["seconds"] for row in rows),
         teacher=teacher,
-        front_plot=figures.pareto(rows, teacher),
-        field_plot=figures.by_field(rows, fields),
+        front_plot=plots.pareto(rows, teacher),
+        field_plot=plots.by_field(rows, fields),
         moved=made.registered.result["moved"] if made else {},
         lineage_drawing=_lineage(ledger, made),
         best_yaml=best_recipe(ledger),
@@ -87,9 +88,11 @@ def render(ledger: Ledger, rows: list[dict[str, Any]], prepared: Done, made: Reg
 
 
 def _teacher(made: Registered | None) -> dict[int, float]:
-    """The teacher's distance by steps, if the best students were measured beside it."""
-    rows = made.measured.result["rows"] if made else []
-    return {r["k"]: r["frechet"]["mean"] for r in rows if (r["who"], r["sampler"]) == ("teacher", "ancestral")}
+    """The teacher's distance by steps, or {} if the best students were not measured beside it."""
+    if made is None:
+        return {}
+    results = Results.of(made.measured.result)
+    return {k: results.teacher(k)["frechet"]["mean"] for k in results.teacher_steps}
 
 
 def _lineage(ledger: Ledger, made: Registered | None) -> str:

@@ -1,20 +1,31 @@
-"""sweep: many distillations of one teacher by Ray Tune, over any field of the distill section, several at once.
+"""Runs a sweep: many distillations of one teacher on Ray Tune, over any field of the distill section, several at once.
 
-Whatever ends a sweep, the same command goes on: trials that ended are in the workspace (sweep_ledger), others go on from their
-checkpoints (sweep_trial). Tune's own records serve no purpose here, and are thrown away.
+The same command resumes an interrupted sweep. Trials that ended are in the workspace (ledger.py), others resume from their
+checkpoints (trial.py). Tune's own records are not needed, and are thrown away.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from workflows.cluster.session import run_together
+from workflows.config.assembly import method_of, schedule_of
+from workflows.config.schema import RunConfig
+from workflows.dataset.reference import check_inputs
 from workflows.errors import UserError
+from workflows.pipeline.run import stages_of
+from workflows.rendering.screen import Screen
 from workflows.session.context import Context, Done
+from workflows.session.opening import open_context
+from workflows.session.options import RunOptions
 from workflows.stages.teacher import data_of
 from workflows.storage.store import fetch
 from workflows.sweep.ledger import Ledger
@@ -27,14 +38,14 @@ if TYPE_CHECKING:
     from workflows.sweep.search import Search, Source
 
 RETRIES = 3
-"""Further tries of a trial that an error ended."""
+"""Retries of a trial that an error ended."""
 
 
 def sweep(
     context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions, at_once: int | None
 ) -> Ledger:
-    """Runs the trials that are left, `at_once` together; by default as many as fit. One that diverges is a row like others; one
-    that an error ended is none, and `ledger.error` tells of it. Raises ConfigError for values that can't be together.
+    """Runs the trials that are left, `at_once` in parallel, by default as many as fit. A trial that diverges is a row like others.
+    One that an error ended is not, and sets `ledger.error`. Raises ConfigError for an invalid combination of values.
     """
     from workflows.sweep.search import Search
 
@@ -68,7 +79,7 @@ def _fit_at_once(resources: dict[str, float], options: SweepOptions) -> int:
 
 
 def points_of(ledger: Ledger) -> dict[int, list[Point]]:
-    """The points of a grid, or of random draws. Raises ConfigError for a combination of values that can't be."""
+    """The points of a grid or of random draws, by k. Raises ConfigError for an invalid combination of values."""
     config, space, options = ledger.context.config, ledger.space, ledger.options
     if options.search == "grid":
         points = {k: space.grid(k) for k in space.ks}
@@ -81,7 +92,7 @@ def points_of(ledger: Ledger) -> dict[int, list[Point]]:
 
 
 def sources_of(ledger: Ledger) -> tuple[dict[int, Source], int]:
-    """The points of each k, as they are to be tried, and how many they are in all."""
+    """The source of points for each k, in the order to try them, and the number of points in all."""
     from workflows.sweep.search import Listed, Tpe
 
     space, options, seed = ledger.space, ledger.options, ledger.context.config.seed
@@ -99,7 +110,7 @@ def sources_of(ledger: Ledger) -> tuple[dict[int, Source], int]:
 
 
 def _introduce(ledger: Ledger, total: int, at_once: int) -> None:
-    """What is to come, and what was there before."""
+    """Tells the user what is to run, and what is kept from before."""
     options, ks = ledger.options, ledger.space.ks
     known = ledger.begun() if options.search == "tpe" else [p for own in points_of(ledger).values() for p in own]
     done = sum(ledger.is_done(point) for point in known)
@@ -116,16 +127,15 @@ def _introduce(ledger: Ledger, total: int, at_once: int) -> None:
 
 def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, total: int, at_once: int) -> None:
     from ray import tune
-    from ray.tune.execution import class_cache
 
+    from workflows.private.ray import keep_credentials_from_trials
     from workflows.training.worker import root_cause
 
-    # Tune would give trials the driver's keys in their environment, and Ray writes that to its logs: nodes have keys of their own.
-    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    keep_credentials_from_trials()  # nodes have their own keys
     options, ended = ledger.options, threading.Event()
 
     class End(tune.Stopper):
-        asked = False  # of the class: Tune copies its stoppers
+        asked = False  # a class attribute, since Tune copies its stoppers
 
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
             return False
@@ -172,7 +182,7 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
 
         try:
             run_together([fit], at_once=1, tick=ledger.context.tick, done=lambda _: None)
-        except BaseException:  # Ray must not be shut down below a thread that uses it
+        except BaseException:  # Ray must not be shut down while a thread uses it
             End.asked = True
             ended.wait(30)
             raise
@@ -183,7 +193,7 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
 
 
 def _scheduler(ledger: Ledger) -> Any:
-    """The scheduler, which is told of trials that ended before as they are met."""
+    """The scheduler. A trial that ended in an earlier run is added to it when the search comes to it."""
     from workflows.sweep.asha import Asha
 
     if ledger.options.scheduler == "none":
@@ -194,7 +204,7 @@ def _scheduler(ledger: Ledger) -> Any:
 
 
 def _share(context: Context, prepared: Done, taught: Done, options: SweepOptions) -> Shared:
-    """Images and teacher go into Ray's store here, once. Raises UserError for more images than memory is meant for."""
+    """Puts images and teacher into Ray's object store, once. Raises UserError for images larger than data.memory_gib."""
     import ray
 
     from mmdistill_core.artifact import load_model
@@ -207,14 +217,15 @@ def _share(context: Context, prepared: Done, taught: Done, options: SweepOptions
             f"sweep: holds the images in memory, {size:.1f} GiB, more than data.memory_gib={config.data.memory_gib:g}",
             hint="prepare fewer of them (--limit), or raise data.memory_gib",
         )
-    images = read_all(data_of(prepared))
+    needs = method_of(config.distill, schedule_of(config)).needs
+    images = read_all(data_of(prepared), columns=[name for name in needs if name != "x"])
     trained, reference = images.rows(config.data.trained), images.rows(config.data.reference)
     teacher = load_model(fetch(taught.at("model"))).denoiser
     return Shared(
         config=config.model_dump(),
         prepared=prepared,
         taught=taught,
-        data=ray.put((trained.images, trained.labels, reference.labels)),
+        data=ray.put((trained.images, trained.labels, reference.labels, trained.columns)),
         teacher=ray.put(Shelf.of(teacher)),
         mailbox=context.monitor.actor,
         cpus=options.cpus,
@@ -229,10 +240,49 @@ def _kept(ledger: Ledger, total: int) -> str:
 
 @contextmanager
 def _guarded(ledger: Ledger, total: int) -> Iterator[None]:
-    """An error or Ctrl-C leaves every trial's metrics and its end in the tracking store, and says what is kept."""
+    """On an error or Ctrl-C, ends every running trial in the tracking store, tells what is kept, and raises the error again."""
     try:
         yield
     except BaseException as error:
         ledger.abandon(error)
         ledger.context.screen.line(f"  sweep: {_kept(ledger, total)}")
         raise
+
+
+def run_sweep(
+    config: RunConfig,
+    options: RunOptions,
+    screen: Screen,
+    *,
+    space: Space,
+    how: SweepOptions | None = None,
+    out: Path | None = None,
+    name: str = "sweep",
+) -> list[dict[str, Any]]:
+    """Trains or reuses the teacher, and sweeps over students of it. Returns the means over seeds, best first for each k. The report
+    is in reports/<recipe>-<name>, and `out` gets a copy of its trials.json. Raises ConfigError and UserError.
+    """
+    from workflows.sweep.best import register_best
+    from workflows.sweep.options import SweepOptions, check_room, check_sweep, warmed
+    from workflows.sweep.report import rows_of, write_report
+    from workflows.sweep.table import show, summarise
+
+    how = check_sweep(space, how or SweepOptions())
+    config = warmed(config, how.warm_start)
+    check_inputs(config)
+    apart = (space.described, how.search, how.scheduler, how.warm_start)
+    with open_context(config, options, screen, kind=name, apart=apart) as context:
+        check_room(how, context.resources)
+        stages = stages_of(context)
+        (_, [prepared]), (_, [taught]) = next(stages), next(stages)
+        ledger = sweep(context, prepared, taught, space, how, options.at_once)
+        made = register_best(ledger, prepared, taught) if how.register and ledger.best() else None
+        where = write_report(ledger, prepared, taught, made, name) if ledger.rows else ""
+        if where and out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(context.workspace.report(f"{config.recipe}-{name}") / "trials.json", out)
+        show(rows_of(ledger), screen)
+        screen.line(f"Report: [bold]{escape(where)}[/]" if where else "No trial has ended yet.")
+        if ledger.error:
+            raise ledger.error
+    return summarise(rows_of(ledger))

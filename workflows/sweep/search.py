@@ -1,4 +1,4 @@
-"""The search of a sweep, as Ray Tune asks for it: whenever there is room, the next point of the largest k that has one left."""
+"""The search of a sweep, for Ray Tune: whenever there is room, it gives the next point of the largest k that has one left."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Config = dict[str, Any]
 
 
 class Source(Protocol):
-    """The points of one k, each with a ticket by which its distance is told."""
+    """The points of one k. Each comes with a ticket, under which its distance is reported back."""
 
     def next(self) -> tuple[str, Point] | None: ...
 
@@ -21,7 +21,7 @@ class Source(Protocol):
 
 
 class Listed:
-    """Points that are known from the start."""
+    """Points that are known in advance."""
 
     def __init__(self, points: list[Point]) -> None:
         self._points = iter(points)
@@ -34,8 +34,8 @@ class Listed:
 
 
 class Tpe:
-    """Optuna's TPE: each point is suggested by the distances of those before it. `begun` are the points of an earlier run of the
-    sweep, which come first, in their order; the seed does the rest.
+    """Optuna's TPE: suggests each point from the distances of those before it. `begun` holds the points of an earlier run of the
+    sweep, which come first, in their order. The seed determines the rest.
     """
 
     def __init__(self, k: int, fields: dict[str, Domain], trials: int, *, seed: int, begun: list[Point]) -> None:
@@ -81,7 +81,7 @@ def _distribution(domain: Domain) -> Any:
 
 
 def _inward(domain: Domain, value: Any) -> Any:
-    """A field's value as Optuna has it: one of a list by its number, since it may be of any kind."""
+    """A field's value as Optuna takes it. A value of a list becomes its index, since it may be of any type."""
     return domain.values.index(value) if domain.law == "choice" else value
 
 
@@ -91,9 +91,9 @@ def _outward(domain: Domain, value: Any) -> Any:
 
 class Search(Searcher):
     """
-    offer     point -> the configuration of a new trial; or of one that is there already its distance, None while it has none
+    offer     point -> the configuration of a new trial; for an existing trial its distance, or None while it has none
     may_begin k -> whether trials of that k may begin
-    broken    is told the name of a trial that an error ended
+    broken    takes the name of a trial that an error ended
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Search(Searcher):
         return self._first is not None
 
     def _all(self) -> Iterator[Config | None]:
-        """The trials to be run; None while those that are left may not begin yet."""
+        """The trials to run, or None while those that are left may not begin yet."""
         for k, source in self._sources.items():
             while not self._may_begin(k):
                 yield None
@@ -133,7 +133,7 @@ class Search(Searcher):
         if config is None:
             return None
         if not config:
-            return Searcher.FINISHED  # type: ignore[return-value]  # as Ray has it
+            return Searcher.FINISHED  # type: ignore[return-value]  # Ray's convention
         self._tickets[trial_id] = config["k"], config["ticket"], config["name"]
         return config
 
@@ -147,5 +147,5 @@ class Search(Searcher):
         pass
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune writes its state down; nothing is ever restored from that."""
+        """Empty: Tune saves this state, but a sweep never restores it."""
         return {}

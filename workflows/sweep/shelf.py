@@ -1,5 +1,5 @@
-"""A shelf: a network in Ray's object store, where it lies once a node. Whoever takes it gets a module whose parameters are views of
-the stored bytes, which nobody can write to; a process that needs a network of its own copies it.
+"""Shares a network through Ray's object store, with one copy per node. The parameters of a taken module are read-only views of the
+stored bytes. A process that must change the network copies it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shelf:
-    """A module without its tensors, and these as arrays by their path in it."""
+    """A module without its tensors, and the tensors as arrays by their path in the module."""
 
     skeleton: Any
     arrays: dict[str, np.ndarray]
@@ -29,7 +29,7 @@ class Shelf:
         return cls(copy.deepcopy(module).to("meta"), arrays)
 
     def take(self) -> nn.Module:
-        """The module, its parameters frozen; once for each time that the shelf is got from the store."""
+        """The module, with frozen parameters. Call it once for each time that the shelf is got from the store."""
         from torch import nn
 
         module: nn.Module = self.skeleton
@@ -44,7 +44,7 @@ class Shelf:
 
 
 def tensor(array: np.ndarray) -> Tensor:
-    """The array as a tensor that shares its memory, which may not be written to: torch would warn of that."""
+    """The array as a tensor that shares its memory. The memory is read-only, and torch's warning about that is silenced."""
     import torch
 
     with warnings.catch_warnings():

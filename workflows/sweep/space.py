@@ -1,13 +1,13 @@
-"""The space of a sweep: for each k, the fields of the distill section that are tried, and the law of each; and the points drawn.
+"""The space of a sweep: for each k, the fields of the distill section to try and their distributions, and the points drawn.
 
-A space is read from YAML (workflows/config/spaces/, or a file of the user's) and from the command line, which wins:
+A space is read from YAML (workflows/config/spaces/, or a user's file) and from the command line, which wins:
 
     k: [8, 4, 2, 1]                               by default the recipe's
     images: 48_000                                one value: a constant
-    pairing: [uniform, grid]                      some values, also {choice: [...]} or {grid: [...]}
+    pairing: [uniform, grid]                      a list of values, also {choice: [...]} or {grid: [...]}
     optimiser.lr: {loguniform: [1.0e-4, 1.0e-3]}  also uniform, quniform (low, high, step), randint (low, below)
-    seed: [0, 1]                                  beside the distill section's fields
-    overrides: {1: {pairing: grid}}               what is different for one k
+    seed: [0, 1]                                  allowed besides the fields of the distill section
+    overrides: {1: {pairing: grid}}               what differs for one k
 """
 
 from __future__ import annotations
@@ -22,34 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workflows.config.schema import (
-    LARGEST,
-    MOST_STEPS,
-    SEEDS,
-    ConfigError,
-    Distill,
-    RunConfig,
-    exists,
-    one_line,
-    read_mapping,
-)
-from workflows.config.values import brief, merge, nested, parsed
+from workflows.config.assembly import config_of
+from workflows.config.loading import exists, read_mapping
+from workflows.config.schema import Distill, RunConfig
+from workflows.config.section import LARGEST, MOST_STEPS, SEEDS
+from workflows.config.values import merge, nested, parsed
+from workflows.errors import ConfigError, brief
 
 SPACES = Path(__file__).parents[1] / "config" / "spaces"
 CHOICES = ("choice", "grid")
 LAWS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
-"""By name, how many numbers each takes."""
+"""The distributions, and how many numbers each takes."""
 CALL = re.compile(r"^(\w+)\(([^()]*)\)$")
 BESIDE = ("seed", "setting")
-"""Not of the distill section: `setting` is several of its fields at once, named by their "choice"."""
+"""Fields that are not in the distill section. `setting` is several of its fields at once, named by their "choice"."""
 
 Point = dict[str, Any]
-"""A trial's k, and its value of each field."""
+"""A trial's k and its value for each field."""
 
 
 @dataclass(frozen=True)
 class Domain:
-    """`law` is "choice" of `values`, or one of LAWS with its numbers."""
+    """The values of a field. `law` is "choice", or one of LAWS with its numbers in `values`."""
 
     law: str
     values: tuple[Any, ...]
@@ -68,7 +62,7 @@ class Domain:
 
     @property
     def _steps(self) -> int:
-        """Of quniform, how many of its steps lie between its bounds: rounding must not lose the last one, nor add one."""
+        """How many steps of quniform lie between its bounds. Rounding must neither lose the last one nor add one."""
         low, high, step = self.values
         return math.floor((high - low) / step * (1 + 1e-9))
 
@@ -78,7 +72,7 @@ class Domain:
 
     @property
     def tried(self) -> tuple[Any, ...]:
-        """Values that must be valid if all are."""
+        """The values to validate on behalf of all."""
         if self.law == "choice":
             return self.values
         low, high = self.values[:2]
@@ -91,7 +85,7 @@ class Domain:
 
 @dataclass(frozen=True)
 class Space:
-    """k -> field -> domain; the ks fall."""
+    """k -> field -> domain, with k descending."""
 
     of_k: dict[int, dict[str, Domain]]
 
@@ -111,7 +105,7 @@ class Space:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Those of which more than one value may be tried for some k."""
+        """The fields for which some k tries more than one value."""
         names = dict.fromkeys(f for fields in self.of_k.values() for f, d in fields.items() if len(d.values) > 1)
         return tuple(names)
 
@@ -124,7 +118,7 @@ class Space:
         ]
 
     def drawn(self, k: int, n: int, seed: int) -> list[Point]:
-        """n different points, or all there are. The first are the same for every n: a larger sweep has a smaller one's points."""
+        """n different points, or all there are. The first are the same for every n: a larger sweep contains a smaller one."""
         points: list[Point] = []
         for i in range(n * 100):
             if len(points) == n:
@@ -137,17 +131,17 @@ class Space:
 
 
 def shares(ks: tuple[int, ...], trials: int) -> dict[int, int]:
-    """The trials, as evenly over the ks as they go; the first have one more."""
+    """k -> its number of trials, shared evenly; the first ks get one more if there is a remainder."""
     return {k: trials // len(ks) + (i < trials % len(ks)) for i, k in enumerate(ks)}
 
 
 def section(config: RunConfig, k: int, point: Point) -> Distill:
-    """The distill section of one trial: the recipe's for k, with the point's values in it. Raises ConfigError where it can't be."""
+    """The distill section of one trial: the recipe's for k, with the point's values. Raises ConfigError for invalid values."""
     return with_points(config, {k: point}).distill.for_k(k)
 
 
 def with_points(config: RunConfig, points: dict[int, Point]) -> RunConfig:
-    """The recipe with a point's values for each of these k, and no other k."""
+    """The recipe with these k only, each with its point's values. Raises ConfigError for invalid values."""
     distill = config.distill.model_dump() | {"k": list(points), "overrides": {}}
     for k, point in points.items():
         values = dict(config.distill.overrides.get(k, {}))
@@ -156,9 +150,9 @@ def with_points(config: RunConfig, points: dict[int, Point]) -> RunConfig:
                 values = merge(values, nested(field, value))
         distill["overrides"][k] = values
     try:
-        return RunConfig.model_validate(config.model_dump() | {"distill": distill})
-    except ValueError as error:
-        said = re.sub(r"^distill\.overrides\.(\d+)\.", r"k = \1: ", one_line(error, RunConfig))
+        return config_of(config.model_dump() | {"distill": distill})
+    except ConfigError as error:
+        said = re.sub(r"^distill\.overrides\.(\d+)\.", r"k = \1: ", str(error))
         raise ConfigError(f"--space: {said}") from None
 
 
@@ -166,9 +160,9 @@ def with_points(config: RunConfig, points: dict[int, Point]) -> RunConfig:
 
 
 def read_space(texts: list[str], config: RunConfig) -> Space:
-    """The space of `--space`, each a name in SPACES, a path to a YAML file, or field=values, which win over files.
+    """The space of the `--space` options: each a name in SPACES, a path to a YAML file, or field=values, which win over files.
 
-    Raises ConfigError, in one line, for a field or a value that the distill section does not allow.
+    Raises ConfigError with a one-line message for a field or a value that the distill section does not allow.
     """
     raw: dict[str, Any] = {}
     for text in sorted(texts, key=lambda text: "=" in text):
@@ -177,7 +171,7 @@ def read_space(texts: list[str], config: RunConfig) -> Space:
 
 
 def space_of(raw: dict[str, Any], config: RunConfig) -> Space:
-    """The space of a mapping like a file's."""
+    """The space of a mapping as in a file. Raises ConfigError."""
     raw = dict(raw)
     ks, overrides = raw.pop("k", list(config.distill.k)), raw.pop("overrides", {})
     ks = ks if isinstance(ks, list) else [ks]
@@ -217,7 +211,7 @@ def _read_file(text: str) -> dict[str, Any]:
 
 
 def _written(text: str) -> dict[str, Any]:
-    """ "optimiser.lr=loguniform(1e-4,1e-2)" or "pairing=uniform,grid" as a file would have it."""
+    """ "optimiser.lr=loguniform(1e-4,1e-2)" or "pairing=uniform,grid" as a mapping like a file's."""
     field, _, values = text.replace(" ", "").partition("=")
     if not field or not values:
         raise ConfigError(f"--space: {text!r} should read field=a,b,c or field=loguniform(low,high)")
@@ -230,7 +224,7 @@ def _written(text: str) -> dict[str, Any]:
 
 
 def _domains(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, Domain]]:
-    """(field, domain) of a mapping; a section's fields may stand below its name."""
+    """(field, domain) pairs of a mapping. Fields of a nested section may be nested or dotted."""
     for key, value in raw.items():
         field = f"{above}{key}"
         if isinstance(value, dict) and field in _sections():
@@ -240,7 +234,7 @@ def _domains(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, Domain
 
 
 def _sections() -> list[str]:
-    """The sections within the distill section."""
+    """The names of the sections within the distill section."""
     return [name for name, info in Distill.model_fields.items() if hasattr(info.annotation, "model_fields")]
 
 
@@ -272,7 +266,7 @@ def _domain(field: str, value: Any) -> Domain:
 
 
 def _is_number(value: Any) -> bool:
-    """Finite, and if whole then of 64 bits; true and false are none."""
+    """Whether it is a finite number. An int must fit 64 bits, and a boolean is not a number."""
     whole = type(value) is int and abs(value) <= LARGEST
     return whole or (isinstance(value, float) and math.isfinite(value))
 
@@ -284,7 +278,7 @@ def _choice(field: str, values: list[Any]) -> Domain:
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text."""
+    """Text as a number where it is one: YAML 1.1 reads 1e-3 as text."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -292,7 +286,7 @@ def _number(value: Any) -> Any:
 
 
 def _check(config: RunConfig, k: int, fields: dict[str, Domain]) -> None:
-    """Every value by itself, beside those of the fields that have but one."""
+    """Validates every value by itself, together with the fields that have only one. Raises ConfigError."""
     fixed = {f: d.values[0] for f, d in fields.items() if d.law == "choice" and len(d.values) == 1}
     for field, domain in fields.items():
         for value in domain.tried:

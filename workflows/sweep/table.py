@@ -1,4 +1,4 @@
-"""The table of a sweep: rows that differ in the seed alone as one, and which of them no smaller k beats."""
+"""The table of a sweep: trials that differ only in the seed become one row, and the Pareto front is marked."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SHOWN = {"frechet": "distance", "frechet_pixels": "in pixels", "recall": "recall
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The trials that finished, those that differ in the seed alone as one: means and standard deviations; best first within each
-    k.
+    """Means and standard deviations of the finished trials. Those that differ only in the seed become one row. Sorted by k, then by
+    distance.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in (row for row in rows if "frechet" in row):
@@ -31,7 +31,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def front(points: list[tuple[int, float]]) -> set[int]:
-    """Which of (k, distance) are on the Pareto front: nearer to the data than all others of as many steps or fewer."""
+    """Indices of the (k, distance) points on the Pareto front: nearer to the data than all others with as many steps or fewer."""
     on, least = set(), float("inf")
     for i in sorted(range(len(points)), key=lambda i: points[i]):
         if points[i][1] < least:
@@ -47,14 +47,14 @@ def varied(points: list[dict[str, Any]]) -> list[str]:
 
 
 def short_value(value: Any) -> str:
-    """A field's value for a line or a cell; a setting by its name."""
+    """A field's value for a line or a cell. A setting is shown by its name."""
     if isinstance(value, float):
         return f"{value:.3g}"
     return "" if value is None else str(value.get("choice", value) if isinstance(value, dict) else value)
 
 
 def described(row: dict[str, Any], fields: tuple[str, ...]) -> str:
-    """A trial that ended, with these of its fields, in a line."""
+    """A line about a trial that ended, with these fields of its point."""
     point = "  ".join(f"{field} {short_value(row['point'].get(field))}" for field in ("k", *fields))
     if row["outcome"] == "failed":
         return f"{point}  failed: {row['why']}"
@@ -65,7 +65,7 @@ def described(row: dict[str, Any], fields: tuple[str, ...]) -> str:
 
 
 def show(rows: list[dict[str, Any]], screen: Screen) -> None:
-    """The table; what was varied stands in one column, which alone is broken where the screen is narrow."""
+    """Prints the table. All settings are in one column, the only one that wraps on a narrow screen."""
     from rich.table import Table
 
     lines = summarise(rows)

@@ -1,5 +1,5 @@
-"""A trial of a sweep, on a Ray Tune worker: one student trained in one process by the engine alone, and measured by the protocol of
-`evaluate`. It goes on from its newest checkpoint; what it measures it reports to the driver, and to Tune's scheduler.
+"""Runs a trial of a sweep on a Ray Tune worker: trains one student in one process and measures it by the protocol of `evaluate`. It
+resumes from its newest checkpoint, and reports to the driver and to Tune's scheduler.
 """
 
 from __future__ import annotations
@@ -8,25 +8,32 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from mmdistill_core.engine.state import TrainState
+
+from workflows.config.assembly import config_of, rounds_of
 from workflows.config.schema import RunConfig
 from workflows.session.context import Done
-from workflows.storage.store import fetch
+from workflows.stages.distill import Taught
+from workflows.storage.store import exists, fetch
+from workflows.storage.uri import join
 from workflows.sweep.shelf import Shelf, tensor
 from workflows.sweep.space import Point, section
 from workflows.training.checkpoints import Checkpoints
+from workflows.training.job import Job, Validator, export, model_of
 
 MEASURED = ("frechet", "frechet_pixels", "kid", "inception_score", "accuracy", "precision", "recall")
 DIVERGED = "the samples of the student are not finite, or nearly so"
 WORST = 1e9
-"""The distance of a trial that came to nothing, for the scheduler and the searcher."""
+"""The distance of a failed trial, for the scheduler and the search."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What the trials of a sweep have in common. `data` and `teacher` are references into Ray's store, where they lie once a node:
-    of (images, labels) to train on and the labels to draw from when samples are measured, and of a Shelf.
+    """What the trials of a sweep share. `data` and `teacher` are references into Ray's object store, with one copy per node. `data`
+    is (images, labels, labels to draw from when samples are measured, further columns), and `teacher` is a Shelf.
     """
 
     config: dict[str, Any]
@@ -59,18 +66,34 @@ class Trial:
     def k(self) -> int:
         return int(self.point["k"])
 
+    def folder_of(self, name: str) -> str:
+        """Where a round's checkpoints go, and its model too unless it is the last round."""
+        return join(self.storage, name)
 
-def job_of_trial(shared: Shared, trial: Trial) -> Any:
-    """The training as a run would have it, with the point's seed."""
+
+def jobs_of_trial(shared: Shared, trial: Trial) -> list[tuple[Job, Taught]]:
+    """The trainings of a trial, as in a run but with the point's seed. There is one (job, its teacher) for each round up to the
+    student of k steps. A teacher from an earlier round may not exist yet.
+    """
     from workflows.stages.distill import job_of, starts
 
-    config, taught = RunConfig.model_validate(shared.config), shared.taught
-    own = section(config, trial.k, trial.point)
-    start = starts(taught, None) | ({"student": trial.start} if trial.start else {})
-    job = job_of(config, own, trial.k, prepared=shared.prepared, teacher=taught.at("model"), identity=taught.identity,
-                 name=trial.name, output=trial.output, storage=trial.storage, start=start)  # fmt: skip
-    every = min(job.checkpoint_every, own.validate_every or job.checkpoint_every)
-    return replace(job, seed=seed_of(config, trial.point), checkpoint_every=every, threads=max(1, int(shared.cpus)))
+    config, taught = config_of(shared.config), Taught.of(shared.taught)
+    own, seed = section(config, trial.k, trial.point), seed_of(config, trial.point)
+    jobs = []
+    for one in rounds_of(own, taught.schedule):
+        last = trial.k in one.ks
+        folders = {role: join(trial.folder_of(name), "model") for role, name in one.starts.items()}
+        if last and trial.start:
+            folders[one.method.learner] = trial.start
+        by = taught if one.teacher is None else replace(taught, at=join(trial.folder_of(one.teacher), "model"))
+        job = job_of(config, own, one, prepared=shared.prepared, taught=by, seed=seed, name=trial.name,
+                     output=trial.output if last else join(trial.folder_of(one.name), "model"),
+                     storage=trial.folder_of(one.name), starts=starts(one.method, shared.taught) | folders)  # fmt: skip
+        every = min(job.checkpoint_every, own.validate_every or job.checkpoint_every)
+        jobs.append((replace(job, checkpoint_every=every, threads=max(1, int(shared.cpus))), by))
+        if last:
+            break
+    return jobs
 
 
 def seed_of(config: RunConfig, point: Point) -> int:
@@ -78,20 +101,27 @@ def seed_of(config: RunConfig, point: Point) -> int:
 
 
 class Diary:
-    """What a trial tells of itself: to the driver first, then to Tune's scheduler, which may stop it for that."""
+    """Reports a trial's progress to the driver first, then to Tune's scheduler, which may stop the trial at once."""
 
-    def __init__(self, trial: Trial, images: int, mailbox: Any, before: dict[str, Any] | None) -> None:
+    def __init__(self, trial: Trial, images: int, mailbox: Any) -> None:
         self._name, self._images, self._mailbox = trial.name, images, mailbox
-        self.rows: list[dict[str, float]] = list(before["reported"]) if before else []
-        self._spent, self._began = before["seconds"] if before else 0.0, time.perf_counter()
+        self.rows: list[dict[str, float]] = []
+        self._spent, self._before, self._began = 0.0, 0.0, time.perf_counter()
+
+    def begin(self, before_it: int, checkpoint: dict[str, Any] | None) -> None:
+        """Begins the next round, after `before_it` images of earlier ones. `checkpoint` is the round's, if it resumes from one."""
+        self._before = float(before_it)
+        if checkpoint:
+            self.rows, self._spent = list(checkpoint["reported"]), checkpoint["seconds"]
+            self._began = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """In training, an earlier part of it included."""
+        """Seconds of training, including those before a resumed checkpoint."""
         return float(self._spent + time.perf_counter() - self._began)
 
     def push(self, row: dict[str, Any]) -> None:
-        """Waited for, so that the driver has it before the scheduler stops the trial."""
+        """Waits for the delivery, so that the driver has the row before the scheduler stops the trial."""
         import ray
 
         ray.get(self._mailbox.push.remote(self._name, row))
@@ -104,17 +134,17 @@ class Diary:
             tune.report({"score": row["score"], "done_share": 100 * row["n_images"] / self._images})
 
     def report(self, metrics: dict[str, float]) -> None:
-        """For `fit`. Raises NonFiniteError for a distance that is no number."""
+        """The `report` of `fit`. Raises NonFiniteError for a distance that is not finite."""
         from mmdistill_core.engine import NonFiniteError
         from workflows.training.worker import timed
 
         if not math.isfinite(metrics.get("score", 0.0)):
             raise NonFiniteError(DIVERGED)
-        self.rows.append(timed(metrics))
+        self.rows.append(timed(metrics | {"n_images": metrics["n_images"] + self._before}))
         self.tell(self.rows[-1])
 
     def go_on(self, n_images: int) -> None:
-        """All of it again, after a checkpoint was read: the driver, or Tune, may be another one."""
+        """Repeats all rows after a checkpoint was loaded: the driver or Tune may have been restarted."""
         for row in self.rows:
             self.tell(row)
         self.push({"resumed": float(n_images)})
@@ -127,76 +157,97 @@ class Diary:
 
 
 def run_trial(trial: Trial, shared: Shared) -> None:
-    """Trains, measures, leaves the model folder, and tells of it."""
+    """Trains a student, measures it, writes its model folder, and reports the outcome."""
     import torch
 
-    from mmdistill_core.engine import FitOptions, NonFiniteError, fit
-    from workflows.training.job import Validator, export
+    from mmdistill_core.engine import NonFiniteError
 
-    job, device = job_of_trial(shared, trial), "cuda" if shared.use_gpu else "cpu"
-    torch.set_num_threads(job.threads)
-    checkpoints = Checkpoints(job.storage, lambda text: shared.mailbox.note.remote(f"{trial.name}: {text}"))
-    before = (checkpoints.newest() or (0, None))[1]
-    state, batches, labels = build(shared, job, before, device)
-    diary = Diary(trial, job.images, shared.mailbox, before)
-    if before:
-        diary.go_on(state.n_images)
-
-    def save(state: Any) -> None:
-        held = {"state": state.state_dict(), "reported": diary.rows, "seconds": diary.seconds}
-        if job.preconditioner and job.preconditioner["kind"] == "collected":
-            held["collected"] = state.networks["preconditioner"].state_dict()
-        checkpoints.save(state.n_images, held)
-        checkpoints.settle()  # before Tune hears more, who may stop the trial then
-
-    options = FitOptions(log_every=job.log_every, validate_every=job.validate["every"] if job.validate else 0,
-                         checkpoint_every=job.checkpoint_every, seed=job.seed)  # fmt: skip
-    validate = Validator(job, labels, device) if job.validate else None
+    jobs = jobs_of_trial(shared, trial)
+    torch.set_num_threads(jobs[0][0].threads)
+    diary, seen, state = Diary(trial, sum(job.images for job, _ in jobs), shared.mailbox), 0, None
     try:
-        fit(state=state, batches=batches, options=options, report=diary.report, save=save, validate=validate,
-            judge=validate.judge if validate else None)  # fmt: skip
+        for job, taught in jobs:
+            if job is jobs[-1][0] or not exists(join(job.output, "model.json")):
+                state = train_round(job, taught, shared, diary, seen)
+            seen += job.images
     except (NonFiniteError, torch.linalg.LinAlgError) as error:
         why = str(error) if isinstance(error, NonFiniteError) else DIVERGED
-        diary.end("failed", WORST, why=why, images=state.n_images)
+        diary.end("failed", WORST, why=why, images=int(diary.rows[-1]["n_images"]) if diary.rows else seen)
         return
-    seconds, config = diary.seconds, RunConfig.model_validate(shared.config)
-    values = measured(config, job, state.best_network(), shared, device)
+    assert state is not None
+    job, device = jobs[-1][0], device_of(shared)
+    seconds, config = diary.seconds, config_of(shared.config)
+    values = measured(config, job, trial.k, state.best_network(), shared, device)
     export(job, state)
-    counts = {"images": state.n_images, "forwards": state.forwards, "kept_at": state.best.n_images}
+    counts = {"images": seen, "forwards": state.forwards, "kept_at": state.best.n_images}
     diary.end("finished", values["frechet"], **counts, **values | {"seconds": seconds})
 
 
-def build(shared: Shared, job: Any, before: dict[str, Any] | None, device: str) -> tuple[Any, Any, Any]:
-    """(state, batches, labels): of the checkpoint, or at the start. Images and teacher are not copied but to a GPU."""
+def device_of(shared: Shared) -> str:
+    return "cuda" if shared.use_gpu else "cpu"
+
+
+def train_round(job: Job, taught: Taught, shared: Shared, diary: Diary, seen: int) -> TrainState:
+    """Trains a round from its newest checkpoint, or from the beginning. Exports the model of a round before the last."""
+    from mmdistill_core.engine import FitOptions, fit
+
+    checkpoints = Checkpoints(job.storage, lambda text: shared.mailbox.note.remote(f"{job.name}: {text}"))
+    before = (checkpoints.newest() or (0, None))[1]
+    state, batches, labels = build(shared, job, taught, before)
+    diary.begin(seen, before)
+    if before:
+        diary.go_on(seen + state.n_images)
+
+    def save(state: Any) -> None:
+        held = {"state": state.state_dict(), "reported": diary.rows, "seconds": diary.seconds}
+        checkpoints.save(state.n_images, held)
+        checkpoints.settle()  # before the next report to Tune, which may stop the trial
+
+    options = FitOptions(log_every=job.log_every, validate_every=job.validate["every"] if job.validate else 0,
+                         checkpoint_every=job.checkpoint_every, seed=job.seed)  # fmt: skip
+    validate = Validator(job, labels, device_of(shared)) if job.validate else None
+    fit(state=state, batches=batches, options=options, report=diary.report, save=save, validate=validate,
+        judge=validate.judge if validate else None)  # fmt: skip
+    if job.output.startswith(job.storage):
+        export(job, state)
+    return state
+
+
+def build(shared: Shared, job: Job, taught: Taught, before: dict[str, Any] | None) -> tuple[TrainState, Any, Any]:
+    """(state, batches, labels), from the checkpoint or at the start. Images and teacher are copied only to a GPU."""
     import ray
     import torch
 
     from mmdistill_core.engine import InMemoryBatches
-    from workflows.training.job import build_state
-    from workflows.training.parallelize import Compute, lay
+    from workflows.training.job import Place, build_state
+    from workflows.training.parallelize import Compute, parallelize
 
-    images, labels, _ = (tensor(array) for array in ray.get(shared.data))
-    batches = InMemoryBatches(x=images, label=labels if job.network["num_classes"] else None,
+    device = device_of(shared)
+    images, labels, _, columns = ray.get(shared.data)
+    needs = job.made.needs
+    batches = InMemoryBatches(x=tensor(images) if "x" in needs else None, count=len(images),
+                              label=tensor(labels) if job.network["num_classes"] else None,
+                              columns={name: tensor(array) for name, array in columns.items()},
                               global_batch=job.batch, seed=job.seed, device=device)  # fmt: skip
-    teacher = Shelf.take(ray.get(shared.teacher))
-    state = build_state(job, batches, collected=before and before.get("collected"), held={"teacher": teacher})
+    own = taught.at == Taught.of(shared.taught).at
+    held = {"teacher": Shelf.take(ray.get(shared.teacher))} if own else {}
+    state = build_state(job, Place(batches), kept=before and before["state"]["kept"], held=held)
     for network in state.networks.values():
         network.to(device)
-    lay(state, Compute(**job.compute), world=1, device=torch.device(device))
+    parallelize(state, Compute(**job.compute), world=1, device=torch.device(device))
     if before:
         state.load_state_dict(before["state"])
-    return state, batches, labels
+    return state, batches, tensor(labels)
 
 
-def measured(config: RunConfig, job: Any, network: Any, shared: Shared, device: str) -> dict[str, float]:
-    """The kept student by `evaluate`'s protocol: its counts, its seeds, its labels, its reference; means over seeds."""
+def measured(config: RunConfig, job: Job, k: int, network: Any, shared: Shared, device: str) -> dict[str, float]:
+    """Measures the kept student with the counts, seeds, labels and reference of `evaluate`. Returns means over seeds."""
     import ray
 
     from mmdistill_core.artifact import load_extractor
-    from mmdistill_core.samplers import data_labels
+    from mmdistill_core.samplers.labels import data_labels
     from workflows.dataset.reference import check_reference, load_reference
     from workflows.stages.evaluate import measure, sampled
-    from workflows.training.job import model_of
 
     options, model, prepared = config.evaluate, model_of(job, network), shared.prepared
     labels = tensor(ray.get(shared.data)[2])
@@ -205,7 +256,7 @@ def measured(config: RunConfig, job: Any, network: Any, shared: Shared, device: 
     values = []
     for seed in range(options.seeds):
         label = data_labels(labels, options.samples, config.seed, 3, seed)
-        fake = sampled(model, extractor, {}, job.k, label, seed, 0, options.neighbour_samples)
+        fake = sampled(model, extractor, {}, k, label, seed, 0, options.neighbour_samples)
         values.append(measure(real, fake, label, options, seed))
     means = {name: statistics.mean(v[name] for v in values) for name in MEASURED if name in values[0]}
     return means | {"frechet_spread": statistics.pstdev(v["frechet"] for v in values)}

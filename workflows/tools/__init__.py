@@ -1,1 +1,1 @@
-"""Commands beside the pipeline: doctor, deliver, gc, sample."""
+"""Commands outside the pipeline: doctor, deliver, gc, sample."""

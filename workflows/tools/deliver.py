@@ -1,4 +1,4 @@
-"""deliver: what runs of this workspace had logged while their tracking store was away, brought to it."""
+"""The `deliver` command: sends what runs of this workspace logged while their tracking store was unreachable."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from workflows.pipeline.run import RunOptions, open_tracker, say_what_is_queued, wait_of
 from workflows.rendering.screen import Screen
 from workflows.session.context import settle
+from workflows.session.opening import open_tracker, say_what_is_queued
+from workflows.session.options import RunOptions, wait_of
 from workflows.storage.workspace import Workspace
 from workflows.tracking.outbox import REFUSED, queued
 from workflows.tracking.tracker import address_of, outbox_of
 
 
 def deliver(workspace: str | Path, tracking_uri: str | None, screen: Screen, *, wait: float | None = None) -> bool:
-    """Delivers what is queued for the store, and names other stores for which something is; True if nothing is left for this one,
-    and it refused nothing.
+    """Delivers the entries that are queued for the store, and lists other stores with queued entries.
 
-    Raises UserError if the store does not answer at all or refuses, or if a run has the workspace.
+    Waits at most `wait` seconds (default: MMDISTILL_TRACKING_WAIT, or 120). Returns True if nothing is left for this store and
+    nothing was refused. Raises UserError if the store does not answer or refuses access, or if a run holds the workspace.
     """
     seconds, space = wait_of(RunOptions(workspace, tracking_wait=wait)), Workspace(workspace)
     with space.lock():

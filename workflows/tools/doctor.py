@@ -1,4 +1,4 @@
-"""doctor: what is installed, which devices there are, whether Ray, the tracking store and the object store answer."""
+"""The `doctor` command: checks packages, devices, Ray, the tracking store and the object store."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ PACKAGES = (
 )
 OPTIONAL = {"diffusers": "only `mmdistill bench sampler` needs it: pip install 'mmdistill[diffusers]'"}
 Line = tuple[bool | None, str, str]
-"""(fine, subject, what was found or what to do); None: neither good nor bad."""
+"""(ok, subject, finding or advice). ok is None where the finding is neither good nor bad."""
 
 
 def examine(workspace: str, tracking_uri: str | None, cluster: Path | None = None) -> bool:
-    """Prints a line a check as it is made; True if none failed. `cluster`: only this file for `ray up`."""
+    """Prints a table with the result of each check. Returns True if none failed.
+
+    cluster  a file for `ray up`: only this file is checked
+    """
     console = Console(highlight=False)
     marks = {True: "[green]OK[/]", False: "[red]to do[/]", None: "[dim]-[/]"}
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -95,39 +98,39 @@ def _workspace(path: str) -> Iterator[Line]:
         space = Workspace(path)
         yield True, "workspace", f"{space.uri}, {shutil.disk_usage(space.root).free / 2**30:.0f} GiB free"
     except (ConfigError, UserError) as error:
-        yield False, "workspace", _told(error)
+        yield False, "workspace", _message(error)
 
 
 def _ray() -> Iterator[Line]:
     from workflows.cluster.session import ray_session
 
-    told: list[str] = []
+    messages: list[str] = []
     where = os.environ.get("RAY_ADDRESS") or "one of its own on this machine"
     try:
-        with ray_session(say=lambda text: told.append(text.removeprefix("ray: "))) as resources:
+        with ray_session(say=lambda text: messages.append(text.removeprefix("ray: "))) as resources:
             have = ", ".join(f"{resources.get(n, 0):g} {n}s" for n in ("CPU", "GPU"))
-            yield True, "ray", f"{'; '.join(told) or where}: {have}"
+            yield True, "ray", f"{'; '.join(messages) or where}: {have}"
     except (ConfigError, UserError) as error:
-        yield False, "ray", _told(error)
+        yield False, "ray", _message(error)
 
 
 def _tracking(workspace: str, given: str | None) -> Iterator[Line]:
-    """Looks only: nothing is made in the store."""
+    """Opens the store read-only: nothing is created in it."""
     from workflows.storage.workspace import Workspace
-    from workflows.tracking.tracker import Tracker, address_of, made, origin
+    from workflows.tracking.tracker import Tracker, address_of, origin, store_exists
 
     try:
         space = Workspace(workspace)
         uri = address_of(given, space.default_tracking_uri)
-        if uri == space.default_tracking_uri and not made(uri):
+        if uri == space.default_tracking_uri and not store_exists(uri):
             yield None, "tracking", f"{uri}: not there yet; the first run makes it"
             return
         yield True, "tracking", f"{Tracker(uri, looks=True).uri}{origin(uri)} answers"
     except (ConfigError, UserError) as error:
-        yield False, "tracking", _told(error)
+        yield False, "tracking", _message(error)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return "; ".join(filter(None, (str(error), getattr(error, "hint", ""))))
 
 
@@ -137,7 +140,7 @@ def _object_store() -> Iterator[Line]:
     try:
         ok, found = object_store_status()
     except (ConfigError, UserError) as error:
-        ok, found = False, _told(error)
+        ok, found = False, _message(error)
     yield ok, "object store", found
 
 

@@ -1,7 +1,7 @@
-"""gc: what a workspace no longer needs, shown with its size and why, and removed once that is agreed to.
+"""The `gc` command: lists what a workspace no longer needs, with sizes and reasons, and removes it after confirmation.
 
-Not touched: what a registered version or a pipeline's configuration refers to, a training that can be resumed unless it is older
-than the days to keep, and anything at all while a run holds the workspace's lock.
+It keeps everything that a registered version or a pipeline configuration refers to. It keeps trainings that can be resumed, unless
+they are older than the days to keep. It does nothing while a run holds the workspace's lock.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from workflows.storage.uri import join, shown
 from workflows.storage.workspace import RESULT, StageFolder, Workspace, changed, size_of
 
 YOUNG = 3600
-"""Seconds. Workers of a driver that was killed live on for a moment without its lock: what they may be writing is left."""
+"""Seconds for which unfinished files are kept. Workers outlive a killed driver and its lock for a moment, and may still write."""
 DAY = 86_400
 COPIES = 7.0
-"""Days after which a copy of remote files that nothing has used goes, where none are given. It is made again where it is wanted;
-one day is the least, as a run of another workspace may be reading it.
+"""Days after which an unused local copy of remote files is removed, by default. It is fetched again when needed. The minimum is one
+day, because a run of another workspace may be reading it.
 """
 
 
 @dataclass(frozen=True)
 class Item:
-    """`path` from the workspace's root. `forget`: what there is to do beside removing it."""
+    """Something to remove. `path` is relative to the workspace's root. `forget` is called after the path is removed."""
 
     what: str
     why: str
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass
 class Plan:
-    """In the order in which it is to be removed; `kept`: what was left and might be missed here, with the reason."""
+    """`items` to remove, in this order. `kept` explains what stays although a user might expect it here."""
 
     items: list[Item] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -67,11 +67,14 @@ def run_gc(
     agree: Callable[[str], bool],
     keep_days: float | None = None,
 ) -> Plan:
-    """Shows the plan and, if `agree` says yes to its question, removes what it names. Raises UserError while a run is on."""
-    looked = Workspace(workspace, looks=True)
-    if not (listing(join(looked.uri, "pipelines")) if looked.remote else (looked.root / "stages").is_dir()):
+    """Shows the plan, and removes its items if `agree` answers the question with True. Returns the plan.
+
+    Raises UserError if `workspace` is not a workspace, or while a run holds it.
+    """
+    existing = Workspace(workspace, looks=True)
+    if not (listing(join(existing.uri, "pipelines")) if existing.remote else (existing.root / "stages").is_dir()):
         raise UserError(f"{workspace}: not a workspace", hint="name one with --workspace or MMDISTILL_HOME")
-    space = Workspace(workspace, minimum_free=0)  # a full disk is what one comes here for
+    space = Workspace(workspace, minimum_free=0)  # gc has to work on a full disk
     with space.lock():
         with screen.status("looking"), space.tree() as tree:
             plan = make_plan(tree, tracking_uri, keep_days)
@@ -92,21 +95,23 @@ def run_gc(
 
 
 def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | None) -> Plan:
-    """What may go of the stages, trainings and files of a workspace in a folder."""
+    """The stages, checkpoints and half-written files of a local workspace that can be removed."""
     plan, stages = Plan(), space.stages()
     trainings = {p.name: p for p in sorted((space.root / "ray").iterdir()) if p.is_dir() and p.name[0] != "."}
     oldest = None if keep_days is None else time.time() - keep_days * DAY
 
-    def given_up(stage: StageFolder) -> bool:
+    def abandoned(stage: StageFolder) -> bool:
         return oldest is not None and max(changed(stage.path), changed(trainings[stage.path.name])) <= oldest
 
-    halfway = [s for s in stages if s.result is None and _checkpoints(trainings.get(s.path.name)) and not given_up(s)]
-    plan.kept += [
-        f"{s.path.name}: a training that can be resumed, {_size(size_of(trainings[s.path.name]))}" for s in halfway
+    resumable = [
+        s for s in stages if s.result is None and _checkpoints(trainings.get(s.path.name)) and not abandoned(s)
     ]
-    wanted = _referenced(space, stages, halfway, tracking_uri, keep_days, plan)
-    left = [] if keep_days is None else [s for s in stages if s.result is None and s not in wanted]
-    _trainings(space, stages, trainings, left, plan)
+    plan.kept += [
+        f"{s.path.name}: a training that can be resumed, {_size(size_of(trainings[s.path.name]))}" for s in resumable
+    ]
+    wanted = _referenced(space, stages, resumable, tracking_uri, keep_days, plan)
+    given_up = [] if keep_days is None else [s for s in stages if s.result is None and s not in wanted]
+    _trainings(space, stages, trainings, given_up, plan)
     for stage in (s for s in stages if s not in wanted):
         end = "unfinished; " if stage.result is None else ""
         plan.add(space, stage.path, f"{end}no pipeline and no registered version refers to it")
@@ -121,18 +126,18 @@ def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | Non
 
 
 def _trainings(
-    space: Workspace, stages: list[StageFolder], trainings: dict[str, Path], left: list[StageFolder], plan: Plan
+    space: Workspace, stages: list[StageFolder], trainings: dict[str, Path], given_up: list[StageFolder], plan: Plan
 ) -> None:
-    """Checkpoints that nothing will be resumed from; `left` are unfinished stages that nobody went on with for long."""
+    """Adds checkpoints that no training will resume from. `given_up`: unfinished stages that were not resumed in time."""
     by_name = {stage.path.name: stage for stage in stages}
     for name, path in trainings.items():
         stage = by_name.get(name)
         if stage is None:
-            plan.add(space, path, "checkpoints of a stage that is not there")
+            plan.add(space, path, "checkpoints of a stage that no longer exists")
         elif stage.result is not None:
             plan.add(space, path, "checkpoints of a training that ended; its model is kept")
-        elif stage in left:
-            plan.add(space, path, "checkpoints of a training that was not gone on with for so many days")
+        elif stage in given_up:
+            plan.add(space, path, "checkpoints of a training that was not resumed within --keep-days")
 
 
 def _checkpoints(training: Path | None) -> list[Path]:
@@ -142,33 +147,33 @@ def _checkpoints(training: Path | None) -> list[Path]:
 def _referenced(
     space: Workspace,
     stages: list[StageFolder],
-    halfway: list[StageFolder],
+    resumable: list[StageFolder],
     tracking_uri: str | None,
     keep_days: float | None,
     plan: Plan,
 ) -> list[StageFolder]:
-    """The stages that a pipeline names, trainings that are halfway, those that made what is registered, and those that these were
-    made from.
+    """The stages to keep: those that a pipeline names, resumable trainings, the stages behind registered versions, and the inputs
+    of all of these.
     """
     since = 0.0 if keep_days is None else time.time() - keep_days * DAY
     records = {name: record for name, record in space.pipelines().items() if record["used"] >= since}
     if old := [name for name, record in records.items() if "stages" not in record]:
         plan.kept.append(
-            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before it was written down which stages are theirs, "
-            f"or the record of it is damaged ({', '.join(old[:3])}{', ...' * (len(old) > 3)}); "
-            "run them again, or leave them out by --keep-days"
+            f"all stages: {len(old)} configuration{'s' * (len(old) > 1)} ran before the workspace recorded their stages, "
+            f"or the record is damaged ({', '.join(old[:3])}{', ...' * (len(old) > 3)}); "
+            "run them again, or exclude them with --keep-days"
         )
         return stages
     current = {f"{name}-{key}" for record in records.values() for name, key in record["stages"].items()}
-    kept = [stage for stage in stages if stage.path.name in current or stage in halfway]
+    kept = [stage for stage in stages if stage.path.name in current or stage in resumable]
     runs = {stage.path.name: stage.read("runs.json") for stage in stages}
     stores = {uri: uri for ids in runs.values() for uri in ids}
     if tracking_uri:
-        stores[shown(tracking_uri)] = tracking_uri  # as which it is in runs.json: it may take the password to ask it
+        stores[shown(tracking_uri)] = tracking_uri  # runs.json has it without the password, which a request may need
     needed = set()
     for name, uri in sorted(stores.items()):
         tracked = {folder: str(ids[name]) for folder, ids in runs.items() if name in ids}
-        own = uri == space.default_tracking_uri  # from which gc itself takes deleted runs
+        own = uri == space.default_tracking_uri  # gc removes deleted runs from it, so some may be missing
         try:
             needed |= _registered(uri, set() if own else set(tracked.values()))
         except UserError:
@@ -176,7 +181,7 @@ def _referenced(
                 f"stages tracked in {shown(name)}, which does not answer here: they may be registered there"
             )
             kept += [stage for stage in stages if stage.path.name in tracked and stage not in kept]
-    while True:  # what a kept stage was made from is kept: one folder for each identity
+    while True:  # keep the inputs of kept stages too: one folder for each identity
         needed |= {identity for stage in kept for identity in _made_from(stage)}
         have = {str((stage.result or {}).get("identity")) for stage in kept}
         made = [s for s in stages if s.result and str(s.result.get("identity")) in needed - have]
@@ -184,23 +189,26 @@ def _referenced(
         named = [s for s in stages if s not in kept and s.path.name in settings]
         if not made and not named:
             return kept
-        # A folder may be named too: a data set to read, statistics to measure against.
+        # A stage may also name a folder: a data set to read, or statistics to compare with.
         kept += named or [max(made, key=lambda s: (s.path / RESULT).stat().st_mtime)]
 
 
 def _registered(uri: str, runs: set[str]) -> set[str]:
-    """The identities of the stages that made what is registered in a store. Raises UserError if it does not answer, and for a file
-    that lacks one of these runs: another machine has another file by the same name.
+    """The identities of the stages behind the versions that are registered in a store.
+
+    Raises UserError if the store does not answer. Also raises it for an SQLite file without one of `runs`: then the stages were
+    tracked in a file of the same name on another machine.
     """
     from workflows.tracking.tracker import Tracker
 
     tracker = Tracker(uri, looks=True)
     if uri.startswith("sqlite") and any(not tracker.knows(run) for run in runs):
-        raise UserError(f"{shown(uri)}: is another machine's")
+        raise UserError(f"{shown(uri)}: is the store of another machine")
     return {v.tags[tag] for v in Registry(tracker).versions() for tag in ("identity", "evaluation") if tag in v.tags}
 
 
 def _made_from(stage: StageFolder) -> set[str]:
+    """The identities of a stage's inputs."""
     depends = stage.read("depends.json")
     values = [depends.get(name) for name in ("prepare", "teacher", "start", "evaluate", "register")]
     students = depends.get("students")
@@ -208,7 +216,7 @@ def _made_from(stage: StageFolder) -> set[str]:
 
 
 def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:
-    """What the workspace's own store holds of deleted runs and model versions. Another store is its keeper's."""
+    """Adds deleted runs and unregistered models of the workspace's own store. Other stores are left to their owners."""
     from workflows.registry.leftovers import forget, leftovers
     from workflows.tracking.tracker import Tracker
 
@@ -219,29 +227,30 @@ def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:
     for found in leftovers(registry, older_than_days=keep_days):
         here = found.folder if found.folder and space.root in found.folder.parents and found.folder.exists() else None
 
-        def forgets(it: Any = found) -> None:
+        def forget_it(it: Any = found) -> None:
             forget(registry, it)
 
         size, path = (size_of(here), here.relative_to(space.root)) if here else (0, None)
-        plan.items.append(Item(f"{found.kind} {found.id}", why[found.kind], size, path, forgets))
+        plan.items.append(Item(f"{found.kind} {found.id}", why[found.kind], size, path, forget_it))
 
 
 def _copies(days: float, plan: Plan) -> None:
-    """Copies of remote files on this machine, of whatever workspace, which nothing has used for so many days."""
+    """Adds this machine's copies of remote files, of any workspace, that were not used for `days` days."""
     folder = cache_folder() / "copies"
     old = [path for path in sorted(folder.glob("*")) if path.lstat().st_mtime <= time.time() - days * DAY]
 
-    def forgets() -> None:
+    def remove() -> None:
         for path in old:
             shutil.rmtree(path, ignore_errors=True)
 
     if old:
         several = "ies" if len(old) > 1 else "y"
         what = f"{len(old)} cop{several} of remote files in {folder}"
-        plan.items.append(Item(what, f"not used for {days:g} days", sum(map(size_of, old)), None, forgets))
+        plan.items.append(Item(what, f"not used for {days:g} days", sum(map(size_of, old)), None, remove))
 
 
 def show(plan: Plan, screen: Screen) -> None:
+    """Prints the items as a table, and what is kept with its reasons."""
     from rich.table import Table
 
     if plan.items:

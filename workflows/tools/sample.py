@@ -1,27 +1,25 @@
-"""sample: images from a registered model or a model folder."""
+"""The `sample` command: draws images from a registered model or a model folder."""
 
 from __future__ import annotations
 
 import difflib
-import errno
 import math
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from workflows.config.schema import ConfigError
-from workflows.config.values import brief
-from workflows.errors import UserError
+from workflows.errors import ConfigError, UserError, brief
 from workflows.rendering.screen import Screen
 from workflows.storage.integrity import check_model
-from workflows.storage.uri import absolute, check_here, is_remote, shown
+from workflows.storage.local import atomic
+from workflows.storage.outputs import check_out
+from workflows.storage.uri import absolute, is_remote, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,13 +27,16 @@ if TYPE_CHECKING:
     from mmdistill_core.artifact import DiffusionModel
 
 AT_ONCE = 250
+"""Images in a batch."""
 SIDE = 8192
-"""Pixels of a grid's side at most: larger pictures are opened by few programs."""
+"""Maximum side of a grid in pixels. Few programs open larger pictures."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """`labels`: the classes to draw in turn, as they were written; None: all. `columns`, `guidance`, `steps`: None, the usual."""
+    """What to draw. `labels`: classes as written on the command line, None for all. `steps`, `columns`, `guidance`: None for the
+    defaults.
+    """
 
     n: int
     labels: str | None
@@ -46,8 +47,9 @@ class Wanted:
 
 
 def draw(model: str, wanted: Wanted, *, out: str, workspace: str, tracking_uri: str | None, screen: Screen) -> str:
-    """Writes the samples to `out`: a .png, a .npy or, with / at its end, a folder. Returns a line that says what was written.
-    Raises ConfigError and UserError for what can't be, before anything is drawn.
+    """Writes the samples to `out`: a .png, a .npy, or a folder if it ends in /. Returns a line that says what was written.
+
+    Raises ConfigError or UserError for invalid options, before anything is drawn.
     """
     from mmdistill_core.artifact import NotAModel, load_model
 
@@ -57,7 +59,7 @@ def draw(model: str, wanted: Wanted, *, out: str, workspace: str, tracking_uri: 
             f"--out: {brief(out)} should end in .png (a grid), .npy (the images) or / (a folder of them, a .png each)"
         )
     if wanted.columns and (folder or place.suffix != ".png"):
-        raise ConfigError(f"--columns: {wanted.columns} are of a grid, a .png, which {brief(out)} is not")
+        raise ConfigError(f"--columns: {wanted.columns} applies to a grid (.png) only, not to {brief(out)}")
     check_out(place, out, folder=folder)
     names = _parts(wanted.labels)
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,48 +71,23 @@ def draw(model: str, wanted: Wanted, *, out: str, workspace: str, tracking_uri: 
         raise ConfigError(f"--labels: {brief(wanted.labels)}: the model is unconditional")
     classes = [_class(name, diffusion, screen) for name in names] or list(range(diffusion.network.num_classes))
     steps = wanted.steps or diffusion.k
-    said = f"of {steps} step{'s' if steps > 1 else ''}: {out}"
+    ending = f"of {steps} step{'s' if steps > 1 else ''}: {out}"
     if folder:
         _separate(place, _batches(diffusion, wanted, wanted.n, classes, screen), wanted.n)
-        return f"{wanted.n} samples {said}"
+        return f"{wanted.n} samples {ending}"
     if place.suffix == ".npy":
         _save(place, _batches(diffusion, wanted, wanted.n, classes, screen), _shape(diffusion, wanted.n))
-        return f"{wanted.n} samples {said}"
-    return _grid(place, diffusion, wanted, classes, screen) + said
-
-
-def check_out(out: Path, said: str, *, folder: bool = False) -> None:
-    """Raises ConfigError for a file that can't be, or a folder that is not empty, UserError for one that can't be written. Leaves
-    nothing new but the folder. `said`: as the user wrote it.
-    """
-    check_here("--out", said)
-    file = out / ".probe" if folder else out
-    try:
-        if folder and out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"--out: {brief(said)} has files in it; name a new folder, or an empty one")
-        new = not file.exists()
-        if not (new or file.is_file() or file.is_dir()):
-            raise ConfigError(f"--out: {brief(said)} is neither a file nor a folder")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("ab"):
-            pass
-        if new:
-            file.unlink()
-    except OSError as error:
-        why = "its folder is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        reason = f"--out: {brief(said)} can't be written: {why}"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise UserError(reason) from error
-        raise ConfigError(reason) from error
+        return f"{wanted.n} samples {ending}"
+    return _grid(place, diffusion, wanted, classes, screen) + ending
 
 
 def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
-    """The model's folder; of a registered one below `scratch`. Nothing is written to the workspace, nor to the store."""
+    """The model's folder. A registered model is downloaded below `scratch`; workspace and store are only read."""
     if model.startswith(("models:/", "runs:/")):
         from workflows.registry.lineage import open_registry
 
         return open_registry(workspace, tracking_uri).download(model, scratch)
-    if model.startswith(("http://", "https://")):  # pages have no folders to be listed
+    if model.startswith(("http://", "https://")):  # HTTP has no folder listings
         raise ConfigError(f"{brief(shown(model))} should be a folder, s3://BUCKET/FOLDER or models:/NAME/VERSION")
     from workflows.storage.store import fetch
 
@@ -118,7 +95,7 @@ def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | N
 
 
 def _parts(text: str | None) -> list[str]:
-    """Classes, as numbers or names, with commas between."""
+    """Splits --labels into class numbers or names. Raises ConfigError for empty parts."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
     if not all(parts) or (text is not None and not parts):
         raise ConfigError(f"--labels: {brief(text)} should be classes with commas between, such as 3,5")
@@ -126,8 +103,9 @@ def _parts(text: str | None) -> list[str]:
 
 
 def _class(name: str, model: DiffusionModel, screen: Screen) -> int:
-    """The number of a class, from its number, or its name where the model's data had names; says so where a number is the name of
-    another. Raises ConfigError.
+    """The number of a class that is given by number or, if the data had class names, by name. Raises ConfigError for others.
+
+    Warns if the number is also the name of another class.
     """
     known = [str(one) for one in model.provenance.get("classes") or []]
     if re.fullmatch(r"-?[0-9]{1,18}", name):
@@ -151,13 +129,13 @@ def _class(name: str, model: DiffusionModel, screen: Screen) -> int:
     some = f"{hint}there are: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
     numbers = f"whole numbers from 0 to {model.network.num_classes - 1}"
     raise ConfigError(
-        f"--labels: {brief(name)} is no class of the model's; "
-        + (f"{some}; or {numbers}" if known else f"its classes have no names, and should be {numbers}")
+        f"--labels: {brief(name)} is not a class of the model; "
+        + (f"{some}; or {numbers}" if known else f"its classes have no names: give {numbers}")
     )
 
 
 def _batches(model: DiffusionModel, wanted: Wanted, n: int, classes: list[int], screen: Screen) -> Iterator[np.ndarray]:
-    """The first n samples, [b, c, h, w] at a time, with a bar if they take more than a moment."""
+    """Yields the first n samples in batches [b, c, h, w], with a progress bar."""
     import torch
 
     with screen.bars():
@@ -181,7 +159,7 @@ def _shape(model: DiffusionModel, n: int) -> tuple[int, int, int, int]:
 
 
 def _save(out: Path, batches: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
-    """A .npy file, written as the images come, for there may be more of them than memory holds."""
+    """Writes a .npy file batch by batch, because the images may not fit in memory."""
     import numpy as np
 
     size, free = 4 * math.prod(shape), shutil.disk_usage(out.parent).free
@@ -197,11 +175,12 @@ def _save(out: Path, batches: Iterator[np.ndarray], shape: tuple[int, ...]) -> N
             for images in batches:
                 file.write(images.astype("<f4", order="C").tobytes())
 
-    _whole(out, write)
+    with atomic(out) as partial:
+        write(partial)
 
 
 def _separate(out: Path, batches: Iterator[np.ndarray], n: int) -> None:
-    """A picture of its own for each sample, pixel for pixel: 000000.png and so on. All of them, or none."""
+    """Writes each sample as a picture without scaling: 000000.png and so on. After an error none of them is left."""
     from workflows.rendering.grids import image_grid
 
     written: list[Path] = []
@@ -217,7 +196,7 @@ def _separate(out: Path, batches: Iterator[np.ndarray], n: int) -> None:
 
 
 def _grid(out: Path, model: DiffusionModel, wanted: Wanted, classes: list[int], screen: Screen) -> str:
-    """A picture of as many of the samples as it holds; says how many."""
+    """Writes a grid of as many samples as fit. Returns the beginning of the final line, with their number."""
     import numpy as np
 
     from workflows.rendering.grids import cell_of, image_grid
@@ -233,23 +212,14 @@ def _grid(out: Path, model: DiffusionModel, wanted: Wanted, classes: list[int], 
             "or a folder/"
         )
     images = np.concatenate(list(_batches(model, wanted, shown, classes, screen)))
-    _whole(out, lambda partial: image_grid(images, columns=columns).save(partial, format="png"))
+    with atomic(out) as partial:
+        image_grid(images, columns=columns).save(partial, format="png")
     return f"{shown} samples "
 
 
 def _columns(n: int, classes: int, most: int) -> int:
-    """The classes, so that each has a column, or some times as many where there are more images than rows; else a square."""
+    """The columns of a grid: one per class (times a factor if there are too many rows), or a square if `classes` is 0."""
     if 0 < classes <= most:
         times = min(most // classes, -(-n // (classes * most)))
         return classes * times
     return min(most, max(1, round(n**0.5)))
-
-
-def _whole(out: Path, write: Callable[[Path], Any]) -> None:
-    """The file whole, or as it was before."""
-    partial = out.with_name(f".{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,1 +1,1 @@
-"""MLflow's tracking: a journal on disk, and its delivery, however long the server is away."""
+"""MLflow tracking: a journal on disk, and its delivery, however long the server is away."""

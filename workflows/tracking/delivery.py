@@ -1,7 +1,7 @@
-"""Delivery: an operation of the outbox to MLflow, in such a way that a second time changes nothing, and what an error means.
+"""Delivers operations of the outbox to MLflow, idempotently, and classifies errors.
 
-MLflow keys a metric by run, name, step, time and value, so that the same one sent twice is there once as long as its recorded
-time goes with it. A run is found again by the tag `mmdistill.run`, which holds the id that we gave it ourselves.
+MLflow keys a metric by run, name, step, time and value: sent twice with the same recorded time, it is stored once. A run is found
+again by the tag `mmdistill.run`, which holds the id that we gave it.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from workflows.errors import in_a_line
+from workflows.errors import chain_of, in_a_line
 from workflows.tracking.outbox import MOST, Away, Operation, Refused
 
 OWN_ID = "mmdistill.run"
 QUEUED = "queued-"
-"""How the id of a run begins that the store does not have yet."""
+"""The prefix of our own id of a run, which stands in until the store has the run."""
 CREDENTIALS = {401, 403}
-LATER = {404, 408, 425, 429}
-"""Statuses below 500 after which the same request may succeed; a 404 that is not MLflow's own is a proxy's without its server."""
-ABSENT = ("ConnectionError", "Timeout", "RetryError", "ChunkedEncodingError", "TimeoutError")
-"""Classes of requests and of Python: no answer, or half of one."""
-AT_LENGTH = 500
-"""Characters of a reason. MLflow's own, such as of a schema that is out of date, end with the command that helps."""
-AMISS = ("InvalidURL", "InvalidSchema", "MissingSchema", "NoCredentialsError")
+RETRYABLE = {404, 408, 425, 429}
+"""Statuses below 500 after which the same request may succeed. A 404 that is not MLflow's comes from a proxy without its server."""
+UNREACHABLE = ("ConnectionError", "Timeout", "RetryError", "ChunkedEncodingError", "TimeoutError")
+"""Error classes of requests and of Python: no answer, or half of one."""
+REASON_LENGTH = 500
+"""Characters of a reason. Some of MLflow's, as of an outdated schema, end with the command that helps."""
+MISCONFIGURED = ("InvalidURL", "InvalidSchema", "MissingSchema", "NoCredentialsError")
 DATABASE = re.compile(
     r"^\((psycopg2?|sqlite3|pymysql|MySQLdb)[\w.]*\.(OperationalError|InterfaceError|DatabaseError)\)"
 )
 
 
 class Delivery:
-    """`deliver(operations)` sends them with `client`; raises Away or Refused. `runs` maps our own ids to the store's, `found` is
-    called with each new pair, `kept` gives the file of an operation, `hide` takes secrets out of a text.
+    """`deliver(operations)` sends them with `client`, and raises Away or Refused. `runs` maps our own ids to the store's. `found`
+    is called with each new pair. `kept` gives the file of an operation. `hide` removes secrets from a text.
     """
 
     def __init__(
@@ -56,20 +56,20 @@ class Delivery:
             else:
                 getattr(self, operations[0]["kind"])(operations[0])
         except Exception as error:
-            told = meaning(error)
-            if told is None:
+            kind = meaning(error)
+            if kind is None:
                 raise
             text = self._hide(brief(error))
-            raise (Away(text) if told == "away" else Refused(text, stays=told == "denied")) from error
+            raise (Away(text) if kind == "away" else Refused(text, stays=kind == "denied")) from error
 
     def run_id(self, run: str) -> str:
-        """The store's id of a run."""
+        """The store's id of a run. Raises Refused if the store does not have it."""
         if run.startswith(QUEUED) and run not in self._runs and not self.find(run):
-            raise Refused(f"the run {run} is not there", stays=False)
+            raise Refused(f"the store has no run {run}", stays=False)
         return self._runs.get(run, run)
 
     def find(self, own: str) -> bool:
-        """Whether the store has the run with our id, whichever machine gave it."""
+        """Whether the store has the run with our id, whichever machine created it."""
         twins = self._twins(own)
         if twins:
             self._found(own, twins[0])
@@ -83,7 +83,7 @@ class Delivery:
         return [run.info.run_id for run in found]
 
     def run(self, operation: Operation) -> None:
-        """A new run. An attempt whose answer was lost may have made it, or may have made it twice."""
+        """Creates a run, once. An earlier attempt whose answer was lost may have created it already, even twice."""
         own, tags = operation["run"], dict(operation["tags"])
         if parent := operation.get("parent"):
             tags["mlflow.parentRunId"] = self.run_id(parent)
@@ -102,7 +102,7 @@ class Delivery:
         self.client.set_terminated(self.run_id(operation["run"]), operation["status"], operation["time"])
 
     def params(self, operation: Operation) -> None:
-        """Those that are already there are left."""
+        """Logs the parameters that the run does not have yet."""
         from mlflow.entities import Param
 
         run_id = self.run_id(operation["run"])
@@ -118,7 +118,7 @@ class Delivery:
         self.client.log_batch(self.run_id(operation["run"]), tags=tags, synchronous=True)
 
     def metrics(self, operations: Iterable[Operation]) -> None:
-        """Values [name, value, time, step] of any runs, in batches of at most 1,000 for each run."""
+        """Logs values [name, value, time, step] of any runs, in batches of at most 1,000 for each run."""
         from mlflow.entities import Metric
 
         of_run: dict[str, list[Any]] = {}
@@ -137,70 +137,61 @@ class Delivery:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of what an error came from; what a store says at length is a page, and not its reason."""
-    chain = _chain(error)
+    """The first line of an error's root cause. The full text of a store's answer can be a whole page."""
+    chain = chain_of(error)
     inner = [part for cause in reversed(chain) for part in (cause, *cause.args) if getattr(part, "strerror", None)]
-    text = inner[0].strerror if inner else str(_within(chain[-1]))
-    return in_a_line((text.splitlines() or [type(chain[-1]).__name__])[0], AT_LENGTH)
+    text = inner[0].strerror if inner else str(_innermost(chain[-1]))
+    return in_a_line((text.splitlines() or [type(chain[-1]).__name__])[0], REASON_LENGTH)
 
 
-def _within(error: BaseException) -> BaseException:
-    """The innermost of the errors that an error was given as its arguments, as urllib3 does it."""
+def _innermost(error: BaseException) -> BaseException:
+    """The innermost of errors nested as arguments, as urllib3 nests them."""
     for part in error.args:
         if isinstance(part, BaseException):
-            return _within(part)
+            return _innermost(part)
     return error
 
 
 def meaning(error: BaseException) -> str | None:
-    """What an error of a call to the store means: "away" (try again later), "denied" (credentials, an address
-    or a file that cannot be), "refused" (this very request), or None: it is not the store's, but this machine's or our own.
+    """Classifies an error of a call to the store: "away" (retry later), "denied" (wrong credentials, an address or a file that
+    can't work), "refused" (this one request), or None (not the store's error, but this machine's or our own).
     """
-    chain = _chain(error)
+    chain = chain_of(error)
     names = {kind.__name__ for part in chain for kind in type(part).__mro__}
-    if any(type(part) is sqlite3.DatabaseError for part in chain):  # a file that is damaged, or no database
+    if any(type(part) is sqlite3.DatabaseError for part in chain):  # the file is damaged, or no database
         return "denied"
-    if names & set(AMISS) or any("CERTIFICATE_VERIFY_FAILED" in str(part) for part in chain):
+    if names & set(MISCONFIGURED) or any("CERTIFICATE_VERIFY_FAILED" in str(part) for part in chain):
         return "denied"
     status = next((code for part in chain if (code := _status(part)) is not None), None)
     if status is not None:
         if status in CREDENTIALS:
             return "denied"
-        return "away" if status in LATER or status >= 500 else "refused"
-    if names & set(ABSENT) or "BotoCoreError" in names:
+        return "away" if status in RETRYABLE or status >= 500 else "refused"
+    if names & set(UNREACHABLE) or "BotoCoreError" in names:
         return "away"
     if "MlflowException" in names:
         return _meaning_of_code(next(part for part in chain if hasattr(part, "error_code")))
-    return "away" if "DBAPIError" in names else None  # a database, when its address is first tried
+    return "away" if "DBAPIError" in names else None  # a database, at the first connection
 
 
 def _meaning_of_code(error: Any) -> str:
     code, status = error.error_code, error.get_http_status_code()
     if status in CREDENTIALS:
         return "denied"
-    if DATABASE.match(str(error)):  # which is not there, and which MLflow calls a bad request
+    if DATABASE.match(str(error)):  # the database is away, which MLflow reports as a bad request
         return "away"
     if code.endswith(("DOES_NOT_EXIST", "NOT_FOUND")):
         return "refused"
-    return "away" if status in LATER or status >= 500 else "refused"
+    return "away" if status in RETRYABLE or status >= 500 else "refused"
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error of requests or boto3, or of MLflow's about an answer that was none of its own."""
+    """The HTTP status in an error of requests or boto3, or in MLflow's error about an answer that was not from MLflow."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         code = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
         code = getattr(response, "status_code", None)
-    if code is None and (told := re.search(r"failed with error code (\d{3}) !=", str(error))):
-        code = int(told[1])
+    if code is None and (match := re.search(r"failed with error code (\d{3}) !=", str(error))):
+        code = int(match[1])
     return code if isinstance(code, int) else None
-
-
-def _chain(error: BaseException) -> list[BaseException]:
-    chain: list[BaseException] = []
-    following: BaseException | None = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or following.__context__
-    return chain

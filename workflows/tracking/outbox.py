@@ -1,14 +1,14 @@
-"""Outbox: what is to be sent, in a journal on disk, and the thread that sends it in order, however long the receiver is away.
+"""Outbox: a journal on disk of operations to send, and a thread that sends them in order, however long the receiver is away.
 
 <folder>/
-    journal.jsonl      a line an operation: {"n": 17, "kind": ..., ...}
+    journal.jsonl      one line per operation: {"n": 17, "kind": ..., ...}
     delivered.json     {"n": 16}: operations up to this one have arrived
     files/<token>/     copies of the files that operations carry
-    refused.jsonl      operations that the receiver will not have, with the reason
+    refused.jsonl      operations that the receiver refused, with the reason
 
-`put` writes a line and returns: a killed process loses nothing that was put. The thread brings the journal to the disk itself
-before each delivery, so that a machine that loses its power loses what was put since. An operation may be delivered twice (its
-answer, or the note of its arrival, was lost): `deliver` has to make that harmless. One outbox has one process at a time.
+`put` writes a line and returns: a killed process loses nothing that was put. The thread syncs the journal to the disk before each
+delivery: a power loss costs what was put since. An operation may be delivered twice (if its answer, or the note of its arrival, was
+lost), so `deliver` has to be idempotent. Only one process at a time may use an outbox.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workflows.storage.workspace import write_json
+from workflows.storage.local import write_json
 
 Operation = dict[str, Any]
 JOURNAL, DELIVERED, REFUSED, FILES = "journal.jsonl", "delivered.json", "refused.jsonl", "files"
 BATCHED, MOST = "metrics", 1000
-"""Neighbours of this kind are delivered together, up to that many values."""
+"""Consecutive operations of this kind are delivered together, up to that many values."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 10.0
-"""Seconds between tries while the receiver is away."""
+"""Seconds between tries while the receiver is away, doubled after each."""
 COMPACT = 2**20
-"""Bytes of journal that may stay when all of it was delivered."""
+"""A journal that was delivered as a whole is emptied if it is larger than that many bytes."""
 
 
 class Away(Exception):
@@ -39,7 +39,7 @@ class Away(Exception):
 
 
 class Refused(Exception):
-    """The receiver answered no. `stays`: to everything, such as to wrong credentials, so that what is queued stays queued."""
+    """The receiver refused. `stays`: it would refuse everything, as with wrong credentials, so what is queued stays queued."""
 
     def __init__(self, reason: str, *, stays: bool) -> None:
         super().__init__(reason)
@@ -49,8 +49,8 @@ class Refused(Exception):
 class Outbox:
     """`deliver` takes operations in order, and raises Away or Refused; `say` shows a line.
 
-    An error of the delivery, other than Away, is raised by the next `put` or `wait` and every one after it, but `put` has written
-    its operation by then. What an earlier process left and is refused now is set aside with a line instead.
+    An error of the delivery, other than Away, is raised by the next `put` or `wait` and all later ones; `put` has written its
+    operation by then. If the receiver refuses what an earlier process left, the operation is set aside, and a line says so.
     """
 
     def __init__(
@@ -62,21 +62,21 @@ class Outbox:
         self._journal = os.open(folder / JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self._changed = threading.Condition()
         self.away: str | None = None
-        """Why the receiver does not answer, while it does not."""
+        """Why the receiver does not answer; None while it does."""
         self.refused = 0
         """How many operations were set aside."""
         self._error: Exception | None = None
-        self._outage = self._halted = self._closed = self._left = False
+        self._outage = self._halted = self._closed = self._abandoned = False
         self._singly = 0
         self._open()
-        self._earlier = self._written
+        self._inherited = self._written
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
         self._thread.start()
 
     # The journal
 
     def _open(self) -> None:
-        """Where an earlier process stopped: half a line at the end is cut off, files that no operation has are removed."""
+        """Goes on where an earlier process stopped: cuts off half a line at the end, and removes files that no operation has."""
         self._delivered = self._written = _delivered(self.folder)
         self._at = self._end = self._synced = 0
         kept = {row.get("token") for row in _rows(self.folder / REFUSED)}
@@ -97,7 +97,7 @@ class Outbox:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def keep(self, path: Path) -> dict[str, str]:
-        """A copy of a file or folder as it is now, on the disk, to go with an operation: {"token", "file"}."""
+        """Copies a file or folder as it is now, synced to disk. Returns what an operation needs to carry it: {"token", "file"}."""
         token = uuid.uuid4().hex
         copy = self.folder / FILES / token / path.name
         copy.parent.mkdir()
@@ -114,7 +114,7 @@ class Outbox:
         return self.folder / FILES / operation["token"] / operation["file"]
 
     def put(self, operation: Operation) -> int:
-        """Queues the operation; its number. Raises OSError if the disk is full, and the delivery's error if it has one."""
+        """Queues the operation and returns its number. Raises OSError if the disk is full, and the delivery's error if any."""
         with self._changed:
             number = self._written + 1
             line = (json.dumps({"n": number} | operation) + "\n").encode()
@@ -123,7 +123,7 @@ class Outbox:
                 while done < len(line):
                     done += os.write(self._journal, line[done:])
             except OSError:
-                os.ftruncate(self._journal, self._end)  # no half line with others behind it
+                os.ftruncate(self._journal, self._end)  # leave no half line for others to follow
                 raise
             self._written, self._end = number, self._end + len(line)
             self._changed.notify_all()
@@ -141,8 +141,8 @@ class Outbox:
         return self._written - self._delivered
 
     def wait(self, number: int | None = None, *, seconds: float, patient: bool = True) -> bool:
-        """Until the operation of that number, or all of them, were delivered: whether they were, after `seconds` at most.
-        Not `patient`: not if the receiver is away. Raises the delivery's error.
+        """Waits until the operation of that number, or every one, was delivered, for `seconds` at most. Returns whether it was.
+        Unless `patient`, it does not wait while the receiver is away. Raises the delivery's error.
         """
         with self._changed:
             goal = self._written if number is None else number
@@ -156,7 +156,7 @@ class Outbox:
             return self._delivered >= goal
 
     def close(self) -> None:
-        """Stops the thread, or leaves it to its last call; what was not delivered stays in the journal."""
+        """Stops the thread, or leaves it to finish its last call. What was not delivered stays in the journal."""
         if self._closed:
             return
         with self._changed:
@@ -165,7 +165,7 @@ class Outbox:
         self._thread.join(2)
         with self._changed:
             self._compact(0)
-            self._left = True
+            self._abandoned = True
         if not self._thread.is_alive():
             os.close(self._journal)
 
@@ -174,7 +174,7 @@ class Outbox:
     def _run(self) -> None:
         try:
             self._work()
-        except Exception as error:  # of the delivery, or of what is written and said here
+        except Exception as error:  # of the delivery, or of writing and showing here
             self._fail(error, halt=True)
 
     def _work(self) -> None:
@@ -188,26 +188,26 @@ class Outbox:
             try:
                 operations, after = self._next()
                 if operations:
-                    self._whole(operations[0])
+                    self._check_copy(operations[0])
                     self._deliver(operations)
-                self._arrived(operations, after)
+                self._mark_delivered(operations, after)
                 pause = FIRST_PAUSE
             except Away as reason:
-                self._is_away(str(reason))
+                self._note_outage(str(reason))
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed, pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
             except Refused as refusal:
                 if len(operations) > 1:
-                    self._singly = len(operations)  # to see which of them it is
+                    self._singly = len(operations)  # to find out which of them is refused
                 elif refusal.stays:
                     self._fail(refusal, halt=True)
                 else:
                     self._set_aside(operations[0], refusal)
-                    self._arrived(operations, after, files=False)
+                    self._mark_delivered(operations, after, files=False)
 
     def _next(self) -> tuple[list[Operation], int]:
-        """The operations to be delivered together, and where the journal goes on after them."""
+        """The operations to deliver together, and the journal's offset after them."""
         with self._changed:
             at, end = self._at, self._end
         if self._synced < end:
@@ -231,16 +231,16 @@ class Outbox:
                     break
         return operations, at
 
-    def _whole(self, operation: Operation) -> None:
-        """Raises Refused for one whose file was lost: it would be in the way of all others for ever."""
+    def _check_copy(self, operation: Operation) -> None:
+        """Raises Refused for an operation whose file was lost: it would block all others for ever."""
         if "token" in operation and not self.kept(operation).exists():
             raise Refused(f"the copy of {operation['file']} is gone", stays=False)
 
-    def _arrived(self, operations: list[Operation], after: int, *, files: bool = True) -> None:
-        """Notes it; the copies of files go, unless they were refused."""
+    def _mark_delivered(self, operations: list[Operation], after: int, *, files: bool = True) -> None:
+        """Notes the arrival. With `files`, removes the copies that the operations carried."""
         with self._changed:
-            if self._left:
-                return  # another outbox may have the journal by now; to deliver again is harmless
+            if self._abandoned:
+                return  # another outbox may have the journal by now; a second delivery is harmless
             self._at, self.away = after, None
             if operations:
                 self._delivered = operations[-1]["n"]
@@ -263,7 +263,7 @@ class Outbox:
             os.ftruncate(self._journal, 0)
             self._at = self._end = self._synced = 0
 
-    def _is_away(self, reason: str) -> None:
+    def _note_outage(self, reason: str) -> None:
         with self._changed:
             first, self._outage, self.away = not self._outage, True, reason
             self._changed.notify_all()
@@ -274,7 +274,7 @@ class Outbox:
         with (self.folder / REFUSED).open("a") as file:
             file.write(json.dumps(operation | {"refused": str(refusal)}) + "\n")
         self.refused += 1
-        if operation["n"] > self._earlier:
+        if operation["n"] > self._inherited:
             self._fail(refusal, halt=False)
         else:
             self._say(
@@ -311,7 +311,7 @@ def _parsed(line: bytes) -> Operation | None:
 
 
 def queued(folder: Path) -> int:
-    """How many operations are queued in an outbox that nothing has open."""
+    """How many operations are queued in an outbox that no process has open."""
     delivered = _delivered(folder)
     journal = folder / JOURNAL
     return sum(row["n"] > delivered for row in _rows(journal)) if journal.exists() else 0

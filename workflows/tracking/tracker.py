@@ -1,8 +1,8 @@
-"""Tracking: runs, metrics, params and artifacts, in MLflow; the model registry is registry.py's.
+"""Tracking: runs, metrics, params and artifacts in MLflow. The model registry is in registry/versions.py.
 
-One parent run for the pipeline, a child for each stage. With an outbox, what is logged is written to the workspace's journal
-and delivered by a thread: a store that stops answering stops nothing. Without one, each call goes to the store, and raises
-UserError when it does not answer.
+The pipeline has a parent run, and each stage a child. With an outbox, what is logged goes to the workspace's journal, and a thread
+delivers it: an outage of the store stops nothing. Without one, each call goes to the store, and raises UserError if it does not
+answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote, unquote_plus, urlsplit
 
 from workflows.errors import UserError, home
-from workflows.storage import jsonl as lines
+from workflows.storage import jsonl
 from workflows.storage.uri import secrets, shown
 from workflows.tracking.delivery import QUEUED, Delivery, brief, meaning
 from workflows.tracking.outbox import MOST, Away, Operation, Outbox, Refused
@@ -34,16 +34,18 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 EXPERIMENT = "mmdistill"
-NAMED = "MLFLOW_TRACKING_URI"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASES = ("postgresql", "mysql", "mssql")
-NOTHING = ("there is no such file, or nothing in it", "the database has no tables of MLflow's")
+NO_STORE = ("the file does not exist, or is empty", "the database has no MLflow tables")
 A_MOMENT = 5.0
 """Seconds that a new run waits for the store's id, before it goes on with one of its own."""
 
 
 class Tracker:
-    """A tracking store; `uri` is its address without user and password. Raises UserError when it does not answer, from the
-    constructor, from the registry's methods, and, without an outbox, from all others; with one, only when it refuses.
+    """A tracking store; `uri` is its address without user and password.
+
+    If the store does not answer, the constructor and the registry's methods raise UserError; the others only without an outbox.
+    With one they raise it if the store refuses.
     """
 
     def __init__(
@@ -57,27 +59,28 @@ class Tracker:
         looks: bool = False,
     ) -> None:
         """`artifacts`: where a store without a server keeps files; a server decides for itself. `outbox`: the folder of a
-        workspace's outboxes, of which this store has one; only the holder of the workspace may name it. `say` shows a line.
-        `looks`: for the registry alone, without making what is not there: no runs can be begun.
+        workspace's outboxes, one for each store; only the holder of the workspace may pass it. `say` shows a line. `looks`: only to
+        read the registry. Nothing is created, and no run can be started.
         """
         import logging
 
-        home()  # which MLflow asks for as it is imported
+        home()  # MLflow asks for it on import
 
         import mlflow
         from mlflow import MlflowClient
 
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
             logging.getLogger(name).setLevel(logging.ERROR)
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # the error is told, in a line
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # the error is shown in one line instead
         self.uri, self._mlflow, self._secrets = shown(uri), mlflow, _secrets(uri)
-        self._named = f"{self.uri}{origin(uri)}"
+        self._label = f"{self.uri}{origin(uri)}"
         self._outbox: Outbox | None = None
         self._runs: dict[str, str] = {}
-        with self.reachable(), _an_address(self._named):
-            if looks and not made(uri):
+        with self.reachable(), _valid_address(self._label):
+            if looks and not store_exists(uri):
                 raise UserError(
-                    f"tracking: {self._named}: {NOTHING[_file(uri) is None]}", hint="name the store with --tracking-uri"
+                    f"tracking: {self._label}: {NO_STORE[_file(uri) is None]}",
+                    hint="name the store with --tracking-uri",
                 )
             self._address = _with_credentials_aside(uri)
             self.make_current()
@@ -97,12 +100,14 @@ class Tracker:
             self._folder = outbox_of(outbox, self.uri)
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / "store").write_text(self.uri)
-            for line in lines.read(self._folder / "runs.jsonl"):
+            for line in jsonl.read(self._folder / "runs.jsonl"):
                 self._runs |= line
             self._outbox = Outbox(self._folder, self._delivery.deliver, name=f"tracking: {self.uri}", say=say)
 
     def make_current(self) -> None:
-        """MLflow at this store. It writes the address to the environment, where the next run of this process would find it."""
+        """Points MLflow at this store. MLflow also sets the environment variable, which the next run of this process would find, so
+        that is restored.
+        """
         before = os.environ.get("MLFLOW_TRACKING_URI")
         self._mlflow.set_tracking_uri(self._address)
         self._mlflow.set_registry_uri(self._address)
@@ -113,6 +118,7 @@ class Tracker:
 
     @contextmanager
     def reachable(self) -> Iterator[None]:
+        """Turns errors of the store within the block into UserErrors."""
         from mlflow.exceptions import MlflowException
         from sqlalchemy.exc import DBAPIError
 
@@ -121,11 +127,11 @@ class Tracker:
         except (MlflowException, DBAPIError, OSError, Away, Refused) as error:
             if isinstance(error, OSError) and meaning(error) is None:
                 raise
-            told = isinstance(error, (Away, Refused))
-            reason = str(error) if told else self._hide(brief(error))
-            when = "the store is back" if isinstance(error, Away) or meaning(error) == "away" else "that is mended"
+            from_delivery = isinstance(error, (Away, Refused))
+            reason = str(error) if from_delivery else self._hide(brief(error))
+            when = "the store is back" if isinstance(error, Away) or meaning(error) == "away" else "that is fixed"
             raise UserError(
-                f"tracking: {self._named} failed: {reason}",
+                f"tracking: {self._label} failed: {reason}",
                 hint=f"finished stages and the last checkpoints are kept in the workspace: when {when}, "
                 "run the same command again (or give another --tracking-uri); it goes on where it was",
             ) from (None if self._secrets else error)
@@ -138,7 +144,7 @@ class Tracker:
     # The outbox
 
     def _put(self, operation: Operation) -> int:
-        """Its number in the outbox; 0 if it was delivered at once."""
+        """Queues or delivers the operation. Returns its number in the outbox, or 0 if it was delivered at once."""
         with self.reachable():
             if self._outbox is not None:
                 return self._outbox.put(operation)
@@ -146,11 +152,11 @@ class Tracker:
             return 0
 
     def _found(self, own: str, run_id: str) -> None:
-        """The store has the run: noted for later processes before anything else is delivered to it."""
+        """Notes the store's id of a run for later processes, before anything else is delivered to the run."""
         self._runs[own] = run_id
         if self._outbox is not None:
             with (self._folder / "runs.jsonl").open("a") as file:
-                file.write("\n" + json.dumps({own: run_id}) + "\n")  # half a line before it, of a kill, stays by itself
+                file.write("\n" + json.dumps({own: run_id}) + "\n")  # ends half a line that a kill may have left
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -158,19 +164,17 @@ class Tracker:
         return self._outbox.kept(operation) if self._outbox is not None else Path(operation["path"])
 
     def resolve(self, run_id: str) -> str:
-        """The store's id of a run that began while it was away, if it has one by now; ids of the store's stay."""
+        """The store's id of a run, if our own id is given and the store has the run by now; else the id as it is."""
         return self._runs.get(run_id, run_id)
 
     def expects(self, run_id: str) -> bool:
-        """False for an id of our own that is neither the store's by now nor queued: its outbox was removed, or waits on another
-        machine.
-        """
+        """False for an id of our own whose run is neither in the store nor queued: its outbox was removed or is elsewhere."""
         queued = self._outbox is not None and self._outbox.holds(kind="run", run=run_id)
-        # In this order: it may be delivered at this moment.
+        # The queue is checked first, as the run may be delivered at this moment.
         return queued or not self.resolve(run_id).startswith(QUEUED) or self._finds(run_id)
 
     def _finds(self, own: str) -> bool:
-        """Whether the store has the run that another machine gave this id: with an outbox, taken as not while it is away."""
+        """Whether the store has the run to which another machine gave this id. With an outbox: False while the store is away."""
         try:
             return not self.away and self._delivery.find(own)
         except Exception as error:
@@ -186,22 +190,21 @@ class Tracker:
 
     @property
     def refused(self) -> int:
-        """How many operations the store would not have, and were set aside."""
+        """How many operations the store refused; they were set aside."""
         return self._outbox.refused if self._outbox is not None else 0
 
     @property
     def away(self) -> bool:
+        """Whether the store does not answer; always False without an outbox."""
         return self._outbox is not None and self._outbox.away is not None
 
     def settle(self, seconds: float) -> bool:
-        """Waits until all that was logged is delivered, for so many seconds at most: whether it is. Raises UserError for what
-        was refused.
-        """
+        """Waits up to `seconds` until everything logged is delivered. Returns whether it is. Raises UserError for a refusal."""
         with self.reachable():
             return self._outbox is None or self._outbox.wait(seconds=seconds)
 
     def unreachable(self) -> UserError:
-        """The error of a stage that can't do without the store's answer."""
+        """The error for a stage that can't go on without the store's answer."""
         try:
             with self.reachable():
                 raise Away((self._outbox and self._outbox.away) or f"{self.pending} entries are not delivered yet")
@@ -209,7 +212,7 @@ class Tracker:
             return error
 
     def close(self) -> None:
-        """What is not delivered stays on disk, for the next Tracker of this store with the same outbox."""
+        """Closes the outbox. What is not delivered stays on disk, for the next Tracker of this store with the same outbox."""
         if self._outbox is not None:
             self._outbox.close()
 
@@ -218,8 +221,8 @@ class Tracker:
     def start_run(
         self, name: str, *, parent: str | None = None, tags: dict[str, str] | None = None, own: str | None = None
     ) -> str:
-        """The id of a new run: the store's, or while it does not answer one of our own (`resolve`); `own`, one of `own_id`, is what
-        the caller has noted already.
+        """Starts a run. Returns the store's id, or one of our own while the store does not answer (see `resolve`). `own`: an id
+        from `own_id` that the caller has already noted.
         """
         own = own or own_id()
         tags = {"mlflow.runName": name, "mlflow.source.name": "mmdistill"} | (tags or {})
@@ -230,8 +233,8 @@ class Tracker:
         return self.resolve(own)
 
     def has(self, run_id: str) -> bool:
-        """Whether the store has the run, or will have it; False if it does not know it, or it was deleted. One that is away is
-        taken to have it.
+        """Whether the store has the run, or will have it. False if it does not know the run, or the run was deleted. A store that
+        is away is assumed to have it.
         """
         if not self.expects(run_id):
             return False
@@ -239,14 +242,14 @@ class Tracker:
         return run_id.startswith(QUEUED) or self.away or self._active(run_id)
 
     def resume_run(self, run_id: str) -> bool:
-        """Marks the run as running again; False if this store does not have it."""
+        """Marks the run as running again. Returns False if this store does not have it."""
         if not self.has(run_id):
             return False
         self._put({"kind": "resume", "run": self.resolve(run_id)})
         return True
 
     def knows(self, run_id: str) -> bool:
-        """Whether the store has the run, or has it among the deleted ones."""
+        """Whether the store has the run, deleted or not."""
         try:
             return self._finds(run_id) if run_id.startswith(QUEUED) else bool(self.client.get_run(run_id))
         except Exception as error:
@@ -256,28 +259,28 @@ class Tracker:
                 raise
 
     def _active(self, run_id: str) -> bool:
-        """Whether the store has the run. One that stops answering is taken to have it, if there is an outbox to go on with."""
+        """Whether the store has the run, not deleted. With an outbox, a store that stops answering is assumed to have it."""
         try:
             return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
         except Exception as error:
-            told = meaning(error)
-            if told == "refused":
+            kind = meaning(error)
+            if kind == "refused":
                 return False
-            if told == "away" and self._outbox is not None:
+            if kind == "away" and self._outbox is not None:
                 return True
             with self.reachable():
                 raise
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
-        """Nested dictionaries become dotted names. Parameters that are already there are left."""
+        """Nested dictionaries become dotted names. Parameters that the run already has are left as they are."""
         flat = {key: str(value)[:6000] for key, value in _flatten(params).items()}
         self._put({"kind": "params", "run": run_id, "params": flat})
 
     def log_metrics(
         self, run_id: str, rows: list[tuple[int, dict[str, float]]], *, times: list[int] | None = None
     ) -> None:
-        """rows of (step, metrics); `times`: when each was measured, in ms since 1970. The same rows with the same times may be
-        logged again: they are there once.
+        """Logs rows of (step, metrics). `times`: when each was measured, in ms since 1970. Rows logged again with the same times
+        are stored once.
         """
         times = times or [now()] * len(rows)
         values = [
@@ -289,7 +292,7 @@ class Tracker:
             self._put({"kind": "metrics", "run": run_id, "values": values[start : start + MOST]})
 
     def steps(self, run_id: str, *metrics: str) -> set[int]:
-        """The steps at which one of `metrics` was logged, as far as the store can tell: none while it is away."""
+        """The steps at which one of `metrics` was logged. With an outbox: none while the store is away."""
         run_id = self.resolve(run_id)
         if not metrics or run_id.startswith(QUEUED) or self.away:
             return set()
@@ -302,7 +305,7 @@ class Tracker:
                 raise
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """A file or folder as it is now: it may change or go afterwards."""
+        """Logs a file or folder as it is now: it may change or go afterwards."""
         kept = {"path": str(path)} if self._outbox is None else self._outbox.keep(path)
         self._put({"kind": "artifact", "run": run_id, "folder": folder} | kept)
 
@@ -326,28 +329,28 @@ def own_id() -> str:
 
 
 def now() -> int:
-    """In ms since 1970, as MLflow has it."""
+    """The time in ms since 1970, as MLflow counts it."""
     return int(time.time() * 1000)
 
 
 def outbox_of(folder: Path, uri: str) -> Path:
-    """Where what is queued for a store lies, below a workspace's folder of outboxes."""
+    """The outbox of a store, below a workspace's folder of outboxes."""
     return folder / sha256(shown(uri).encode()).hexdigest()[:12]
 
 
 def address_of(given: str | None, default: str) -> str:
-    """The store of a command: as given, or of the environment, or the workspace's own."""
-    return given or os.environ.get(NAMED) or default
+    """The store that a command uses: the given one, else the environment's, else the default."""
+    return given or os.environ.get(URI_VARIABLE) or default
 
 
 def origin(uri: str) -> str:
-    """Where an address comes from, as it may be shown after it, if not from the command line: it may be there by accident."""
-    return f" (of {NAMED})" if uri == os.environ.get(NAMED) else ""
+    """A suffix for an address that comes from the environment, where it may be by accident; else ""."""
+    return f" (of {URI_VARIABLE})" if uri == os.environ.get(URI_VARIABLE) else ""
 
 
-def made(uri: str) -> bool:
-    """Whether there is a store at this address, without making one: MLflow's own client writes its tables to an empty database.
-    What is no database is taken to be one.
+def store_exists(uri: str) -> bool:
+    """Whether there is a store at this address, without creating one: MLflow's client would write its tables to an empty database.
+    True for anything but a database.
     """
     path = _file(uri)
     if path is not None:
@@ -361,14 +364,14 @@ def made(uri: str) -> bool:
 
 
 def _file(uri: str) -> Path | None:
-    """The file of a store in SQLite."""
+    """The file of a SQLite store; None for another store."""
     kind, _, path = uri.partition(":///")
     return Path(unquote(path.partition("?")[0])) if kind.startswith("sqlite") and path else None
 
 
 @contextmanager
-def _an_address(uri: str) -> Iterator[None]:
-    """Raises UserError for one that nothing can be asked at: which can't be read, or whose database has no driver here."""
+def _valid_address(uri: str) -> Iterator[None]:
+    """Raises UserError for an address that can't be parsed, or whose database driver is not installed."""
     from sqlalchemy.exc import ArgumentError
 
     try:
@@ -377,19 +380,19 @@ def _an_address(uri: str) -> Iterator[None]:
         if isinstance(error, OSError):
             raise
         hint = "such as http://HOST:5000, postgresql+psycopg2://USER:PASSWORD@HOST/DATABASE, or sqlite:////FOLDER/mlflow.db"
-        reason = shown(brief(error)) if isinstance(error, ImportError) else "it can't be read"
-        raise UserError(f"tracking: {uri} is no address of a store: {reason}", hint=hint) from None
+        reason = shown(brief(error)) if isinstance(error, ImportError) else "it can't be parsed"
+        raise UserError(f"tracking: {uri} is not the address of a store: {reason}", hint=hint) from None
 
 
 def _secrets(uri: str) -> list[str]:
-    """Texts that must not be shown: the longest first."""
+    """Texts that must not be shown, the longest first."""
     found = {form for text in secrets(uri) for form in (text, unquote(text), unquote_plus(text)) if text.strip("@")}
     return sorted(found, key=lambda text: (-len(text), text))
 
 
 def _with_credentials_aside(uri: str) -> str:
-    """The address for MLflow. A server's user and password go by MLflow's own variables, so that they are in no address of its."""
-    for name, value in _lent.items():  # another store's, of this process, are not for this one
+    """The address for MLflow. A server's user and password go into MLflow's own variables, so that no address shows them."""
+    for name, value in _lent.items():  # this store must not get the credentials of the process's previous one
         if os.environ.get(name) == value:
             del os.environ[name]
     _lent.clear()

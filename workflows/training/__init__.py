@@ -1,1 +1,1 @@
-"""A training on Ray Train: jobs, workers, checkpoints, events, recovery."""
+"""Runs a training on Ray Train: jobs, workers, checkpoints, events, recovery."""

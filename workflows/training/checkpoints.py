@@ -1,8 +1,8 @@
-"""The checkpoints of a training, written beside it while it goes on. One is complete or it is not there: its manifest comes last.
+"""Writes the checkpoints of a training in the background, and reads them. The manifest is written last: without it there is none.
 
 URI/checkpoint-<images>/   state.safetensors, state.json, manifest.json
 
-Ray Train is not told of them: its own list of checkpoints is a report behind when a worker dies, and forgets what was written.
+Ray Train does not manage them: when a worker dies, its list is one report behind, and misses a checkpoint that was written.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from workflows.errors import UserError
-from workflows.storage import store as storage
+from workflows.storage import store
 from workflows.storage.uri import is_remote, join
 
 KEEP = 2
-"""The newest, and the one before it, should the newest be damaged. The best weights by measured distance are in each of them."""
+"""The newest, and the one before it in case the newest is damaged. Each holds the best weights by measured distance."""
 NAME = re.compile(r"checkpoint-(\d{12})")
 PARTIAL = re.compile(r"(\.checkpoint-(\d{12})\.[^/]*)/")
 
@@ -30,7 +30,7 @@ def name_of(n_images: int) -> str:
 
 
 def complete(names: list[str]) -> list[int]:
-    """The images of the checkpoints that are whole, newest first, of the names of files below a training's folder."""
+    """The images of the complete checkpoints, newest first, from the names of files below a training's folder."""
     from mmdistill_core.engine.checkpoint import MANIFEST
 
     found = (NAME.fullmatch(name.removesuffix(f"/{MANIFEST}")) for name in names if name.endswith(f"/{MANIFEST}"))
@@ -38,8 +38,8 @@ def complete(names: list[str]) -> list[int]:
 
 
 class Checkpoints:
-    """`note` takes a line for the user: a checkpoint that could not be written is no reason to stop, the next one may be.
-    `written(images, stalled, written)` is called when one is complete: seconds that training waited for it, and that it took.
+    """The checkpoints at a URI. A failed write does not stop the training, since the next may succeed: `note` takes a line for the
+    user. `written(images, stalled, written)` is called when one is complete: seconds that training waited, and that it took.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Checkpoints:
         self._damaged = set[int]()
 
     def save(self, n_images: int, values: dict[str, Any], since: float | None = None) -> None:
-        """Takes a copy of the values and goes on; waits first for the checkpoint before, should it still be on its way. `since`,
-        by time.monotonic: when the values began to be gathered.
+        """Copies the values, and writes them in the background. Waits first for the previous checkpoint if it is still being
+        written. `since` (time.monotonic) is when the values began to be gathered.
         """
         from mmdistill_core.engine.checkpoint import Snapshot
 
@@ -65,7 +65,7 @@ class Checkpoints:
         self._writing = self._writer.submit(self._write, n_images, snapshot, since, time.monotonic() - since)
 
     def settle(self) -> bool:
-        """Waits until what was saved is written: whether it could be. Raises OSError for what no waiting mends, as a full disk."""
+        """Waits until the last save is written. Returns whether it succeeded. Raises OSError for lasting errors, as a full disk."""
         writing, self._writing = self._writing, None
         try:
             if writing is not None:
@@ -82,7 +82,7 @@ class Checkpoints:
         if is_remote(self.uri):
             with tempfile.TemporaryDirectory() as scratch:
                 snapshot.write(Path(scratch) / "checkpoint")
-                storage.publish(Path(scratch) / "checkpoint", there, last=MANIFEST)
+                store.publish(Path(scratch) / "checkpoint", there, last=MANIFEST)
         else:
             snapshot.write(there)
         self.written(n_images, stalled, time.monotonic() - since)
@@ -93,27 +93,25 @@ class Checkpoints:
             self.note(f"checkpoints before {name_of(n_images)} could not be removed: {error}")
 
     def _prune(self) -> None:
-        """Removes all but the newest KEEP, those that are known to be damaged not counted, and what was left half written before
-        them.
-        """
+        """Keeps the newest KEEP checkpoints, not counting those known to be damaged. Removes older ones, half-written ones too."""
         from mmdistill_core.engine.checkpoint import MANIFEST
 
-        names = list(storage.listing(self.uri))
+        names = list(store.listing(self.uri))
         kept = [n for n in complete(names) if n not in self._damaged][:KEEP]
         there = {int(match[1]) for name in names if (match := NAME.match(name))}
         for n_images in sorted(n for n in there if n not in kept and n < kept[0]):
             old = join(self.uri, name_of(n_images))
-            storage.delete(join(old, MANIFEST))
-            storage.delete(old)
+            store.delete(join(old, MANIFEST))
+            store.delete(old)
         for left, images in {match.groups() for name in names if (match := PARTIAL.match(name))}:
             if int(images) < kept[0]:
-                storage.delete(join(self.uri, left))
+                store.delete(join(self.uri, left))
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """(images, values) of the newest one that is not damaged."""
+        """(images, values) of the newest undamaged checkpoint, or None."""
         from mmdistill_core.engine.checkpoint import DamagedCheckpoint
 
-        found = complete(list(storage.listing(self.uri)))
+        found = complete(list(store.listing(self.uri)))
         for n_images in found:
             try:
                 return n_images, self.load(n_images)
@@ -125,16 +123,16 @@ class Checkpoints:
         return None
 
     def images(self) -> int:
-        """Of the newest complete one; -1 if there is none."""
-        return next(iter(complete(list(storage.listing(self.uri)))), -1)
+        """The images of the newest complete checkpoint, -1 if there is none."""
+        return next(iter(complete(list(store.listing(self.uri)))), -1)
 
     def load(self, n_images: int) -> dict[str, Any]:
-        """Raises DamagedCheckpoint."""
+        """The values of the checkpoint after `n_images`. Raises DamagedCheckpoint."""
         from mmdistill_core.engine.checkpoint import load_checkpoint
 
         there = join(self.uri, name_of(n_images))
         if not is_remote(self.uri):
             return load_checkpoint(there)
         with tempfile.TemporaryDirectory() as scratch:
-            storage.pull(there, Path(scratch))
+            store.pull(there, Path(scratch))
             return load_checkpoint(scratch)

@@ -1,9 +1,9 @@
-"""Crews: workers that stay from one training to the next. A crew is one run of Ray Train, whose loop takes order after order: only
-its first training waits for processes and their imports. When workers are lost, Ray Train starts all of the crew's again, and they
-take up the orders that were not done, from their checkpoints.
+"""Crews: groups of workers that are kept from one training to the next. A crew is one run of Ray Train whose loop takes order after
+order, so only its first training waits for processes and imports. When workers are lost, Ray Train restarts all workers of the
+crew, and they resume the unfinished orders from their checkpoints.
 
-On a Ray of our own the workers hold no CPU: one crew serves the whole run, and where a training takes one worker each of them takes
-one by itself. On a cluster a crew holds what its workers compute on, serves one training at a time, and goes with the stage.
+On a Ray that this process started, workers hold no CPU: one crew serves the whole run, and each of its workers can run a training
+alone. On a cluster, a crew holds the CPUs or GPUs that it computes on, serves one training at a time, and ends with the stage.
 """
 
 from __future__ import annotations
@@ -18,45 +18,46 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from workflows.cluster.mailbox import CLOSED, Order
 from workflows.cluster.session import OWN, Workers, before_shutdown, own_ray
 from workflows.errors import UserError, seconds_of, training_failed
 from workflows.storage.s3 import arrow_filesystem
 from workflows.storage.store import delete
 from workflows.storage.uri import is_remote, join
 from workflows.training.checkpoints import Checkpoints
+from workflows.training.events import DOWN, event
 from workflows.training.job import Job
+from workflows.training.mailbox import CLOSED, Order
 from workflows.training.worker import root_cause, train_worker
 
 FAILURES = 3
-"""Lost workers without a checkpoint between them, after which a training is given up."""
+"""Losses of workers without a checkpoint in between, after which a training is given up."""
 RESIZED_EVERY = 60.0
-"""Seconds between looks for more nodes, of a training that may grow; MMDISTILL_RESIZED_EVERY has others."""
+"""Seconds between checks for more nodes, for a training that may grow. MMDISTILL_RESIZED_EVERY overrides it."""
 PAUSES = (*[0.05] * 40, 0.2)
-"""Seconds between looks for a training's answer: short ones first, for short trainings."""
+"""Seconds between checks for a training's answer: short ones first, for short trainings."""
 AWAKE, SOON, LATER = 2.0, 0.02, 0.25
-"""A worker without an order looks for one every SOON seconds for AWAKE seconds, and then every LATER ones."""
+"""A worker without an order asks for one every SOON seconds for AWAKE seconds, and then every LATER seconds."""
 
 
 def resized_every() -> float:
-    """RESIZED_EVERY, or as the environment has it. Raises ConfigError."""
+    """RESIZED_EVERY, or the environment's value. Raises ConfigError."""
     return seconds_of("MMDISTILL_RESIZED_EVERY", RESIZED_EVERY, least=0.1)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a crew. `storage`: where Ray Train may leave a note for its workers on other machines."""
+    """What a crew consists of. `storage` is where Ray Train may write files for workers on other machines."""
 
     workers: Workers
     use_gpu: bool
     threads: int
     storage: str
     holds: bool
-    """Whether its workers hold CPUs or GPUs of Ray's for as long as they are there."""
+    """Whether its workers hold CPUs or GPUs in Ray for as long as they live."""
 
     @property
     def resources(self) -> dict[str, float]:
-        """Of each worker."""
+        """The Ray resources of each worker."""
         if not self.holds:
             return {OWN: 0.001}
         return {"CPU": float(self.threads)} | ({"GPU": 1.0} if self.use_gpu else {})
@@ -64,15 +65,15 @@ class Shape:
 
 class Crew:
     def __init__(self, shape: Shape, desk: Any) -> None:
-        """`desk`: the mailbox that has its orders."""
+        """`desk` is the mailbox with the crew's orders."""
         self.shape, self.desk, self.name = shape, desk, f"crew-{uuid.uuid4().hex[:12]}"
         self.busy: set[int | None] = set()
-        """The ranks of workers that have an order of their own; None: all have one together."""
+        """The ranks of workers that run an order alone. None: all run one together."""
         self._why = "its workers ended before it"
         self._error: Exception | None = None
         self._finished = 0
         self._storage: dict[str, tuple[str, int]] = {}
-        """Of each training: where its checkpoints are, and the images of the newest one when it was given to workers."""
+        """For each training: where its checkpoints are, and the images of the newest one when the workers got the order."""
         self._numbers = itertools.count(1)
         self._thread = threading.Thread(target=self._lead, daemon=True, name=self.name)
         self._thread.start()
@@ -82,15 +83,15 @@ class Crew:
         return not self._thread.is_alive()
 
     def seat(self, *, together: bool) -> tuple[int | None] | None:
-        """(The rank of a worker that is free), or (None,) for all of them together; None if there is no such seat."""
+        """(rank,) of a free worker, or (None,) for all of them `together`. None if they are busy."""
         if together:
             return None if self.busy else (None,)
         free = [rank for rank in range(self.shape.workers.most) if not self.busy & {rank, None}]
         return (free[0],) if free else None
 
     def train(self, job: Job, rank: int | None, *, mailbox: Any, loop: Callable[[dict[str, Any]], Any]) -> Any:
-        """On the worker of this rank, or on all; gives what `loop` returned on the first one. Raises UserError when the crew ends
-        without that.
+        """Runs a job on the worker of this rank, or on all. Returns what `loop` returned on the first one. Raises UserError if the
+        crew ends without a result.
         """
         import ray
 
@@ -100,7 +101,7 @@ class Crew:
         try:
             self.desk.post.remote(self.name, Order(number, rank, job.name, mailbox, [ray.put((loop, settings))]))
             for pause in itertools.chain(PAUSES, itertools.repeat(PAUSES[-1])):
-                ended = self.ended  # before the answer, which may come with the crew's end
+                ended = self.ended  # read before the answer, which may arrive as the crew ends
                 if answer := ray.get(self.desk.answer.remote(self.name, number)):
                     self._finished += 1
                     return answer[0]
@@ -112,7 +113,7 @@ class Crew:
             self.desk.withdraw.remote(self.name, number)
 
     def close(self) -> None:
-        """Its workers are dismissed, once what they are at is done."""
+        """Ends the workers once their orders are done."""
         self.desk.close.remote(self.name)
         self._thread.join()
         if self.shape.holds:
@@ -120,7 +121,7 @@ class Crew:
                 delete(join(self.shape.storage, self.name))
 
     def _lead(self) -> None:
-        """The run of Ray Train, from the first worker's birth to the last one's end; begun again as long as trainings get on."""
+        """Runs Ray Train for the life of the crew. After a failure it is run again as long as trainings make progress."""
         import ray.train
 
         while True:
@@ -131,7 +132,7 @@ class Crew:
                 self._trainer().fit()
                 return
             except ray.train.TrainingFailedError as error:
-                # Nodes come and go: as long as it gets anywhere, it goes on.
+                # Nodes come and go: run again as long as there is progress.
                 before = list(self._storage.values())
                 if self._finished > finished or any(Checkpoints(s).images() > images for s, images in before):
                     continue
@@ -147,7 +148,8 @@ class Crew:
     def _trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-        from workflows.training.trainer import Down, LocalTrainer, Losses, Trainer
+        from workflows.private.ray_train import LocalTrainer, Trainer, WorkersGone
+        from workflows.training.trainer import Losses
 
         desk, name, shape = self.desk, self.name, self.shape
 
@@ -170,13 +172,13 @@ class Crew:
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=FAILURES),
-                callbacks=[Losses(tell), Down(tell)],  # type: ignore[list-item]
+                callbacks=[Losses(tell), WorkersGone(lambda: tell(event(DOWN)))],  # type: ignore[list-item]
             ),
         )
 
 
 def serve(config: dict[str, Any]) -> None:
-    """What each worker of a crew runs: order after order, until there are no more."""
+    """The loop of each worker of a crew: runs order after order, until there are no more."""
     import gc
 
     import ray
@@ -199,7 +201,7 @@ def serve(config: dict[str, Any]) -> None:
 
 
 class Crews:
-    """Of this process, for as long as its Ray is there. Any thread may call."""
+    """The crews of this process, for as long as its Ray runs. Any thread may call it."""
 
     def __init__(self) -> None:
         self._crews: list[Crew] = []
@@ -216,10 +218,10 @@ class Crews:
         at_once: int = 1,
         loop: Callable[[dict[str, Any]], Any] = train_worker,
     ) -> Any:
-        """Runs the job to its end, recovering from lost workers; gives what `loop` returned on the first worker. With fewest and
-        most `workers` that differ it goes on with those there is room for. `at_once`: how many such calls there are together.
+        """Runs the job to its end, recovering from lost workers. Returns what `loop` returned on the first worker. If the fewest
+        and most `workers` differ, it uses as many as there is room for. `at_once` is the number of such calls in parallel.
 
-        Raises UserError when training itself fails.
+        Raises UserError if the training itself fails.
         """
         together = workers.most > 1 or not own_ray()
         with self._lock:
@@ -233,13 +235,13 @@ class Crews:
                 crew.busy.discard(rank)
 
     def expect(self, *, mailbox: Any, workers: Workers, at_once: int) -> None:
-        """Such trainings are to come: where their workers hold nothing, they are started now, in the background."""
+        """Announces such trainings. Workers that hold no CPU or GPU are started now, in the background."""
         with self._lock:
             if own_ray():
                 self._crew(mailbox, workers, 1, "", False, at_once)
 
     def rest(self) -> None:
-        """The trainings of a stage are over: crews that hold CPUs or GPUs give them back."""
+        """The trainings of a stage are over: ends the crews that hold CPUs or GPUs."""
         with self._lock:
             resting = [crew for crew in self._there() if crew.shape.holds]
             self._crews = [crew for crew in self._crews if crew not in resting]
@@ -247,13 +249,13 @@ class Crews:
             crew.close()
 
     def dismiss(self) -> None:
-        """All of them, at once: Ray is about to be shut down, and no thread may be within a call to it."""
+        """Ends all crews at once: Ray is about to be shut down, and no thread may be within a call to it."""
         with self._lock:
             going, self._crews = self._there(), []
         end = time.monotonic() + 20
         while any(not crew.ended for crew in going) and time.monotonic() < end:
             with suppress(Exception):
-                abort(kill=True)  # again, as one may just begin
+                abort(kill=True)  # repeated, as a controller may have just started
             time.sleep(0.05)
         if self._scratch is not None:
             self._scratch.cleanup()
@@ -264,7 +266,7 @@ class Crews:
         return self._crews
 
     def _crew(self, desk: Any, workers: Workers, threads: int, storage: str, use_gpu: bool, at_once: int) -> Crew:
-        """One with a free seat for such a training, or a new one."""
+        """A crew with free workers for such a training, or a new one."""
         own = own_ray()
         holds, together = use_gpu or not own, workers.most > 1 or not own
         for crew in self._there():
@@ -290,18 +292,13 @@ train = CREWS.train
 
 
 def abort(*, kill: bool = False) -> None:
-    """Ends the trainings of this driver where they are: `train` raises in its threads. Asked to, a controller ends its workers
-    first; `kill` is for one that does not answer, as it waits for room. Ray has no call for either.
+    """Ends the trainings of this driver at once: `train` raises in its threads. A controller that is asked ends its workers first.
+    `kill` is for one that does not answer, because it waits for resources. Ray has no public call for either.
     """
     import ray
-    from ray._private.state import actors
-    from ray._private.worker import global_worker
 
-    from workflows.training.trainer import CONTROLLERS
+    from workflows.private.ray import actors_of_this_driver
+    from workflows.private.ray_train import CONTROLLERS
 
-    driver: Any = global_worker
-    own = ray.get_runtime_context().get_job_id()
-    for name, actor in actors().items():
-        if actor["ActorClassName"] in CONTROLLERS and (actor["JobID"], actor["State"]) == (own, "ALIVE"):
-            controller = driver.core_worker.get_actor_handle(ray.ActorID.from_hex(name))
-            ray.kill(controller) if kill else controller.abort.remote()
+    for controller in actors_of_this_driver(*CONTROLLERS):
+        ray.kill(controller) if kill else controller.abort.remote()

@@ -1,13 +1,13 @@
-"""What becomes of a training beside its metrics, a line each in `events.jsonl` of its stage.
+"""The events of a training, apart from its metrics: one line each in `events.jsonl` of its stage.
 
-Each has "event", "time" in ms since 1970, and, where they are known, "n_images", those trained on by then:
+Each has "event", "time" in ms since 1970 and, if known, "n_images", the images trained on by then:
 
-begun       workers. Begun again: cause (CAUSES); reached, the images of the last update before; again, those of them that are
-            trained on once more; away, seconds from that update to this line
-checkpoint  stalled, seconds for which training waited; written, seconds until it was complete
-lost        workers that went away; why, in the words of who noticed. `reached` and `away` of the next line tell when
-failed      as lost, of a worker that raised an error
-stopped     as it was asked to, with a checkpoint
+begun       workers. When it resumes: cause (CAUSES); reached, the images at the last update before; again, how many of them are
+            trained on once more; away, seconds from that update to this event
+checkpoint  stalled, seconds that training waited for it; written, seconds until it was complete
+lost        workers went away; why, as reported by whoever noticed. `reached` and `away` of the next "begun" tell when
+failed      like lost, for a worker that raised an error
+stopped     on request, with a checkpoint
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from workflows.storage import jsonl as lines
+from workflows.storage import jsonl
 
 EVENTS = "events.jsonl"
 AT = "at"
-"""Not an event: how far a training is, every half second, so that it is known how far it was when it was lost."""
+"""Not an event: how far a training is, sent every half second. It tells how far the training was when it was lost."""
 DOWN = "down"
-"""Not an event either: there are no workers from now on until it begins again, for whatever reason."""
+"""Not an event either: the training has no workers until it begins again, for whatever reason."""
 CAUSES = {
     "lost": "workers were lost",
     "failed": "a worker failed",
@@ -37,7 +37,7 @@ CAUSES = {
 LOST, FAILURE = "lost", "failed"
 FAILED = (LOST, FAILURE)
 FATAL = re.compile(r"No space left on device|was not finite in")
-"""Errors of a worker that no other try mends."""
+"""Errors of a worker that no retry fixes."""
 
 
 def event(name: str, **more: Any) -> dict[str, Any]:
@@ -45,22 +45,22 @@ def event(name: str, **more: Any) -> dict[str, Any]:
 
 
 class Events:
-    """Of one training, as the driver hears of them."""
+    """The events of one training, as the driver gets them."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, list(lines.read(path))
+        self.path, self.rows = path, list(jsonl.read(path))
         self._images, self._moment = 0, 0
-        self._heard = False  # by this process; what it did not hear the end of was ended with another
+        self._heard = False  # whether this process heard it begin; if not, another driver ran it
         for row in self.rows:
             self._follow(row)
 
     def reached(self, n_images: float, moment: int) -> None:
-        """Training was there at this time. What is said again, as metrics are after a checkpoint was loaded, changes nothing."""
+        """Notes that training reached `n_images` at this time. Metrics that are repeated from a checkpoint change nothing."""
         if n_images > self._images:
             self._images, self._moment = int(n_images), moment
 
     def take(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Keeps an event; gives it as it was kept."""
+        """Records an event, and returns it as recorded."""
         if row["event"] == AT:
             self.reached(row["n_images"], row["time"])
             return row
@@ -72,13 +72,13 @@ class Events:
                 "away": round((row["time"] - self._moment) / 1000, 1),
             }
         self._heard = self._heard or row["event"] == "begun"
-        lines.append(self.path, row)
+        jsonl.append(self.path, row)
         self.rows.append(row)
         self._follow(row)
         return row
 
     def repeated(self, row: dict[str, Any]) -> bool:
-        """Whether it says again, of workers that did not begin since, what the last event said: as often as Ray Train looks."""
+        """Whether a failure repeats the last event. Ray Train reports one at every check until workers begin again."""
         last = self.rows[-1] if self.rows else {}
         return row["event"] in FAILED and (row["event"], row["why"]) == (last.get("event"), last.get("why"))
 
@@ -98,8 +98,8 @@ class Events:
 
 
 def interruptions(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a training's events: how many times it went on; images trained again; seconds without training, those aside for which it
-    was stopped or had no driver; and the most images between two checkpoints, which bounds what one interruption may cost.
+    """Summarises a training's events: how often it resumed; images trained again, in all and at most; seconds without training,
+    except while it was stopped or had no driver; the most images between two checkpoints, which bounds what an interruption costs.
     """
     again = [row for row in rows if "cause" in row]
     there = sorted({0, *(row["n_images"] for row in rows if row["event"] == "checkpoint")})

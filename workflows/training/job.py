@@ -1,4 +1,4 @@
-"""A training in plain values (`Job`), and what it is made of: its networks, its Lambda, its measure, the model that it leaves."""
+"""A training as plain values (`Job`), and what is built from it: its networks, its Lambda, its validation, its exported model."""
 
 from __future__ import annotations
 
@@ -8,26 +8,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mmdistill_core.artifact import DiffusionModel
+    from mmdistill_core.diffusion.schedules import Schedule
+    from mmdistill_core.engine.batches import BatchSource
+    from mmdistill_core.engine.state import TrainState
+    from mmdistill_core.methods.base import Method, New
+
+from workflows.errors import UserError
 from workflows.storage.store import fetch, publish
 from workflows.storage.uri import is_remote
 
 SAMPLED_AT_ONCE = 250
 JUDGED = 3
-"""Draws by which the kept weights and the last ones are compared at the end."""
+"""Draws of samples on which the kept weights and the last ones are compared at the end."""
 
 
 @dataclass(frozen=True)
 class Every:
-    """How often a checkpoint is written, where that is not as the recipe has it: images, minutes, or whichever comes first."""
+    """How often a checkpoint is written, if not as in the recipe: images, minutes, or whichever comes first."""
 
     images: int | None = None
     minutes: float | None = None
 
     @classmethod
     def of(cls, text: str) -> Every:
-        """Of "64000" (images) or "10m" (minutes). Raises ValueError."""
+        """From "64000" (images) or "10m" (minutes). Raises ValueError."""
         every = cls(minutes=float(text[:-1])) if text.endswith("m") else cls(images=int(text))
         if not 0 < (every.images or every.minutes or 0) < math.inf:
             raise ValueError(text)
@@ -37,19 +47,21 @@ class Every:
 @dataclass(frozen=True)
 class Job:
     """
-    name         of the Ray Train run: the same name goes on from its last checkpoint
+    name         of the Ray Train run: the same name resumes from its last checkpoint
     output       folder or URI for the trained model
     storage      folder or URI for checkpoints
-    method       name in METHODS, and `arguments` its fields but the schedule
-    networks     role -> model folder, for the roles that are given; none: one new network from `network`
+    method       name of a method; `arguments` are its fields except the schedule
+    given        name -> folder of a model or an extractor, for the roles whose origin is Given
+    starts       role -> model folder, for the roles that start from another network than their origin
+    network      of the roles that are new: plain values, with "kind"
     options      trained role -> fields of OptimiserOptions
-    data         folder or URI of the data set; `rows`, which of it are trained on: "all", or the "rest" beside those held out
-    window       shards that are shuffled together, of data that are read while they are trained on; None: held in memory
+    ks           the numbers of steps that the model is made for; the first is its default
+    data         folder or URI of the data set; `rows` are those to train on: "all", or the "rest" that is not held out
+    window       shards that are shuffled together, for streamed data; None: held in memory
     checkpoint_every, checkpoint_minutes   whichever comes first, in images and in minutes
     validate     {"extractor", "reference", "samples", "every"}, or None
-    preconditioner  instant's Lambda: {"kind": adam, collected or identity; for collected "batches" and "arguments" of denoising}
-    compute      fields of parallel.Compute
-    sampler, sampler_options, null_label, guidance   of the model that is exported (artifact.DiffusionModel)
+    compute      fields of parallelize.Compute
+    dropout      of the trained networks; None: unchanged
     """
 
     name: str
@@ -59,7 +71,6 @@ class Job:
     seed: int
     method: str
     arguments: dict[str, Any]
-    networks: dict[str, str]
     network: dict[str, Any]
     schedule: dict[str, Any]
     prediction: str
@@ -68,8 +79,9 @@ class Job:
     batch: int
     log_every: int
     checkpoint_every: int
-    best_role: str
-    k: int
+    ks: tuple[int, ...]  # a list after a round trip through JSON
+    given: dict[str, str] = field(default_factory=dict)
+    starts: dict[str, str] = field(default_factory=dict)
     ema_half_life_images: int = 500_000
     ema_ramp: float = 0.05
     rows: str = "all"
@@ -80,134 +92,161 @@ class Job:
     threads: int = 1
     checkpoint_minutes: float = 15.0
     micro_batch: int | None = None
-    dropout: float = 0.0
-    preconditioner: dict[str, Any] | None = None
-    sampler: str = "ancestral"
-    sampler_options: dict[str, float] = field(default_factory=dict)
-    null_label: bool = False
-    guidance: tuple[float, float] | None = None  # a list, once it came through JSON
+    dropout: float | None = None
+
+    @property
+    def made(self) -> Method:
+        """The method, with its arguments."""
+        from mmdistill_core.diffusion.schedules import schedule_from_dict
+
+        return built(self.method, self.arguments, schedule_from_dict(self.schedule))
+
+
+def built(method: str, arguments: dict[str, Any], schedule: Schedule) -> Method:
+    """A method from plain values. JSON turns its tuples into lists, and this turns them back."""
+    from mmdistill_core.methods import method_class
+
+    values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    made: Method = method_class(method)(schedule=schedule, **values)
+    return made
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in a training: its batches, its rank, the number of workers, and the mean over all of them."""
+
+    batches: BatchSource | None = None
+    rank: int = 0
+    world: int = 1
+    averaged: Callable[[Any], Any] = lambda statistic: statistic
 
 
 def build_state(
     job: Job,
-    batches: Any = None,
-    rank: int = 0,
-    world: int = 1,
-    averaged: Callable[[Any], Any] = lambda s: s,
-    collected: Any = None,
-    held: Mapping[str, Any] = MappingProxyType({}),
-) -> Any:
-    """The TrainState at the start of the job: given networks are loaded, new ones drawn from the job's seed. `batches`, and
-    `averaged`, the mean over workers, serve a preconditioner that is to be collected, unless `collected`, one of before, is given.
-    `held`: frozen networks that are in memory already, by role, in the place of the job's.
+    place: Place = Place(),
+    *,
+    kept: dict[str, Any] | None = None,
+    held: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> TrainState:
+    """The state at the start of the job. Given networks are loaded, new ones are initialised from the job's seed.
+
+    kept  TrainState.kept of an earlier state of this training
+    held  given networks that are in memory already, by their name in `job.given`
     """
     import torch
 
-    from mmdistill_core.artifact import build_denoiser, load_model
-    from mmdistill_core.diffusion.schedules import schedule_from_dict
+    from mmdistill_core.artifact import load_beside, load_model
     from mmdistill_core.engine import OptimiserOptions, TrainState
-    from mmdistill_core.methods import METHODS
-    from mmdistill_core.networks.dit import DiTConfig
+    from mmdistill_core.engine.preparation import Preparation, squared_gradients
+    from mmdistill_core.methods.base import Given, New
 
     torch.manual_seed(job.seed)
-    schedule = schedule_from_dict(job.schedule)
-    method = METHODS[job.method](schedule=schedule, **job.arguments)  # type: ignore[call-arg]
-    names = {role.name for role in method.roles}
-    given: dict[str, torch.nn.Module] = {
-        role: held[role] if role in held else load_model(fetch(path)).denoiser
-        for role, path in job.networks.items()
-        if role in names
-    }
+    method = job.made
+    given: dict[str, nn.Module] = {}
     for role in method.roles:
-        if role.name == "preconditioner":
-            given[role.name] = _preconditioner(job, given["teacher"], batches, (rank, world), averaged, collected)
-        elif role.source == "given" and role.name not in given:
-            given[role.name] = build_denoiser(
-                network=DiTConfig(**job.network), prediction=job.prediction, schedule=job.schedule
-            )
+        if isinstance(role.origin, Given):
+            name = role.origin.name
+            given[role.name] = held[name] if name in held else load_given(job.given[name])
+        elif isinstance(role.origin, New):
+            given[role.name] = new_network(job, role.origin)
+    kept = dict(kept or {})
+
+    def origin(role: str) -> str:
+        """The folder of a given role."""
+        origins = {r.name: r.origin for r in method.roles}
+        own = origins[role]
+        assert isinstance(own, Given)
+        return str(fetch(job.given[own.name]))
+
+    def trained(role: str) -> Method:
+        about = load_model(origin(role)).provenance.get("training")
+        if not about:
+            raise UserError(f"{job.method}: the given model {job.given} does not say how it was trained")
+        return built(about["method"], about["arguments"], method.schedule)
+
+    def collect(network: nn.Module, by: Method, steps: int) -> dict[str, Any]:
+        assert place.batches is not None
+        return squared_gradients(
+            network=network.to(state_device(place)),
+            method=by,
+            batches=place.batches,
+            steps=steps,
+            global_batch=job.batch,
+            seed=job.seed,
+            rank=place.rank,
+            world=place.world,
+            micro_batch=job.micro_batch,
+            averaged_over_workers=place.averaged,
+        )
+
+    def prepare(networks: Any) -> Mapping[str, nn.Module]:
+        lent = Preparation(networks, lambda role, name: load_beside(origin(role), name), trained, collect, kept)
+        return method.prepare(lent)
+
     state = TrainState.create(
         method=method,
         given=given,
+        starts={role: load_model(fetch(path)).denoiser for role, path in job.starts.items()},
+        prepare=prepare,
         options={role: OptimiserOptions(**values) for role, values in job.options.items()},
         global_batch=job.batch,
         total_images=job.images,
-        best_role=job.best_role,
         ema_half_life_images=job.ema_half_life_images,
         ema_ramp=job.ema_ramp,
         micro_batch=job.micro_batch,
     )
-    for trained in state.optimisers:
-        for module in state.networks[trained].modules():
-            if isinstance(module, torch.nn.Dropout):
+    for name in state.optimisers:
+        for module in state.networks[name].modules():
+            if isinstance(module, torch.nn.Dropout) and job.dropout is not None:
                 module.p = job.dropout
+    state.kept = kept
     return state
 
 
-def _preconditioner(
-    job: Job, teacher: Any, batches: Any, place: tuple[int, int], averaged: Callable[[Any], Any], before: Any
-) -> Any:
-    """Lambda, of the kind that the job names, checked against the teacher; `before` is one that was collected already."""
-    from mmdistill_core.artifact import load_second_moments
-    from mmdistill_core.diffusion.schedules import schedule_from_dict
-    from mmdistill_core.engine.second_moments import collected
-    from mmdistill_core.methods import METHODS
-    from mmdistill_core.networks.preconditioner import Preconditioner
-
-    kind = (job.preconditioner or {"kind": "identity"})["kind"]
-    if kind == "identity":
-        return Preconditioner.identity(teacher)
-    if before:
-        preconditioner = Preconditioner.identity(teacher)
-        preconditioner.load_state_dict(before)
-        return preconditioner
-    if kind == "adam":
-        moments = load_second_moments(fetch(job.networks["teacher"]))
-    else:
-        assert job.preconditioner is not None
-        arguments = job.preconditioner["arguments"]
-        denoising = METHODS["denoising"](schedule=schedule_from_dict(job.schedule), **arguments)  # type: ignore[call-arg]
-        moments = collected(
-            network=teacher.to(batches.device),
-            micro_batch=job.micro_batch,
-            method=denoising,
-            batches=batches,
-            steps=job.preconditioner["batches"],
-            global_batch=job.batch,
-            seed=job.seed,
-            rank=place[0],
-            world=place[1],
-            averaged_over_workers=averaged,
-        )
-    preconditioner = Preconditioner.adam(moments)
-    preconditioner.check(teacher)
-    return preconditioner
+def state_device(place: Place) -> Any:
+    return getattr(place.batches, "device", "cpu")
 
 
-def model_of(job: Job, network: Any, provenance: dict[str, Any] | None = None) -> Any:
-    """The DiffusionModel of a trained network, or of its average."""
+def load_given(place: str) -> nn.Module:
+    """The network in the folder of a model or an extractor."""
+    from mmdistill_core.artifact import load_network
+
+    return load_network(fetch(place))
+
+
+def new_network(job: Job, origin: New) -> nn.Module:
+    """The network of that name, for images like the job's. Without a name: the job's own network, as a denoiser."""
+    from mmdistill_core.artifact import build_denoiser
+    from mmdistill_core.networks.config import network_class, network_config
+
+    if origin.network is None:
+        return build_denoiser(network=network_config(job.network), prediction=job.prediction, schedule=job.schedule)
+    data = {name: job.network[name] for name in ("image_size", "channels", "num_classes")}
+    return network_class(origin.network)(**data | dict(origin.options)).build()
+
+
+def model_of(job: Job, network: nn.Module, provenance: dict[str, Any] | None = None) -> DiffusionModel:
+    """The model of a trained network or of its EMA."""
     from mmdistill_core.artifact import DiffusionModel
 
+    method = job.made
     return DiffusionModel(
         getattr(network, "module", network),
-        k=job.k,
-        sampler=job.sampler,
-        options=dict(job.sampler_options),
-        null_label=job.null_label,
-        guidance=(job.guidance[0], job.guidance[1]) if job.guidance else None,
+        k=job.ks[0],
+        samplers={k: method.sampler(k) for k in job.ks},
+        null_label=method.guidable,
         provenance=provenance or {},
     )
 
 
-def export(job: Job, state: Any, *, rank: int = 0) -> None:
-    """The best (or average) network as a model folder; beside a teacher's, the second moments of its gradients. All workers call
-    it, as they may hold parts, and the first one writes.
+def export(job: Job, state: TrainState, *, rank: int = 0) -> None:
+    """Writes the result's best or last weights as a model folder, with the tensors that the method leaves beside them. All workers
+    must call it, since each may hold a shard. The first one writes.
     """
-    from mmdistill_core.artifact import save_model, save_second_moments
-    from mmdistill_core.engine.second_moments import of_optimiser
+    from mmdistill_core.artifact import save_beside, save_model
+    from mmdistill_core.engine.preparation import Finished
 
-    network, moments = state.best_network(), None
-    if job.method == "denoising":
-        moments = of_optimiser(state.networks["teacher"], state.optimisers["teacher"])
+    network, leaves = state.best_network(), state.method.leaves(Finished(state))
     if rank:
         return
     figures = {
@@ -215,23 +254,25 @@ def export(job: Job, state: Any, *, rank: int = 0) -> None:
         "forwards": state.forwards,
         "skipped": state.skipped,
         "seed": job.seed,
+        "training": {"method": job.method, "arguments": job.arguments},
     }
     if state.best.weights:
         figures |= {"best_images": state.best.n_images, "best_score": state.best.score}
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) if is_remote(job.output) else Path(job.output)
         save_model(folder, model_of(job, network, (job.provenance or {}) | figures))
-        if moments is not None:
-            save_second_moments(folder, moments)
+        for name, tensors in leaves.items():
+            save_beside(folder, name, tensors)
         if is_remote(job.output):
             publish(folder, job.output)
 
 
 class Validator:
     """state -> {"score": Frechet distance of `samples` samples to the statistics in `reference`, in the extractor's features}.
+    If the method asks for several numbers of steps, the score is the geometric mean of their distances.
 
-    The workers share the samples, and all get the same score; `summed` adds a tensor over them. `judge` scores a network by other
-    draws than those of which weights are chosen.
+    The workers share the samples, and all get the same score. `summed` sums a tensor over them. `judge` scores a network on other
+    draws than those by which weights are chosen.
     """
 
     def __init__(
@@ -249,17 +290,18 @@ class Validator:
 
         assert job.validate is not None
         self.job, self.labels, self.summed = job, labels, summed
+        self.ks = job.made.validate(job.ks) or job.ks
         self.n = int(job.validate["samples"])
         self.extractor = load_extractor(fetch(job.validate["extractor"])).to(device)
         self.reference = load_reference(fetch(job.validate["reference"])).statistics.features
-        share = -(-self.n // world)  # the samples are the same, whoever draws which
+        share = -(-self.n // world)  # the samples do not depend on the number of workers
         self.first, self.last = min(rank * share, self.n), min((rank + 1) * share, self.n)
 
     def __call__(self, state: Any) -> dict[str, float]:
         return {"score": self._distance(state.current_network())}
 
     def judge(self, network: Any) -> float:
-        """The mean over JUDGED draws of their own."""
+        """The mean distance over JUDGED further draws."""
         return sum(self._distance(network, draw) for draw in range(1, JUDGED + 1)) / JUDGED
 
     def _distance(self, network: Any, draw: int = 0) -> float:
@@ -267,14 +309,15 @@ class Validator:
 
         was_training = network.training
         network.eval()
-        own = self._moments(network, draw)
+        own = [self._moments(network, draw, k) for k in self.ks]
         network.train(was_training)
-        return frechet_distance(pooled(own, self.summed), self.reference)
+        distances = [frechet_distance(pooled(moments, self.summed), self.reference) for moments in own]
+        return distances[0] if len(distances) == 1 else math.exp(sum(map(math.log, distances)) / len(distances))
 
-    def _moments(self, network: Any, draw: int) -> Any:
-        """Of this worker's samples. Draw 0 is that of every validation."""
+    def _moments(self, network: Any, draw: int, k: int) -> Any:
+        """Moments of the features of this worker's samples in k steps. Every validation uses draw 0."""
         from mmdistill_core.metrics.frechet import Moments, moments
-        from mmdistill_core.samplers import data_labels
+        from mmdistill_core.samplers.labels import data_labels
 
         if self.first == self.last:
             return Moments(0, 0 * self.reference.mean, 0 * self.reference.scatter)
@@ -283,6 +326,6 @@ class Validator:
             of_draw = (self.job.seed, 1, draw) if draw else (self.job.seed, 1)
             label = data_labels(self.labels, self.n, *of_draw)[self.first : self.last]
         seed = self.job.seed + 104_729 * (1 + draw)
-        options = {"label": label, "seed": seed, "first": self.first, "batch": SAMPLED_AT_ONCE}
+        options: dict[str, Any] = {"label": label, "seed": seed, "first": self.first, "batch": SAMPLED_AT_ONCE, "k": k}
         samples = model_of(self.job, network).sample(self.last - self.first, **options)
         return moments(self.extractor.extract(samples))

@@ -1,7 +1,7 @@
-"""How a training's networks are laid on its workers, from outside: no method knows of it.
+"""Spreads a training's networks over its workers, without the methods knowing.
 
-float32 or bfloat16 (autocast; weights, averages and optimisers stay float32), activation checkpointing, torch.compile, and what the
-workers share: copies whose gradients are averaged (DDP), or weights, gradients and optimisers cut among them (FSDP2).
+It applies float32 or bfloat16 (autocast; weights, EMAs and optimisers stay float32), activation checkpointing, torch.compile, and
+DDP (copies with averaged gradients) or FSDP2 (weights, gradients and optimisers sharded over the workers).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Compute:
-    """precision  float32 or bfloat16, of the networks' operations
-    shard      cut weights, gradients and optimisers among the workers
-    recompute  keep no activations within blocks, and go forward through them again
+    """precision  of the networks' operations: float32 or bfloat16
+    shard      shard weights, gradients and optimisers over the workers
+    recompute  activation checkpointing: recompute the activations within blocks in the backward pass
     compile    torch.compile
     """
 
@@ -34,7 +34,7 @@ class Compute:
 
 
 class Autocast(nn.Module):
-    """A network whose operations are bfloat16 where that is safe; takes and gives float32."""
+    """A network that computes in bfloat16 where that is safe. Takes and returns float32."""
 
     def __init__(self, network: nn.Module, device: str) -> None:
         super().__init__()
@@ -47,20 +47,18 @@ class Autocast(nn.Module):
 
 
 def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
-    """What is repeated in it: the members of its lists of modules."""
+    """The repeated blocks of a network: the members of its module lists."""
     for module in network.modules():
         if isinstance(module, nn.ModuleList):
             yield from module
 
 
-def lay(state: Any, compute: Compute, *, world: int, device: torch.device) -> None:
-    """Changes a TrainState for these workers; its networks are on the device. Instant differentiates by the teacher's own
-    parameters, so that what is frozen there stays as it is.
-    """
-    plain = {"teacher", "preconditioner"} if "preconditioner" in state.networks else set()
+def parallelize(state: Any, compute: Compute, *, world: int, device: torch.device) -> None:
+    """Changes a TrainState in place for these workers. Its networks must be on the device. A role marked `whole` is left alone."""
+    whole = {role.name for role in state.method.roles if role.whole}
     state.unsynced = lambda: _unsynced(state)
     for role, network in state.networks.items():
-        if role in plain:
+        if role in whole:
             continue
         trained = role in state.optimisers
         if compute.recompute and trained:
@@ -69,25 +67,31 @@ def lay(state: Any, compute: Compute, *, world: int, device: torch.device) -> No
             if role == state.best.role:
                 state.template = copy.deepcopy(network).cpu()
             _shard(network)
-        state.callables[role] = _callable(network, compute, trained=trained, world=world, device=device)
-    if compute.shard and world > 1:  # the parameters are others now
+        state.callables[role] = called = _callable(network, compute, device=device)
+        if trained:
+            state.trainables[role] = _averaging(called) if world > 1 and not compute.shard else called
+    if compute.shard and world > 1:  # sharding has replaced the parameters
         state.optimisers = {role: state.options[role].build(state.networks[role]) for role in state.optimisers}
 
 
-def _callable(network: nn.Module, compute: Compute, *, trained: bool, world: int, device: torch.device) -> nn.Module:
+def _callable(network: nn.Module, compute: Compute, *, device: torch.device) -> nn.Module:
     called = network
     if compute.precision == "bfloat16":
         called = Autocast(called, device.type)
     if compute.compile:
         called = torch.compile(called)  # type: ignore[assignment]
-    if trained and world > 1 and not compute.shard:
-        # What is no parameter is a constant of the network, the same on all.
-        called = DistributedDataParallel(called, broadcast_buffers=False, gradient_as_bucket_view=True)
     return called
 
 
+def _averaging(called: nn.Module) -> nn.Module:
+    """The network as its training phase calls it: workers average its gradients. Buffers are not broadcast, since they are
+    constants, the same on all workers.
+    """
+    return DistributedDataParallel(called, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
 def _recompute(network: nn.Module) -> None:
-    """By hooks on its blocks, which leave the names of their parameters as they are."""
+    """Activation checkpointing by hooks on the blocks, which leave the names of parameters as they are."""
     from torch.distributed._composable import checkpoint
 
     for block in blocks_of(network):
@@ -95,15 +99,15 @@ def _recompute(network: nn.Module) -> None:
 
 
 def _shard(network: nn.Module) -> None:
-    """Also the root is cut again after a forward: else one without a backward would leave it whole, and out of averages' reach."""
+    """Reshards the root after a forward too. Otherwise it would stay whole until a backward, and the EMA could not read it."""
     for part in (*blocks_of(network), network):
         fully_shard(part, reshard_after_forward=True)
 
 
 def _unsynced(state: Any) -> AbstractContextManager[Any]:
-    """The context in which no network exchanges gradients."""
+    """A context in which no network exchanges gradients, for gradient accumulation."""
     stack = ExitStack()
-    for role, called in state.callables.items():
+    for role, called in state.trainables.items():
         if isinstance(called, DistributedDataParallel):
             stack.enter_context(called.no_sync())
         elif isinstance(network := state.networks[role], FSDPModule):
@@ -121,7 +125,7 @@ def _apart(network: FSDPModule) -> Iterator[None]:
 
 
 def gathered(value: Any, *, keep: bool) -> Any:
-    """Nested values with every tensor whole, on the CPU where it was cut; None in its place if not `keep`. All workers call it."""
+    """Nested values with every sharded tensor whole and on the CPU, or as None without `keep`. All workers must call it."""
     if isinstance(value, DTensor):
         whole = value.full_tensor()
         return whole.cpu() if keep else None
@@ -133,7 +137,7 @@ def gathered(value: Any, *, keep: bool) -> Any:
 
 
 def cut_like(values: dict[str, Any], state: Any) -> dict[str, Any]:
-    """A TrainState's state_dict, with its tensors cut as that state's are."""
+    """A TrainState's state_dict, with its tensors sharded like those of `state`."""
 
     def like(value: Any, own: Any) -> Any:
         if isinstance(own, DTensor) and isinstance(value, Tensor):

@@ -1,6 +1,7 @@
-"""A training on its workers: `train_worker` is what every one of them runs. It builds, wraps, restores, and hands `engine.fit` its
-three callables. Ray Train is known to this file, to crew.py, which brings workers and trainings together, and to trainer.py, a run
-of it.
+"""What every worker of a training runs. `train_worker` builds the networks, parallelises them, restores the newest checkpoint, and
+calls `engine.fit`.
+
+Only this file, crew.py and trainer.py know Ray Train.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from workflows.errors import UserError, in_a_line
 from workflows.storage.uri import join
 from workflows.training.checkpoints import Checkpoints
 from workflows.training.events import AT, event
-from workflows.training.job import Job, Validator, build_state, export
+from workflows.training.job import Job, Place, Validator, build_state, export
 
-ASKED_EVERY = 0.5
-"""Seconds between looks for what is asked of a training from outside."""
+POLL_EVERY = 0.5
+"""Seconds between two questions to the driver."""
 
 BROKEN = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.IGNORECASE)
-"""What gloo and NCCL say on the workers that are left."""
+"""What gloo and NCCL report on the workers that survive another one."""
 
 
 def _resumed(checkpoints: Checkpoints, rank: int, world: int, device: Any) -> dict[str, Any] | None:
-    """What `save` wrote into the newest undamaged checkpoint, if there is one: the first worker's choice is that of all."""
+    """The newest undamaged checkpoint, or None. The first worker chooses, so that all take the same."""
     import torch
 
     if rank == 0:
@@ -41,15 +42,17 @@ def _resumed(checkpoints: Checkpoints, rank: int, world: int, device: Any) -> di
     return values
 
 
-class Asked:
-    """What is asked of a training from outside, after each step, of all its workers the same: "save" a checkpoint (it is time, or a
-    node is about to go), "stop", or nothing.
+class StopPoll:
+    """Called after every step: does the training go on, save a checkpoint ("save"), or save one and end ("stop")?
+
+    A checkpoint is due when the recipe's interval has passed, or when a node announces that it will leave. All workers get the same
+    answer.
     """
 
     ORDERS = ("", "save", "stop")
 
     def __init__(self, job: Job, mailbox: Any, *, seen: Callable[[], int], rank: int, world: int, device: Any) -> None:
-        """`seen()`: the images so far, which go with each look."""
+        """`seen()` gives the images trained on so far. The driver is told them with each question."""
         self.job, self.mailbox, self.seen = job, mailbox, seen
         self.rank, self.world, self.device = rank, world, device
         self.leaving: frozenset[str] = frozenset()
@@ -67,7 +70,7 @@ class Asked:
         return self.ORDERS[order]
 
     def _own(self) -> int:
-        """The first worker's, without waiting for the mailbox."""
+        """The first worker's answer. It does not wait for the driver's."""
         import ray
 
         now = time.monotonic()
@@ -75,7 +78,7 @@ class Asked:
             if ray.get(self._answer):
                 self._order = 2
             self._answer = None
-        if self._answer is None and now - self._looked > ASKED_EVERY:
+        if self._answer is None and now - self._looked > POLL_EVERY:
             self._answer = self.mailbox.stopping.remote(self.job.name, event(AT, n_images=self.seen()))
             self._looked = now
         if now - self._saved > 60 * self.job.checkpoint_minutes:
@@ -87,7 +90,7 @@ class Asked:
         self._saved = time.monotonic()
 
     def look_for_leaving_nodes(self) -> None:
-        """Asks for a checkpoint once for each node that is announced to go. Every worker has to call it as often."""
+        """Orders a checkpoint once for each node that announces its departure. This is collective: all workers call it."""
         import ray.train
 
         info = ray.train.get_preemption_info()
@@ -99,7 +102,7 @@ class Asked:
 
 @dataclass
 class Training:
-    """What `engine.fit` is called with on a worker."""
+    """The arguments of `engine.fit` on a worker."""
 
     job: Job
     state: Any
@@ -108,7 +111,7 @@ class Training:
     report: Callable[[dict[str, float]], None]
     save: Callable[[Any], None]
     validate: Validator | None
-    asked: Asked
+    poll: StopPoll
     tell: Callable[..., None]
     checkpoints: Checkpoints
     rank: int
@@ -119,14 +122,16 @@ class Training:
 
 
 def set_up(config: dict[str, Any]) -> Training:
-    """Builds, wraps and restores a job's training on this worker, which may have it `alone` though others are beside it; `watched`:
-    nodes may be announced to go.
+    """Builds and restores a training on this worker.
+
+    config  "job"; "mailbox", the actor that the driver reads; "alone": the worker trains by itself, though others are in its group;
+            "watched": nodes may announce that they will leave
     """
     import ray.train.torch
     import torch
 
     from mmdistill_core.engine import FitOptions
-    from workflows.training.parallelize import Compute, cut_like, gathered, lay
+    from workflows.training.parallelize import Compute, cut_like, gathered, parallelize
 
     job, mailbox = Job(**config["job"]), config["mailbox"]
     context = ray.train.get_context()
@@ -162,13 +167,14 @@ def set_up(config: dict[str, Any]) -> Training:
 
     checkpoints = Checkpoints(join(job.storage, job.name), note, written)
     before = _resumed(checkpoints, rank, world, device)
-    state = build_state(job, batches, rank, world, averaged, before and before["collected"])
+    place = Place(batches, rank, world, averaged)
+    state = build_state(job, place, kept=before and before["state"]["kept"])
     for network in state.networks.values():
         network.to(device)
     state.averaged_over_workers = averaged
-    asked = Asked(job, mailbox, seen=lambda: state.n_images, rank=rank, world=world, device=device)
-    lay(state, compute := Compute(**job.compute), world=world, device=device)
-    # A checkpoint carries the metrics up to it: the driver may have died before it took them in.
+    poll = StopPoll(job, mailbox, seen=lambda: state.n_images, rank=rank, world=world, device=device)
+    parallelize(state, compute := Compute(**job.compute), world=world, device=device)
+    # A checkpoint carries all metrics before it: the driver may have died before it read them.
     reported: list[dict[str, float]] = list(before["reported"]) if before else []
     if before:
         state.load_state_dict(cut_like(before["state"], state) if compute.shard else before["state"])
@@ -179,23 +185,20 @@ def set_up(config: dict[str, Any]) -> Training:
 
     def report(metrics: dict[str, float]) -> None:
         if config["watched"]:
-            asked.look_for_leaving_nodes()
+            poll.look_for_leaving_nodes()
         if rank == 0:
             reported.append(timed(metrics))
             mailbox.push.remote(job.name, reported[-1])
 
     def save(state: Any) -> None:
         began = time.monotonic()
-        asked.saved()
+        poll.saved()
         own = state.state_dict() if rank == 0 or compute.shard else {}
         if compute.shard:
             own = gathered(own, keep=rank == 0)
         if rank:
             return
-        held = {"state": own, "reported": reported, "collected": None}
-        if job.preconditioner and job.preconditioner["kind"] == "collected":
-            held["collected"] = state.networks["preconditioner"].state_dict()
-        checkpoints.save(state.n_images, held, since=began)
+        checkpoints.save(state.n_images, {"state": own, "reported": reported}, since=began)
 
     options = FitOptions(
         log_every=job.log_every,
@@ -206,26 +209,25 @@ def set_up(config: dict[str, Any]) -> Training:
         world=world,
     )
     validate = Validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
-    return Training(job, state, batches, options, report, save, validate, asked, tell, checkpoints, rank)
+    return Training(job, state, batches, options, report, save, validate, poll, tell, checkpoints, rank)
 
 
 def timed(metrics: dict[str, float]) -> dict[str, float]:
-    """With the time of the measurement, in ms since 1970. The checkpoint carries it too, so that a row is the same on every machine
-    that logs it.
-    """
+    """Adds the time of the measurement, in ms since 1970. The checkpoint keeps it, so that every machine logs the same row."""
     return metrics | {"time": int(time.time() * 1000)}
 
 
 def _batches(job: Job, rank: int, world: int, device: Any) -> tuple[Any, Any]:
-    """The images, held in memory or read as they are wanted, and labels to draw from."""
+    """The batches, held in memory or streamed, and the labels that validation draws from."""
     import torch
 
     from mmdistill_core.engine import InMemoryBatches
     from workflows.dataset.manifest import read_manifest
-    from workflows.dataset.shards import label_pool, read_all
+    from workflows.dataset.shards import label_pool, read_all, read_labels
     from workflows.dataset.streaming import StreamedBatches
 
-    labelled = bool(job.network["num_classes"])
+    labelled, needs = bool(job.network["num_classes"]), job.made.needs
+    columns = [name for name in needs if name != "x"]
     common: dict[str, Any] = {
         "global_batch": job.batch,
         "seed": job.seed,
@@ -233,23 +235,28 @@ def _batches(job: Job, rank: int, world: int, device: Any) -> tuple[Any, Any]:
         "world": world,
         "device": device,
     }
+    if not needs:
+        labels = torch.from_numpy(read_labels(job.data, read_manifest(job.data), job.rows))
+        return InMemoryBatches(x=None, label=labels if labelled else None, count=len(labels), **common), labels
     if job.window is None:
-        arrays = read_all(job.data, job.rows)
+        arrays = read_all(job.data, job.rows, columns)
         images, labels = torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
-        return InMemoryBatches(x=images, label=labels if labelled else None, **common), labels
+        more = {name: torch.from_numpy(values) for name, values in arrays.columns.items()}
+        return InMemoryBatches(x=images, label=labels if labelled else None, columns=more, **common), labels
     streamed = StreamedBatches(
         root=job.data,
         manifest=read_manifest(job.data),
         which=job.rows,
         window=job.window,
         labelled=labelled,
+        columns=columns,
         **common,
     )
     return streamed, torch.from_numpy(label_pool(job.data, job.rows, most=0))
 
 
 def train_worker(config: dict[str, Any]) -> int:
-    """What each Ray Train worker runs; gives the images that were seen, fewer than the job's if it was stopped."""
+    """Runs a training to its end, or to a stop. Returns the images trained on, fewer than the job's after a stop."""
     from mmdistill_core.engine import fit
 
     t = set_up(config)
@@ -262,7 +269,7 @@ def train_worker(config: dict[str, Any]) -> int:
             save=t.save,
             validate=t.validate,
             judge=t.validate.judge if t.validate else None,
-            asked=t.asked,
+            poll=t.poll,
         )
     finally:
         t.close()
@@ -277,7 +284,7 @@ def train_worker(config: dict[str, Any]) -> int:
 
 
 def root_cause(error: BaseException) -> str:
-    """The last line of the innermost cause, without Ray's frames, and no more of it than a line on the screen."""
+    """The last line of the innermost exception, without Ray's frames, short enough for a line on the screen."""
     failures = getattr(error, "worker_failures", None)
     inner: BaseException = next(iter(failures.values())) if failures else error
     while getattr(inner, "cause", None) is not None or inner.__cause__ is not None:

@@ -222,7 +222,7 @@ def test_an_address_that_is_none_is_a_line(uri):
 
 def test_a_database_without_its_driver_is_a_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg2", None)
-    with pytest.raises(UserError, match=r"no address of a store: .*psycopg2"):
+    with pytest.raises(UserError, match=r"not the address of a store: .*psycopg2"):
         Tracker("postgresql+psycopg2://h/db")
 
 

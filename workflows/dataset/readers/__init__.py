@@ -1,7 +1,7 @@
-"""Images from where they are: folders, object stores, zips, Parquet, WebDataset tars, Hugging Face data sets.
+"""Readers of image sources: folders, object stores, zips, Parquet, WebDataset tars, Hugging Face data sets.
 
-`list_source` tells what there is and divides it into units; `read_unit` streams the undecoded images of one; `decode` makes
-pixels. All files are read through fsspec, and nothing is unpacked to a disk or run.
+`list_source` lists a source and divides it into units. `read_unit` streams the undecoded images of a unit. `decode` turns an image
+into pixels. All files are read through fsspec; nothing is unpacked to disk or executed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images in a column of Arrow streams, as `datasets.save_to_disk` writes them."""
+"""Reader of images in a column of Arrow files, as `datasets.save_to_disk` writes them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def list_arrow(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, tuple[str, ...]]) -> Tables:
-    """A unit a file: streams have no index. Raises UserError for other columns, and for labels that are names unless the names
-    of the classes are known.
+    """Lists Arrow files, one per unit, as streams have no index.
+
+    names: class names by column. Raises UserError for files with different columns, for labels that are names without a class
+    list, or if no file can be read.
     """
     schemas: list[tuple[str, Any]] = []
     error = ""
@@ -37,7 +39,7 @@ def list_arrow(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, 
     classes, table = class_list(files, ask, columns)
     if columns.label is not None and not classes and not is_number(whole.field(columns.label).type):
         raise UserError(
-            f"{clean(first_name)}: the labels of column {columns.label} are names, and which there are is not told",
+            f"{clean(first_name)}: the labels in column {columns.label} are names, but there is no list of them",
             hint='--labels FILE with the list of classes (["...", ...] in JSON), or --labels none',
         )
     labelled = f"column {columns.label}" if columns.label else ""
@@ -46,7 +48,7 @@ def list_arrow(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, 
 
 
 def read_arrow(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
-    """All rows; from where the stream is broken, one error."""
+    """Yields an item per row. If the stream breaks, one item with an error stands for the rest."""
     import pyarrow as pa
 
     (name,) = unit.files
@@ -73,7 +75,7 @@ def _schema(files: Files, name: str) -> pa.Schema | str:
         with files.open(name) as stream:
             return _reader(stream).schema
     except pa.ArrowException as error:
-        return f"it is no Arrow stream: {line(error)}"
+        return f"it is not an Arrow stream: {line(error)}"
     except OSError as error:
         return files.lost(error)
 
@@ -89,11 +91,11 @@ def _opened(files: Files, name: str) -> Iterator[Iterator[pa.RecordBatch]]:
 
 
 def _reader(stream: Any) -> Any:
-    """Of the streaming format, or of the one with an index."""
+    """Opens a reader of the streaming format, or of the file format, which has an index."""
     import pyarrow as pa
 
     start = stream.read(6)
     stream.seek(0)
-    if not start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):  # or what stands there would be taken for a length
+    if not start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):  # pyarrow would take other bytes for a length
         raise pa.ArrowInvalid("it has no Arrow in it")
     return pa.ipc.open_file(stream) if start == b"ARROW1" else pa.ipc.open_stream(stream)

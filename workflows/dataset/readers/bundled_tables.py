@@ -1,4 +1,4 @@
-"""Tables that a source of named images brings itself: EDM's dataset.json, and Hugging Face's metadata files."""
+"""Tables of labels and captions that come with a source: EDM's dataset.json, and Hugging Face's metadata files."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ DATASET = "dataset.json"
 def own_tables(
     names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
 ) -> tuple[Table | None, Table | None, frozenset[str], tuple[str, ...]]:
-    """(labels, captions, the files that they are from, further columns of these) among the files `names`, which `whole` reads.
-    Metadata come before EDM's. What the user doesn't want is not looked at.
+    """Returns (labels, captions, the files that they come from, unused columns of these files).
 
-    Raises UserError for one that can't be read.
+    names: the files of the source, which `whole` reads. Metadata files come before dataset.json. Files that the options exclude
+    are not read. Raises UserError for a table that can't be read.
     """
     labels, captions, used, others = metadata(names, whole, ask)
     wanted = labels is None and ask.labels not in ("none", "folders")
     if wanted and (found := [name for name in names if name.rpartition("/")[2] == DATASET]):
         try:
             labels, used = _edm(found, whole), used | set(found)
-        except UserError as error:  # such as another program's
+        except UserError as error:  # such as a dataset.json of another program
             raise UserError(str(error), hint=error.hint or WITHOUT) from error
     return labels, captions, used, others
 
 
 def _edm(names: Sequence[str], whole: Callable[[str], bytes]) -> Table:
-    """The labels of all of them; the paths in each are relative to where it lies, below a top folder or in an archive."""
+    """Returns the labels of all dataset.json files. The paths in each are relative to the folder of the file."""
     values: dict[str, str | int | None] = {}
     classes: tuple[str, ...] = ()
     for name in names:

@@ -1,4 +1,4 @@
-"""Which columns of a table hold images, labels and captions, and what a row of them is."""
+"""Columns of Parquet and Arrow tables: finding those of images, labels and captions, and turning rows into items."""
 
 from __future__ import annotations
 
@@ -20,28 +20,31 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 IMAGES = ("image", "img", "jpg", "png", "webp", "image_bytes", "bytes", "content")
+"""Usual names of an image column, by priority."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns. classes: those of the label column, where the source names them. others: columns not taken."""
+    """Names of the columns that are read. classes: class names of the label column, if known. others: unused columns."""
 
     image: str
     label: str | None
     caption: str | None
     classes: tuple[str, ...]
     described: bool
-    """Whether the schema carries Hugging Face's features."""
+    """Whether the schema has the features of Hugging Face in its metadata."""
     others: tuple[str, ...] = ()
 
     def read(self) -> list[str]:
+        """Returns the names of the columns that are read."""
         return [name for name in (self.image, self.label, self.caption) if name]
 
 
 def columns_of(where: str, schema: pa.Schema, ask: Ask, names: dict[str, tuple[str, ...]]) -> Columns:
-    """What the user named, else what the schema says of itself (Hugging Face's features), else what has a usual name.
+    """Chooses the columns: those that the user named, else by Hugging Face's features in the schema, else by their usual names.
 
-    names: of classes, by column, from files beside the table. Raises UserError, with the columns that there are.
+    where: the file, for errors. names: class names by column, from files beside the table. Raises UserError if a column is missing,
+    ambiguous or of a wrong type.
     """
     features = features_of(schema)
     for option, name in (("image", ask.image_column), ("label", ask.label_column), ("caption", ask.caption_column)):
@@ -52,20 +55,20 @@ def columns_of(where: str, schema: pa.Schema, ask: Ask, names: dict[str, tuple[s
     texts = [name for name in CAPTIONS if name in schema.names and _is_text(schema.field(name).type)]
     caption = None if ask.captions == "none" else ask.caption_column or next((n for n in texts if n != label), None)
     if caption is not None and not _is_text(schema.field(caption).type):
-        raise UserError(f"{where}: column {caption} is {schema.field(caption).type}, no text")
+        raise UserError(f"{where}: column {caption} is {schema.field(caption).type}, not text")
     image = ask.image_column or _image(where, schema, features)
     if not is_bytes(schema.field(image).type):
         kind = str(schema.field(image).type)[:60]
-        raise UserError(f"{where}: column {image} is {kind}; the bytes of an image's file are expected")
+        raise UserError(f"{where}: column {image} is {kind}; the bytes of an image file are expected")
     if label is not None and not is_label(schema.field(label).type):
-        raise UserError(f"{where}: column {label} is {schema.field(label).type}, no label: names or whole numbers are")
+        raise UserError(f"{where}: column {label} is {schema.field(label).type}; labels must be names or whole numbers")
     classes = names.get(label, ()) if label else ()
     others = tuple(name for name in schema.names if name not in (image, label, caption))
     return Columns(image, label, caption, classes, bool(features), others)
 
 
 def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """Hugging Face's description of the columns in a schema's metadata; {} without."""
+    """Returns Hugging Face's features by column from the metadata of a schema; {} if there are none."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -74,7 +77,7 @@ def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def is_bytes(kind: Any) -> bool:
-    """Bytes, or Hugging Face's {bytes, path}."""
+    """Whether a type is bytes, or Hugging Face's struct {bytes, path}."""
     import pyarrow.types as t
 
     if t.is_struct(kind):
@@ -83,7 +86,7 @@ def is_bytes(kind: Any) -> bool:
 
 
 def merged(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
-    """The schema of several files (by name): all their columns, with the type of the first file that has values in them."""
+    """Merges the schemas of files, given as (name, schema). A column gets its type from the first file where it is not empty."""
     import pyarrow as pa
     import pyarrow.types as t
 
@@ -97,11 +100,12 @@ def merged(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
 
 
 def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> None:
-    """Raises UserError where a file lacks a column that is read, or has it of another kind or with other names of classes. Widths
-    may differ, and columns that are empty are of any kind.
+    """Raises UserError if a column that is read is missing in a file, or if its kind or its class names differ between files.
+
+    Types of one kind may differ in width. An empty column matches any kind.
     """
     for column in columns.read():
-        told: tuple[str, Any] | None = None
+        first: tuple[str, Any] | None = None
         having = next(name for name, schema in schemas if column in schema.names)
         hint = {columns.label: "--labels none", columns.caption: "--captions none"}.get(column, "")
         for name, schema in schemas:
@@ -112,27 +116,27 @@ def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> No
             kind = schema.field(column).type
             if _kind(kind) == "null":
                 continue
-            told = told or (name, kind)
-            if _kind(kind) != _kind(told[1]):
-                types = f"{str(kind)[:60]} in {clean(name)} and {str(told[1])[:60]} in {clean(told[0])}"
+            first = first or (name, kind)
+            if _kind(kind) != _kind(first[1]):
+                types = f"{str(kind)[:60]} in {clean(name)} and {str(first[1])[:60]} in {clean(first[0])}"
                 raise UserError(f"column {column} is {types}")
     named = [(name, found) for name, schema in schemas if (found := _class_names(schema).get(columns.label or ""))]
     other = next((pair for pair in named if pair[1] != named[0][1]), None)
     if other:
         shown = " and ".join(f"{', '.join(found[:3])} in {clean(name)}" for name, found in (named[0], other))
         raise UserError(
-            f"column {columns.label} has classes of other names in each file, such as {shown}", hint="--labels none"
+            f"the class names of column {columns.label} differ between the files, such as {shown}", hint="--labels none"
         )
 
 
 def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """Names of the classes by column, as a schema itself tells them."""
-    told = features_of(schema).items()
-    return {name: tuple(f["names"]) for name, f in told if f.get("_type") == "ClassLabel" and "names" in f}
+    """Returns the class names by column that the schema has in its metadata."""
+    features = features_of(schema).items()
+    return {name: tuple(f["names"]) for name, f in features if f.get("_type") == "ClassLabel" and "names" in f}
 
 
 def _kind(kind: Any) -> str:
-    """What values of a type are, whatever their width."""
+    """Returns the kind of a type, whatever its width: null, bytes, text, number, or the type itself."""
     import pyarrow.types as t
 
     if t.is_null(kind):
@@ -143,7 +147,7 @@ def _kind(kind: Any) -> str:
 def items(
     batch: pa.RecordBatch, rows: Sequence[int], keys: Sequence[str], listing: Listing, files: Files
 ) -> Iterator[Item]:
-    """The rows of a batch, one by one."""
+    """Yields an item for each of these rows of a batch."""
     of = {name: i for i, name in enumerate(listing.classes)}
     image, label, caption = (
         None if name is None else batch.column(name)
@@ -164,7 +168,10 @@ def items(
 
 
 def label_number(value: Any, of: dict[str, int], listing: Listing) -> int | None:
-    """A label's number; None where the source gives none (empty, -1). Raises ValueError with why it has none."""
+    """Returns the class number of a label, or None if it is empty or -1. of: numbers by class name.
+
+    Raises ValueError, for the error of the item, if the label is not valid or not in the class list.
+    """
     try:
         label = label_of(value)
     except ValueError as error:
@@ -179,12 +186,12 @@ def label_number(value: Any, of: dict[str, int], listing: Listing) -> int | None
     if listing.classes and not 0 <= label < len(listing.classes):
         raise ValueError(f"label {str(label)[:20]} is not among the {len(listing.classes)} classes")
     if not 0 <= label < MOST_CLASSES:
-        raise ValueError(f"label {str(label)[:20]} is no class: they are numbers from 0 to {MOST_CLASSES - 1:,}")
+        raise ValueError(f"label {str(label)[:20]} is not a class: classes are numbers from 0 to {MOST_CLASSES - 1:,}")
     return label
 
 
 def _content(column: Any, row: int) -> bytes | str:
-    """A cell's bytes, or why there are none."""
+    """Returns the bytes in a cell of the image column, or why there are none."""
     import pyarrow.types as t
 
     cell, path = column[row], None
@@ -201,18 +208,18 @@ def _content(column: Any, row: int) -> bytes | str:
 
 def _image(where: str, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
     fit = [field.name for field in schema if is_bytes(field.type)]
-    told = [name for name in fit if features.get(name, {}).get("_type") == "Image"]
+    declared = [name for name in fit if features.get(name, {}).get("_type") == "Image"]
     usual = [name for name in IMAGES if name in fit]
-    for some in (told, usual[:1], fit):
-        if len(some) == 1:
-            return some[0]
+    for candidates in (declared, usual[:1], fit):
+        if len(candidates) == 1:
+            return candidates[0]
     if fit:
         raise UserError(f"{where}: which column is the image? {', '.join(fit)}", hint="name it: --image-column")
-    raise UserError(f"{where}: no column of images' bytes; there are {_shown(schema)}")
+    raise UserError(f"{where}: no column holds the bytes of images; there are {_shown(schema)}")
 
 
 def _label(schema: pa.Schema, names: dict[str, tuple[str, ...]]) -> str | None:
-    """A column with class names, else one that is usually called so."""
+    """Chooses the label column: one with class names, preferably with a usual name; else one with a usual name."""
     named = [name for name in names if name in schema.names]
     usual = [name for name in LABELS if name in schema.names]
     usual = [name for name in usual if is_label(schema.field(name).type)]
@@ -220,11 +227,12 @@ def _label(schema: pa.Schema, names: dict[str, tuple[str, ...]]) -> str | None:
 
 
 def is_label(kind: Any) -> bool:
+    """Whether a column of this type can hold labels."""
     return _is_text(kind) or is_number(kind)
 
 
 def _within(kind: Any) -> Any:
-    """The type of the values: of a dictionary's, and of a list's, as there are lists of one."""
+    """Returns the type of the values in a dictionary or list type. Lists are included, as a label may be a list of one element."""
     import pyarrow.types as t
 
     if t.is_dictionary(kind) or t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
@@ -240,7 +248,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def is_number(kind: Any) -> bool:
-    """Whole numbers, or what may hold them: values tell."""
+    """Whether the type can hold whole numbers; floats and decimals can, so the values decide."""
     import pyarrow.types as t
 
     kind = _within(kind)

@@ -1,4 +1,4 @@
-"""An image file's bytes -> a square of pixels. What can't be an image of ours is refused with a reason, in one line."""
+"""Decoder of image files into squares of pixels. A file that can't be used is refused with a one-line reason."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "PSD", "QOI")
-"""What Pillow may try, whatever the file is called: their first bytes tell them from anything else."""
+"""Formats that Pillow tries whatever the name of the file: their first bytes identify them."""
 BY_NAME = {
     ".blp": "BLP",
     ".bw": "SGI",
@@ -43,7 +43,7 @@ BY_NAME = {
     ".xbm": "XBM",
     ".xpm": "XPM",
 }
-"""Formats that other bytes may be taken for, by the suffixes by which alone they are known."""
+"""Suffix -> format, for formats whose first bytes do not identify them. They are tried by suffix only."""
 SUFFIXES = (
     *(
         ".apng",
@@ -64,8 +64,8 @@ SUFFIXES = (
     *(".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".tif", ".tiff", ".webp"),
     *BY_NAME,
 )
-"""Of all formats that Pillow reads, but for those that hold no pictures (FITS, GRIB, HDF5, BUFR, MPEG), that it gives up (IM), or
-that it hands to another program or library (EPS, WMF, FPX).
+"""Suffixes of all formats that Pillow reads, without those that hold no pictures (FITS, GRIB, HDF5, BUFR, MPEG), that it is giving
+up (IM), or that it hands to another program or library (EPS, WMF, FPX).
 """
 STARTS = (
     re.compile(rb"\xff\xd8\xff"),
@@ -80,22 +80,23 @@ STARTS = (
     re.compile(rb"8BPS\x00\x01"),
     re.compile(rb"qoif"),
 )
-"""The first bytes of FORMATS."""
+"""Patterns of the first bytes of FORMATS."""
 START = 32
+"""Bytes that the patterns need."""
 MAX_BYTES = 256 * 2**20
-"""Of an image's file. Larger ones are not read."""
+"""Larger image files are not read."""
 MAX_PIXELS = 89_478_485
-"""Pillow's own limit, at which it warns; here it is an error."""
+"""The limit at which Pillow warns; here it is an error."""
 MAX_SIDE = 65_500
 MAX_ASPECT = 20
-"""The longer side over the shorter one, above which a central square shows nearly nothing of the image."""
+"""The largest ratio of the sides: above it, a central square shows nearly nothing of the image."""
 
-# Pillow's warning of many pixels is an error here, and not told twice.
+# Too many pixels are an error here, so Pillow's warning would only repeat it.
 warnings.filterwarnings("ignore", message="Image size .* exceeds limit of .* pixels")
 
 
 class BadImage(ValueError):
-    """Why these bytes are not taken as an image: one line."""
+    """The bytes can't be used as an image. The message is one line."""
 
 
 def decode(
@@ -107,12 +108,14 @@ def decode(
     rng_key: str = "",
     name: str = "",
 ) -> np.ndarray:
-    """uint8 [channels, size, size]: the first frame, turned upright by its EXIF, over white where it is transparent, in RGB
-    (3 channels) or grey (1), cut to its largest square, and scaled by `square`.
+    """Decodes an image into uint8 [channels, size, size].
 
-    The square lies in the centre, or (`random`) where `rng_key` puts it: the same key gives the same place. Smaller images are
-    enlarged. Colour profiles are not applied. `name` is the file's, by whose suffix some formats are known. Raises BadImage for
-    what is no image, cut off, of more than 8 bits a channel, of more than MAX_PIXELS, or of absurd sides.
+    Takes the first frame, turns it upright by its EXIF, lays it over white where it is transparent, converts it to RGB (3 channels)
+    or grey (1), crops it to its largest square, and scales that by `square`. The square is in the centre, or (crop="random") at a
+    place that depends only on `rng_key`. Smaller images are enlarged. Colour profiles are not applied.
+
+    name: of the file, as some formats are known only by suffix. Raises BadImage for bytes that are not an image, are truncated, or
+    have more than 8 bits per channel, more than MAX_PIXELS, or extreme sides.
     """
     import numpy as np
     from PIL import ImageOps
@@ -130,7 +133,7 @@ def decode(
 
 
 def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
-    """The box of a PIL image, antialiased (Lanczos): uint8 [c, size, size]."""
+    """Scales a box (left, top, right, bottom) of a PIL image with antialiasing (Lanczos) to uint8 [c, size, size]."""
     import numpy as np
     from PIL import Image
 
@@ -139,7 +142,7 @@ def square(image: Any, size: int, box: tuple[float, float, float, float]) -> np.
 
 
 def starts_as_image(start: bytes) -> bool:
-    """Whether a file whose first START bytes these are is one of FORMATS."""
+    """Whether the first START bytes of a file are those of one of FORMATS."""
     return any(pattern.match(start) for pattern in STARTS)
 
 
@@ -174,7 +177,7 @@ def _open(image: bytes, name: str) -> Any:
 
 
 def _flat(image: Any, channels: int) -> Any:
-    """In RGB or grey, without transparency."""
+    """Converts to RGB (3 channels) or grey, with transparent parts on white."""
     from PIL import Image
 
     if image.has_transparency_data:
@@ -184,7 +187,7 @@ def _flat(image: Any, channels: int) -> Any:
 
 
 def _corner(size: tuple[int, int], crop: str, key: str) -> tuple[int, int]:
-    """(left, top) of a largest square."""
+    """Returns (left, top) of the square: central, or at a place that the key determines."""
     free = [n - min(size) for n in size]
     if crop == "center":
         return free[0] // 2, free[1] // 2
@@ -195,16 +198,14 @@ def _corner(size: tuple[int, int], crop: str, key: str) -> tuple[int, int]:
 
 
 def _bits(opened: Any, image: bytes) -> int:
-    """Bits a channel, of the header: Pillow cuts colours of 16 bits to 8 and doesn't say so. Other formats than these have 8."""
+    """Returns the bits per channel from the header, because Pillow silently reduces 16 bits to 8. All other formats have 8."""
     if opened.format == "PNG":
         return image[24] if image[12:16] == b"IHDR" else 8
     if opened.format == "TIFF":
         return int(max(opened.tag_v2.get(258, (1,))))
-    if opened.format == "PPM" and isinstance(
-        opened.tile[0][3], tuple
-    ):  # (mode, the largest value), where that isn't 255
+    if opened.format == "PPM" and isinstance(opened.tile[0][3], tuple):  # (mode, largest value) if that isn't 255
         return int(opened.tile[0][3][-1]).bit_length()
-    if opened.format == "JPEG2000":  # of the components in the stream's first segment, SIZ
+    if opened.format == "JPEG2000":  # depths of the components, in the first segment of the stream (SIZ)
         siz = image[image.find(b"\xff\x4f\xff\x51") + 4 :]
         depths = siz[38 : 38 + 3 * int.from_bytes(siz[36:38], "big") : 3]
         return max(((depth & 127) + 1 for depth in depths), default=8)
@@ -216,11 +217,11 @@ def _no_image(image: bytes) -> str:
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg", b"<head", b"<body")):
         return "not an image but HTML or XML"
     if start.startswith(b"version https://git-lfs"):
-        return "not an image but a pointer of Git LFS, in whose place `git lfs pull` puts it"
+        return "not an image but a Git LFS pointer; `git lfs pull` downloads the image"
     return f"not an image that can be read ({', '.join(FORMATS)})"
 
 
 def _reason(error: Exception) -> str:
-    """An error of Pillow as one line, without addresses."""
+    """Returns an error of Pillow as one line, without memory addresses."""
     text = re.sub(r"<[^<>]* at 0x[0-9a-f]+>", "the file", str(error) or type(error).__name__)
     return f"broken: {' '.join(text.split())[:160]}"

@@ -1,4 +1,4 @@
-"""What a source is, by what is there, and what it holds."""
+"""The entry points of the readers: detecting the kind of a source, listing it, and reading its units."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from workflows.dataset.readers.files import AbstractFileSystem
 
 READERS = {"images": read_images, "zip": read_zip, "parquet": read_parquet, "tar": read_tars, "arrow": read_arrow}
-SAID = {
+KIND_NAMES = {
     "images": "images",
     "zip": "zip files",
     "parquet": "Parquet files",
@@ -55,21 +55,21 @@ def list_source(
     limit: int | None = None,
     filesystem: AbstractFileSystem | None = None,
 ) -> Listing:
-    """What `source` holds: a folder, a store's prefix, a file, or a pattern, of images, zips, Parquet, Arrow or tar files.
+    """Lists `source`: a folder, a prefix of a store, a file, or a pattern, of images, zips, Parquet, Arrow or tar files.
 
-    labels       None: what the source brings (its own files or columns, files beside the images; else two or more folders),
-                 "none", "folders", or a file (.json, .jsonl, .csv, .tsv) of labels by path; one that only lists classes (or .txt)
-                 gives names to the source's labels
-    captions     None: what the source brings, "none", or a file of captions by path
-    *_column     where they are in a table, in a tar's samples (an extension, or a field of the JSON), or in those files
-    unit_bytes   about so much is read by a unit; a tar, an Arrow file or a Parquet file's row group is not divided
-    limit        so many images: spread evenly where the source tells how many there are, else the first ones, as a note says
+    labels       None: those that the source has (in its tables, columns or sidecar files, else two or more folders); "none";
+                 "folders"; or a file (.json, .jsonl, .csv, .tsv) of labels by path. A file that only lists classes (.txt as well)
+                 names the labels that the source has
+    captions     None: those that the source has; "none"; or a file of captions by path
+    *_column     the column of a table or of such a file, or, in tars, an extension or a field of the JSON
+    unit_bytes   approximate bytes per unit; a tar, an Arrow file and a row group of a Parquet file are not divided
+    limit        number of images: spread evenly if the source tells how many it has, else the first ones, which a note says
 
-    A file of labels lies within the source, or anywhere else. Raises UserError where the source can't be used.
+    The files of labels and captions may be in the source or elsewhere. Raises UserError if the source can't be used.
     """
     assert unit_bytes > 0, unit_bytes
     if limit is not None and limit < 1:
-        raise UserError(f"limit: {limit} images are none")
+        raise UserError(f"limit: {limit}; it must be at least 1")
     ask = Ask(labels, captions, label_column, image_column, caption_column, unit_bytes, limit)
     files = Files(source, filesystem)
     found = files.find()
@@ -94,10 +94,10 @@ def list_source(
 def read_unit(
     listing: Listing, unit: Unit, filesystem: AbstractFileSystem | None = None, left_out: LeftOut | None = None
 ) -> Iterator[Item]:
-    """The unit's images one after another, in the same order every time; what is broken is an Item with an error. `left_out` counts
-    what else there is that is not taken, beyond what the listing tells.
+    """Yields the images of a unit one by one, always in the same order. A broken image is an Item with an error.
 
-    An outage of the store is raised, not recorded: it says nothing of an image.
+    left_out: counts what is not used, beyond what the listing says. An outage of the store is raised rather than recorded, as it
+    says nothing about an image.
     """
     files = Files(listing.source, filesystem, root=listing.root)
     files.left_out = Counter() if left_out is None else left_out
@@ -106,12 +106,12 @@ def read_unit(
 
 
 def _writable(item: Item) -> Item:
-    """Its caption as UTF-8 can hold it: half of a pair of surrogates, as JSON brings of a cut emoji, becomes a question mark."""
+    """Makes the caption encodable as UTF-8. A lone surrogate, as JSON has it for a cut emoji, becomes a question mark."""
     return replace(item, caption=item.caption.encode("utf-8", "replace").decode()) if item.caption else item
 
 
 def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
-    """(reader, its files). Raises UserError where there is nothing to read, or more than one kind."""
+    """Returns (reader, its files). Raises UserError if there is nothing to read, or more than one kind of files."""
     of: dict[str, list[File]] = {}
     for file in found:
         kind = _kind(file.name)
@@ -122,15 +122,15 @@ def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
     if not of:
         raise UserError(
             f"{files.source} has no images; its files are {kinds(file.name for file in found)}",
-            hint=f"known: {', '.join(SAID.values())}",
+            hint=f"known: {', '.join(KIND_NAMES.values())}",
         )
     if set(of) == {"tar", "parquet"} and {_stem(file.name) for file in of["parquet"]} <= {
         _stem(file.name) for file in of["tar"]
     }:
-        del of["parquet"]  # img2dataset's tables of what the tars hold
+        del of["parquet"]  # tables about the tars, written by img2dataset
     if len(of) > 1:
         first, second, *_ = sorted(of)
-        shown = " and ".join(f"{SAID[kind]} ({clean(of[kind][0].name)})" for kind in (first, second))
+        shown = " and ".join(f"{KIND_NAMES[kind]} ({clean(of[kind][0].name)})" for kind in (first, second))
         raise UserError(
             f"{files.source} holds both {shown}", hint="name the folder, the files or a pattern of one kind"
         )
@@ -145,13 +145,13 @@ def _kind(name: str) -> str | None:
 
 
 def _stem(name: str) -> str:
-    """A name without what tells the kind: 00000 of 00000.tar.gz."""
+    """Returns a name without all its suffixes: 00000 for 00000.tar.gz."""
     folder, slash, last = name.rpartition("/")
     return folder + slash + last.partition(".")[0]
 
 
 def _named(listing: Listing, reader: str, files: Files, found: list[File], chosen: list[File], ask: Ask) -> Listing:
-    """A source whose images have names that are known."""
+    """Lists a source of image files or zips, where every image has a known name."""
     taken = {file.name for file in chosen}
     others = [file.name for file in found if file.name not in taken]
     if reader == "zip":
@@ -172,8 +172,8 @@ def _named(listing: Listing, reader: str, files: Files, found: list[File], chose
 
 
 def _leave(files: Files, others: Sequence[str], used: Collection[str | None], reader: str) -> None:
-    """Counts the files beside those that are read."""
-    why = NOT_IMAGES if reader == "images" else f"beside the {SAID[reader]}"
+    """Counts the files that are not read as left out."""
+    why = NOT_IMAGES if reader == "images" else f"beside the {KIND_NAMES[reader]}"
     for name in others:
         if name not in used:
             files.leave(called(name), why)
@@ -226,7 +226,7 @@ def _tables(listing: Listing, reader: str, files: Files, found: list[File], chos
 
 
 def _first_ones(listing: Listing, files: Files) -> Listing:
-    """The first `limit` items of a source that doesn't tell how many it has: so many files are read once, to count."""
+    """Limits a source of unknown length to its first `limit` items. The files that hold them are read once, to count."""
     assert listing.limit is not None
     units: list[Unit] = []
     count = 0
@@ -239,7 +239,7 @@ def _first_ones(listing: Listing, files: Files) -> Listing:
             last = sum(1 for _ in islice(items, listing.limit - count))
             count += last
             units.append(replace(one, last=last))
-    note = f"the first {count:,} images: how many there are is not known before all is read"
+    note = f"the first {count:,} images: the total is not known before everything is read"
     return replace(listing, units=tuple(units), count=count, notes=(*listing.notes, note))
 
 
@@ -248,7 +248,7 @@ def _at_most(available: int, limit: int | None) -> int:
 
 
 def _with(listing: Listing, contents: tuple[bytes, ...]) -> str:
-    """The listing's fingerprint with files that the user named besides."""
+    """Returns the fingerprint of the listing, extended by the contents of the files that the user named."""
     if not any(contents):
         return listing.fingerprint
     parts = [listing.fingerprint, *(hashlib.sha256(content).hexdigest() for content in contents)]

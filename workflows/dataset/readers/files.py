@@ -1,4 +1,4 @@
-"""A source's files, wherever they lie: found and read through fsspec."""
+"""Files of a source, local or in any store: listing and reading them through fsspec."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 BLOCK = 8 * 2**20
-"""Bytes read ahead of a file that is streamed from a store (fsspec's own for S3 is 50 MiB)."""
+"""Bytes read ahead when a file is streamed from a store. The default of fsspec for S3 is 50 MiB."""
 AT_ONCE, FILES_AT_ONCE = 4 * 2**20, 32
-"""What is asked of a store at once when a file is an image."""
+"""Bytes and files per concurrent request to a store, when each image is a file."""
 NO_SUFFIX = "no suffix"
 SYSTEMS = frozenset(
     (
@@ -30,8 +30,8 @@ SYSTEMS = frozenset(
         *("system volume information", "lost+found"),
     )
 )
-"""What macOS, Windows and network drives put beside files, thumbnails and deleted ones among them; in small letters."""
-DENIED = "it may not be read: permission denied"
+"""Files and folders that macOS, Windows and network drives leave, such as thumbnails and deleted files; in lower case."""
+DENIED = "it can't be read: permission denied"
 OUTAGES = frozenset(
     (
         errno.EIO,
@@ -44,16 +44,16 @@ OUTAGES = frozenset(
         errno.EHOSTDOWN,
     )
 )
-"""Errors that say nothing of the file that was asked for."""
+"""Errors of the store or the machine rather than of the file that was read."""
 
 
 LeftOut = Counter[tuple[str, str]]
-"""How many of what, such as a suffix, are left out, and why: (what, why) -> count."""
+"""Counts of what is left out: (what, why) -> count. `what` is a suffix or the like."""
 
 
 @dataclass(frozen=True)
 class File:
-    """`name` below the source's root; `size` and `version` (ETag, time of change) where the store tells."""
+    """A file: its name below the root of the source, and its size and version (ETag, modification time) if the store tells."""
 
     name: str
     size: int | None
@@ -61,9 +61,10 @@ class File:
 
 
 class Files:
-    """The files below `source`: a folder, a prefix of a store, one file, or a pattern with * and ?.
+    """The files of `source`: a folder, a prefix of a store, one file, or a pattern with * and ?.
 
-    root is what names are relative to: the folder, that of the one file, or the part before the pattern.
+    root       the folder that names are relative to: the source, the folder of the one file, or the part before the pattern
+    left_out   counts of what is not used; see `leave`
     """
 
     def __init__(self, source: str, filesystem: AbstractFileSystem | None = None, root: str | None = None) -> None:
@@ -74,9 +75,9 @@ class Files:
         self.left_out: LeftOut = Counter()
 
     def find(self) -> list[File]:
-        """All files, in the order of their names. Hidden files and folders are left out.
+        """Returns all files sorted by name, without hidden files and folders.
 
-        Raises UserError for a source that is not there, may not be listed, or has no files.
+        Raises UserError for a source that does not exist, can't be listed, or has no files.
         """
         try:
             self.fs.invalidate_cache()
@@ -84,37 +85,44 @@ class Files:
         except UserError:
             raise
         except FileNotFoundError as error:
-            raise UserError(f"{self.source} is not there", hint="a folder, a file, or a store's prefix") from error
+            raise UserError(
+                f"{self.source} does not exist", hint="a source is a folder, a file, or a prefix of a store"
+            ) from error
         except PermissionError as error:
-            raise UserError(f"{self.source} may not be read: {line(error)}", hint="credentials, or rights") from error
-        except Exception as error:  # every store's driver has errors of its own
+            raise UserError(
+                f"{self.source} can't be read: {line(error)}", hint="check the credentials and the access rights"
+            ) from error
+        except Exception as error:  # each driver of a store raises its own kinds of errors
             raise UserError(f"{self.source} can't be listed: {line(error)}") from error
         files = sorted((file for file in found if not hidden(file.name)), key=lambda file: file.name)
         if not files:
-            raise UserError(f"{self.source} has no files" if self._there(self.path) else f"{self.source} is not there")
+            raise UserError(
+                f"{self.source} has no files" if self._exists(self.path) else f"{self.source} does not exist"
+            )
         return files
 
     def open(self, name: str) -> Any:
-        """The file as a stream of bytes that can seek."""
+        """Opens the file as a seekable stream of bytes."""
         return self.fs.open(self._full(name), "rb", block_size=BLOCK)
 
     def read(self, name: str) -> bytes:
+        """Returns the content of the file. Raises the error of its store."""
         content: bytes = self.fs.cat_file(self._full(name))
         return content
 
     def whole(self, name: str) -> bytes:
-        """A file that the source can't do without. Raises UserError where it can't be read."""
+        """Returns the content of a file that the source needs. Raises UserError if it can't be read."""
         try:
             return self.read(name)
         except OSError as error:
             raise UserError(f"{clean(name)} in {self.source}: {self.lost(error)}") from error
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file or folder: what an archive holds is none."""
-        return self._there(self._full(name))
+        """Whether the file or folder exists. Members of archives do not count."""
+        return self._exists(self._full(name))
 
     def starts(self, names: Sequence[str], count: int) -> Iterator[bytes]:
-        """The first `count` bytes of each file; b"" of one that can't be read, as is said when it is."""
+        """Yields the first `count` bytes of each file; b"" for one that can't be read, whose error is reported later."""
         for first in range(0, len(names), FILES_AT_ONCE):
             part = [self._full(name) for name in names[first : first + FILES_AT_ONCE]]
             if self.fs.async_impl:
@@ -128,25 +136,26 @@ class Files:
                     yield b""
 
     def read_small(self, names: Sequence[str]) -> Iterator[bytes | str]:
-        """As `read_many`, of files whose sizes are not known, but small."""
+        """As `read_many`, for small files of unknown size."""
         at_once = FILES_AT_ONCE if self.fs.async_impl else 1
         for first in range(0, len(names), at_once):
             for content in self._contents(list(names[first : first + at_once])):
                 yield self._checked(content, None)
 
     def leave(self, what: str, why: str, count: int = 1) -> None:
-        """Notes what is left out, so that it can be told."""
+        """Counts something as left out, to be reported to the user."""
         self.left_out[what, why] += count
 
     def leave_columns(self, names: Iterable[str]) -> None:
-        """Notes columns of tables that are not taken."""
+        """Counts columns of tables that are not used."""
         for name in names:
             self.leave(f"column {clean(name)}", "neither image, label nor caption")
 
     def read_many(self, names: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | str]:
-        """The content of each file, or why it has none, in one line. Some are asked for at once where the store can.
+        """Yields the content of each file, or one line that says why it can't be read. Files are requested concurrently if the
+        store supports that.
 
-        An outage (a connection that fails) is no property of a file: it is raised.
+        An outage, such as a failed connection, is raised, as it says nothing about the file.
         """
         at_once = FILES_AT_ONCE if self.fs.async_impl else 1
         for first, last in grouped([size or BLOCK for size in sizes], AT_ONCE, count=at_once):
@@ -179,12 +188,12 @@ class Files:
         return out
 
     def lost(self, error: Exception) -> str:
-        """Why a file can't be read, in one line. Raises the error again if it is an outage, which says nothing of the file."""
+        """Returns why a file can't be read, in one line. Raises the error again if it is an outage of the store."""
         if isinstance(error, FileNotFoundError):
             return "it is no longer there"
         if isinstance(error, PermissionError):
             return DENIED
-        if type(error) is OSError and error.errno is None:  # a decoder's
+        if type(error) is OSError and error.errno is None:  # raised by a decompressor
             return f"broken: {line(error)}"
         if self.local and isinstance(error, OSError) and error.errno not in OUTAGES:
             return f"it can't be read: {error.strerror or line(error)}"
@@ -209,17 +218,17 @@ class Files:
     def _name(self, path: str) -> str:
         return path[len(self.root) :].lstrip("/")
 
-    def _there(self, path: str) -> bool:
+    def _exists(self, path: str) -> bool:
         try:
             return bool(self.fs.exists(path))
-        except Exception:  # the question is only for better words
+        except Exception:  # the answer only chooses the text of an error
             return True
 
 
 def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[tuple[str, os.stat_result | None]]:
-    """(path, what it is) of the plain files below a folder of this machine, but for hidden folders; None of a link to nothing.
+    """Yields (path, stat) of the regular files below a local folder, without hidden folders. stat is None for a dangling link.
 
-    Links are followed, but not into a folder that they lie in. What can't be read is raised.
+    Links are followed, except to a folder that contains them. Raises OSError for a folder that can't be read.
     """
     info = os.stat(folder)
     this = info.st_dev, info.st_ino
@@ -234,7 +243,7 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
             continue
         try:
             info = entry.stat()
-        except OSError:  # said when it is read
+        except OSError:  # reported when the file is read
             yield entry.path, None
         else:
             if stat.S_ISREG(info.st_mode):
@@ -242,13 +251,13 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
 
 
 def fingerprint(files: Sequence[File], *, versions: bool = True) -> str:
-    """Of names, sizes and versions."""
+    """Returns a hash of the names, sizes and, unless `versions` is False, versions of the files."""
     lines = "".join(f"{file.name!r} {file.size} {file.version if versions else ''}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
 def shown(source: str) -> str:
-    """A source as it may be shown: without the user, password, and query of an address."""
+    """Returns a source without the user, password and query of its address, to be shown or logged."""
     scheme, separator, rest = source.partition("://")
     if not separator:
         return source
@@ -257,39 +266,40 @@ def shown(source: str) -> str:
 
 
 def line(error: Exception) -> str:
-    """An error as one line; of addresses in it without user, password and query, which may be secret."""
+    """Returns an error as one line. Addresses in it lose user, password and query, which may be secret."""
     text = " ".join((str(error) or type(error).__name__).split())
     return re.sub(r"\w+://[^\s\"']+", lambda m: shown(m[0]), text)[:200]
 
 
 def clean(name: str) -> str:
-    """A name that any file, screen and encoding takes: no control characters, no bytes that aren't text."""
+    """Escapes control characters and undecodable bytes in a name, so that it can be printed and encoded."""
     text = name.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def inside(name: str) -> str:
-    """The name of an archive's member as a clean relative one: no root, no drive, no `..`."""
+    """Returns the name of an archive member as a safe relative path: no root, no drive, no `..`."""
     parts = name.replace("\\", "/").split("/")
     return clean("/".join(p for p in parts if p not in ("", ".", "..") and not re.fullmatch("[A-Za-z]:", p)))
 
 
 def suffix(name: str) -> str:
+    """Returns the suffix in lower case, with its dot; "" if there is none."""
     return os.path.splitext(name)[1].lower()
 
 
 def hidden(name: str) -> bool:
-    """Whether it is what systems leave in folders, and not worth a word."""
+    """Whether a file or folder is hidden or left by an operating system. Such files are not even counted as left out."""
     return any(part.startswith(".") or part.lower() in SYSTEMS for part in name.split("/"))
 
 
 def called(name: str) -> str:
-    """What a file that is left out is counted as: its suffix, if it has one."""
+    """Returns the name under which a left-out file is counted: its suffix, or NO_SUFFIX."""
     return clean(suffix(name)) or NO_SUFFIX
 
 
 def kinds(names: Iterable[str]) -> str:
-    """The most frequent suffixes, in words."""
+    """Returns the three most frequent suffixes with their counts, as text."""
     return ", ".join(f"{what} ({n:,})" for what, n in Counter(map(called, names)).most_common(3))
 
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face data set's folder says of itself, read without its library: features, metadata files, splits."""
+"""Metadata of Hugging Face data sets, read without the library `datasets`: class names, metadata files, splits."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 
 
 def is_huggingface(files: Files, found: Sequence[File]) -> bool:
-    """Whether a folder of tables is one: by a card or an info that describes features."""
+    """Whether a folder of tables is a Hugging Face data set: it has a data set card or an info file that describes the data."""
     names = {file.name.rpartition("/")[2] for file in found}
     return INFO in names or "dataset_dict.json" in names or bool(_card(files, found))
 
 
 def class_names(files: Files, found: Sequence[File]) -> dict[str, tuple[str, ...]]:
-    """Names of the classes by column, as dataset_info.json or the README's head tell."""
+    """Returns the class names by column, from dataset_info.json or the header of README.md."""
     names: dict[str, tuple[str, ...]] = {}
     for features in _features(files, found):
         for column, feature in features.items():
@@ -37,8 +37,8 @@ def class_names(files: Files, found: Sequence[File]) -> dict[str, tuple[str, ...
 
 
 def one_split(files: Files, chosen: Sequence[File]) -> None:
-    """Raises UserError where files are of more than one split: `train-00000-of-00002.parquet`, `test/data-0000.arrow`,
-    `imagenet-val-0000.tar`.
+    """Raises UserError if the files belong to more than one split, going by names such as `train-00000-of-00002.parquet`,
+    `test/data-0000.arrow` and `imagenet-val-0000.tar`.
     """
     splits: dict[str, str] = {}
     for file in chosen:
@@ -56,7 +56,10 @@ def one_split(files: Files, chosen: Sequence[File]) -> None:
 
 
 def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> list[File]:
-    """Of the .arrow files those that the state.json beside them names: `datasets` leaves caches there as well."""
+    """Returns the .arrow files that a state.json lists, as `datasets` leaves caches beside them. Without state.json, all of them.
+
+    Raises UserError if a listed file is missing.
+    """
     named: set[str] = set()
     states = [file for file in found if file.name.rpartition("/")[2] == STATE]
     for state in states:
@@ -66,15 +69,16 @@ def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> 
     kept = [file for file in chosen if file.name in named] if named else list(chosen)
     lacking = sorted(named - {file.name for file in kept})
     if lacking:
-        raise UserError(f"{files.source}: {clean(lacking[0])}, which its {STATE} names, is not there")
+        raise UserError(f"{files.source}: {clean(lacking[0])} is missing, though {STATE} lists it")
     return kept
 
 
 def metadata(
     names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
 ) -> tuple[Table | None, Table | None, frozenset[str], tuple[str, ...]]:
-    """(labels, captions, the files that they are from, further columns of these) of the metadata files among `names`, of a folder
-    or an archive of images; their paths are relative to where each lies.
+    """Returns (labels, captions, the files that they come from, unused columns of these) from the metadata files among `names`.
+
+    `whole` reads a file of the folder or archive. Paths in a metadata file are relative to its folder.
     """
     labels: dict[str, str | int | None] = {}
     captions: dict[str, str | int | None] = {}
@@ -112,6 +116,7 @@ def metadata(
 
 
 def is_metadata(name: str) -> bool:
+    """Whether the file is a metadata file, such as metadata.csv."""
     return name.rpartition("/")[2] in METADATA
 
 
@@ -126,18 +131,20 @@ def _features(files: Files, found: Sequence[File]) -> list[dict[str, Any]]:
 
 
 def _named(feature: dict[str, Any]) -> dict[str, Any]:
-    """A feature as the card has it, in the form of dataset_info.json."""
+    """Converts a feature from the form of the data set card to that of dataset_info.json."""
     kind = feature.get("dtype")
     names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
     if isinstance(names, dict):
         numbers = {int(key): name for key, name in names.items() if str(key).isdecimal()}
         whole = sorted(numbers) == list(range(len(names)))
-        names = [numbers[i] for i in sorted(numbers)] if whole else None  # else the numbers are their names
+        names = (
+            [numbers[i] for i in sorted(numbers)] if whole else None
+        )  # with gaps in the numbers, the numbers are the names
     return {"names": names}
 
 
 def _card(files: Files, found: Sequence[File]) -> Any:
-    """`dataset_info` of the head of the README, or {}."""
+    """Returns `dataset_info` from the YAML header of README.md, or {}."""
     if not any(file.name == CARD for file in found):
         return {}
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", files.whole(CARD).decode("utf-8", "replace"), re.DOTALL)
@@ -156,5 +163,5 @@ def _json(files: Files, file: File) -> dict[str, Any]:
     try:
         values = json.loads(files.whole(file.name))
     except ValueError as error:
-        raise UserError(f"{clean(file.name)} in {files.source} is no JSON that can be read") from error
+        raise UserError(f"{clean(file.name)} in {files.source} is not valid JSON") from error
     return values if isinstance(values, dict) else {}

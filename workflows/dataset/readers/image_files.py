@@ -1,4 +1,4 @@
-"""Images as files of their own, below a folder or a store's prefix."""
+"""Reader of image files below a folder or a prefix of an object store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workflows.dataset.readers.spread import evenly, grouped
 from workflows.dataset.readers.text import NotText, are_boxes
 
 MOST = 10_000
-"""Files a unit."""
+"""Files per unit."""
 OTHER = frozenset(
     (
         *(
@@ -54,21 +54,22 @@ OTHER = frozenset(
         *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw", ".xmp"),
     )
 )
-"""Suffixes of what is no image, or none that can be read. Of a raw photograph the first bytes are a TIFF's."""
+"""Suffixes of files that are not readable images. They include raw photographs, whose first bytes look like a TIFF."""
 NOT_IMAGES = "not images"
 
 
 def is_image(name: str) -> bool:
+    """Whether the suffix is that of an image format."""
     return suffix(name) in SUFFIXES
 
 
 def may_be_image(name: str) -> bool:
-    """Whether only its content tells: `photo`, `photo.jpg_large`, `photo.jpg.download`."""
+    """Whether the suffix says nothing and the content must be checked: `photo`, `photo.jpg_large`, `photo.jpg.download`."""
     return suffix(name) not in SUFFIXES and suffix(name) not in OTHER
 
 
 def images_among(files: Files, found: Sequence[File]) -> list[File]:
-    """Those that are images by their suffix, or by their first bytes where that says nothing."""
+    """Returns the files that are images by their suffix, or by their first bytes where the suffix says nothing."""
     unsure = [file.name for file in found if may_be_image(file.name)]
     starts = zip(unsure, files.starts(unsure, START), strict=True)
     by_content = {name for name, start in starts if starts_as_image(start)}
@@ -76,7 +77,7 @@ def images_among(files: Files, found: Sequence[File]) -> list[File]:
 
 
 def image_units(chosen: Sequence[File], about: Described, ask: Ask) -> tuple[Unit, ...]:
-    """Neighbours of `chosen` together, up to `unit_bytes`; the limit's ones only."""
+    """Groups neighbouring files into units of about `ask.unit_bytes`. Only files within `ask.limit` are included."""
     index = evenly(len(chosen), ask.limit).tolist()
     units = []
     for first, last in grouped([chosen[i].size or 0 for i in index], ask.unit_bytes, count=MOST):
@@ -90,26 +91,27 @@ def image_units(chosen: Sequence[File], about: Described, ask: Ask) -> tuple[Uni
                 sizes=tuple(chosen[i].size for i in part),
                 labels=picked(about.labels, part),
                 captions=picked(about.captions, part),
-                asides=picked(about.asides, part),
+                caption_files=picked(about.caption_files, part),
             )
         )
     return tuple(units)
 
 
 def read_images(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
-    beside = [name for name in unit.asides if name]
-    texts = zip(beside, files.read_small(beside), strict=True)
+    """Yields one item per file of the unit."""
+    sidecars = [name for name in unit.caption_files if name]
+    texts = zip(sidecars, files.read_small(sidecars), strict=True)
     for i, content in enumerate(files.read_many(unit.files, unit.sizes)):
         image, error = (None, content) if isinstance(content, str) else (content, None)
         caption = at(unit.captions, i)
-        if at(unit.asides, i):
-            caption, wrong = aside_caption(*next(texts), listing, files)
+        if at(unit.caption_files, i):
+            caption, wrong = sidecar_caption(*next(texts), listing, files)
             image, error = (None, error or wrong) if wrong else (image, error)
         yield Item(clean(unit.files[i]), image, at(unit.labels, i), caption, error)
 
 
-def aside_caption(name: str, content: bytes | str, listing: Listing, files: Files) -> tuple[str | None, str | None]:
-    """(the caption in a file beside an image, why it can't be read)."""
+def sidecar_caption(name: str, content: bytes | str, listing: Listing, files: Files) -> tuple[str | None, str | None]:
+    """Returns (the caption in a sidecar file, why it can't be read). content: the bytes, or why there are none."""
     if isinstance(content, str):
         return None, f"{clean(name)}: the caption can't be read: {content}"
     try:
@@ -123,15 +125,17 @@ def aside_caption(name: str, content: bytes | str, listing: Listing, files: File
 
 
 def one_of(found: Sequence[str], files: Files) -> str | None:
-    """The first of an image's captions; the others are counted."""
+    """Returns the first caption of an image, and counts the others as left out."""
     if len(found) > 1:
         files.leave("captions", FURTHER, len(found) - 1)
     return found[0] if found else None
 
 
 def picked(values: Sequence[Any], index: Sequence[int]) -> tuple[Any, ...]:
+    """Returns the values at these indices; () if there are no values."""
     return tuple(values[i] for i in index) if values else ()
 
 
 def at(values: Sequence[Any], i: int) -> Any:
+    """Returns value i, or None if there are no values."""
     return values[i] if values else None

@@ -1,4 +1,4 @@
-"""What a source holds, before any image is read: units of work for tasks, as plain values."""
+"""The types that describe a source before its images are read: items, units of work, and the listing. All are plain values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Item:
     """One image of a source, undecoded.
 
-    key      its name, which no other item of the source has: `cats/0.png`, `a.parquet#123`, `shard-000.tar#0001.jpg`
-    image    the file's bytes; None where it could not be read, and `error` tells in one line why
-    label    its number in the class list; None where the source gives none
+    key      the name, unique in the source: `cats/0.png`, `a.parquet#123`, `shard-000.tar#0001.jpg`
+    image    the bytes of the file; None if it could not be read, and `error` says why in one line
+    label    the number of its class in the class list; None if the source gives no label
     """
 
     key: str
@@ -29,17 +29,17 @@ class Item:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one task reads.
+    """The part of a source that one task reads.
 
     kind      the reader: images | zip | parquet | tar | arrow
-    files     names below the source's root
-    first     of its one file (zip, parquet: the first member or row; tar, arrow: 0), and `last`, which is not taken.
-              None: to the end. `images` has one item a file
-    offset    how many items of the source lie before it (zip, parquet)
-    size      bytes, estimated
-    sizes     images: of each file. None where the store doesn't tell
-    labels, captions   images and zip: of each item that is taken; () where there are none
-    asides    images and zip: the file beside each item that holds its caption, if one does; () where none do
+    files     names below the root of the source
+    first     zip, parquet: the first member or row of its one file; tar, arrow: 0. `images` has one item per file
+    last      the end of that range, exclusive; None: to the end
+    offset    zip, parquet: number of items of the source before this unit
+    size      estimated bytes
+    sizes     images: size of each file; None where the store does not say
+    labels, captions   images, zip: one for each item that is read; () if there are none
+    caption_files      images, zip: the sidecar file that holds the caption of each item, if any; () if there are none
     """
 
     kind: str
@@ -51,29 +51,29 @@ class Unit:
     sizes: tuple[int | None, ...] = ()
     labels: tuple[int | None, ...] = ()
     captions: tuple[str | None, ...] = ()
-    asides: tuple[str | None, ...] = ()
+    caption_files: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A source as its files tell it. `read_unit` needs all but `units`: hand `replace(listing, units=())` to tasks.
+    """What a source holds. `read_unit` does not need `units`: pass `replace(listing, units=())` to tasks.
 
     kind           images | parquet | webdataset | huggingface | zip
-    units          in an order that is the same every time; all of them together are the source, or its `limit`
-    count          items of all units, where known without reading everything; broken ones are among them
-    classes        names in label order. () with `labelled`: labels are the source's own numbers, not known before all is read
-    fingerprint    changes with names, sizes and versions (ETag, time of change) of the files, those of labels and captions
-                   included; not with the options
-    content        as the fingerprint, but for the versions: a copy of the source has the same, and so may other images
-    labelled       where labels come from, in words; "" without labels. `captioned` likewise
-    available      items of the whole source, where known; `limit` takes some of them
-    image_column, label_column, caption_column     parquet, arrow; tar: the siblings or fields of a sample's JSON
-    caption_columns                                tar, and files beside images: those that may hold a caption, the first first
-    class_depth                                    tar: which folder of a member's name is its class
-    label_file, caption_file                       tar: files of labels and captions, by the members' names
-    label_names                                    tar: labels are names, also those that look like numbers
-    left_out       (what, why, how many) of the files and columns that are not taken, as far as the listing tells
-    notes          what the user should be told, a line each
+    units          in a fixed order; together they are the source, or `limit` items of it
+    count          number of items in all units, broken ones included; None if only reading everything would tell
+    classes        class names in label order. () although `labelled` is set: labels are numbers, known only after reading
+    fingerprint    changes with the names, sizes and versions (ETag, modification time) of the files, including those of labels and
+                   captions; not with the options
+    content        like the fingerprint, but without versions: equal for a copy of the source, and possibly for other images
+    labelled       where labels come from, as text; "" without labels. `captioned` likewise
+    available      number of items in the whole source, if known; `limit` takes some of them
+    image_column, label_column, caption_column     parquet, arrow: columns; tar: extensions, or fields of the JSON of a sample
+    caption_columns                                tar, sidecar files: extensions or fields that may hold a caption, by priority
+    class_depth                                    tar: index of the folder in a member's name that is the class
+    label_file, caption_file                       tar: files of labels and captions by member name
+    label_names                                    tar: all labels are names, even those that look like numbers
+    left_out       (what, why, how many) of files and columns that are not used, as far as the listing knows
+    notes          lines to show to the user
     """
 
     source: str
@@ -101,7 +101,7 @@ class Listing:
 
 
 def taken(listing: Listing, unit: Unit) -> np.ndarray:
-    """Which members or rows of its file a unit reads, of a source that tells how many items it has."""
+    """Returns the indices of the members or rows that a unit reads from its file. `listing.available` must be known."""
     assert unit.last is not None
     assert listing.available is not None
     last = unit.offset + unit.last - unit.first

@@ -1,4 +1,4 @@
-"""Images in a column of Parquet files."""
+"""Reader of images in a column of Parquet files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 ROWS = 16
-"""Rows in memory at once, besides what Parquet's pages need."""
+"""Rows in memory at once, besides the pages of Parquet."""
 READERS = 8
+"""Threads that read footers and label columns."""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What a file's end tells: rows and bytes of each row group; or why it can't be read."""
+    """The footer of a file: its schema, and rows and bytes of each row group. error: why the file can't be read, if so."""
 
     schema: pa.Schema | None
     rows: tuple[int, ...] = ()
@@ -38,7 +39,7 @@ class Footer:
 
 @dataclass(frozen=True)
 class Tables:
-    """Parquet or Arrow files as listed. columns: of all of them."""
+    """A listing of Parquet or Arrow files, for the Listing. table: content of the file that the user named for labels."""
 
     units: tuple[Unit, ...]
     available: int | None
@@ -50,10 +51,11 @@ class Tables:
 
 
 def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, tuple[str, ...]]) -> Tables:
-    """Units of whole row groups. A file that can't be read is a unit of about as many broken items as it has lost.
+    """Lists Parquet files in units of whole row groups.
 
-    Class names are the schema's, or `names` of files beside it, or of `ask.labels`; without any, the label column is read for
-    them. Raises UserError for files with different columns, or none that can be read.
+    A file that can't be read becomes a unit of about as many broken items as it should have rows. Class names come from the file
+    that `ask.labels` names, the schema, or `names` (by column); without any, the label column is read for them. Raises UserError
+    for files with different columns, or if no file can be read.
     """
     with ThreadPoolExecutor(READERS) as pool:
         footers = list(pool.map(lambda file: _footer(files, file.name), chosen))
@@ -89,18 +91,21 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
 
 
 def _labelled(files: Files, columns: Columns, ask: Ask, labelled: bool) -> tuple[Columns, tuple[str, ...]]:
-    """The columns without that of labels where no row has one, and what is said of it. Raises UserError if the user named it."""
+    """Returns (the columns, notes). A label column without any label becomes an unused column.
+
+    Raises UserError if the user named that column.
+    """
     if labelled:
         return columns, ()
-    said = f"column {columns.label} holds none: all are empty or -1"
+    note = f"no labels in column {columns.label}: all are empty or -1"
     if ask.label_column:
-        raise UserError(f"{files.source}: no labels: {said}", hint="--labels none: no classes")
-    return replace(columns, label=None, others=(*columns.others, str(columns.label))), (f"no labels: {said}",)
+        raise UserError(f"{files.source}: {note}", hint="--labels none: no classes")
+    return replace(columns, label=None, others=(*columns.others, str(columns.label))), (note,)
 
 
 def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[Footer]:
-    """The footers; of a file that can't be read one row group of as many rows as its size says, by the other files' mean, but at
-    least one.
+    """Gives a file that can't be read a footer with one row group. The number of rows is estimated from the size of the file and
+    the rows per byte of the others, and is at least one.
     """
     whole = [(file, footer) for file, footer in zip(chosen, footers, strict=True) if footer.schema is not None]
     rows, size = sum(sum(footer.rows) for _, footer in whole), sum(file.size or 0 for file, _ in whole)
@@ -112,7 +117,10 @@ def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[F
 
 
 def class_list(files: Files, ask: Ask, columns: Columns) -> tuple[tuple[str, ...], bytes]:
-    """The class list of the user's file or of the source, and the file's content. Raises UserError where they differ in number."""
+    """Returns (the class list, the content of the file that the user named for labels). The user's list comes before the source's.
+
+    Raises UserError if the two differ in length, or if the options do not fit tables.
+    """
     if ask.labels == "folders":
         raise UserError("labels by folder are for images in folders; these are in tables", hint="name a label column")
     table, content = label_table(files, ask)
@@ -123,14 +131,15 @@ def class_list(files: Files, ask: Ask, columns: Columns) -> tuple[tuple[str, ...
         )
     classes = table.classes if table else ()
     if classes and columns.label is None:
-        raise UserError(f"{files.source}: classes are given, and no column of labels", hint="--label-column")
+        raise UserError(f"{files.source}: a class list is given, but there is no label column", hint="--label-column")
     if classes and columns.classes and len(classes) != len(columns.classes):
         own = f"the source's column {columns.label} has {len(columns.classes):,}"
-        raise UserError(f"{ask.labels} lists {len(classes):,} classes; {own}")
+        raise UserError(f"{ask.labels} lists {len(classes):,} classes, but {own}")
     return classes or columns.classes, content
 
 
 def read_parquet(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
+    """Yields one item per row of the unit."""
     (name,) = unit.files
     chosen = taken(listing, unit).tolist()
     footer = _footer(files, name)
@@ -149,7 +158,7 @@ def read_parquet(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
 def _row_group(
     listing: Listing, files: Files, name: str, group: int, start: int, wanted: Sequence[int]
 ) -> Iterator[Item]:
-    """The wanted rows of a row group that begins at row `start`; each an error from where it is broken."""
+    """Yields the wanted rows of a row group that begins at row `start`. If it breaks, the remaining items have an error."""
     import pyarrow as pa
 
     columns = [c for c in (listing.image_column, listing.label_column, listing.caption_column) if c]
@@ -174,7 +183,7 @@ def _row_group(
 
 @contextmanager
 def _opened(files: Files, name: str) -> Iterator[pq.ParquetFile]:
-    """Row groups are read page by page, not as a whole."""
+    """Opens a Parquet file so that row groups are read page by page rather than as a whole."""
     import pyarrow.parquet as pq
 
     with files.open(name) as stream, pq.ParquetFile(stream, pre_buffer=False, buffer_size=2**20) as file:
@@ -190,15 +199,15 @@ def _footer(files: Files, name: str) -> Footer:
             sizes = tuple(group.total_byte_size for group in groups)
             return Footer(file.schema_arrow, tuple(group.num_rows for group in groups), sizes)
     except pa.ArrowException as error:
-        return Footer(None, error=f"it is no Parquet file: {line(error)}")
+        return Footer(None, error=f"it is not a Parquet file: {line(error)}")
     except OSError as error:
         return Footer(None, error=files.lost(error))
 
 
 def _distinct(files: Files, name: str, column: str) -> set[str | int | None]:
-    """The labels in a column, as many as there may be classes. What can't be read is left to read_parquet.
+    """Returns the distinct labels in a column; it stops once there are more than MOST_CLASSES.
 
-    Raises UserError for values that are no labels.
+    Broken files are ignored here, as read_parquet reports them. Raises UserError for values that are not labels.
     """
     import pyarrow as pa
     import pyarrow.types as t
@@ -215,7 +224,7 @@ def _distinct(files: Files, name: str, column: str) -> set[str | int | None]:
     except pa.ArrowException:
         pass
     except ValueError as error:
-        raise UserError(f"{clean(name)}: in column {column} is {error}", hint="--labels none: no classes") from error
+        raise UserError(f"{clean(name)}: column {column} holds {error}", hint="--labels none: no classes") from error
     except OSError as error:
         files.lost(error)
     return found

@@ -1,4 +1,4 @@
-"""Files beside an image that hold its label or its caption: 0001.png and 0001.txt."""
+"""Sidecar files: a file beside an image that holds its label or caption, such as 0001.txt for 0001.png."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from workflows.errors import UserError
 
 LABELS = ("label", "labels", "class", "class_name", "cls", "fine_label")
 CAPTIONS = ("caption", "text", "prompt", "txt")
-"""What the columns may be called when the user names none."""
+"""Names of columns that are tried in this order if the user names none."""
 CAPTION_FILES = (".txt", ".caption", ".text", ".prompt", ".json")
 LABEL_FILES = (".cls", ".label", ".class", ".json")
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What the user asked for: the options of `list_source`."""
+    """The options of `list_source`, as the user gave them."""
 
     labels: str | None = None
     captions: str | None = None
@@ -32,34 +32,37 @@ class Ask:
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
-        """Those that may hold a caption, the first first."""
+        """Columns, fields or extensions that may hold a caption, by priority."""
         return (self.caption_column,) if self.caption_column else ("txt", *CAPTIONS[:-1])
 
 
 @dataclass(frozen=True)
-class Asides:
-    """Of each image the label, and the name of the file that holds the caption; () where none has one. label_files: what was read
-    for the labels.
+class Sidecars:
+    """What the sidecar files give for each image; () where no image has any.
+
+    labels           the label, from `label_files`; `labelled` says where labels come from, as text
+    caption_files    the name of the file that holds the caption; `captioned` likewise
     """
 
     labels: tuple[str | int | None, ...] = ()
     labelled: str = ""
     label_files: tuple[str, ...] = ()
-    captions: tuple[str | None, ...] = ()
+    caption_files: tuple[str | None, ...] = ()
     captioned: str = ""
 
 
-def find_asides(
+def find_sidecars(
     others: Sequence[str],
     images: Sequence[str],
     ask: Ask,
     read: Callable[[Sequence[str]], Iterator[bytes | str]],
     *,
     labels: bool,
-) -> Asides:
-    """What lies beside the images. Captions are left to be read with them; labels are read now, as all of them make the classes.
+) -> Sidecars:
+    """Finds the sidecar files of `images` among the files `others`, which `read` reads.
 
-    Raises UserError for a file of a label that can't be read.
+    Labels are read now, because all of them are needed for the class list; `labels=False` skips them. Captions are read later, each
+    with its image. Raises UserError for a label file that can't be read.
     """
     by_end: dict[tuple[str, str], str] = {}
     ends = {*CAPTION_FILES, *LABEL_FILES, *(f".{c.lower()}" for c in (ask.label_column, ask.caption_column) if c)}
@@ -67,47 +70,51 @@ def find_asides(
         if (end := suffix(name)) in ends:
             by_end[os.path.splitext(name)[0], end] = name
     if not by_end:
-        return Asides()
+        return Sidecars()
     there = {end for _, end in by_end}
     label_ends = _ends(ask.label_column, LABEL_FILES, there)
     caption_ends = _ends(ask.caption_column, CAPTION_FILES, there)
     wanted = labels and ask.labels not in ("none", "folders")
     by_json = ".json" in there and (wanted or caption_ends == (".json",))
     fields = _fields(
-        [n for n in (_beside(by_end, image, (".json",)) for image in images) if n] if by_json else [], read
+        [n for n in (_sidecar(by_end, image, (".json",)) for image in images) if n] if by_json else [], read
     )
-    # One that is broken has its say when it is read, with its image.
-    told = {n for n, values in fields.items() if values is None or caption_in(values, ask.caption_columns)}
-    captions = tuple(_beside(by_end, image, caption_ends, told) for image in images)
-    out = Asides(captions=captions, captioned=_said(captions)) if any(captions) else Asides()
+    # A broken file counts as captioned here: its error is reported when it is read with its image.
+    with_caption = {n for n, values in fields.items() if values is None or caption_in(values, ask.caption_columns)}
+    caption_files = tuple(_sidecar(by_end, image, caption_ends, with_caption) for image in images)
+    out = (
+        Sidecars(caption_files=caption_files, captioned=_described(caption_files)) if any(caption_files) else Sidecars()
+    )
     if not wanted:
         return out
     usual = (ask.label_column,) if ask.label_column else LABELS
     labelled = {n for n, values in fields.items() if values and any(values.get(c) is not None for c in usual)}
     labelled |= {n for n, values in fields.items() if values is None} if labelled else set()
-    files = tuple(_beside(by_end, image, label_ends, labelled) for image in images)
+    files = tuple(_sidecar(by_end, image, label_ends, labelled) for image in images)
     if not any(files):
         return out
     values = _labels([name for name in files if name], fields, usual, read)
-    return Asides(
+    return Sidecars(
         labels=tuple(values[name] if name else None for name in files),
-        labelled=_said(files),
+        labelled=_described(files),
         label_files=tuple(name for name in files if name),
-        captions=out.captions,
+        caption_files=out.caption_files,
         captioned=out.captioned,
     )
 
 
 def _ends(column: str | None, usual: tuple[str, ...], there: set[str]) -> tuple[str, ...]:
-    """Suffixes of the files that may hold it, of those that there are."""
+    """Returns the suffixes of files that may hold the label or caption, out of those that occur in the source."""
     ends = (f".{column.lower()}", ".json") if column else usual
     return tuple(end for end in ends if end in there)
 
 
-def _beside(
+def _sidecar(
     by_end: dict[tuple[str, str], str], image: str, ends: Sequence[str], of_json: set[str] | None = None
 ) -> str | None:
-    """The first of these files of an image, 0.txt or 0.png.txt; a JSON file if it is one of `of_json`, where that is given."""
+    """Returns the first sidecar file of an image with one of these suffixes, 0.txt or 0.png.txt. JSON files must be in `of_json`,
+    if that is given.
+    """
     for end in ends:
         for stem in (os.path.splitext(image)[0], image):
             name = by_end.get((stem, end))
@@ -119,7 +126,7 @@ def _beside(
 def _fields(
     names: Sequence[str], read: Callable[[Sequence[str]], Iterator[bytes | str]]
 ) -> dict[str, dict[str, Any] | None]:
-    """The objects in JSON files; None of a file that can't be read. What is no object says nothing."""
+    """Reads JSON files. Returns the object in each, or None for a file that can't be read. Other JSON values are left out."""
     out: dict[str, dict[str, Any] | None] = {}
     for name, content in zip(names, read(names), strict=True):
         try:
@@ -152,14 +159,14 @@ def _labels(
             else:
                 out[name] = written_label(text_of(content, "it"))
         except ValueError as error:
-            raise UserError(f"{clean(name)}: the label can't be taken: {error}") from error
+            raise UserError(f"{clean(name)}: the label can't be read: {error}") from error
     if are_names(set(out.values()) - {None, -1}):
         return {name: None if value in (None, -1) else str(value) for name, value in out.items()}
     return out
 
 
 def caption_in(values: dict[str, Any], columns: Sequence[str]) -> list[str]:
-    """The captions in the first of these fields that has one."""
+    """Returns the captions in the first of these fields that has any."""
     for column in columns:
         try:
             if found := captions_of(values.get(column)):
@@ -170,14 +177,14 @@ def caption_in(values: dict[str, Any], columns: Sequence[str]) -> list[str]:
 
 
 def caption_of(name: str, content: bytes, columns: Sequence[str]) -> list[str]:
-    """The captions in a file beside an image: its text, or a field of its JSON. Raises NotText, which names it."""
-    said = f"{clean(name)}: the caption"
+    """Returns the captions in a sidecar file: its text, or a field of its JSON. Raises NotText, with the name of the file."""
+    what = f"{clean(name)}: the caption"
     if suffix(name) == ".json":
-        values = json_of(content, said)
+        values = json_of(content, what)
         return caption_in(values, columns) if isinstance(values, dict) else []
-    return captions_of(text_of(content, said).strip())
+    return captions_of(text_of(content, what).strip())
 
 
-def _said(names: Sequence[str | None]) -> str:
-    """Where they come from, in words: ".txt files"."""
+def _described(names: Sequence[str | None]) -> str:
+    """Describes these files for the user, such as ".txt files"."""
     return f"{', '.join(sorted({suffix(name) for name in names if name}))} files"

@@ -1,4 +1,4 @@
-"""Which of n things are taken when not all are wanted."""
+"""Even subsampling of indices, and grouping of neighbours by size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def evenly(n: int, limit: int | None, *, first: int = 0, last: int | None = None) -> np.ndarray:
-    """At most `limit` of n indices, i n / limit for i < limit: spread over all. Of these, the ones in [first, last)."""
+    """Returns at most `limit` of n indices, spread evenly (i n / limit for i < limit), and of these the ones in [first, last)."""
     import numpy as np
 
     last = n if last is None else last
@@ -19,7 +19,7 @@ def evenly(n: int, limit: int | None, *, first: int = 0, last: int | None = None
 
 
 def grouped(sizes: list[int], most: int, *, count: int | None = None) -> list[tuple[int, int]]:
-    """Neighbours together as [first, last), until they have `most` bytes or are `count`: at least one each."""
+    """Groups neighbours into non-empty ranges [first, last). A range ends once it has `most` bytes or `count` elements."""
     groups: list[tuple[int, int]] = []
     first, held = 0, 0
     for i, size in enumerate(sizes):

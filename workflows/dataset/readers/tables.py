@@ -1,4 +1,4 @@
-"""Labels and captions in a file beside the images: JSON, JSON lines, CSV or TSV, or a list of class names."""
+"""Parser of files of labels, captions or class names: JSON, JSON lines, CSV, TSV, or a text file with a class per line."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from workflows.dataset.readers.text import NUMBER, NotText, captions_of, json_of
 from workflows.errors import UserError
 
 PATHS = ("file_name", "filename", "path", "file", "image", "name", "key")
-"""What the column of the images' names may be called."""
+"""Names that the column of image paths may have."""
 MAX_TABLE = 2**30
+"""The largest file that is read, in bytes."""
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 MISSING = ("nan", "NaN", "NA", "<NA>", "null", "NULL", "None")
-"""What programs write among numbers where one is missing."""
+"""What programs write for a missing number."""
 MOST_NAMES = 20
-"""Of columns that an error names."""
+"""Column names that an error lists at most."""
 DELIMITERS = ",;\t|"
 What = Literal["label", "caption"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """`values` by the image's path, None where it has none; {} where the file only lists the `classes`. `name` is the file's, for
-    errors. further: captions beyond an image's first.
+    """A parsed file.
+
+    name      of the file, for errors
+    values    the label or caption by image path, None if it is empty; {} if the file only lists classes
+    classes   the class list, if the file has one
+    further   number of captions beyond the first of an image
     """
 
     name: str
@@ -40,15 +45,15 @@ class Table:
 
 
 def open_table(files: Files, where: str) -> tuple[str, bytes]:
-    """(name below the source's root or address, content) of a file that the user names: within the source, or anywhere.
+    """Finds and reads a file that the user names: below the root of the source, or at a path or address of its own.
 
-    Raises UserError when it isn't there, or is of no kind that can be read.
+    Returns (name, content). Raises UserError if it does not exist, can't be read, is too large, or has another suffix.
     """
     if not where.lower().endswith(SUFFIXES):
-        raise UserError(f"{where} is no file of labels or captions", hint=f"they end in {' '.join(SUFFIXES)}")
+        raise UserError(f"{where} is not a file of labels or captions", hint=f"such files end in {' '.join(SUFFIXES)}")
     places = [(Files(where), "")] if "://" in where else [(files, where), (Files(where), "")]
     if "://" in where and where.partition("://")[0] == files.source.partition("://")[0]:
-        places = [(Files(where, files.fs), "")]  # the same store, with the same options
+        places = [(Files(where, files.fs), "")]  # the same store: use the same file system options
     for place, name in places:
         path = f"{place.root.rstrip('/')}/{name}" if name else place.path
         try:
@@ -57,23 +62,25 @@ def open_table(files: Files, where: str) -> tuple[str, bytes]:
                     raise UserError(f"{where} has more than {MAX_TABLE:,} bytes")
                 return where, place.fs.cat_file(path)
         except PermissionError as error:
-            raise UserError(f"{where} may not be read: permission denied") from error
-    raise UserError(f"{where} is not there, neither below {files.source} nor by itself")
+            raise UserError(f"{where} can't be read: permission denied") from error
+    raise UserError(f"{where} does not exist, neither below {files.source} nor as a path of its own")
 
 
 def parse_table(
     name: str, content: bytes, *, column: str | None, defaults: Sequence[str], what: What = "label"
 ) -> Table:
-    """A file of values by path.
+    """Parses a file of labels or captions by image path. The format depends on the suffix of `name`.
 
-    JSON         {path: value}, [[path, value], ...], [{"file_name": path, column: value}, ...], {"labels": any of these,
-                 "classes": [...]}, or ["class", ...]: the classes alone
-    JSON lines   {"file_name": path, column: value} a line
-    CSV, TSV     with a header that names a column of paths; or two columns without. Also between ; or |
-    text         a class a line
+    JSON         {path: value}, [[path, value], ...], [{"file_name": path, column: value}, ...],
+                 {"labels": any of these, "classes": [...]}, or ["class", ...]: only the classes
+    JSON lines   {"file_name": path, column: value} per line
+    CSV, TSV     with a header that names a column of paths, or two columns without a header; ; and | also separate cells
+    text         a class per line
 
-    The column of values is `column`, else the first of `defaults` that there is, else the only other one. Labels become names or
-    whole numbers; captions stay as they are written, and of several the first is taken. Raises UserError.
+    The values are in `column`; without it, in the first of `defaults` that exists, else in the only other column. Labels become
+    names or whole numbers. Captions are kept as they are; of several for an image the first is used.
+
+    Raises UserError for a file that can't be parsed, has no such column, or has two labels for an image.
     """
     try:
         return _Parser(name, column, defaults, what).parsed(content)
@@ -82,7 +89,7 @@ def parse_table(
 
 
 def columns_in(name: str, content: bytes) -> list[str]:
-    """Names of the columns of a CSV file or of JSON lines, but for the paths'. Raises UserError."""
+    """Returns the column names of a CSV or JSON lines file, without those of path columns. Raises UserError if it can't be read."""
     try:
         text = text_of(content, name)
         rows = _csv_rows(text) if name.lower().endswith((".csv", ".tsv")) else _json_rows(text)
@@ -135,22 +142,22 @@ class _Parser:
         if isinstance(rows[0], list):
             return self._pairs(rows, written=written)
         if not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{self.name}: rows with names are expected, such as file_name and {self.defaults[0]}")
+            raise UserError(f"{self.name}: rows must be objects with fields such as file_name and {self.defaults[0]}")
         names = list(dict.fromkeys(key for row in rows for key in row))
         path = next((key for key in PATHS if key in names and key != self.column), None)
         if path is None:
-            said, hint = f"no column of paths among {_few(names)}", f"it is called {', '.join(PATHS)}"
-            raise UserError(f"{self.name}: {said}", hint=hint)
+            hint = f"its name must be one of {', '.join(PATHS)}"
+            raise UserError(f"{self.name}: no column of paths among {_few(names)}", hint=hint)
         others = [key for key in names if key != path]
         usual = next((key for key in self.defaults if key in others), others[0] if len(others) == 1 else None)
         wanted = self.column or usual
         if wanted is None or wanted not in others:
-            said = f"no column {self.column}" if self.column else f"no column {' or '.join(self.defaults)}"
-            raise UserError(f"{self.name}: {said}; there are {_few(others) or 'no others'}")
+            missing = self.column or " or ".join(self.defaults)
+            raise UserError(f"{self.name}: no column {missing}; there are {_few(others) or 'no others'}")
         return self._pairs([[row.get(path), row.get(wanted)] for row in rows], written=written)
 
     def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
-        """`written`: as text, which doesn't tell numbers from names: they are numbers if all are."""
+        """Returns the values by path. written: values are text, so labels are numbers only if all of them look like numbers."""
         pairs = list(pairs)
         texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1].strip() not in MISSING]
         numbers = (
@@ -185,57 +192,59 @@ class _Parser:
 
 
 def _written(text: str, *, numbers: bool) -> str | int | None:
-    """A label as a cell has it; -1 is none among names as well."""
+    """Converts the text of a CSV cell to a label. -1 means no label, among names as well."""
     if numbers:
         return None if text in MISSING else written_label(text)
     return None if text == "-1" else text
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first of these names: objects whose fields are paths have as many as images."""
+    """The first MOST_NAMES names as text. An object whose fields are paths has as many names as images."""
     return clean(", ".join(names[:MOST_NAMES])) + (
         f", and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
     )
 
 
 def _nested(values: dict[str, Any]) -> bool:
-    """Whether `labels` and `classes` are sections, and not the names of images."""
+    """Whether the keys `labels` and `classes` are sections of the file rather than names of images."""
     return all(value is None or isinstance(value, (dict, list)) for value in values.values())
 
 
 def _json_rows(text: str) -> list[Any]:
-    """Of JSON lines. Only a line feed ends a line: strings may hold what else Unicode takes for one."""
+    """Parses JSON lines. Only a line feed ends a line, as strings may contain the other line separators of Unicode."""
     rows = []
     for number, row in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(row)] if row.strip() else []
         except (json.JSONDecodeError, RecursionError) as error:
-            raise NotText(f"line {number} is no JSON ({error})") from error
+            raise NotText(f"line {number} is not JSON ({error})") from error
     return rows
 
 
 def _csv_rows(text: str) -> list[Any]:
-    """Lists of cells, or objects where there is a header. Raises NotText for quotes left open, and cells without a column."""
+    """Returns lists of cells, or dicts if there is a header. Raises NotText for an open quote, or a cell without a column."""
     csv.field_size_limit(MAX_TABLE)
     mark = _delimiter(re.split(r"[\r\n]", text, maxsplit=1)[0])
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     try:
         lines = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
-        raise NotText(f"line {reader.line_num}: a quote in a cell is doubled, and the cell quoted ({error})") from error
+        raise NotText(
+            f"line {reader.line_num}: put the cell in quotes, and double a quote inside it ({error})"
+        ) from error
     header = [cell.strip() for cell in lines[0][1]] if lines else []
     named = any(cell in PATHS for cell in header)
     if not named and len(header) == 2:
         return [row for _, row in lines]
     for number, row in lines[1:]:
         if named and any(cell.strip() for cell in row[len(header) :]):
-            said = f"line {number} has {len(row)} cells, and the first line {len(header)}"
-            raise NotText(f"{said}: a text with {mark!r} in it is put in quotes")
+            counts = f"line {number} has {len(row)} cells, but the first line has {len(header)}"
+            raise NotText(f"{counts}: put a text that contains {mark!r} in quotes")
     return [dict(zip(header, row, strict=False)) for _, row in lines[1:]]
 
 
 def _delimiter(head: str) -> str:
-    """What divides the cells of the first line: with it one of them is called as paths are, or there are two of them."""
+    """Returns the first delimiter that gives a column named as in PATHS, else the first that gives two cells, else a comma."""
     cells = {mark: [cell.strip() for cell in next(csv.reader([head], delimiter=mark), [])] for mark in DELIMITERS}
     named = [mark for mark in DELIMITERS if len(cells[mark]) > 1 and set(cells[mark]) & set(PATHS)]
     return next(iter([*named, *(mark for mark in DELIMITERS if len(cells[mark]) == 2)]), ",")
@@ -244,8 +253,8 @@ def _delimiter(head: str) -> str:
 def _unique(name: str, classes: Iterable[Any]) -> tuple[str, ...]:
     found = tuple(classes)
     if not all(isinstance(value, str) for value in found):
-        raise UserError(f"{name}: classes are names")
+        raise UserError(f"{name}: classes must be names")
     twice = next((value for value, n in Counter(found).items() if n > 1), None)
     if twice is not None:
-        raise UserError(f"{name}: the class {twice} is there twice")
+        raise UserError(f"{name}: the class {twice} is listed twice")
     return found

@@ -1,4 +1,4 @@
-"""Images in tar files as WebDataset lays them out: neighbours of the same name are a sample. Streamed, nothing is unpacked."""
+"""Reader of images in tar files in the layout of WebDataset: adjacent members with the same key are a sample. Tars are streamed."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ from workflows.dataset.readers.spread import grouped
 from workflows.dataset.readers.tables import Table, What, open_table, parse_table
 from workflows.dataset.readers.text import (
     NotText,
-    alike,
     are_boxes,
     are_names,
     captions_of,
     json_of,
     label_of,
+    normalised,
     text_of,
     written_label,
 )
 from workflows.errors import UserError
 
 MAX_SIBLING = 2**20
-"""Bytes of a .cls, .txt or .json, and of a tar's own long headers."""
+"""The most bytes of a .cls, .txt or .json file, and of a long header of the tar."""
 MOST_IMAGES = 1000
-"""Of one sample: frames of a video, such as clip.0001.jpg, have one name up to the first dot."""
+"""The most images of a sample: all frames of a video, such as clip.f0001.jpg, have the key `clip`."""
 TEXTS = ("cls", "txt", "json", "text", "caption", "label", "class", "prompt")
 PACKED: dict[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream),
     b"BZh": bz2.BZ2File,
     b"\xfd7z": lzma.LZMAFile,
 }
-"""What reads a compressed tar, by its first bytes."""
+"""First bytes of a compressed tar -> its decompressor."""
 LOOKED = 100
-"""Samples that tell where labels and captions are."""
+"""Samples in which labels and captions are looked for."""
 HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -68,11 +68,11 @@ HEADERS = (
 
 
 class BrokenTar(tarfile.ReadError):
-    """The tar is cut, or not a tar."""
+    """The tar is truncated, or not a tar."""
 
 
 class Header(tarfile.TarInfo):
-    """A tar's header that says when it is broken: tarfile itself takes what it can't read, after the first, for the end."""
+    """A tar header that raises BrokenTar. tarfile itself takes a broken header, after the first one, for the end of the tar."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
@@ -94,8 +94,11 @@ class Header(tarfile.TarInfo):
 
 @dataclass
 class Sample:
-    """Neighbours in a tar with the same key. images, texts: (name, content) by what follows the key in the name, in small letters.
-    size: bytes of all that is held. error: why one of them can't be read.
+    """Adjacent members of a tar with the same key.
+
+    images, texts   extension -> (name, content). The extension is what follows the key in the name, in lower case
+    size            total bytes in memory
+    error           why one of the members can't be read
     """
 
     key: str
@@ -105,8 +108,8 @@ class Sample:
     error: str = ""
 
     def parts(self) -> list[Sample]:
-        """Itself; or, where all names have a further word before their suffix (dr.no.png, dr.no.txt, dr.who.png), which is then a
-        part of the key, a sample for each: if some text tells that they aren't several images of one sample.
+        """Splits the sample if its key is too short: all names have a further word before their suffix, as in dr.no.png, dr.no.txt,
+        dr.who.png. Each word then makes a sample. Several words without any text file are several images of one sample.
         """
         words = list(dict.fromkeys(extension.rpartition(".")[0] for extension in (*self.images, *self.texts)))
         if self.error or not all(words) or not self.images or (len(words) > 1 and not self.texts):
@@ -121,7 +124,7 @@ class Sample:
         return list(out.values())
 
     def whole(self, word: str) -> bool:
-        """Whether what has this word before its suffix is a sample of its own, which has its image and a text."""
+        """Whether the members with this word before their suffix are a sample of their own, with an image and a text."""
         return all(
             any(e.rpartition(".")[0] == word for e in held) and all(e.rpartition(".")[0] for e in held)
             for held in (self.images, self.texts)
@@ -129,7 +132,7 @@ class Sample:
 
 
 class Unpacked:
-    """A compressed stream that gives what it has before it finds that it is cut."""
+    """A decompressed stream that returns the data before a truncation, instead of raising at once."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -141,8 +144,9 @@ class Unpacked:
 
 @contextmanager
 def _opened(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
-    """(the tar, read forward only; whether it is compressed). tarfile's own decompressors end with the first of several streams, as
-    pbzip2, bgzip and cat write them.
+    """Yields (the tar, opened for forward reading; whether it is compressed).
+
+    The decompressors of tarfile are not used: they stop after the first of several streams, as pbzip2, bgzip and cat write them.
     """
     with files.open(name) as stream:
         start = stream.read(3)
@@ -155,40 +159,42 @@ def _opened(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
 
 
 def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
-    """The samples of a tar, one in memory at a time. A tar that is cut, or not one, ends with a sample that is an error. `image`:
-    the extension of the image that is wanted, where samples have several.
+    """Yields the samples of a tar, with one in memory at a time. A tar that is broken or truncated ends with a sample that has an
+    error.
+
+    image: the extension of the wanted image, for samples with several.
     """
     sample: Sample | None = None
     stop = ""
     try:
         with _opened(files, name) as (archive, compressed):
             for member in archive:
-                archive.members = []  # type: ignore[attr-defined]  # it would keep all headers
+                archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers in memory
                 name_ = inside(member.name)
                 if member.isdir() or hidden(name_):
                     continue
                 key, extension = _split(name_)
-                if sample is None or sample.key != key or _ends(sample, extension, image):
+                if sample is None or sample.key != key or _is_complete(sample, extension, image):
                     if sample is not None:
-                        yield from _told(sample, image)
+                        yield from _split_sample(sample, image)
                     sample = Sample(key)
                 if member.size > MAX_BYTES and compressed:
                     raise BrokenTar(f"{name_} has {member.size:,} bytes; what follows in a compressed tar is not read")
                 _add(sample, archive, member, name_, extension, files)
-            if _goes_on(archive):
-                stop = "more follows the tar's end mark, and is not read: several tars in one file?"
+            if _has_more(archive):
+                stop = "the data after the tar's end mark is not read; does the file hold several tars?"
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
         stop = f"the tar is broken or cut here: {line(error)}"
     except OSError as error:
         stop = files.lost(error)
     if sample is not None and (sample.images or sample.error or not stop):
-        yield from _told(sample, image)
+        yield from _split_sample(sample, image)
     if stop:
         yield Sample("", error=stop)
 
 
-def _goes_on(archive: tarfile.TarFile) -> bool:
-    """Whether there is anything but zeros after the end mark."""
+def _has_more(archive: tarfile.TarFile) -> bool:
+    """Whether anything but zeros follows the end mark."""
     assert archive.fileobj is not None
     while block := archive.fileobj.read(2**20):
         if block.strip(b"\0"):
@@ -196,12 +202,13 @@ def _goes_on(archive: tarfile.TarFile) -> bool:
     return False
 
 
-def _told(sample: Sample, image: str) -> list[Sample]:
+def _split_sample(sample: Sample, image: str) -> list[Sample]:
+    """Returns the sample itself if it has the wanted image, else its parts."""
     return [sample] if image in sample.images else sample.parts()
 
 
-def _ends(sample: Sample, extension: str, image: str) -> bool:
-    """Whether a sample is whole before this member, whose name goes on with another word."""
+def _is_complete(sample: Sample, extension: str, image: str) -> bool:
+    """Whether a sample ends before a member with the same key, whose extension begins with another word."""
     word = extension.rpartition(".")[0]
     last = next(reversed((*sample.images, *sample.texts)), "").rpartition(".")[0]
     return bool(word and last and word != last and image not in sample.images and sample.whole(last))
@@ -210,6 +217,7 @@ def _ends(sample: Sample, extension: str, image: str) -> bool:
 def _add(
     sample: Sample, archive: tarfile.TarFile, member: tarfile.TarInfo, name: str, extension: str, files: Files
 ) -> None:
+    """Reads a member into its sample, counts it as left out, or sets the sample's error."""
     last = extension.rpartition(".")[2]
     is_image_, is_text = f".{last}" in SUFFIXES, last in TEXTS
     start, stream = b"", None
@@ -223,14 +231,14 @@ def _add(
         return
     most = MAX_BYTES if is_image_ else MAX_SIBLING
     if extension in sample.images or extension in sample.texts:
-        sample.error = f"{name} is there twice"
+        sample.error = f"{name} occurs twice"
     elif not member.isreg() or member.issparse():
-        sample.error = f"{name} is a link, or no plain file"
+        sample.error = f"{name} is a link, or not a regular file"
     elif member.size > most:
         sample.error = f"{name} has {member.size:,} bytes, more than {most:,}"
     elif sample.size + member.size > MAX_BYTES or len(sample.images) >= MOST_IMAGES:
         sample.error = (
-            f"the files {sample.key}.* are more than {MOST_IMAGES:,} images, or than {MAX_BYTES:,} bytes together"
+            f"the files {sample.key}.* are more than {MOST_IMAGES:,} images, or more than {MAX_BYTES:,} bytes together"
         )
     else:
         stream = stream or archive.extractfile(member)
@@ -241,8 +249,10 @@ def _add(
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(the key, what follows it in small letters) of a member. The key goes up to the first dot of the last part, as WebDataset has
-    it; numbers between dots belong to it: 22.05.png has the key 22.05, photo.001.png has photo.001.
+    """Splits the name of a member into (key, extension in lower case).
+
+    The key ends at the first dot of the file name, as in WebDataset. Numbers between dots belong to the key: 22.05.png has the key
+    22.05, photo.001.png has photo.001.
     """
     folder, slash, last = name.rpartition("/")
     words = last.split(".")
@@ -252,11 +262,12 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str, Any], tuple[bytes, ...]]:
-    """(the Listing's fields that depend on what the tars hold, contents of label files). Where labels and captions are is found in
-    the first LOOKED samples with an image. Where labels are names or folders, and no list of classes is given, all tars are read
-    for them.
+    """Returns (the fields of the Listing that depend on the content of the tars, contents of the files that the user named).
 
-    Raises UserError where no tar can be read, or a column is named that the samples don't have.
+    The first LOOKED samples with an image decide where labels and captions are. If labels are names without a class list, or
+    folders, all tars are read once for them.
+
+    Raises UserError if no tar has a readable image, or if the samples lack a column that the user named.
     """
     labels, label_bytes = label_table(files, ask)
     captions, caption_bytes = caption_table(files, ask)
@@ -265,14 +276,14 @@ def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str,
     if captions:
         out |= {"caption_file": ask.captions, "captioned": captions.name, "caption_column": ask.caption_column}
     elif ask.captions != "none":
-        column = _column(first, ask.caption_column, ask.caption_columns, "caption", _no_boxes)
+        column = _column(first, ask.caption_column, ask.caption_columns, "caption", _captions_without_boxes)
         out |= {"caption_columns": ask.caption_columns, "captioned": column or ""}
     if labels and labels.values:
         out["classes"], _ = numbered(list(labels.values.values()), labels.classes, labels.name)
         out |= {"label_file": ask.labels, "labelled": labels.name, "label_column": ask.label_column}
     elif ask.labels != "none":
         out |= _labels_within(files, chosen, first, ask, out["classes"], captioned=bool(out.get("captioned")))
-    files.left_out.clear()  # of what was looked at: all of it is counted when it is read
+    files.left_out.clear()  # the members seen so far are counted when they are read
     if captions and captions.further:
         files.leave("captions", FURTHER, captions.further)
     units = []
@@ -292,15 +303,16 @@ def _labels_within(
     *,
     captioned: bool,
 ) -> dict[str, Any]:
+    """Returns the fields of the Listing about labels that are in the tars themselves."""
     column = None if ask.labels == "folders" else _column(first, ask.label_column, LABELS, "label", label_of)
     if column is not None:
         out = {"label_column": column, "labelled": column, "classes": classes}
-        values = {_looked(sample, column, label_of) for sample in first} - {None, -1}
+        values = {_value_or_none(sample, column, label_of) for sample in first} - {None, -1}
         if classes or not are_names(values):
             return out
         found: set[str | int | None] = set()
         for sample in _all(files, chosen):
-            found.add(_looked(sample, column, label_of))
+            found.add(_value_or_none(sample, column, label_of))
             if len(found) > MOST_CLASSES:
                 break
         names = sorted(str(value) for value in found - {None, -1})
@@ -322,7 +334,7 @@ def _labels_within(
 
 
 def _folders_within(files: Files, chosen: Sequence[File], classes: tuple[str, ...], *, must: bool) -> dict[str, Any]:
-    """Labels by the folders of the members' names, of which there must be a list: an image of each is enough."""
+    """Returns the fields of the Listing if folders are the classes. All tars are read for the list of folders."""
     one_of_each: dict[str, str] = {}
     for sample in _all(files, chosen):
         if sample.images:
@@ -336,11 +348,13 @@ def _folders_within(files: Files, chosen: Sequence[File], classes: tuple[str, ..
 
 
 def _all(files: Files, chosen: Sequence[File]) -> Iterator[Sample]:
+    """Yields the samples of all tars."""
     for file in chosen:
         yield from samples(files, file.name)
 
 
 def read_tars(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
+    """Yields one item per sample of the unit. A repeated key, and the place where a tar is broken, are items with an error."""
     of = {name: i for i, name in enumerate(listing.classes)}
     labels = _table(files, listing, listing.label_file, listing.label_column, LABELS, "label")
     captions = _table(files, listing, listing.caption_file, listing.caption_column, CAPTIONS, "caption")
@@ -349,7 +363,7 @@ def read_tars(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
         seen: set[bytes] = set()
         for sample in samples(files, name, wanted):
             if not (sample.images or sample.texts or sample.error):
-                continue  # a README, or what else lies there
+                continue  # a README or the like
             item = _item(listing, sample, of, labels, captions, files)
             mark = blake2b(item.key.encode(), digest_size=8).digest()
             if mark in seen and sample.key:
@@ -363,7 +377,7 @@ def read_tars(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
 def _item(
     listing: Listing, sample: Sample, of: dict[str, int], labels: Table | None, captions: Table | None, files: Files
 ) -> Item:
-    """The item of a sample; its key without the tar's name."""
+    """Makes the item of a sample. Its key does not have the name of the tar yet."""
     wanted = (listing.image_column or "").lower().lstrip(".")
     plain = [extension for extension in sample.images if "." not in extension]
     fit = [wanted] if wanted in sample.images else plain or list(sample.images) if not wanted else []
@@ -372,20 +386,22 @@ def _item(
         return Item(key, None, error=sample.error)
     if image is None:
         found, wanted = ", ".join([*sample.images, *sample.texts]), wanted and f" {wanted}"
-        return Item(key, None, error=f"no image{wanted} beside {found}: a sample's files lie next to each other")
+        return Item(
+            key, None, error=f"no image{wanted} beside {found}: the files of a sample must be adjacent in the tar"
+        )
     if len(fit) > 1:
         return Item(key, None, error=f"which is the image? {', '.join(fit)}: name one as the image column")
     number: int | None = None
     texts: list[str] = []
     used: set[str] = set()
-    names = (alike(key), alike(sample.key))
+    names = (normalised(key), normalised(sample.key))
     try:
         if listing.class_depth is not None:
             number = label_number(key.split("/")[listing.class_depth], of, listing)
         elif listing.labelled:
             column = str(listing.label_column)
             used.add(column if column in sample.texts else "json")
-            value = _looked_up(sample, column) if labels is None else _by_name(labels, names)
+            value = _label(sample, column) if labels is None else _by_name(labels, names)
             number = label_number(value, of, listing)
         if captions is not None:
             texts = captions_of(next((captions.values[n] for n in names if n in captions.values), None))
@@ -402,8 +418,9 @@ def _item(
 
 
 def _captions(sample: Sample, columns: Sequence[str], used: set[str], files: Files) -> list[str]:
-    """Those of the first of these columns that has one; the siblings that were looked at go into `used`. Raises ValueError for what
-    can't be read, or is no caption.
+    """Returns the captions in the first of these columns that has any, and adds the extensions that were read to `used`.
+
+    Raises ValueError for a text that can't be read, or a value that is not a caption.
     """
     for column in columns:
         try:
@@ -422,20 +439,22 @@ def _captions(sample: Sample, columns: Sequence[str], used: set[str], files: Fil
     return []
 
 
-def _no_boxes(value: Any) -> list[str]:
+def _captions_without_boxes(value: Any) -> list[str]:
     return [caption for caption in captions_of(value) if not are_boxes(caption)]
 
 
 def _by_name(table: Table, names: Sequence[str]) -> str | int | None:
+    """Returns the label of the first of these names that the table has. Raises KeyError with the message for the user."""
     for name in names:
         if name in table.values:
             return table.values[name]
-    raise KeyError(f"{table.name} has nothing for {names[0]}")
+    raise KeyError(f"{table.name} has no label for {names[0]}")
 
 
 def _value(sample: Sample, column: str, what: str) -> Any:
-    """The content of a sibling of this extension, or a field of the JSON. Raises KeyError with what is said to the user where there
-    is none, NotText, which names the member, where it can't be read.
+    """Returns the content of the member with this extension, or a field of the JSON member.
+
+    Raises KeyError, with the message for the user, if there is neither; NotText, which names the member, if it can't be read.
     """
     if column in sample.texts:
         name, content = sample.texts[column]
@@ -449,41 +468,44 @@ def _value(sample: Sample, column: str, what: str) -> Any:
     return written_label(value) if what == "label" and isinstance(value, str) else value
 
 
-def _looked_up(sample: Sample, column: str) -> Any:
-    """The label as it stands there, None where there is none."""
+def _label(sample: Sample, column: str) -> Any:
+    """Returns the label as it is written, or None if there is none."""
     try:
         return _value(sample, column, "label")
     except KeyError:
         return None
 
 
-def _looked(sample: Sample, column: str, taken: Callable[[Any], Any]) -> Any:
-    """What a sample has there, or None."""
+def _value_or_none(sample: Sample, column: str, parse: Callable[[Any], Any]) -> Any:
+    """Returns the parsed value of a column of a sample, or None if there is none or it is not valid."""
     try:
-        return taken(_value(sample, column, "label" if taken is label_of else "caption"))
+        return parse(_value(sample, column, "label" if parse is label_of else "caption"))
     except (KeyError, ValueError):
         return None
 
 
 def _column(
-    first: Sequence[Sample], named: str | None, defaults: Sequence[str], what: str, taken: Callable[[Any], Any]
+    first: Sequence[Sample], named: str | None, defaults: Sequence[str], what: str, parse: Callable[[Any], Any]
 ) -> str | None:
-    """What the user named, or the first of the usual names that any of these samples has a value for."""
+    """Returns the column that the user named, or the first of the usual names for which any of these samples has a value.
+
+    Raises UserError if no sample has the named column, or if the values are not valid labels.
+    """
     for column in [named] if named else defaults:
-        if any(_looked(sample, column, taken) not in (None, []) for sample in first):
+        if any(_value_or_none(sample, column, parse) not in (None, []) for sample in first):
             return column
     if what == "label":
         _check_labels(first, [named] if named else defaults)
     if named:
         there = ", ".join(dict.fromkeys(extension for sample in first for extension in sample.texts))
         raise UserError(
-            f"no {what} {named} in the first {_many(first)}, which {'has' if len(first) == 1 else 'have'} {there or 'none'}"
+            f"no {what} {named} in the first {_keys(first)}, which {'has' if len(first) == 1 else 'have'} {there or 'none'}"
         )
     return None
 
 
 def _check_labels(first: Sequence[Sample], columns: Sequence[str]) -> None:
-    """Raises UserError where the samples have something there that is no label, and says what it is."""
+    """Raises UserError if a sample has a value in one of these columns that is not a label."""
     for column in columns:
         for sample in first:
             try:
@@ -491,15 +513,16 @@ def _check_labels(first: Sequence[Sample], columns: Sequence[str]) -> None:
             except (KeyError, NotText):
                 continue
             except ValueError as error:
-                raise UserError(f"{sample.key}: in {column} is {error}", hint="--labels none: no classes") from error
+                raise UserError(f"{sample.key}: {column} holds {error}", hint="--labels none: no classes") from error
 
 
-def _many(first: Sequence[Sample]) -> str:
+def _keys(first: Sequence[Sample]) -> str:
+    """Names the samples for an error."""
     return f"sample, {first[0].key}" if len(first) == 1 else f"{len(first)} samples, {first[0].key} to {first[-1].key}"
 
 
 def _first(files: Files, chosen: Sequence[File], ask: Ask) -> list[Sample]:
-    """The first samples with an image, without its content. Raises UserError where no tar has one."""
+    """Returns the first LOOKED samples with an image, without the images' content. Raises UserError if no tar has one."""
     error = ""
     found: list[Sample] = []
     for file in chosen:
@@ -515,7 +538,7 @@ def _first(files: Files, chosen: Sequence[File], ask: Ask) -> list[Sample]:
 
 
 _tables: dict[tuple[str, ...], Table] = {}
-"""Files of labels and captions that this process has read."""
+"""A cache of the tables of labels and captions that this process has parsed."""
 
 
 def _table(
@@ -529,5 +552,5 @@ def _table(
         if len(_tables) > 1:
             _tables.clear()
         table = parse_table(name, content, column=column, defaults=defaults, what=what)
-        _tables[key] = replace(table, values={alike(path): value for path, value in table.values.items()})
+        _tables[key] = replace(table, values={normalised(path): value for path, value in table.values.items()})
     return _tables[key]

@@ -1,4 +1,4 @@
-"""Text of files that anybody wrote: its encoding, and what a label or a caption is as a value."""
+"""Decoding of text and JSON, and conversion of values to labels and captions."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from typing import Any
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16's, which it begins with
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, as it begins with that mark
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.0*)?")
-"""A whole number as programs write it: "001" is a name."""
+"""A whole number as programs write it. "001" is not one, but a name."""
 VALUE = re.compile(r"[+-]?\d+(\.\d+)?")
 BOX = re.compile(r"\d+(\s+-?\d+(\.\d+)?(e-?\d+)?){4,}")
 
 
 class NotText(ValueError):
-    """Why bytes are no text: one line."""
+    """The bytes are not the expected text or JSON. The message is one line."""
 
 
 def text_of(content: bytes, what: str) -> str:
-    """The text of a file: UTF-8, or what its byte order mark says, and without that mark. Raises NotText, which names `what`."""
+    """Decodes text as UTF-8, or as its byte order mark says; the mark is removed. Raises NotText, which names `what`."""
     encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         byte, where = content[error.start : error.start + 1].hex(), 1 + content.count(b"\n", 0, error.start)
-        raise NotText(f"{what} is no UTF-8 text (byte 0x{byte} in line {where})") from error
+        raise NotText(f"{what} is not UTF-8 text (byte 0x{byte} in line {where})") from error
 
 
 def json_of(content: bytes, what: str, *, once: bool = False) -> Any:
-    """Raises NotText for what is no JSON either; if it shall be `once`, for a name with two values as well."""
+    """Parses JSON. once: a name with two different values is an error. Raises NotText, which names `what`."""
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -53,13 +53,13 @@ def json_of(content: bytes, what: str, *, once: bool = False) -> Any:
     try:
         return json.loads(text_of(content, what), object_pairs_hook=pairs if once else None)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise NotText(f"{what} is no JSON ({' '.join(str(error).split())[:80]})") from error
+        raise NotText(f"{what} is not JSON ({' '.join(str(error).split())[:80]})") from error
 
 
 def label_of(value: Any) -> str | int | None:
-    """A label as a name or a whole number, None where there is none. Whole floats, bools, and lists of one are what they hold.
+    """Returns a label as a name or a whole number, or None if it is empty.
 
-    Raises ValueError with what it is instead.
+    Whole floats, bools and lists of one element are converted. Raises ValueError that describes any other value.
     """
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
@@ -80,21 +80,23 @@ def label_of(value: Any) -> str | int | None:
 
 
 def written_label(text: str) -> str | int | None:
-    """As `label_of`, of text that doesn't tell numbers from names."""
+    """As `label_of`, for text: it is a number if it looks like one as programs write it."""
     text = text.strip()
     return int(text.partition(".")[0]) if NUMBER.fullmatch(text) else text or None
 
 
 def are_names(labels: Collection[str | int | None]) -> bool:
-    """Whether different labels of a text are names: most of them are, or those that aren't belong to names such as "001", up to
-    "100". A word among numbers is a mistake.
+    """Whether distinct labels from text are all names, although some look like numbers.
+
+    They are if most of them are names, or if the names are numerals such as "001", which make "100" a name as well. A word among
+    numbers is a mistake of the source.
     """
     names = [label for label in labels if isinstance(label, str)]
     return bool(names) and (2 * len(names) > len(labels) or all(VALUE.fullmatch(name) for name in names))
 
 
 def captions_of(value: Any) -> list[str]:
-    """The captions that a value holds: none, one, or several. Raises ValueError for what is no text."""
+    """Returns the captions in a value: none, one, or several. Raises ValueError for a value that is not text."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return []
     if isinstance(value, (list, tuple)):
@@ -103,17 +105,17 @@ def captions_of(value: Any) -> list[str]:
         return [value] if value.strip() else []
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return [str(value)]
-    raise ValueError(f"{repr(value)[:40]}, which is no text")
+    raise ValueError(f"{repr(value)[:40]}, which is not text")
 
 
 def are_boxes(text: str) -> bool:
-    """Whether a file beside an image tells where things are, as YOLO has it: lines of a class's number and at least four others."""
+    """Whether a sidecar file holds bounding boxes in the format of YOLO: lines of a class number and at least four coordinates."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return bool(lines) and all("." in line and BOX.fullmatch(line) for line in lines)
 
 
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes in the order of their numbers: those that are numbers by value, then the others by their letters."""
+    """Sorts class names into label order: names that are numbers first, by value, then the others alphabetically."""
 
     def key(name: str) -> tuple[bool, float, str]:
         number = VALUE.fullmatch(name) is not None
@@ -122,7 +124,7 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names, key=key))
 
 
-def alike(name: str) -> str:
-    """A path in the form in which the same one may be written elsewhere: composed accents, slashes, no spaces around, no "./"."""
+def normalised(name: str) -> str:
+    """Normalises a path, so that different spellings compare equal: composed accents, slashes, no outer spaces, no "./"."""
     path = unicodedata.normalize("NFC", name).replace("\\", "/").strip()
     return posixpath.normpath(path).lstrip("/")

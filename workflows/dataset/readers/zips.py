@@ -1,4 +1,4 @@
-"""Images in zip files. Nothing is unpacked to a disk."""
+"""Reader of images in zip files. Nothing is unpacked to disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from workflows.dataset.readers.bundled_tables import own_tables
 from workflows.dataset.readers.decode import MAX_BYTES, START, starts_as_image
 from workflows.dataset.readers.files import File, Files, called, clean, hidden, inside, kinds, line
-from workflows.dataset.readers.image_files import NOT_IMAGES, aside_caption, at, is_image, may_be_image, picked
+from workflows.dataset.readers.image_files import NOT_IMAGES, at, is_image, may_be_image, picked, sidecar_caption
 from workflows.dataset.readers.labels import Described, Own, describe
 from workflows.dataset.readers.listing import Item, Listing, Unit, taken
 from workflows.dataset.readers.sidecars import Ask
@@ -21,7 +21,7 @@ from workflows.dataset.readers.tables import MAX_TABLE
 from workflows.errors import UserError
 
 MAX_RATIO = 200
-"""Declared bytes over those of the zip file, above which it is a bomb: images are compressed already."""
+"""A zip file is taken for a zip bomb if its declared bytes over its size exceed this: images are already compressed."""
 BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
@@ -32,12 +32,12 @@ BROKEN = (
     RuntimeError,
     ValueError,
 )
-"""What zipfile raises on a broken archive, an encrypted member, and a compression that it doesn't know."""
+"""What zipfile raises for a broken archive, an encrypted member, or an unknown compression."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """An image of an archive. `key` is its name there, safe and unique; `error` tells why it is not to be read."""
+    """An image in an archive. key: its name there, made safe and unique. error: why it must not be read, if so."""
 
     key: str
     info: zipfile.ZipInfo
@@ -46,7 +46,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Archive:
-    """An open zip file, its images in the order in which they lie, and all other files by their names, safe ones."""
+    """An open zip file, its images in the order of their position, and its other files by their safe names."""
 
     file: zipfile.ZipFile
     members: list[Member]
@@ -54,12 +54,14 @@ class Archive:
 
 
 _last: dict[tuple[str, str, str], Archive] = {}
-"""The one that this process read last: the directory of a million members takes seconds to read."""
+"""A cache of the last archive: reading the directory of a million members takes seconds."""
 
 
 def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Unit, ...], int, Described]:
-    """(units, images of the whole source, labels and captions). Labels of `dataset.json` (EDM's) and of metadata files count as the
-    source's own.
+    """Returns (units, number of images in the whole source, labels and captions).
+
+    dataset.json and metadata files in the archives give labels and captions as well. Raises UserError for a file that is not a
+    readable zip, looks like a zip bomb, or for a source without images.
     """
     names: list[str] = []
     spans: list[tuple[File, list[int], int]] = []
@@ -72,19 +74,21 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
         except (*BROKEN, OSError) as error:
             if isinstance(error, UserError):
                 raise
-            reason = files.lost(error) if isinstance(error, OSError) else f"it is no zip file, or broken: {line(error)}"
+            reason = (
+                files.lost(error) if isinstance(error, OSError) else f"it is not a zip file, or broken: {line(error)}"
+            )
             raise UserError(f"{clean(file.name)} in {files.source}: {reason}") from error
         spans.append((file, [member.info.file_size for member in archive.members], len(names)))
         names += [prefix + member.key for member in archive.members]
         others |= {prefix + name: (archive, name) for name in archive.others}
     if not names:
-        said = f"; in the zip files are {kinds(others)}" if others else ""
-        raise UserError(f"{files.source} has no images{said}")
+        held = f"; the zip files hold {kinds(others)}" if others else ""
+        raise UserError(f"{files.source} has no images{held}")
 
     def read(wanted: Sequence[str]) -> Iterator[bytes | str]:
         for name in wanted:
             archive, own = others[name]
-            yield _aside(archive, own, files)
+            yield _other(archive, own, files)
 
     def whole(name: str) -> bytes:
         (content,) = read([name])
@@ -112,13 +116,16 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
                 size=sum(sizes[i - offset] for i in index),
                 labels=picked(about.labels, index),
                 captions=picked(about.captions, index),
-                asides=_within(picked(about.asides, index), f"{clean(file.name)}/" if len(chosen) > 1 else ""),
+                caption_files=_within(
+                    picked(about.caption_files, index), f"{clean(file.name)}/" if len(chosen) > 1 else ""
+                ),
             )
             units.append(unit)
     return tuple(units), len(names), about
 
 
 def read_zip(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
+    """Yields one item per image of the unit."""
     (name,) = unit.files
     members = taken(listing, unit)
     try:
@@ -128,26 +135,26 @@ def read_zip(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     except OSError as error:
         archive, lost = None, files.lost(error)
     for i, number in enumerate(members.tolist()):
-        label, caption, aside = at(unit.labels, i), at(unit.captions, i), at(unit.asides, i)
+        label, caption, sidecar = at(unit.labels, i), at(unit.captions, i), at(unit.caption_files, i)
         if archive is None or number >= len(archive.members):
             yield Item(f"{clean(name)}#{number}", None, label, caption, lost or "changed since it was listed")
             continue
         member = archive.members[number]
         content = member.error or _content(archive.file, member.info, files)
         image, error_ = (None, content) if isinstance(content, str) else (content, None)
-        if aside:
-            caption, wrong = aside_caption(aside, _aside(archive, aside, files), listing, files)
+        if sidecar:
+            caption, wrong = sidecar_caption(sidecar, _other(archive, sidecar, files), listing, files)
             image, error_ = (None, error_ or wrong) if wrong else (image, error_)
         yield Item(f"{clean(name)}#{member.key}", image, label, caption, error_)
 
 
 def _within(names: Sequence[str | None], prefix: str) -> tuple[str | None, ...]:
-    """Names of members as their own archive has them."""
+    """Removes the prefix of the archive from names of members."""
     return tuple(name and name.removeprefix(prefix) for name in names)
 
 
-def _aside(archive: Archive, name: str, files: Files) -> bytes | str:
-    """A member that is no image, or why it can't be read."""
+def _other(archive: Archive, name: str, files: Files) -> bytes | str:
+    """Returns the content of a member that is not an image, or why it can't be read."""
     info = archive.others.get(name)
     if info is None:
         return "changed since it was listed"
@@ -157,7 +164,7 @@ def _aside(archive: Archive, name: str, files: Files) -> bytes | str:
 
 
 def _content(file: zipfile.ZipFile, info: zipfile.ZipInfo, files: Files) -> bytes | str:
-    """The member, or why it can't be read. zipfile reads no more than the size that is declared, which was checked."""
+    """Returns the content of a member, or why it can't be read. zipfile reads no more than the declared size, which was checked."""
     try:
         with file.open(info) as stream:
             return stream.read(MAX_BYTES)
@@ -171,7 +178,7 @@ def _cached(files: Files, name: str, version: str) -> Archive:
     key = (files.root, name, version)
     if key not in _last:
         archive = _opened(files, name)
-        _last.clear()  # no close: another iterator may be reading it
+        _last.clear()  # not closed, as another iterator may still be reading it
         _last[key] = archive
     return _last[key]
 

@@ -1,4 +1,4 @@
-"""Data sets by name. What is known before loading stands beside the loader, so that a configuration can be checked against it."""
+"""Sources of images by name. Each states its shape and classes without loading, so that a configuration can be checked early."""
 
 from __future__ import annotations
 
@@ -25,10 +25,15 @@ Load = Callable[[Say], "tuple[np.ndarray, np.ndarray]"]
 
 @dataclass(frozen=True)
 class Source:
-    """`load(say)` gives images [n, c, h, w] in [0, 1] and labels [n], and says in a line what the user should know of them;
-    `shape` is (c, h, w); `num_classes` 0: no labels, and those that load gives are 0; `exact(schedule=...)` the optimal denoiser,
-    where the law of the data is known; `preprocessing` says what load did to the images; `classes()` names the classes in the
-    order of their labels, where they have names. Without `load` the images are a data set already.
+    """A source of images.
+
+    shape          (c, h, w)
+    num_classes    0: no labels; `load` then returns zeros
+    load           load(say) returns images [n, c, h, w] in [0, 1] and labels [n]; it reports notes for the user with `say`, a line
+                   each. None: the images are already a data set
+    exact          exact(schedule=...) returns the optimal denoiser, where the distribution of the data is known
+    preprocessing  what `load` does to the images
+    classes        classes() returns the class names in the order of their labels, if they have names
     """
 
     shape: tuple[int, int, int]
@@ -45,7 +50,7 @@ SOURCES: dict[str, Source] = {
     "photos32": Source((3, 32, 32), len(PHOTOGRAPHS), partial(photos, size=32, each=1000), classes=photograph_names),
     "photos64": Source((3, 64, 64), len(PHOTOGRAPHS), partial(photos, size=64, each=400), classes=photograph_names),
 }
-"""Sources whose shape is their own."""
+"""Sources with a fixed shape."""
 
 
 def _made(data: Data) -> Source:
@@ -55,7 +60,7 @@ def _made(data: Data) -> Source:
 
 def _folder(data: Data) -> Source:
     shape, classes = _shape(data), data.num_classes or 0
-    # The limit is the loader's, which then does not decode what is not wanted.
+    # The loader applies the limit, so that it does not decode images that are not used.
     load = partial(load_folder, path=data.path, shape=shape, num_classes=classes, limit=data.limit)
     names = partial(class_names, data.path, classes)
     return Source(shape, classes, load, preprocessing="upright, over white, central square, Lanczos", classes=names)
@@ -73,7 +78,7 @@ def _dataset(data: Data) -> Source:
 
 
 def data_set(data: Data) -> str:
-    """Folder or URI of the data set that the section names."""
+    """Returns the folder or URI of the data set that the section `data` names."""
     return resolved(str(data.path).removesuffix("/manifest.json"))
 
 
@@ -83,11 +88,11 @@ def _shape(data: Data) -> tuple[int, int, int]:
 
 
 SHAPED: dict[str, Callable[[Data], Source]] = {"folder": _folder, "made": _made, "dataset": _dataset}
-"""Sources whose shape is what the section data says (image_size, channels, num_classes), or what the data set does."""
+"""Sources whose shape comes from the section `data` (image_size, channels, num_classes), or from the data set."""
 
 
 def source_of(data: Data) -> Source:
-    """The source that the section names, with at most `limit` of its images."""
+    """Returns the source that the section `data` names, with at most `limit` of its images."""
     source = SOURCES[data.source] if data.source in SOURCES else SHAPED[data.source](data)
     limit, whole = data.limit, source.load
     if limit is None or whole is None:

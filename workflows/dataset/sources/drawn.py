@@ -1,4 +1,4 @@
-"""Data that are drawn: a mixture in closed form, and made images of any shape."""
+"""Synthetic data: points of a Gaussian mixture with a known density, and coloured blocks of any image shape."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ if TYPE_CHECKING:
     import numpy as np
 
 RING: dict[str, Any] = {"modes": 8, "radius": 0.7, "variance": 0.0025}
-"""The mixture `gmm` in [-1, 1]^2. The edge is 6 standard deviations from the nearest mean, and so beyond every point drawn."""
+"""The mixture `gmm` in [-1, 1]^2. The edge is 6 standard deviations from the nearest mean, so no drawn point lies beyond it."""
 
 
 def gmm(say: Any, *, count: int = 8192) -> tuple[np.ndarray, np.ndarray]:
-    """Points of RING as images of two channels and one pixel; the label is the Gaussian that a point was drawn from."""
+    """Draws points of RING as images of two channels and one pixel. The label is the Gaussian that the point was drawn from."""
     from mmdistill_core.diffusion.schedules import Cosine
     from mmdistill_core.rng import generator
 
@@ -21,14 +21,14 @@ def gmm(say: Any, *, count: int = 8192) -> tuple[np.ndarray, np.ndarray]:
 
 
 def ring(*, schedule: Any) -> Any:
-    """The optimal denoiser of RING, under the given schedule."""
+    """Returns the optimal denoiser of RING for this noise schedule."""
     from mmdistill_core.networks.exact import ring_of_gaussians
 
     return ring_of_gaussians(**RING, schedule=schedule)
 
 
 def made(say: Any, *, shape: tuple[int, int, int], num_classes: int, count: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """Sixteen blocks of colour, each class around a hue of its own: to try a recipe without its data."""
+    """Makes images of sixteen colour blocks around one hue per class, to try a recipe without its data."""
     import numpy as np
 
     channels, size, _ = shape

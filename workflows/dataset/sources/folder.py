@@ -1,4 +1,4 @@
-"""A user's folder of images: the class of each by its subfolder, cut and scaled to squares, broken ones counted."""
+"""A local folder of images as a source. Subfolders are the classes; images are cropped and scaled to squares."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 UNREADABLE = 0.01
-"""The share of unreadable images above which a folder is refused."""
+"""A folder with a larger share of unreadable images is refused."""
 
 
 def load_folder(
     say: Callable[[str], None], *, path: str | None, shape: tuple[int, int, int], num_classes: int, limit: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The images below `path` (at most `limit`, spread over all), and their classes in the order of the subfolders' names.
+    """Returns the images below `path` (at most `limit`, spread evenly) and their labels, in the order of the subfolders' names.
 
-    Raises UserError for a folder that is missing, has no images, other classes, or too many images that can't be read.
+    Raises UserError if the folder is missing or has no images, if it has another number of classes, or if too many images can't be
+    read.
     """
     import numpy as np
 
     root = checked(path)
     files, others = _found(root)
     if not files:
-        raise UserError(f"data.path: no images in {root}", hint=f"known are {' '.join(SUFFIXES)}")
+        raise UserError(f"data.path: no images in {root}", hint=f"known suffixes: {' '.join(SUFFIXES)}")
     if others:
         counts = Counter(called(file.name) for file in others).most_common(5)
         say(f"left out: {', '.join(f'{n:,} {name}' for name, n in counts)} (not images)")
@@ -44,18 +45,18 @@ def load_folder(
     index = evenly(len(files), limit)
     images, good = _decode([files[i] for i in index], shape)
     bad = [files[i] for i in index[~good]]
-    said = f"{len(bad):,} of {len(index):,} images can't be read"
+    count = f"{len(bad):,} of {len(index):,} images can't be read"
     if len(bad) > UNREADABLE * len(index):
-        raise UserError(f"data.path: {said} in {root}, such as {bad[0]}")
+        raise UserError(f"data.path: {count} in {root}, such as {bad[0]}")
     if bad:
-        say(f"{said} and are left out, such as {bad[0]}")
+        say(f"{count} and are left out, such as {bad[0]}")
     return images[good], labels[index[good]]
 
 
 def checked(path: str | None) -> Path:
-    """Raises UserError for a folder that is not given or not there."""
+    """Returns the folder as a Path. Raises UserError if it is not given or is not a folder."""
     if path is None:
-        hint = "--set data.path=FOLDER, with a subfolder a class; or --smoke, to try the recipe on made images"
+        hint = "--set data.path=FOLDER, with one subfolder per class; or --smoke, to try the recipe on synthetic images"
         raise UserError("data.path: this recipe needs a folder of images", hint=hint)
     root = expanded(path)
     if not root.is_dir():
@@ -64,7 +65,7 @@ def checked(path: str | None) -> Path:
 
 
 def listing(path: str | None) -> str:
-    """A hash of the images' names and sizes, which changes when the folder does."""
+    """Returns a hash of the names, sizes and modification times of the images."""
     root = checked(path)
     lines = (
         f"{file.relative_to(root)} {file.lstat().st_size} {file.lstat().st_mtime_ns}\n" for file in image_files(root)
@@ -73,18 +74,18 @@ def listing(path: str | None) -> str:
 
 
 def class_names(path: str | None, num_classes: int) -> tuple[str, ...]:
-    """The subfolders with images, in the order of their labels."""
+    """Returns the names of the subfolders with images, in the order of their labels; () if `num_classes` is 0."""
     root = checked(path)
     return _names(root, image_files(root)) if num_classes else ()
 
 
 def image_files(root: Path) -> list[Path]:
-    """All images below `root`, in order. Hidden files and folders are left out. Raises UserError where a folder can't be read."""
+    """Returns all images below `root`, sorted, without hidden files and folders. Raises UserError if a folder can't be read."""
     return _found(root)[0]
 
 
 def _found(root: Path) -> tuple[list[Path], list[Path]]:
-    """(images, other files)."""
+    """Returns (images, other files)."""
     try:
         found = sorted(Path(path) for path, _ in walk(str(root)))
     except OSError as error:
@@ -108,13 +109,13 @@ def _starts_as_image(file: Path) -> bool:
 
 
 def _classes(root: Path, files: Sequence[Path], num_classes: int) -> list[int]:
-    """The number of each file's subfolder of root, or 0 for all where there are no classes."""
+    """Returns the label of each file: the number of its subfolder of root, or 0 if there are no classes."""
     if not num_classes:
         return [0] * len(files)
     loose = next((file for file in files if file.parent == root), None)
     if loose:
         raise UserError(
-            f"data.path: {loose} is in no subfolder and so of no class", hint="--set data.num_classes=0: none"
+            f"data.path: {loose} is in no subfolder, so it has no class", hint="--set data.num_classes=0: no classes"
         )
     names = _names(root, files)
     if len(names) != num_classes:
@@ -129,7 +130,7 @@ def _names(root: Path, files: Sequence[Path]) -> tuple[str, ...]:
 
 
 def _decode(files: Sequence[Path], shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """images [n, c, h, w], and which of them could be read [n]."""
+    """Returns images [n, c, h, w], and which of them could be read [n] bool."""
     import numpy as np
 
     images = np.zeros((len(files), *shape), np.float32)

@@ -1,4 +1,4 @@
-"""Images inside the packages of scikit-learn and scikit-image: nothing is downloaded."""
+"""Images that come with the packages scikit-learn and scikit-image; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def photograph_names() -> tuple[str, ...]:
 
 
 def digits(say: Any) -> tuple[np.ndarray, np.ndarray]:
-    """1,797 handwritten digits of 8x8 pixels, 10 classes."""
+    """Returns 1,797 handwritten digits of 8x8 pixels in 10 classes."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -40,10 +40,10 @@ def digits(say: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def photos(say: Any, *, size: int, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """`each` square crops of every photograph; the label is the photograph. A crop's side lies between a quarter of the
-    photograph's shorter side and the whole of it, so that it shows something; none is enlarged.
+    """Returns `each` square crops of every photograph; the label is the photograph.
 
-    Raises UserError when scikit-image is not installed.
+    The side of a crop lies between a quarter of the photograph's shorter side and all of it, so that a crop shows something. None
+    is enlarged. Raises UserError if scikit-image is not installed.
     """
     import numpy as np
     from PIL import Image

@@ -1,0 +1,88 @@
+"""Of Ray's core: what it asks itself at its start, and what its public functions can't be asked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+
+def heads_on_this_machine() -> set[str]:
+    """Addresses of the Rays whose head runs here. `ray.init` finds them, but only by joining one."""
+    from ray._private.services import find_gcs_addresses
+
+    found: set[str] = find_gcs_addresses()
+    return found
+
+
+def nodes_on_this_machine() -> Any:
+    """Identifiers of the nodes that run here, of whatever cluster. Ray's own list needs a cluster that was joined."""
+    from ray._private.services import find_node_ids
+
+    return find_node_ids()
+
+
+def load_token() -> None:
+    """Loads the token of a Ray on this machine, as `ray.init` does before it joins. A connection made earlier needs it too."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def head_channel(place: str) -> Any:
+    """A gRPC channel to the head at HOST:PORT, with the token. `ray.init` tries for minutes where nobody answers."""
+    from ray._private.grpc_utils import init_grpc_channel
+
+    return init_grpc_channel(place)
+
+
+def most_resources() -> dict[str, float]:
+    """What the cluster may have once its autoscaler has added all nodes that it may; {} where it does not say."""
+    from ray._private.state import state
+
+    return dict(state.get_max_resources_from_cluster_config() or {})
+
+
+def actors_of_this_driver(*class_names: str) -> Iterator[Any]:
+    """Handles of the driver's living actors of these classes. Ray's list of actors is of names, which Ray Train's have not."""
+    import ray
+    from ray._private.state import actors
+    from ray._private.worker import global_worker
+
+    driver: Any = global_worker
+    own = ray.get_runtime_context().get_job_id()
+    for name, actor in actors().items():
+        if actor["ActorClassName"] in class_names and (actor["JobID"], actor["State"]) == (own, "ALIVE"):
+            yield driver.core_worker.get_actor_handle(ray.ActorID.from_hex(name))
+
+
+def check_cluster_config(config: dict[str, Any]) -> None:
+    """What `ray up` asks of its file before it asks the cloud. Raises ValueError and others for what it refuses."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(config))
+
+
+def job_client(address: str, headers: dict[str, str], *, seconds: Any) -> Any:
+    """A client of the jobs at this address alone, each request with a time-out. Ray's has none, and prefers the environment's
+    address to the one that it is given.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+            return super()._do_request(method, endpoint, **{"timeout": seconds} | options)
+
+    kept = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
+    try:
+        return Client(address, headers=dict(headers))
+    finally:
+        os.environ.update(kept)
+
+
+def keep_credentials_from_trials() -> None:
+    """Tune gives trials the driver's AWS keys in their environment, and Ray writes that to its logs. No option prevents it."""
+    from ray.tune.execution import class_cache
+
+    passed = class_cache.ENV_VARS_TO_PROPAGATE
+    passed.difference_update({name for name in passed if name.startswith("AWS_")})
