@@ -34,7 +34,7 @@ types: $(DONE)
 	$(BIN)/mypy
 
 docs: $(DONE)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Needs uv. The CUDA libraries are left out: they follow from torch's build.
 lock:
