@@ -163,8 +163,8 @@ def joint(config: RunConfig) -> RunConfig:
 def loaded(source: Source) -> tuple[Any, Any]:
     """Images [n, c, h, w] in [0, 1] and labels [n] of a recipe's own source. Raises UserError for a data set."""
     if source.load is None:
-        raise UserError("bench: takes the images of a recipe's own source, such as digits, and no data set")
-    return source.load(print)
+        raise UserError("bench: takes the images of a recipe's own source, such as digits, and no folder or data set")
+    return source.load()
 
 
 def batches_of(config: RunConfig) -> Any:

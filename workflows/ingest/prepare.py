@@ -114,17 +114,7 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
             raise UserError(f"{shown(inner)}: lies in {shown(outer)}", hint="name a folder beside the source")
     store.check(p.dest)
     with screen.status(f"listing {escape(shown(p.source))}"):
-        listing = list_source(
-            p.source,
-            labels=p.labels,
-            captions=p.captions,
-            label_column=p.label_column,
-            image_column=p.image_column,
-            caption_column=p.caption_column,
-            unit_bytes=UNIT,
-            limit=p.limit,
-            filesystem=s3.filesystem(p.source)[0],
-        )
+        listing = listing_of(p)
     with screen.status("loading the encoders"):
         columns = Encoders(p.latents, p.text_encoder, size=p.size).columns() if p.encoded else {}
     if p.text_encoder and not listing.captioned:
@@ -149,13 +139,29 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
         raise UserError(f"{shown(p.dest)}: another preparation wrote to it in the meantime", hint="name another folder")
     write_manifest(p.dest, manifest)
     _tidy(p.dest, manifest)
+    shards = f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}"
     left_out = f", {tally.bad:,} left out" if tally.bad else ""
     screen.line(
         f"[green]✓[/] [bold]{shown(p.dest)}[/]  {manifest.count:,} images "
-        f"{'x'.join(map(str, manifest.shape))} in {len(manifest.shards)} shards{left_out}  [dim]{manifest.fingerprint}[/]"
+        f"{'x'.join(map(str, manifest.shape))} in {shards}{left_out}  [dim]{manifest.fingerprint}[/]"
     )
     _print_summary(manifest, screen)
     return manifest
+
+
+def listing_of(p: Preparation) -> Listing:
+    """Lists the source. Raises UserError if it can't be used."""
+    return list_source(
+        p.source,
+        labels=p.labels,
+        captions=p.captions,
+        label_column=p.label_column,
+        image_column=p.image_column,
+        caption_column=p.caption_column,
+        unit_bytes=UNIT,
+        limit=p.limit,
+        filesystem=s3.filesystem(p.source)[0],
+    )
 
 
 def _print_summary(manifest: Manifest, screen: Screen) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from mmdistill_core.files import sha256_of
+from workflows.config.schema import Data
 from workflows.config.values import digest
 from workflows.dataset.extractors import Wanted, make_extractor, progress_text
 from workflows.dataset.manifest import MANIFEST, Manifest, read_manifest, write_manifest
@@ -20,8 +24,11 @@ from workflows.dataset.reference import (
 )
 from workflows.dataset.shards import REPAIR, write_shards
 from workflows.dataset.sources import Source, data_set, source_of
-from workflows.dataset.sources.folder import listing
+from workflows.dataset.sources.folder import checked
 from workflows.errors import UserError
+from workflows.ingest.options import CODE as FOLDER_CODE
+from workflows.ingest.options import Preparation
+from workflows.ingest.prepare import listing_of, prepare_data_set
 from workflows.rendering.screen import Bar
 from workflows.session.context import Context, Done
 from workflows.session.stage import StageRun, run_stage
@@ -39,8 +46,6 @@ CODE = (
     "workflows/dataset/manifest.py",
     "workflows/dataset/shards.py",
     "workflows/dataset/readers/decode.py",
-    "workflows/dataset/readers/image_files.py",
-    "workflows/dataset/readers/text.py",
     "workflows/dataset/readers/spread.py",
     "mmdistill_core/rng.py",
     "mmdistill_core/diffusion",
@@ -57,14 +62,15 @@ CODE = (
 
 def prepare(context: Context) -> Done:
     data, shown = context.config.data, {"data": context.config.data.model_dump()}
+    folder = data.source == "folder"
     depends = {
         "data": data.model_dump(exclude={"extractor_weights", "memory_gib", "window"}),
-        "listing": listing(data.path) if data.source == "folder" else None,
+        "listing": folder_fingerprint(data, context.workspace.uri) if folder else None,
         "data set": digest(asdict(read_manifest(data_set(data)))) if data.source == "dataset" else None,
         "weights": sha256_of(data.extractor_weights) if data.extractor_weights else None,
         "near": context.config.evaluate.neighbour_samples,
         "seed": context.config.seed,
-        "code": code_version(*CODE),
+        "code": code_version(*CODE, *(FOLDER_CODE if folder else ())),
     }
     return run_stage(context, "prepare", depends=depends, config=shown, body=_body)
 
@@ -76,8 +82,8 @@ def _body(run: StageRun) -> dict[str, Any]:
     if not placement.use_gpu:
         workers, at_once = placement.teacher_workers, min(placement.at_once, len(run.context.config.distill.k))
         CREWS.expect(mailbox=run.context.monitor.actor, workers=workers, at_once=at_once)
+    root, manifest = _data(run, source)
     with run.context.screen.bars():
-        root, manifest = _data(run, source)
         extractor, accuracy = _extractor(run, root, manifest, source)
         held_out = manifest.held_out
         provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy, "held_out": held_out}
@@ -99,7 +105,7 @@ def _body(run: StageRun) -> dict[str, Any]:
         # Of what the images are, not of how their shards are called: prepared again, they leave the teacher as it is.
         "identity": digest([manifest.fingerprint, manifest.num_classes, _seen(manifest, config.trained)], 16),
         "artifacts": [MANIFEST, *own],
-        "data": None if source.load else root,
+        "data": root if config.source == "dataset" else None,
         "bytes": manifest.in_memory(),
         "count": manifest.count,
         "shape": list(manifest.shape),
@@ -116,12 +122,14 @@ def _body(run: StageRun) -> dict[str, Any]:
 
 def _data(run: StageRun, source: Source) -> tuple[str, Manifest]:
     """The data set: the one that the recipe names, or one written now."""
-    config = run.context.config.data
-    if source.load is None:
+    config, root = run.context.config.data, run.folder.at("data")
+    if config.source == "dataset":
         root = data_set(config)
         return root, read_manifest(root)
-    root = run.folder.at("data")
-    images, labels = source.load(run.context.screen.line)
+    if source.load is None:
+        with in_terms_of_the_recipe():
+            return root, prepare_data_set(preparation_of(config, root), run.context.screen)
+    images, labels = source.load()
     return root, write_shards(
         root,
         source=config.source,
@@ -131,8 +139,44 @@ def _data(run: StageRun, source: Source) -> tuple[str, Manifest]:
         classes=source.classes() if source.classes else (),
         holdout=config.holdout,
         rows=config.shard_rows,
-        preprocessing=source.preprocessing,
     )
+
+
+@contextmanager
+def in_terms_of_the_recipe() -> Iterator[None]:
+    """The hints of `mmdistill prepare` name its options, which a recipe does not have."""
+    try:
+        yield
+    except UserError as error:
+        own = "data.num_classes=0: no classes; mmdistill prepare has more ways to read images"
+        raise UserError(f"data.path: {error}", hint=own if "--" in error.hint else error.hint) from error
+
+
+def preparation_of(data: Data, dest: str) -> Preparation:
+    """How a folder of images becomes a data set."""
+    shape = source_of(data).shape
+    return Preparation(
+        str(checked(data.path)),
+        dest,
+        size=shape[1],
+        channels=shape[0],
+        labels="folders" if data.num_classes else "none",
+        captions="none",
+        holdout=data.holdout,
+        limit=data.limit,
+        shard_mb=data.shard_rows * math.prod(shape) / 2**20,
+    )
+
+
+def folder_fingerprint(data: Data, dest: str) -> str:
+    """The fingerprint of a folder of images. Raises UserError if it has another number of classes than the recipe says."""
+    with in_terms_of_the_recipe():
+        listing = listing_of(preparation_of(data, dest))
+    found, classes = listing.classes, data.num_classes or 0
+    if len(found) != classes:
+        few = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise UserError(f"data.num_classes: {classes}, but {data.path} has {len(found)} folders with images: {few}")
+    return listing.fingerprint
 
 
 def _seen(manifest: Manifest, rows: str) -> str:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from workflows.dataset.manifest import known_manifest
 from workflows.dataset.readers.spread import evenly
 from workflows.dataset.sources.drawn import RING, gmm, made, ring
-from workflows.dataset.sources.folder import class_names, load_folder
 from workflows.dataset.sources.packaged import PHOTOGRAPHS, digits, photograph_names, photos
 from workflows.storage.uri import resolved
 
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 
     from workflows.config.schema import Data
 
-Say = Callable[[str], None]
-Load = Callable[[Say], "tuple[np.ndarray, np.ndarray]"]
+Load = Callable[[], "tuple[np.ndarray, np.ndarray]"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +27,9 @@ class Source:
 
     shape          (c, h, w)
     num_classes    0: no labels; `load` then returns zeros
-    load           load(say) returns images [n, c, h, w] in [0, 1] and labels [n]; it reports notes for the user with `say`, a line
-                   each. None: the images are already a data set
+    load           load() returns images [n, c, h, w] in [0, 1] and labels [n]. None: the images are files or a data set, which may
+                   not fit in memory
     exact          exact(schedule=...) returns the optimal denoiser, where the distribution of the data is known
-    preprocessing  what `load` does to the images
     classes        classes() returns the class names in the order of their labels, if they have names
     """
 
@@ -40,7 +37,6 @@ class Source:
     num_classes: int
     load: Load | None
     exact: Callable[..., Any] | None = None
-    preprocessing: str = "whole images"
     classes: Callable[[], tuple[str, ...]] | None = None
 
 
@@ -59,22 +55,12 @@ def _made(data: Data) -> Source:
 
 
 def _folder(data: Data) -> Source:
-    shape, classes = _shape(data), data.num_classes or 0
-    # The loader applies the limit, so that it does not decode images that are not used.
-    load = partial(load_folder, path=data.path, shape=shape, num_classes=classes, limit=data.limit)
-    names = partial(class_names, data.path, classes)
-    return Source(shape, classes, load, preprocessing="upright, over white, central square, Lanczos", classes=names)
+    return Source(_shape(data), data.num_classes or 0, None)
 
 
 def _dataset(data: Data) -> Source:
     manifest = known_manifest(data_set(data))
-    return Source(
-        manifest.shape,
-        manifest.num_classes,
-        None,
-        preprocessing=manifest.preprocessing,
-        classes=lambda: manifest.classes,
-    )
+    return Source(manifest.shape, manifest.num_classes, None)
 
 
 def data_set(data: Data) -> str:
@@ -92,14 +78,14 @@ SHAPED: dict[str, Callable[[Data], Source]] = {"folder": _folder, "made": _made,
 
 
 def source_of(data: Data) -> Source:
-    """Returns the source that the section `data` names, with at most `limit` of its images."""
+    """Returns the source that the section `data` names. `load` gives at most `limit` images."""
     source = SOURCES[data.source] if data.source in SOURCES else SHAPED[data.source](data)
     limit, whole = data.limit, source.load
     if limit is None or whole is None:
         return source
 
-    def load(say: Say) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = whole(say)
+    def load() -> tuple[np.ndarray, np.ndarray]:
+        images, labels = whole()
         index = evenly(len(images), limit)
         return images[index], labels[index]
 

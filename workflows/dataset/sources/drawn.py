@@ -11,7 +11,7 @@ RING: dict[str, Any] = {"modes": 8, "radius": 0.7, "variance": 0.0025}
 """The mixture `gmm` in [-1, 1]^2. The edge is 6 standard deviations from the nearest mean, so no drawn point lies beyond it."""
 
 
-def gmm(say: Any, *, count: int = 8192) -> tuple[np.ndarray, np.ndarray]:
+def gmm(*, count: int = 8192) -> tuple[np.ndarray, np.ndarray]:
     """Draws points of RING as images of two channels and one pixel. The label is the Gaussian that the point was drawn from."""
     from mmdistill_core.diffusion.schedules import Cosine
     from mmdistill_core.rng import generator
@@ -27,7 +27,7 @@ def ring(*, schedule: Any) -> Any:
     return ring_of_gaussians(**RING, schedule=schedule)
 
 
-def made(say: Any, *, shape: tuple[int, int, int], num_classes: int, count: int = 256) -> tuple[np.ndarray, np.ndarray]:
+def made(*, shape: tuple[int, int, int], num_classes: int, count: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """Makes images of sixteen colour blocks around one hue per class, to try a recipe without its data."""
     import numpy as np
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from workflows.dataset.readers.decode import square
 from workflows.errors import UserError
@@ -31,7 +31,7 @@ def photograph_names() -> tuple[str, ...]:
     return tuple(Path(name).stem for name in PHOTOGRAPHS)
 
 
-def digits(say: Any) -> tuple[np.ndarray, np.ndarray]:
+def digits() -> tuple[np.ndarray, np.ndarray]:
     """Returns 1,797 handwritten digits of 8x8 pixels in 10 classes."""
     from sklearn.datasets import load_digits
 
@@ -39,7 +39,7 @@ def digits(say: Any) -> tuple[np.ndarray, np.ndarray]:
     return bunch.images[:, None] / 16.0, bunch.target
 
 
-def photos(say: Any, *, size: int, each: int) -> tuple[np.ndarray, np.ndarray]:
+def photos(*, size: int, each: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns `each` square crops of every photograph; the label is the photograph.
 
     The side of a crop lies between a quarter of the photograph's shorter side and all of it, so that a crop shows something. None
