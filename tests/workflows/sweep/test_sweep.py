@@ -281,7 +281,7 @@ class Sweep(Command):
         return sorted(p.parent.name for p in (self.workspace / "stages").glob("trial-*/result.json"))
 
     def halfway(self):
-        return list((self.workspace / "ray").glob("trial-*/checkpoint-*/manifest.json"))
+        return list((self.workspace / "ray").glob("trial-*/*/checkpoint-*/manifest.json"))
 
 
 @pytest.mark.slow
