@@ -6,7 +6,8 @@ so they are validated and shown like any other field.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +28,15 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=Section)
 ANY_SIZE = 110_880
 """Stands for an image size that is not known yet: it is a multiple of all usual ones."""
+
+
+@contextmanager
+def _errors_in(field: str, model: type[Section] = Section) -> Iterator[None]:
+    """Puts the field before the message of a ValueError in the block. `model`: the section that was validated."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{field}{one_line(error, model)}") from None
 
 
 # The classes
@@ -52,18 +62,15 @@ def config_class(teacher: str, distill: str, network: str) -> type[RunConfig]:
     from mmdistill_core.methods import method_class
     from mmdistill_core.networks.config import network_class
 
-    def found(field: str, look: Callable[[str], type], name: str) -> type:
-        try:
-            return look(name)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
-
-    sections: Any = {
-        "teacher": _with_options(Teacher, found("teacher.method", method_class, teacher)),
-        "distill": _with_options(Distill, found("distill.method", method_class, distill)),
-        "network": _with_options(Network, found("network.kind", network_class, network)),
-    }
-    fields: Any = {name: (made, Field(default_factory=made)) for name, made in sections.items()}
+    fields: Any = {}
+    for section, field, base, look, name in (
+        ("teacher", "method", Teacher, method_class, teacher),
+        ("distill", "method", Distill, method_class, distill),
+        ("network", "kind", Network, network_class, network),
+    ):
+        with _errors_in(f"{section}.{field}: "):
+            made = _with_options(base, look(name))
+        fields[section] = (made, Field(default_factory=made))
     return create_model("RunConfig", __base__=_Consistent, __module__=__name__, **fields)
 
 
@@ -179,32 +186,28 @@ class _Consistent(RunConfig):
     def _check_overrides(self) -> None:
         for name, section in (("distill", self.distill), ("gate", self.gate)):
             for k in section.overrides:
-                try:
+                with _errors_in(f"{name}.overrides.{k}.", type(section)):
                     section.for_k(k)
-                except ValueError as error:
-                    raise ValueError(f"{name}.overrides.{k}.{one_line(error, type(section))}") from None
 
     def _check_methods(self, source: Source | None) -> None:
+        from mmdistill_core.samplers.samplers import sampler_function
+
         schedule = schedule_of(self)
-        try:
+        with _errors_in("teacher."):
             method_of(self.teacher, schedule)
-        except ValueError as error:
-            raise ValueError(f"teacher.{error}") from None
-        self._check_samplers()
-        try:
+        for name in self.evaluate.samplers:
+            with _errors_in("evaluate.samplers: "):
+                sampler_function(name)
+        with _errors_in("distill."):
             rounds = rounds_of(self.distill, schedule)
-        except ValueError as error:
-            raise ValueError(f"distill.{error}") from None
         for one in rounds:
             self._check_round(one)
         if self.teacher.model is not None or source is None:
             return  # checked once the teacher is loaded
         about = about_teacher(self, source.num_classes)
         for one in rounds:
-            try:
+            with _errors_in("distill."):
                 one.method.check_teacher(about)
-            except ValueError as error:
-                raise ValueError(f"distill.{error}") from None
         if self.evaluate.guidance and not (about.num_classes and about.guidable):
             raise ValueError(
                 "evaluate.guidance: the teacher can't be guided: it needs labels, and to learn the null label in its training"
@@ -220,19 +223,8 @@ class _Consistent(RunConfig):
                 raise ValueError(
                     f"distill.optimisers: {role!r} is none of the networks that {own.method} trains: {known}"
                 )
-            try:
+            with _errors_in(f"distill.optimisers.{role}.", type(own.optimiser)):
                 own.optimiser_of(role)
-            except ValueError as error:
-                raise ValueError(f"distill.optimisers.{role}.{one_line(error, type(own.optimiser))}") from None
-
-    def _check_samplers(self) -> None:
-        from mmdistill_core.samplers.samplers import sampler_function
-
-        for name in self.evaluate.samplers:
-            try:
-                sampler_function(name)
-            except ValueError as error:
-                raise ValueError(f"evaluate.samplers: {error}") from None
 
     def _check_extractor(self, source: Source) -> None:
         kind = self.data.extractor

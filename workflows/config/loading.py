@@ -34,9 +34,9 @@ def _over(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     `given` win over both.
     """
     for name in ("distill", "gate"):
-        section, said = recipe.get(name), given.get(name)
-        if isinstance(section, dict) and isinstance(said, dict) and isinstance(section.get("overrides"), dict):
-            of_k = {k: without(own, said) if isinstance(own, dict) else own for k, own in section["overrides"].items()}
+        section, over = recipe.get(name), given.get(name)
+        if isinstance(section, dict) and isinstance(over, dict) and isinstance(section.get("overrides"), dict):
+            of_k = {k: without(own, over) if isinstance(own, dict) else own for k, own in section["overrides"].items()}
             recipe = recipe | {name: section | {"overrides": of_k}}
     return merge(recipe, given)
 
@@ -60,12 +60,12 @@ def _by_k(values: dict[str, Any]) -> dict[str, Any]:
 
 def _for_its_data(recipe: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """The recipe without the description of its own data, if the command line names another source with a shape of its own."""
-    own, said = recipe.get("data"), given.get("data")
-    source = str(said.get("source", "")) if isinstance(said, dict) else ""
+    data, over = recipe.get("data"), given.get("data")
+    source = str(over.get("source", "")) if isinstance(over, dict) else ""
     if not (source in SOURCES or source == "dataset" or source.startswith(DATA_SET)):
         return recipe
-    if isinstance(own, dict) and own.get("source") != source:
-        recipe = recipe | {"data": {name: value for name, value in own.items() if name not in OF_THE_DATA}}
+    if isinstance(data, dict) and data.get("source") != source:
+        recipe = recipe | {"data": {name: value for name, value in data.items() if name not in OF_THE_DATA}}
     teacher = recipe.get("teacher")
     if isinstance(teacher, dict) and (source not in SOURCES or SOURCES[source].exact is None):
         recipe = recipe | {"teacher": without(teacher, {"kind": None})}

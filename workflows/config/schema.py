@@ -59,9 +59,9 @@ class Data(Section):
         4,
         ge=0,
         le=2**20,
-        description="data of at most so many GiB are held by every worker; larger ones are read as they are wanted",
+        description="every worker holds a data set of at most so many GiB in memory; it streams a larger one",
     )
-    window: int = Field(4, ge=1, description="shards that are shuffled together, of data that are not held in memory")
+    window: int = Field(4, ge=1, description="shards that are shuffled together, when the data are streamed")
     classifier_epochs: int = Field(25, ge=1)
 
     @model_validator(mode="before")
@@ -143,7 +143,7 @@ class Compute(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the networks' operations; weights, averages and optimisers are float32"
     )
-    shard: bool = Field(False, description="cut weights, gradients and optimisers among the workers (FSDP2)")
+    shard: bool = Field(False, description="divide weights, gradients and optimisers among the workers (FSDP2)")
     recompute: bool = Field(False, description="keep no activations within blocks: less memory, a third more work")
     compile: bool = Field(False, description="torch.compile: minutes before the first step, faster ones after it")
 
@@ -180,13 +180,13 @@ class Teacher(Training):
 
     method: str = TEACHER
     kind: Literal["trained", "exact"] = "trained"
-    model: str | None = Field(None, description="a teacher that is there already, and is not trained")
+    model: str | None = Field(None, description="an existing teacher, which is not trained")
     optimiser: Optimiser = Optimiser(lr=1e-3)
 
     @model_validator(mode="after")
     def _trained_or_not(self) -> Teacher:
         if self.model is not None and self.kind == "exact":
-            raise ValueError(f"model: {self.model} is given, so that kind can't be exact")
+            raise ValueError(f"model: {self.model} is given, so kind can't be exact")
         return self
 
 
@@ -198,7 +198,7 @@ class Distill(Training):
     k: tuple[int, ...] = (1, 2, 4, 8)
     method: str = METHOD
     given: dict[str, str] = Field(
-        default_factory=dict, description="models that the method asks for beside the teacher, by name"
+        default_factory=dict, description="models that the method needs beside the teacher, by name"
     )
     warm_start: bool = Field(False, description="the k-step student starts from that of 2k steps, if k has both")
     dropout: float = Field(0.0, ge=0, lt=1, description="in the networks that are trained")
@@ -208,7 +208,7 @@ class Distill(Training):
     )
     ema_ramp: float = Field(0.1, gt=0, le=1, description="the half-life is at most this share of the images seen")
     validate_every: int = Field(
-        25_600, ge=0, description="distance of the student so far; the best is kept. 0: keep the last"
+        25_600, ge=0, description="images between two measurements of the student; the best is kept. 0: keep the last"
     )
     validate_samples: int = Field(1000, ge=2)
     overrides: dict[Steps, dict[str, Any]] = Field(default_factory=dict)
@@ -246,16 +246,16 @@ class Evaluate(Section):
         (), description="extra noise, up to 1, of the teacher's ancestral steps: to tune it before it is compared with"
     )
     guidance: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="strengths at which the teacher, and students that were told it, are measured too"
+        (), description="strengths at which the teacher, and students conditioned on it, are measured too"
     )
     reference: str | None = Field(
         None, description="a folder of reference statistics; by default those of the run's data"
     )
     neighbours: int = Field(3, ge=1, description="k of precision and recall")
     neighbour_samples: int = Field(
-        10_000, ge=10, description="at most so many a side for precision, recall and kernel distance"
+        10_000, ge=10, description="at most so many of each set for precision, recall and kernel distance"
     )
-    kid_subsets: int = Field(0, ge=0, description="of 1,000 each, as the field has 100 of; 0: all pairs, the same mean")
+    kid_subsets: int = Field(0, ge=0, description="of 1,000 each; 100 are usual. 0: all pairs, with the same mean")
     inception_splits: int = Field(10, ge=1)
 
     @field_validator("samplers", "teacher_steps", "teacher_noise", "guidance")

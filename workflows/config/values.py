@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from workflows.errors import brief
+from workflows.errors import brief, in_a_line
 
 DEEPEST = 20
 """Most levels of nesting. No setting needs as many, and thousands would exceed Python's recursion limit."""
@@ -84,9 +84,11 @@ def parsed(text: str | bytes) -> Any:
     try:
         values = yaml.load(text, _Loader)
     except yaml.reader.ReaderError as error:
-        raise ValueError(f"not text in UTF-8: {_in_a_line(error)}") from None
+        raise ValueError(f"not text in UTF-8: {in_a_line(str(error))}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an impossible number or date
-        raise ValueError(f"not YAML: {_in_a_line(error)}") from None
+        marked = isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None
+        why = f"line {error.problem_mark.line + 1}: {error.problem}" if marked else str(error)  # type: ignore[union-attr]
+        raise ValueError(f"not YAML: {in_a_line(why)}") from None
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from None
     level = [values]
@@ -100,14 +102,6 @@ def parsed(text: str | bytes) -> Any:
 def _inside(value: Any) -> list[Any]:
     """The values in a mapping or a list, none in anything else."""
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-
-
-def _in_a_line(error: Exception) -> str:
-    text = str(error)
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        text = f"line {error.problem_mark.line + 1}: {error.problem}"
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def digest(value: Any, length: int = 12) -> str:

@@ -31,7 +31,7 @@ def _files(path: Path) -> list[Path]:
 
 @cache
 def closure(*modules: str) -> dict[str, Path]:
-    """The files that `modules` run, by module name: their own, and whatever they import from mmdistill_core and from their own
+    """The files that `modules` run, by module name: their own, and what they import from mmdistill_core and from their own
     packages. Imports within functions count. A package's __init__ counts only if something is imported from it.
     """
     packages = {module.partition(".")[0] for module in modules} | {CORE}
@@ -64,16 +64,7 @@ def _file_of(module: str) -> Path | None:
 def _imported(module: str, file: Path) -> Iterator[str]:
     """The modules that a file imports. Names imported from a package count if they are modules, else the package does."""
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    tree = ast.parse(file.read_text())
-    for_types = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in for_types:
-            continue
+    for node in _executed(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -84,6 +75,24 @@ def _imported(module: str, file: Path) -> Iterator[str]:
             yield from own
             if len(own) < len(names):
                 yield base
+
+
+def _executed(tree: ast.Module) -> Iterator[ast.AST]:
+    """The nodes of a module, without the branches that only a type checker takes."""
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.If) and _is_type_checking(node.test):
+            waiting += node.orelse
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.UnaryOp) and _is_type_checking(node.test.operand):
+            waiting += node.body  # if not TYPE_CHECKING
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return isinstance(test, (ast.Name, ast.Attribute)) and ast.unparse(test).rpartition(".")[2] == "TYPE_CHECKING"
 
 
 def git_commit() -> str:

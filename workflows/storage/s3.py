@@ -72,7 +72,6 @@ class S3Settings:
         addressing = env.get("MMDISTILL_S3_ADDRESSING", "auto")
         if addressing not in ("auto", "path", "virtual"):
             raise ConfigError(f"MMDISTILL_S3_ADDRESSING: {addressing!r} is not one of auto, path, virtual")
-        timeout = seconds_of("MMDISTILL_S3_TIMEOUT", 30, least=0.1)
         ca = env.get("AWS_CA_BUNDLE")
         if ca and not Path(ca).is_file():
             raise UserError(f"AWS_CA_BUNDLE: {ca} is not a file")
@@ -86,7 +85,7 @@ class S3Settings:
             region=env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION"),
             ca=ca,
             addressing=addressing,
-            timeout=timeout,
+            timeout=seconds_of("MMDISTILL_S3_TIMEOUT", 30, least=0.1),
         )
 
     def config(self) -> dict[str, Any]:
@@ -210,13 +209,11 @@ def _is_transient(error: BaseException) -> bool:
     return any(isinstance(e, (*kinds, ConnectionError, TimeoutError)) for e in chain_of(error))
 
 
+NO_PERMISSION = ("no permission", "the credentials need s3:ListBucket, GetObject, PutObject and DeleteObject there")
 REASONS = {
     "NoSuchBucket": ("there is no such bucket", "create it, or correct the name; --s3-endpoint-url names the server"),
-    "AccessDenied": (
-        "no permission",
-        "the credentials need s3:ListBucket, GetObject, PutObject and DeleteObject there",
-    ),
-    "403": ("no permission", "the credentials need s3:ListBucket, GetObject, PutObject and DeleteObject there"),
+    "AccessDenied": NO_PERMISSION,
+    "403": NO_PERMISSION,
     "InvalidAccessKeyId": ("the server does not know the access key", "check AWS_PROFILE or AWS_ACCESS_KEY_ID"),
     "SignatureDoesNotMatch": ("the server refuses the secret key", "check AWS_SECRET_ACCESS_KEY, and the clock"),
     "QuotaExceeded": ("the object store is full", "free some space, run it again"),
@@ -242,7 +239,7 @@ def explained(error: BaseException, uri: str | Path) -> UserError:
             return UserError(f"{shown(uri)}: nothing answers at {shown(where)}", hint="check --s3-endpoint-url")
     code = code_of(error)
     if code in REASONS or isinstance(error, PermissionError):
-        reason, hint = REASONS.get(code, REASONS["AccessDenied"])
+        reason, hint = REASONS.get(code, NO_PERMISSION)
         return UserError(f"{shown(uri)}: {reason}" + (f" ({code})" if code else ""), hint=hint)
     reason = shown((str(error).splitlines() or [type(error).__name__])[0])[:200]
     return UserError(f"{shown(uri)}: {reason}", hint="run it again: what was finished is kept")
@@ -251,22 +248,15 @@ def explained(error: BaseException, uri: str | Path) -> UserError:
 def object_store_status() -> tuple[bool | None, str]:
     """(status, text): True if the store answers, False if it is configured and does not, None if it is not configured."""
     settings = S3Settings.of_environment()
-    configured = settings.endpoint or any(
-        os.environ.get(n) for n in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN")
-    )
-    if not configured:
-        return (
-            None,
-            "not configured; needed only for s3:// data: set AWS_PROFILE or keys, and AWS_ENDPOINT_URL if not AWS",
-        )
-    import boto3
-    from botocore.config import Config
+    credentials = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ROLE_ARN")
+    if not settings.endpoint and not any(os.environ.get(name) for name in credentials):
+        how = "set AWS_PROFILE or keys, and AWS_ENDPOINT_URL if not AWS"
+        return None, f"not configured; needed only for s3:// data: {how}"
     from botocore.exceptions import BotoCoreError, ClientError
 
     where = shown(settings.endpoint or "AWS S3")
-    config = Config(**replace(settings, timeout=5).config())
     try:
-        buckets = boto3.client("s3", config=config).list_buckets()["Buckets"]
+        buckets = client(replace(settings, timeout=5)).list_buckets()["Buckets"]
     except ClientError as error:
         code = error.response.get("Error", {}).get("Code", "error")
         if code == "AccessDenied":

@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,6 +20,8 @@ from workflows.storage.uri import is_remote, join, shown
 
 AT_ONCE = 8
 """Files of a folder that are transferred at the same time."""
+LOCK_TIMEOUT, LOCK_TRIES = 5.0, 6
+"""For the objects of leases: most seconds that a request may be silent, and requests. A lease must be renewed before it expires."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,17 @@ def write(uri: str | Path, data: bytes) -> None:
     """Writes a file atomically. Raises UserError."""
     fs, path = filesystem(uri)
     if not is_remote(uri):
-        _write_local(Path(path), data)
+        with atomic(Path(path)) as partial, partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         return
 
     def put() -> None:
         fs.pipe_file(path, data, chunksize=PART)
-        parts = (data[i : i + PART] for i in range(0, len(data), PART))
-        _verify(fs, path, len(data), parts)
+        _verify(fs, path, len(data), (data[i : i + PART] for i in range(0, len(data), PART)))
 
     retry(put, uri)
-
-
-def _write_local(path: Path, data: bytes) -> None:
-    with atomic(path) as partial, partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def upload(path: Path, uri: str | Path) -> None:
@@ -77,14 +74,10 @@ def upload(path: Path, uri: str | Path) -> None:
             shutil.copyfile(path, partial)
         return
 
-    def parts() -> Iterable[bytes]:
-        with path.open("rb") as file:
-            while part := file.read(PART):
-                yield part
-
     def put() -> None:
         fs.put_file(str(path), there, chunksize=PART)
-        _verify(fs, there, path.stat().st_size, parts())
+        with path.open("rb") as file:
+            _verify(fs, there, path.stat().st_size, iter(lambda: file.read(PART), b""))
 
     retry(put, uri)
 
@@ -128,12 +121,14 @@ def _client_and_key(uri: str) -> tuple[Any, dict[str, str]]:
     parts = urlsplit(uri)
     if parts.scheme not in ("s3", "s3a"):
         raise UserError(f"{shown(uri)}: only folders and s3:// can be locked")
-    return client(S3Settings.of_environment()), {"Bucket": parts.netloc, "Key": parts.path.lstrip("/")}
+    settings = S3Settings.of_environment()
+    settings = replace(settings, timeout=min(settings.timeout, LOCK_TIMEOUT))
+    return client(settings), {"Bucket": parts.netloc, "Key": parts.path.lstrip("/")}
 
 
 def put_if(uri: str, data: bytes, tag: str | None) -> str | None:
-    """Writes an s3:// object if its etag is still `tag` (None: if it does not exist). Returns the new etag, or None if it was not
-    written.
+    """Writes a small s3:// object if its etag is still `tag` (None: if it does not exist). Returns the new etag, or None if it was
+    not written. If the store does not answer, raises UserError after LOCK_TRIES.
     """
     client, where = _client_and_key(uri)
     condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
@@ -146,11 +141,11 @@ def put_if(uri: str, data: bytes, tag: str | None) -> str | None:
                 return None
             raise
 
-    return retry(put, uri)
+    return retry(put, uri, tries=LOCK_TRIES)
 
 
 def read_tagged(uri: str) -> tuple[bytes, str] | None:
-    """The bytes of an s3:// object and their etag, from one request; None if it does not exist."""
+    """The bytes of a small s3:// object and their etag, from one request; None if it does not exist."""
     client, where = _client_and_key(uri)
 
     def get() -> tuple[bytes, str] | None:
@@ -160,7 +155,7 @@ def read_tagged(uri: str) -> tuple[bytes, str] | None:
             return None
         return found["Body"].read(), str(found["ETag"]).strip('"')  # Ceph accepts etags only without quotes
 
-    return retry(get, uri)
+    return retry(get, uri, tries=LOCK_TRIES)
 
 
 # Folders
@@ -205,22 +200,20 @@ def publish(folder: Path, uri: str, *, skip: Callable[[str], bool] = lambda name
     """Uploads all files of a local folder but partial ones. If `last` is there, the rest is complete. Raises UserError."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     names = [name for name in names if not skip(name) and name != last and not name.endswith(".partial")]
-    _in_parallel([lambda name=name: upload(folder / name, join(uri, name)) for name in names])  # type: ignore[misc]
+    _in_parallel(lambda name: upload(folder / name, join(uri, name)), names)
     if last:
         upload(folder / last, join(uri, last))
 
 
 def pull(uri: str, folder: Path, *, skip: Callable[[str], bool] = lambda name: False) -> None:
     """Downloads all files below `uri` into a local folder. Raises UserError."""
-    names = [name for name in listing(uri) if not skip(name)]
-    _in_parallel([lambda name=name: download(join(uri, name), _within(folder, name)) for name in names])  # type: ignore[misc]
+    _download_all(uri, folder, [name for name in listing(uri) if not skip(name)])
 
 
 def skeleton(uri: str, folder: Path, *, whole: Callable[[str], bool]) -> None:
     """Recreates the files below `uri` in a local folder by name, size and date. Only those that `whole` selects have content."""
     entries, folder = listing(uri), folder.resolve()
-    with_content = [name for name in entries if whole(name)]
-    _in_parallel([lambda name=name: download(join(uri, name), _within(folder, name)) for name in with_content])  # type: ignore[misc]
+    _download_all(uri, folder, [name for name in entries if whole(name)])
     newest: dict[Path, float] = {}
     for name, entry in entries.items():
         path = _within(folder, name)
@@ -251,7 +244,7 @@ def fetch(uri: str | Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=target.parent))
         try:
-            _in_parallel([lambda name=name: download(join(uri, name), _within(partial, name)) for name in entries])  # type: ignore[misc]
+            _download_all(uri, partial, entries)
             try:
                 partial.rename(target)
             except OSError:  # another process was faster
@@ -270,12 +263,15 @@ def _within(folder: Path, name: str) -> Path:
     return path
 
 
-def _in_parallel(calls: list[Callable[[], None]]) -> None:
+def _download_all(uri: str | Path, folder: Path, names: Iterable[str]) -> None:
+    _in_parallel(lambda name: download(join(uri, name), _within(folder, name)), names)
+
+
+def _in_parallel(call: Callable[[str], None], names: Iterable[str]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for done in [pool.submit(call) for call in calls]:
-            done.result()
+        list(pool.map(call, names))  # raises the first error
 
 
 def check(uri: str | Path) -> None:

@@ -173,11 +173,10 @@ class Workspace:
                 f"workspace: {self.root} cannot be written: {error.strerror}",
                 hint="give another folder with --workspace or MMDISTILL_HOME",
             ) from error
-        free = shutil.disk_usage(self.root).free
-        if free < (MINIMUM_FREE if minimum_free is None else minimum_free):
+        free, needed = shutil.disk_usage(self.root).free, MINIMUM_FREE if minimum_free is None else minimum_free
+        if free < needed:
             raise UserError(
-                f"workspace: only {free // 1024**2} MB are free on the disk of {self.root}, "
-                f"{MINIMUM_FREE // 1024**2} MB are needed",
+                f"workspace: only {free // 1024**2} MB are free on the disk of {self.root}, {needed // 1024**2} MB are needed",
                 hint="free some space, or give another folder with --workspace",
             )
 
@@ -228,10 +227,8 @@ class Workspace:
 
     def stages(self) -> list[StageFolder]:
         """All stage folders on this machine, finished or not."""
-        parts = [
-            (path, *path.name.rpartition("-")) for path in sorted((self.root / "stages").glob("[!.]*")) if path.is_dir()
-        ]
-        return [StageFolder(name, key, path, str(path)) for path, name, _, key in parts]
+        paths = sorted(path for path in (self.root / "stages").glob("[!.]*") if path.is_dir())
+        return [StageFolder(*path.name.rpartition("-")[::2], path, str(path)) for path in paths]
 
     def pipelines(self) -> dict[str, dict[str, Any]]:
         """The records of the configurations that were run, by name. "used" is the time of the last run (seconds since 1970). A

@@ -303,6 +303,21 @@ def test_an_answer_that_was_lost_is_no_other_holder(place, moto_server, monkeypa
     assert faults.counts["lost"] >= 3
 
 
+def test_a_store_that_is_silent_blocks_a_lease_for_seconds(place, moto_server, monkeypatch):
+    """Not for the 30 s that any other request waits, 14 times: a lease must be renewed before it expires."""
+    monkeypatch.setattr(storage, "LOCK_TIMEOUT", 0.3)
+    monkeypatch.setattr(storage, "LOCK_TRIES", 2)
+    with Faults(moto_server, delayed=1.0, delay=60) as faults:
+        use(monkeypatch, faults.url)
+        monkeypatch.delenv("MMDISTILL_S3_TIMEOUT", raising=False)
+        for call in (storage.read_tagged, lambda uri: storage.put_if(uri, b"x", None)):
+            began = time.monotonic()
+            with pytest.raises(UserError):
+                call(join(place, ".lock"))
+            assert time.monotonic() - began < 15
+    assert faults.counts["delayed"] == 4
+
+
 def test_a_folder_takes_no_lease():
     with pytest.raises(UserError, match="only folders and s3://"), Lease("memory://a/b", "workspace").held():
         pass

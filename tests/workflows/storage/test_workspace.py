@@ -13,7 +13,7 @@ from workflows.errors import ConfigError, UserError
 from workflows.registry.lineage import open_registry
 from workflows.session.metrics import read_metrics
 from workflows.storage import workspace as module
-from workflows.storage.code import code_version
+from workflows.storage.code import closure, code_version
 from workflows.storage.workspace import Workspace, explain_os_error
 from workflows.tracking import tracker as tracking
 from workflows.tracking.tracker import Tracker
@@ -28,8 +28,10 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_too_little_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MINIMUM_FREE", 10**18)
-    with pytest.raises(UserError, match="free on the disk"):
+    with pytest.raises(UserError, match=rf"free on the disk of .*, {10**18 // 2**20} MB are needed"):
         Workspace(tmp_path)
+    with pytest.raises(UserError, match=rf"{10**17 // 2**20} MB are needed"):
+        Workspace(tmp_path, minimum_free=10**17)
 
 
 ODD = "w%20 x?y[v2]#c;d&e=f'g\"h~ü"
@@ -156,6 +158,35 @@ def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path):
 def test_keys_follow_the_code_that_matters(tmp_path):
     assert code_version("mmdistill_core/diffusion") != code_version("mmdistill_core/engine")
     assert len(code_version("workflows/stages/teacher.py")) == 12
+
+
+TYPES = """
+import typing
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    import typed.types_only
+else:
+    import typed.otherwise
+if not TYPE_CHECKING:
+    import typed.runs
+else:
+    import typed.types_only_too
+if typing.TYPE_CHECKING:
+    from typed import types_only
+def late():
+    if not typing.TYPE_CHECKING:
+        import typed.runs_late
+"""
+
+
+def test_imports_for_types_alone_change_no_key(tmp_path, monkeypatch):
+    """And the branch that runs does, be it that of `not TYPE_CHECKING` or the else of the other."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "typed").mkdir()
+    for name in ("__init__", "types_only", "types_only_too", "otherwise", "runs", "runs_late"):
+        (tmp_path / "typed" / f"{name}.py").write_text("")
+    (tmp_path / "typed" / "start.py").write_text(TYPES)
+    assert set(closure("typed.start")) == {f"typed.{name}" for name in ("start", "otherwise", "runs", "runs_late")}
 
 
 @pytest.mark.parametrize(("number", "said"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "cannot be written")])
