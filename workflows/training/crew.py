@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from workflows.cluster.session import OWN, Workers, before_shutdown, own_ray
@@ -130,20 +130,17 @@ class Crew:
                 self._storage[name] = storage, Checkpoints(storage).images()
             try:
                 self._trainer().fit()
-                return
             except ray.train.TrainingFailedError as error:
                 # Nodes come and go: run again as long as there is progress.
                 before = list(self._storage.values())
                 if self._finished > finished or any(Checkpoints(s).images() > images for s, images in before):
                     continue
                 self._why, self._error = root_cause(error), error
-                return
             except ray.exceptions.RayActorError as error:
                 self._why, self._error = "the process that leads its workers died", error
-                return
             except Exception as error:
                 self._why, self._error = root_cause(error), error
-                return
+            return
 
     def _trainer(self) -> Any:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -269,19 +266,16 @@ class Crews:
         """A crew with free workers for such a training, or a new one."""
         own = own_ray()
         holds, together = use_gpu or not own, workers.most > 1 or not own
-        for crew in self._there():
-            of = crew.shape
-            size = of.workers == workers if together else of.workers.fixed and of.workers.most >= at_once
-            same = (of.use_gpu, of.holds) == (use_gpu, holds) and (
-                not holds or (of.threads, of.storage) == (threads, storage)
-            )
-            if size and same and crew.seat(together=together) is not None:
-                return crew
         if not holds:
             self._scratch = self._scratch or tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-            storage = self._scratch.name
-        size_of_new = workers if together else Workers(at_once, at_once)
-        crew = Crew(Shape(size_of_new, use_gpu, threads, storage, holds), desk)
+            threads, storage = 1, self._scratch.name
+        new = Shape(workers if together else Workers(at_once, at_once), use_gpu, threads, storage, holds)
+        for crew in self._there():
+            has = crew.shape.workers
+            enough = has == workers if together else has.fixed and has.most >= at_once
+            if enough and crew.shape == replace(new, workers=has) and crew.seat(together=together) is not None:
+                return crew
+        crew = Crew(new, desk)
         self._crews.append(crew)
         before_shutdown(self.dismiss)
         return crew

@@ -135,7 +135,7 @@ def build_state(
     """
     import torch
 
-    from mmdistill_core.artifact import load_beside, load_model
+    from mmdistill_core.artifact import load_beside, load_model, load_network
     from mmdistill_core.engine import OptimiserOptions, TrainState
     from mmdistill_core.engine.preparation import Preparation, squared_gradients
     from mmdistill_core.methods.base import Given, New
@@ -146,20 +146,18 @@ def build_state(
     for role in method.roles:
         if isinstance(role.origin, Given):
             name = role.origin.name
-            given[role.name] = held[name] if name in held else load_given(job.given[name])
+            given[role.name] = held[name] if name in held else load_network(fetch(job.given[name]))
         elif isinstance(role.origin, New):
             given[role.name] = new_network(job, role.origin)
     kept = dict(kept or {})
 
-    def origin(role: str) -> str:
-        """The folder of a given role."""
-        origins = {r.name: r.origin for r in method.roles}
-        own = origins[role]
-        assert isinstance(own, Given)
-        return str(fetch(job.given[own.name]))
+    def folder_of(role: str) -> Path:
+        (origin,) = (r.origin for r in method.roles if r.name == role)
+        assert isinstance(origin, Given)
+        return fetch(job.given[origin.name])
 
     def trained(role: str) -> Method:
-        about = load_model(origin(role)).provenance.get("training")
+        about = load_model(folder_of(role)).provenance.get("training")
         if not about:
             raise UserError(f"{job.method}: the given model {job.given} does not say how it was trained")
         return built(about["method"], about["arguments"], method.schedule)
@@ -167,7 +165,7 @@ def build_state(
     def collect(network: nn.Module, by: Method, steps: int) -> dict[str, Any]:
         assert place.batches is not None
         return squared_gradients(
-            network=network.to(state_device(place)),
+            network=network.to(getattr(place.batches, "device", "cpu")),
             method=by,
             batches=place.batches,
             steps=steps,
@@ -180,7 +178,7 @@ def build_state(
         )
 
     def prepare(networks: Any) -> Mapping[str, nn.Module]:
-        lent = Preparation(networks, lambda role, name: load_beside(origin(role), name), trained, collect, kept)
+        lent = Preparation(networks, lambda role, name: load_beside(folder_of(role), name), trained, collect, kept)
         return method.prepare(lent)
 
     state = TrainState.create(
@@ -201,17 +199,6 @@ def build_state(
                 module.p = job.dropout
     state.kept = kept
     return state
-
-
-def state_device(place: Place) -> Any:
-    return getattr(place.batches, "device", "cpu")
-
-
-def load_given(place: str) -> nn.Module:
-    """The network in the folder of a model or an extractor."""
-    from mmdistill_core.artifact import load_network
-
-    return load_network(fetch(place))
 
 
 def new_network(job: Job, origin: New) -> nn.Module:

@@ -55,6 +55,8 @@ def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
 
 def parallelize(state: Any, compute: Compute, *, world: int, device: torch.device) -> None:
     """Changes a TrainState in place for these workers. Its networks must be on the device. A role marked `whole` is left alone."""
+    from torch.distributed._composable import checkpoint
+
     whole = {role.name for role in state.method.roles if role.whole}
     state.unsynced = lambda: _unsynced(state)
     for role, network in state.networks.items():
@@ -62,46 +64,25 @@ def parallelize(state: Any, compute: Compute, *, world: int, device: torch.devic
             continue
         trained = role in state.optimisers
         if compute.recompute and trained:
-            _recompute(network)
+            for block in blocks_of(network):
+                checkpoint(block)  # by hooks, which leave the names of parameters as they are
         if compute.shard and world > 1:
             if role == state.best.role:
                 state.template = copy.deepcopy(network).cpu()
-            _shard(network)
-        state.callables[role] = called = _callable(network, compute, device=device)
+            for part in (*blocks_of(network), network):
+                # The root too: otherwise it would stay whole until a backward, and the EMA could not read it.
+                fully_shard(part, reshard_after_forward=True)
+        called = Autocast(network, device.type) if compute.precision == "bfloat16" else network
+        if compute.compile:
+            called = torch.compile(called)
+        state.callables[role] = called
+        if trained and world > 1 and not compute.shard:
+            # Buffers are not broadcast, since they are constants, the same on all workers.
+            called = DistributedDataParallel(called, broadcast_buffers=False, gradient_as_bucket_view=True)
         if trained:
-            state.trainables[role] = _averaging(called) if world > 1 and not compute.shard else called
+            state.trainables[role] = called
     if compute.shard and world > 1:  # sharding has replaced the parameters
         state.optimisers = {role: state.options[role].build(state.networks[role]) for role in state.optimisers}
-
-
-def _callable(network: nn.Module, compute: Compute, *, device: torch.device) -> nn.Module:
-    called = network
-    if compute.precision == "bfloat16":
-        called = Autocast(called, device.type)
-    if compute.compile:
-        called = torch.compile(called)  # type: ignore[assignment]
-    return called
-
-
-def _averaging(called: nn.Module) -> nn.Module:
-    """The network as its training phase calls it: workers average its gradients. Buffers are not broadcast, since they are
-    constants, the same on all workers.
-    """
-    return DistributedDataParallel(called, broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def _recompute(network: nn.Module) -> None:
-    """Activation checkpointing by hooks on the blocks, which leave the names of parameters as they are."""
-    from torch.distributed._composable import checkpoint
-
-    for block in blocks_of(network):
-        checkpoint(block)
-
-
-def _shard(network: nn.Module) -> None:
-    """Reshards the root after a forward too. Otherwise it would stay whole until a backward, and the EMA could not read it."""
-    for part in (*blocks_of(network), network):
-        fully_shard(part, reshard_after_forward=True)
 
 
 def _unsynced(state: Any) -> AbstractContextManager[Any]:

@@ -18,12 +18,12 @@ class Losses(ray.train.UserCallback):
         self.tell = tell
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        told = {rank: _told(error) for rank, error in worker_exceptions.items()}
-        gone = [row for rank, row in told.items() if hasattr(worker_exceptions[rank], "health_check_failure")]
-        self.tell((gone or list(told.values()))[0], told)
+        events = {rank: _event_of(error) for rank, error in worker_exceptions.items()}
+        gone = [row for rank, row in events.items() if hasattr(worker_exceptions[rank], "health_check_failure")]
+        self.tell((gone or list(events.values()))[0], events)
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def _event_of(error: Exception) -> dict[str, Any]:
     """An error of a worker as an event."""
     why = root_cause(error)
     lost = hasattr(error, "health_check_failure") or BROKEN.search(why)

@@ -25,21 +25,23 @@ BROKEN = re.compile(r"closed by peer|reset by peer|broken pipe|connection refuse
 """What gloo and NCCL report on the workers that survive another one."""
 
 
-def _resumed(checkpoints: Checkpoints, rank: int, world: int, device: Any) -> dict[str, Any] | None:
-    """The newest undamaged checkpoint, or None. The first worker chooses, so that all take the same."""
+def _from_first(number: int, world: int, device: Any) -> int:
+    """The first worker's number. This is collective: all workers call it."""
     import torch
 
-    if rank == 0:
-        newest = checkpoints.newest()
-        n_images, values = newest if newest else (-1, None)
-    else:
-        n_images, values = -1, None
-    if world > 1:
-        chosen = torch.tensor(n_images, device=device)
-        torch.distributed.broadcast(chosen, 0)
-        if rank and chosen >= 0:
-            values = checkpoints.load(int(chosen))
-    return values
+    if world == 1:
+        return number
+    shared = torch.tensor(number, device=device)
+    torch.distributed.broadcast(shared, 0)
+    return int(shared)
+
+
+def _resumed(checkpoints: Checkpoints, rank: int, world: int, device: Any) -> dict[str, Any] | None:
+    """The newest undamaged checkpoint, or None. The first worker chooses, so that all take the same."""
+    newest = checkpoints.newest() if rank == 0 else None
+    n_images, values = newest or (-1, None)
+    chosen = _from_first(n_images, world, device)
+    return checkpoints.load(chosen) if rank and chosen >= 0 else values
 
 
 class StopPoll:
@@ -52,24 +54,18 @@ class StopPoll:
     ORDERS = ("", "save", "stop")
 
     def __init__(self, job: Job, mailbox: Any, *, seen: Callable[[], int], rank: int, world: int, device: Any) -> None:
-        """`seen()` gives the images trained on so far. The driver is told them with each question."""
+        """`seen()` gives the images trained on so far. Each question tells the driver their number."""
         self.job, self.mailbox, self.seen = job, mailbox, seen
         self.rank, self.world, self.device = rank, world, device
         self.leaving: frozenset[str] = frozenset()
         self._order, self._answer = 0, None
-        self._looked = self._saved = time.monotonic()
+        self._asked = self._saved = time.monotonic()
 
     def __call__(self) -> str:
-        import torch
+        order = self._decide() if self.rank == 0 else 0
+        return self.ORDERS[_from_first(order, self.world, self.device)]
 
-        order = self._own() if self.rank == 0 else 0
-        if self.world > 1:
-            agreed = torch.tensor(order, device=self.device)
-            torch.distributed.broadcast(agreed, 0)
-            order = int(agreed)
-        return self.ORDERS[order]
-
-    def _own(self) -> int:
+    def _decide(self) -> int:
         """The first worker's answer. It does not wait for the driver's."""
         import ray
 
@@ -78,9 +74,9 @@ class StopPoll:
             if ray.get(self._answer):
                 self._order = 2
             self._answer = None
-        if self._answer is None and now - self._looked > POLL_EVERY:
+        if self._answer is None and now - self._asked > POLL_EVERY:
             self._answer = self.mailbox.stopping.remote(self.job.name, event(AT, n_images=self.seen()))
-            self._looked = now
+            self._asked = now
         if now - self._saved > 60 * self.job.checkpoint_minutes:
             self._order = max(self._order, 1)
         order, self._order = self._order, 0
@@ -193,12 +189,11 @@ def set_up(config: dict[str, Any]) -> Training:
     def save(state: Any) -> None:
         began = time.monotonic()
         poll.saved()
-        own = state.state_dict() if rank == 0 or compute.shard else {}
+        values = state.state_dict() if rank == 0 or compute.shard else {}
         if compute.shard:
-            own = gathered(own, keep=rank == 0)
-        if rank:
-            return
-        checkpoints.save(state.n_images, {"state": own, "reported": reported}, since=began)
+            values = gathered(values, keep=rank == 0)
+        if rank == 0:
+            checkpoints.save(state.n_images, {"state": values, "reported": reported}, since=began)
 
     options = FitOptions(
         log_every=job.log_every,
@@ -228,13 +223,7 @@ def _batches(job: Job, rank: int, world: int, device: Any) -> tuple[Any, Any]:
 
     labelled, needs = bool(job.network["num_classes"]), job.made.needs
     columns = [name for name in needs if name != "x"]
-    common: dict[str, Any] = {
-        "global_batch": job.batch,
-        "seed": job.seed,
-        "rank": rank,
-        "world": world,
-        "device": device,
-    }
+    common: Any = {"global_batch": job.batch, "seed": job.seed, "rank": rank, "world": world, "device": device}
     if not needs:
         labels = torch.from_numpy(read_labels(job.data, read_manifest(job.data), job.rows))
         return InMemoryBatches(x=None, label=labels if labelled else None, count=len(labels), **common), labels
@@ -243,15 +232,8 @@ def _batches(job: Job, rank: int, world: int, device: Any) -> tuple[Any, Any]:
         images, labels = torch.from_numpy(arrays.images), torch.from_numpy(arrays.labels)
         more = {name: torch.from_numpy(values) for name, values in arrays.columns.items()}
         return InMemoryBatches(x=images, label=labels if labelled else None, columns=more, **common), labels
-    streamed = StreamedBatches(
-        root=job.data,
-        manifest=read_manifest(job.data),
-        which=job.rows,
-        window=job.window,
-        labelled=labelled,
-        columns=columns,
-        **common,
-    )
+    common |= {"which": job.rows, "window": job.window, "labelled": labelled, "columns": columns}
+    streamed = StreamedBatches(root=job.data, manifest=read_manifest(job.data), **common)
     return streamed, torch.from_numpy(label_pool(job.data, job.rows, most=0))
 
 
