@@ -1,7 +1,7 @@
-"""A model as it is kept and shared: a folder with weights.safetensors and model.json. No pickle.
+"""A stored model: a folder with weights.safetensors and model.json. No pickle.
 
-model.json holds all that sampling needs: network, prediction, schedule, k, samplers, preprocessing. A student whose schedule is
-not stored with it is sampled wrongly; so it is stored, and `DiffusionModel.sample` uses no other.
+model.json holds all that sampling needs: network, prediction, schedule, k, samplers, preprocessing. Sampling a student with another
+schedule than its own goes wrong, so the schedule is stored with it, and `DiffusionModel.sample` uses no other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EXTRACTORS: dict[str, str] = {
     "mixture": "mmdistill_core.networks.mixture:Mixture",
     "pixels": "mmdistill_core.networks.pixels:Pixels",
 }
-"""Extractors by kind, imported when they are asked for."""
+"""Extractors by kind, imported on first use."""
 
 
 class NotAModel(ValueError):
@@ -53,12 +53,12 @@ class NotAModel(ValueError):
 
 @dataclass
 class DiffusionModel:
-    """A denoiser with how to sample it.
+    """A denoiser and its samplers.
 
-    k           steps, unless others are asked for
-    samplers    by k. One on the uniform grid that tells the network nothing at its steps is for any k
-    null_label  labels were hidden in its training, so that it can be guided
-    provenance  free JSON: recipe, method, data fingerprint, the teacher it came from, figures
+    k           the default number of steps
+    samplers    by k. A sampler on the uniform grid without conditions also serves any other k
+    null_label  its training hid some labels, so it can be guided
+    provenance  free JSON: recipe, method, data fingerprint, its teacher, figures
     """
 
     denoiser: nn.Module
@@ -83,7 +83,7 @@ class DiffusionModel:
         return schedule
 
     def sampler(self, k: int | None = None) -> Sampler:
-        """How it is sampled in k steps. Raises ValueError where it does not know."""
+        """The sampler for k steps. Raises ValueError if the model has none."""
         k = self.k if k is None else k
         own = self.samplers.get(k, self.samplers[self.k])
         if k not in self.samplers and (own.times is not None or own.conditions):
@@ -92,14 +92,14 @@ class DiffusionModel:
         return own
 
     def evaluations(self, k: int | None = None, *, sampler: str | None = None, guidance: float | None = None) -> int:
-        """Network evaluations of a sample."""
+        """Network evaluations for one sample."""
         own = self.sampler(k)
         twice = bool(guidance) and "guidance" not in own.ranges
         return evaluations(sampler or own.name, self.k if k is None else k) * (2 if twice else 1)
 
     def steered(self, sampler: Sampler, *, k: int, guidance: float | None, clip_x: bool) -> Denoise:
-        """The denoiser as the sampler tells it at each step, and under guidance: by its condition, or by its null label. Raises
-        ValueError if it can't be.
+        """The denoiser with the sampler's conditions at each step, and with guidance: as a condition, or through the null label.
+        Raises ValueError if the model can't be guided in this way.
         """
         denoise: Denoise = self.denoiser
         values: dict[str, Sequence[float]] = {name: list(steps) for name, steps in sampler.conditions.items()}
@@ -140,11 +140,11 @@ class DiffusionModel:
         clip_x: bool = False,
         **options: float,
     ) -> Tensor:
-        """Images `first` to `first + n` of a seed, [n, c, h, w] in [-1, 1] (clipped): image i depends on the seed, on i and on its
-        label alone. Labels [n] are all in turn, by i, if the model has classes and none are given.
-        `options` are the sampler's (`samplers.ancestral`), in place of the model's own.
+        """Images `first` to `first + n` of a seed, [n, c, h, w] in [-1, 1] (clipped). Image i depends only on the seed, on i and on
+        its label. Without labels [n], a model with classes takes class i modulo their number. `options` are the sampler's
+        (`samplers.ancestral`), and replace those stored with the model.
 
-        Raises ValueError for a label out of range, and for guidance that the model does not know.
+        Raises ValueError for a label out of range, and for guidance that the model does not support.
         """
         c, steps = self.network, self.k if k is None else k
         if c.num_classes and label is None:
@@ -231,7 +231,7 @@ def load_model(directory: str | Path) -> DiffusionModel:
 
 
 def samplers_in(description: dict[str, Any]) -> dict[int, Sampler]:
-    """k -> sampler, of a model.json."""
+    """The samplers in a model.json, by k."""
     if description["format"] == 1:
         options = {name: value for name, value in description["sampler"].items() if name not in ("name", "grid")}
         ranges = {"guidance": tuple(description["guidance"])} if description.get("guidance") else {}
@@ -240,7 +240,7 @@ def samplers_in(description: dict[str, Any]) -> dict[int, Sampler]:
 
 
 def sampler_of(values: dict[str, Any]) -> Sampler:
-    """Of the plain values that JSON keeps."""
+    """A sampler from its plain values in JSON."""
     return Sampler(
         values["name"],
         values["options"],
@@ -251,14 +251,14 @@ def sampler_of(values: dict[str, Any]) -> Sampler:
 
 
 def save_beside(directory: str | Path, name: str, tensors: dict[str, Tensor]) -> None:
-    """Tensors beside a model's weights, for methods to prepare from, with the hash of the weights that they belong to."""
+    """Saves tensors beside a model's weights, with the hash of these weights. Methods prepare from them."""
     directory = Path(directory)
     own = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(own, directory / f"{name}.safetensors", metadata={"weights": sha256_of(directory / WEIGHTS)})
 
 
 def beside(directory: str | Path) -> frozenset[str]:
-    """The names of the tensors that lie beside a model's weights, and belong to them."""
+    """The names of the tensors beside a model's weights that belong to these weights."""
     directory, found = Path(directory), set()
     weights = sha256_of(directory / WEIGHTS)
     for path in directory.glob("*.safetensors"):
@@ -270,7 +270,7 @@ def beside(directory: str | Path) -> frozenset[str]:
 
 
 def load_beside(directory: str | Path, name: str) -> dict[str, Tensor]:
-    """Raises NotAModel where the model has none of that name, or of other weights."""
+    """Raises NotAModel if there are no tensors of that name, or if they belong to other weights."""
     path = Path(directory) / f"{name}.safetensors"
     if not path.is_file():
         raise NotAModel(f"{path}: the model has none")
@@ -296,7 +296,7 @@ def load_extractor(directory: str | Path) -> Extractor:
 
 
 def load_network(directory: str | Path) -> nn.Module:
-    """Of a model folder its denoiser, of an extractor's the extractor. Raises NotAModel."""
+    """The denoiser in a model's folder, or the extractor in an extractor's. Raises NotAModel."""
     kind = _kind(Path(directory))
     return load_model(directory).denoiser if kind == "denoiser" else load_extractor(directory)
 
@@ -309,6 +309,6 @@ def _kind(directory: Path) -> str:
 
 
 def extractor_class(kind: str) -> type[Extractor]:
-    """Raises ValueError for a kind that is not there."""
+    """Raises ValueError for an unknown kind."""
     found: type[Extractor] = named(kind, table=EXTRACTORS, group="extractors")
     return found

@@ -1,7 +1,7 @@
-"""The names that a recipe need not give. Nothing is imported here, so that the command line starts fast."""
+"""Names that a recipe may leave out. Nothing is imported here, so that the command line starts fast."""
 
 METHOD = "moment_matching"
 TEACHER = "denoising"
 NETWORK = "dit"
 TEACHER_SAMPLERS = ("ancestral", "ddim")
-"""By which teachers are measured; the first is the one that students are compared with."""
+"""Teachers are measured with each of these. Students are compared with the teacher under the first."""

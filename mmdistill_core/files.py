@@ -6,11 +6,11 @@ import hashlib
 from pathlib import Path
 
 AT_ONCE = 2**20
-"""Bytes that are read at once."""
+"""Bytes of one read."""
 
 
 def sha256_of(path: str | Path) -> str:
-    """Of the file's content, in hexadecimal."""
+    """The SHA-256 of the file's content, in hexadecimal."""
     content = hashlib.sha256()
     with Path(path).open("rb") as file:
         while part := file.read(AT_ONCE):

@@ -1,6 +1,6 @@
-"""Options: the fields of methods and of networks' configurations, written once, with their defaults, choices and bounds.
+"""Options: the fields of methods and of networks' configurations, each declared once with its default, choices and bounds.
 
-A recipe's sections are made of them, and a dataclass that is made in Python is held to them as well (`check_options`).
+The sections of recipes are built from them. `check_options` applies them to a dataclass that Python code makes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def option(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A field: its default, what it is, and its bounds. Choices are its type: Literal["a", "b"]."""
+    """A dataclass field with a default, a description and bounds. Choices are given by its type: Literal["a", "b"]."""
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {"doc": doc, **{name: bound for name, bound in bounds.items() if bound is not None}}
     return field(default=default, metadata=metadata)
@@ -30,7 +30,7 @@ def option(
 
 @dataclass(frozen=True)
 class Option:
-    """A field as a recipe sees it: its type, with Literal for choices, its default, its bounds and what it is."""
+    """An option as recipes use it. A Literal type gives its choices, `doc` its description."""
 
     name: str
     type: Any
@@ -49,7 +49,7 @@ COMPARISONS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 @cache
 def options_of(declared: Any) -> tuple[Option, ...]:
-    """The options among the fields of a dataclass, which is given as a class."""
+    """The options among the fields of a dataclass."""
     hints = typing.get_type_hints(declared)
     return tuple(
         Option(
@@ -65,7 +65,7 @@ def options_of(declared: Any) -> tuple[Option, ...]:
 
 
 def check_options(values: Any) -> None:
-    """Raises ValueError for a field that is none of its choices, or out of its bounds."""
+    """Raises ValueError for a value that is not among its choices, or is out of its bounds."""
     declared: Any = type(values)
     for option in options_of(declared):
         value = getattr(values, option.name)

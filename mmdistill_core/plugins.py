@@ -1,4 +1,4 @@
-"""Methods, networks and samplers by name: this package's own, and those of other packages, which declare them as entry points.
+"""Methods, networks and samplers by name: those of this package, and those that other packages declare as entry points.
 
     [project.entry-points."mmdistill.methods"]
     my_method = "my_package.my_method:MyMethod"
@@ -17,8 +17,8 @@ from typing import Any
 
 
 def named(name: str, *, table: Mapping[str, Any], group: str) -> Any:
-    """What `name` stands for in `table`, whose values are objects or "module:attribute"; else among the entry points of
-    `mmdistill.GROUP`; else as "module:attribute". Raises ValueError that lists the names there are.
+    """Looks up `name` in `table`, whose values are objects or "module:attribute", and then among the entry points of
+    `mmdistill.GROUP`. A name with a colon is imported as "module:attribute". Raises ValueError, which lists the known names.
     """
     found = table.get(name) or _others(group).get(name) or (name if ":" in name else None)
     if found is None:

@@ -22,10 +22,10 @@ def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Genera
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of some rows of a global batch. A row's are its own, however the batch is shared among workers and cut into parts:
-    those of the whole batch are drawn, and the others' dropped, which is little beside a network's work.
+    """Random draws for some rows of a global batch. A row gets the same draws however the batch is divided among workers and into
+    parts: numbers are drawn for the whole batch, and those of other rows are dropped. This costs little beside a network.
 
-    rows   of the whole, which has `rows_of_all`; a part of them has draws from the beginning again
+    rows   these rows, of the `rows_of_all` in the batch. A slice of them starts its draws from the beginning again
     """
 
     seed: int
@@ -46,32 +46,32 @@ class Draws:
 
 
 Rng = torch.Generator | Draws
-"""Where a method's draws come from: a plain generator, or some rows of a global batch."""
+"""The source of a method's draws: a plain generator, or the draws for some rows of a global batch."""
 
 
 def _signed(bits: int) -> int:
-    """64 bits as torch has them, which knows no unsigned ones."""
+    """64 unsigned bits as a signed integer, since torch's arithmetic has only int64."""
     return (bits + 2**63) % 2**64 - 2**63
 
 
 GOLDEN, FIRST, SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 AT_ONCE = 2**15
-"""Numbers that are drawn together: what is done to them one after the other stays in a processor's cache."""
+"""Numbers that are drawn together: few enough that all steps on them stay in a processor's cache."""
 
 
 def mixed(z: Tensor) -> Tensor:
-    """64 bits that depend on all of z's: the output function of SplitMix64 (Steele, Lea, Flood 2014). int64, which wraps around."""
+    """Mixes the 64 bits of z: the output function of SplitMix64 (Steele, Lea, Flood 2014). int64 arithmetic wraps around."""
     z = (z ^ (z >> 30 & 2**34 - 1)).mul_(FIRST)
     z = (z ^ (z >> 27 & 2**37 - 1)).mul_(SECOND)
     return z ^ (z >> 31 & 2**33 - 1)
 
 
 class Numbered:
-    """Normal draws of the samples `first` to `first + count` of a seed. Draw j of sample i is a function of (seed, i, j) alone: not
-    of how many samples there are, who draws which of them, how many at once, or on what device (but for rounding).
+    """Normal draws for the samples `first` to `first + count` of a seed. Up to rounding, draw j of sample i depends only on
+    (seed, i, j): not on the number of samples, the worker, the batch size or the device.
 
-    Element e of it: with `key = mixed(mixed(seed' + (i + 1) GOLDEN) + (j + 1) GOLDEN)`, where seed' is `derive_seed(seed)`, the two
-    halves of `mixed(key + (e + 1) GOLDEN)` are two uniforms, of which Box and Muller's transform makes two normals.
+    Element e of a draw: let `key = mixed(mixed(seed' + (i + 1) GOLDEN) + (j + 1) GOLDEN)`, where seed' is `derive_seed(seed)`. The
+    two halves of `mixed(key + (e + 1) GOLDEN)` are two uniforms, and the Box-Muller transform makes two normals of them.
     """
 
     def __init__(self, seed: int, *, first: int, count: int, device: torch.device | str = "cpu") -> None:

@@ -1,4 +1,4 @@
-"""Closed forms and small networks for them: Gaussian data, affine denoisers, and what distillation must converge to."""
+"""Closed forms, and small networks for them: Gaussian data, affine denoisers, and the limits of distillation."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def gaussian_teacher() -> GaussianDenoiser:
 
 
 def fixed_times(monkeypatch: Any, t: float = T, s: float = S) -> None:
-    """Moment matching sees one (t, s) alone."""
+    """Moment matching sees only one (t, s)."""
     monkeypatch.setattr(moment_matching, "sample_pairs", lambda *, b, **_: (torch.full((b,), t), torch.full((b,), s)))
 
 
 class Affine(nn.Module):
-    """x_hat = A z + b whatever t is: enough at one fixed time."""
+    """x_hat = A z + b for every t: enough at one fixed time."""
 
     def __init__(self, slope: float, offset: float) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ def gaussian_batch(b: int, rng: torch.Generator) -> Tensor:
 
 
 def together(world: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any]) -> list[Any]:
-    """What `work(rank, summed)` gives on each of so many workers, threads here; `summed` adds a tensor over all of them."""
+    """The results of `work(rank, summed)` on each worker. Workers are threads; `summed` adds a tensor over all of them."""
     given: list[Tensor | None] = [None] * world
     barrier = threading.Barrier(world, timeout=60)
 
@@ -268,7 +268,7 @@ def together(world: int, work: Callable[[int, Callable[[Tensor], Tensor]], Any])
             barrier.abort()  # the others would wait for this one
             raise
 
-    # Which attention torch takes is a setting of the process: workers that are threads must not switch it below one another.
+    # The choice of attention is a setting of the process, so threads must not change it at the same time.
     with sdpa_kernel(SDPBackend.MATH), ThreadPoolExecutor(world) as pool:
         running = [pool.submit(on, rank) for rank in range(world)]
     errors = [e for done in running if (e := done.exception()) is not None]

@@ -1,4 +1,4 @@
-"""The expectations of the methods' own losses, exact: what a training's mean gradient is, without its noise.
+"""The exact expectations of the methods' own losses: the mean gradient of a training, without its noise.
 
 For Gaussian data and affine networks a loss is quadratic in the normal numbers that it draws. So its mean over points with their
 means, variances and correlations is its expectation, to rounding: signs (+-1)^3 for x, eps and the transition's noise, in float64.
@@ -19,11 +19,11 @@ from mmdistill_core.methods.moment_matching import MomentMatching
 from mmdistill_core.rng import Draws
 
 SIGNS = torch.cartesian_prod(*[at(-1.0, 1.0)] * 3)
-"""[8, 3]: of x, eps and the transition's noise."""
+"""[8, 3]: the signs of x, eps and the transition's noise."""
 
 
 class Points(Draws):
-    """Draws that are these: `uniforms`, each [n], and `normals`, each [n, 1], in the order in which they are asked for."""
+    """Returns given draws in order: `uniforms`, each [n], and `normals`, each [n, 1]."""
 
     def __init__(self, uniforms: Sequence[Tensor], normals: Sequence[Tensor]) -> None:
         super().__init__(0, range(len(normals[0])), len(normals[0]))
@@ -36,7 +36,7 @@ class Points(Draws):
 
 
 class Expected:
-    """A method's losses in expectation over x, eps and noise, with its uniform numbers at `uniforms`, each [m]."""
+    """The expectation of a method's losses over x, eps and noise, for fixed uniform numbers `uniforms`, each [m]."""
 
     def __init__(self, method: MomentMatching, uniforms: Sequence[Tensor]) -> None:
         self.method, self.n = method, len(uniforms[0])
@@ -45,7 +45,7 @@ class Expected:
         self.batch = Batch(MEAN + math.sqrt(VARIANCE) * x)
 
     def gradients(self, nets: Mapping[str, nn.Module], step: int = 0) -> dict[str, Tensor]:
-        """role -> the gradient of its loss by all its parameters, for those that the phase of this step trains."""
+        """role -> the gradient of its loss in all its parameters, for the roles that this step's phase trains."""
         (phase,) = self.method.phases(at_step(step))
         given = () if phase.statistic is None else (phase.statistic(nets, self.batch, self.draws(), START),)
         losses = phase.loss(nets, self.batch, self.draws(), START, *given).per_sample
@@ -55,7 +55,7 @@ class Expected:
         }
 
     def draws(self, row: int | None = None) -> Points:
-        """Of all rows, or of one."""
+        """The draws for all rows, or for one."""
         some = slice(None) if row is None else slice(row, row + 1)
         return Points([u[some] for u in self.uniforms], [n[some] for n in self.normals])
 

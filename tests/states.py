@@ -1,4 +1,4 @@
-"""States for tests: networks by role, wherever the method would have them from; and moment matching as the paper has it."""
+"""States for tests, with given networks for any roles, and moment matching with the paper's settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def at_step(step: int) -> Progress:
 
 
 def create_state(*, method: Any, given: Any, **options: Any) -> TrainState:
-    """`given` holds networks of any roles; those that are left out start as the method has it."""
+    """`given` holds networks of any roles. The other roles start from their origin."""
     origins = {role.name: role.origin for role in method.roles}
     kinds: dict[str, dict[str, Any]] = {"given": {}, "starts": {}, "prepared": {}}
     for name, network in given.items():
@@ -29,5 +29,5 @@ def create_state(*, method: Any, given: Any, **options: Any) -> TrainState:
 
 
 def matching(**options: Any) -> MomentMatching:
-    """Without what a short run adds to the paper: no average, and the paper's law of t - s."""
+    """The paper's settings: no average of the student, and its distribution of t - s."""
     return MomentMatching(**{"delta_power": 1.0, "ema": False} | options)

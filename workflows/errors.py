@@ -11,7 +11,7 @@ from typing import Any
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 MOST = 300
-"""Characters of another program's reason, in a line of ours."""
+"""Most characters of another program's error in a message."""
 
 
 class ConfigError(ValueError):
@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 
 class UserError(RuntimeError):
-    """What went wrong, what was saved, and what to do: for the screen. Exit code 1."""
+    """A message for the screen: what went wrong, and what was saved. `hint` says what to do. Exit code 1."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class UserError(RuntimeError):
 
 
 def training_failed(name: str, why: str) -> UserError:
-    """Of a training, whose checkpoints stay."""
+    """The error of a training that failed. Its checkpoints are kept."""
     return UserError(
         f"{name}: training failed: {why}",
         hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
@@ -35,7 +35,7 @@ def training_failed(name: str, why: str) -> UserError:
 
 
 def home() -> Path:
-    """The user's. Raises UserError where there is none by HOME or by name, as of a container's user: MLflow and Ray want one."""
+    """The user's home. Raises UserError without one, as for a container's user without HOME: MLflow and Ray need it."""
     try:
         return Path.home()
     except RuntimeError:
@@ -45,7 +45,7 @@ def home() -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """A local path with ~ written out. Raises ConfigError where that is nobody's home."""
+    """A local path with ~ expanded. Raises ConfigError if there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -53,7 +53,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def seconds_of(name: str, usual: float, *, least: float = 0) -> float:
-    """An environment variable that is a number of seconds; unset or empty, the usual one. Raises ConfigError."""
+    """An environment variable that holds a number of seconds; `usual` if it is unset or empty. Raises ConfigError."""
     text = os.environ.get(name) or str(usual)
     try:
         seconds = float(text)
@@ -86,26 +86,26 @@ FOREIGN = {
         "finished stages and the last checkpoints are kept; run it again when that is fixed",
     ),
 }
-"""Kinds of Ray's and MLflow's errors, the narrowest first: what each means, and what to do. None of them is a fault of ours."""
+"""Errors of Ray and MLflow, the narrowest class first: what each means, and what to do. None is a bug of this program."""
 
 
 def foreign(error: BaseException) -> UserError | None:
-    """An error of Ray's or MLflow's own as a line; None for another, and for what Ray only brings from a task, which is ours."""
+    """An error of Ray or MLflow in one line. None for other errors, and for an error that Ray only passes on from a task."""
     kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] in ("ray", "mlflow")]
     if "RayTaskError" in kinds:
         return None
     reason = in_a_line(str(error)) or type(error).__name__
-    for kind, (said, hint) in FOREIGN.items():
+    for kind, (meaning, hint) in FOREIGN.items():
         if kind in kinds:
-            return UserError(f"{said} ({reason})", hint=hint)
-    if isinstance(error, (ConnectionError, TimeoutError)):  # which Ray raises too
+            return UserError(f"{meaning} ({reason})", hint=hint)
+    if isinstance(error, (ConnectionError, TimeoutError)):  # Ray raises these too
         return UserError(f"a connection was lost ({reason})", hint=FOREIGN["RayError"][1])
     return None
 
 
 def in_a_line(text: str, most: int = MOST) -> str:
-    """A text of another program's as a line without colours: as many whole sentences of it as fit, or, of a first one that is
-    longer, as many words.
+    """Another program's text as one line without colours. A long text is cut after a sentence, or after a word if not even the
+    first sentence fits.
     """
     line = " ".join(COLOURS.sub("", text).split())
     if len(line) <= most:
@@ -121,10 +121,10 @@ _SHORT.maxlong = 40
 
 
 def brief(value: Any) -> str:
-    """A value as a message shows it: in one line, and not all of a long one."""
+    """A value in one line, for a message. A long value is shortened."""
     try:
         return " ".join(_SHORT.repr(value).split())
-    except ValueError:  # Python writes no whole number of more than 4,300 digits
+    except ValueError:  # Python does not print integers of more than 4,300 digits
         return "a number of thousands of digits"
 
 

@@ -1,4 +1,4 @@
-"""What a network may predict, x / eps / v / flow, converted through one pivot: x. 2N conversions rather than N^2.
+"""Predictions of a network, x / eps / v / flow, converted through one pivot, x: 2N conversions instead of N^2.
 
 With z = alpha x + sigma eps and n^2 = alpha^2 + sigma^2:
     x     the clean data
@@ -22,7 +22,7 @@ def _unknown(prediction: str) -> ValueError:
 
 
 def x_from_prediction(*, prediction: str, value: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The x that a network's output means at noise level (alpha, sigma), each [b]; value and z are [b, ...]."""
+    """x from a network's output at noise level (alpha, sigma), each [b]; value and z are [b, ...]."""
     a, s = expand(alpha, like=z), expand(sigma, like=z)
     if prediction == "x":
         return value
@@ -37,7 +37,7 @@ def x_from_prediction(*, prediction: str, value: Tensor, z: Tensor, alpha: Tenso
 
 
 def prediction_from_x(*, prediction: str, x: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The output that means x: the inverse of `x_from_prediction`, and the regression target of the parametrisation."""
+    """The output for x: the inverse of `x_from_prediction`, and the regression target of the parametrisation."""
     a, s = expand(alpha, like=z), expand(sigma, like=z)
     if prediction == "x":
         return x

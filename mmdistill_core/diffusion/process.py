@@ -43,7 +43,7 @@ def posterior(
     """z_s ~ q(z_s | z_t, x): ancestral sampling's step and the transition of moment matching (2406.04103, Algorithms 1 and 2).
 
     extra_noise  0: the posterior's variance sigma_s^2 (1 - SNR_t / SNR_s); 1: its upper bound, that of q(z_t | z_s), with sigma_t
-                 for sigma_s; between, log-linear. It is what a teacher's sampler is tuned by (2102.09672, eq. 15; 2202.00512)
+                 for sigma_s; between, log-linear. A teacher's sampler is tuned by it (2102.09672, eq. 15; 2202.00512)
     """
     c_z, c_x, var = posterior_coefficients(schedule=schedule, t=t, s=s)
     if extra_noise:

@@ -1,7 +1,7 @@
 """Noise schedules: alpha_t, sigma_t and logsnr_t = log(alpha_t^2 / sigma_t^2) for t in [0, 1], 0 data and 1 noise.
 
-Every schedule is a frozen dataclass of plain numbers, so that it can be stored beside the weights it belongs to
-(`schedule_to_dict`, `schedule_from_dict`): a student sampled with another schedule than its own gives noise.
+Every schedule is a frozen dataclass of plain numbers, so that it can be stored beside its weights (`schedule_to_dict`,
+`schedule_from_dict`). A student that is sampled with another schedule than its own gives noise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOGSNR_MAX = 20.0
 
 
 def resolution_shift(*, resolution: int, reference: int) -> float:
-    """2 log(reference / resolution): how far logsnr moves for images of another resolution (2301.11093, eq. 5)."""
+    """2 log(reference / resolution): the shift of logsnr for images of another resolution (2301.11093, eq. 5)."""
     return 2 * math.log(reference / resolution)
 
 

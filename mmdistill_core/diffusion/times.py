@@ -1,4 +1,4 @@
-"""Times: sampling grids, and draws of s and of the pairs (t, s) that distillation trains on."""
+"""Times: sampling grids, and draws of s and of the pairs (t, s) for distillation."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def sample_pairs(
 ) -> tuple[Tensor, Tensor]:
     """(t, s), each [b], s < t <= 1 and t - s <= 1/k.
 
-    `uniform`: t = min(s + delta, 1), delta = u^delta_power / k, u ~ U[0, 1]; with delta_power 1 as the paper has it
-    (2406.04103, section 3). Below 1 the long steps, which are what sampling takes, come more often.
-    `grid`: t is the next point above s of the sampler's own grid {i/k}, so that training only sees the t that sampling uses;
-    then s is moved within its interval in the same way, from t - u/k to t - u^delta_power / k.
+    `uniform`: t = min(s + delta, 1), delta = u^delta_power / k, u ~ U[0, 1]. delta_power 1 is the paper's (2406.04103, section 3).
+    Below 1, long steps are more frequent; those are the steps of sampling.
+    `grid`: t is the next point above s of the sampler's grid {i/k}, so that training only sees the t that sampling uses. Then s
+    moves within its interval in the same way, from t - u/k to t - u^delta_power / k.
     """
     s = sample_s(density=density, schedule=schedule, b=b, rng=rng, logsnr_shift=logsnr_shift)
     if pairing == "uniform":

@@ -1,4 +1,4 @@
-"""w(logsnr): how much each noise level counts in a loss written in x, |x_hat - x|^2."""
+"""w(logsnr): the weight of each noise level in a loss in x, |x_hat - x|^2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WEIGHTINGS = get_args(Weighting)
 
 
 def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5, logsnr_shift: float = 0.0) -> Tensor:
-    """w [b] for logsnr [b]: of logsnr - logsnr_shift, where the shift is that of the resolution (`resolution_shift`).
+    """w [b] for logsnr [b], as a function of logsnr - logsnr_shift. The shift is that of the resolution (`resolution_shift`).
 
     flat     1
     snr      alpha^2 / sigma^2: the loss in eps
@@ -36,7 +36,7 @@ def weight(*, weighting: str, logsnr: Tensor, sigma_data: float = 0.5, logsnr_sh
 
 
 def dmd_weight(*, x: Tensor, x_hat: Tensor) -> Tensor:
-    """1 / mean |x - x_hat|, [b]: DMD's, by how far the sample is from what the teacher makes of it (2311.18828, eq. 8, in terms
-    of x). It depends on the sample, so it may weigh a student's gradient but no regression: that would move the mean regressed on.
+    """1 / mean |x - x_hat|, [b]: DMD's weight, by the distance of the sample from the teacher's x_hat (2311.18828, eq. 8, in terms
+    of x). It depends on the sample. So it may weight a student's gradient, but not a regression, whose mean it would shift.
     """
     return 1 / (x - x_hat).detach().abs().flatten(1).mean(dim=1).clamp_min(1e-6)

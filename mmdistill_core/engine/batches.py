@@ -1,4 +1,4 @@
-"""Batches whose position is n_images: an exact permutation each epoch, nothing to save and nothing to fast-forward."""
+"""Batches by position n_images: an exact permutation each epoch. A resumed run needs no saved state and no fast-forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BatchSource = Callable[[int], Batch]
 
 
 def share_of(global_batch: int, *, rank: int, world: int) -> range:
-    """The rows of a global batch that worker `rank` of `world` has; workers' parts differ by one row at most."""
+    """The rows of a global batch that worker `rank` of `world` gets. Workers' shares differ by at most one row."""
     return range(global_batch * rank // world, global_batch * (rank + 1) // world)
 
 
@@ -26,11 +26,11 @@ def centred(x: Tensor) -> Tensor:
 
 
 class InMemoryBatches:
-    """x [n, ...], label [n] and further columns [n, ...], held by every worker; worker `rank` of `world` takes its slice of each
-    global batch. Bytes stay bytes until they are on the device. `count` is n where there is no column.
+    """x [n, ...], label [n] and further columns [n, ...]. Every worker holds them all; worker `rank` of `world` takes its slice of
+    each global batch. Bytes stay bytes until they are on the device. `count` is n if there are no columns.
 
-    Image number i of the run is permutation_e[i mod n] with e = i // n: every image comes once an epoch, a batch may span two
-    epochs, and the global batches do not depend on the number of workers. Images stay where they are; batches go to `device`.
+    Image number i of the run is permutation_e[i mod n] with e = i // n. So every image comes once an epoch, a batch may span two
+    epochs, and the global batches do not depend on the number of workers. Only batches are moved to `device`.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class InMemoryBatches:
             start += take
         index = torch.cat(parts)
 
-        def taken(column: Tensor | None) -> Tensor | None:
+        def rows_of(column: Tensor | None) -> Tensor | None:
             return None if column is None else column[index].to(self.device)
 
-        x, more = taken(self.x), {name: value[index].to(self.device) for name, value in self.columns.items()}
-        return Batch(None if x is None else centred(x), taken(self.label), length=len(index), **more)
+        x, more = rows_of(self.x), {name: value[index].to(self.device) for name, value in self.columns.items()}
+        return Batch(None if x is None else centred(x), rows_of(self.label), length=len(index), **more)

@@ -1,6 +1,6 @@
 """Checkpoints without pickle: tensors in safetensors, everything else in JSON, a manifest of hashes written last.
 
-A checkpoint is a folder. It is complete or it does not count: `load_checkpoint` verifies every file against the manifest.
+A checkpoint is a folder. Only a complete one counts: `load_checkpoint` verifies every file against the manifest.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _sync(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of values as they were: tensors on the CPU, and the JSON of all else. It may be written while training goes on."""
+    """A copy of values: tensors on the CPU, and the rest as JSON. It can be written while training continues."""
 
     tensors: dict[str, Tensor]
     tree: str
@@ -69,7 +69,7 @@ class Snapshot:
         return cls(tensors, json.dumps(_split(values, "", tensors)))
 
     def write(self, directory: str | Path) -> None:
-        """Writes a checkpoint to `directory`, replacing it at once."""
+        """Writes a checkpoint to `directory`. It replaces an existing one in a single rename."""
         directory = Path(directory)
         directory.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
@@ -82,14 +82,14 @@ class Snapshot:
             (partial / MANIFEST).write_text(json.dumps({"format": FORMAT, "sha256": hashes}))
             _sync(partial / MANIFEST)
             shutil.rmtree(directory, ignore_errors=True)
-            partial.chmod(0o755)  # mkdtemp's are its owner's alone
+            partial.chmod(0o755)  # mkdtemp lets only the owner in
             partial.rename(directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_checkpoint(directory: str | Path, values: dict[str, Any]) -> None:
-    """Writes `values` to `directory`, replacing it at once."""
+    """Writes `values` to `directory`, in place of an existing checkpoint."""
     Snapshot.of(values).write(directory)
 
 
@@ -118,6 +118,3 @@ def load_checkpoint(directory: str | Path) -> dict[str, Any]:
     values = _join(json.loads((directory / TREE).read_text()), tensors)
     assert isinstance(values, dict)
     return values
-
-
-__all__ = ["DamagedCheckpoint", "Snapshot", "load_checkpoint", "save_checkpoint", "verify_checkpoint"]

@@ -1,4 +1,4 @@
-"""What training costs, counted on fake tensors: operations and bytes of a step as it is, on no device and with no data."""
+"""The cost of training, counted on fake tensors: operations and bytes of a real step, without a device and without data."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FUSED_ATTENTION = {
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda *qkv, **_: sdpa_flop_count(*qkv[:3]),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *gqkv, **_: sdpa_backward_flop_count(*gqkv[:4]),
 }
-"""Operations of the processor's fused attention, which torch's formulas leave out; it keeps what a GPU's keeps."""
+"""The CPU's fused attention, for which torch has no formulas. It keeps the same tensors as a GPU's."""
 FORMULAS = flop_registry | {kind: shape_wrapper(formula) for kind, formula in FUSED_ATTENTION.items()}
 
 
 class Meter(TorchDispatchMode):
-    """Of what runs inside the block: its operations, and the most bytes alive at once of what it allocates. `outside` are tensors
-    that were there before. torch's own counter of operations tells the same in twice the time, and can say where.
+    """Counts the operations of a block, and the most bytes of its allocations alive at once. `outside` are tensors from before the
+    block. torch's own counter of operations gives the same number in twice the time.
     """
 
     def __init__(self, outside: Sequence[Tensor] = ()) -> None:
@@ -64,21 +64,21 @@ class Meter(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image more: floating-point operations, and bytes while it is in a forward and backward pass."""
+    """The cost of one more image: floating-point operations, and bytes during a forward and backward pass."""
 
     flops: float
     bytes: float
 
 
 def phase_cost(state: TrainState, phase: Phase, image: tuple[int, ...], *, label: bool) -> Cost:
-    """What the phase's loss and its backward cost, on the state's own device: call it under a FakeTensorMode, which has none."""
-    # So many that the peak is where the activations are, and not at the end, where all gradients are.
+    """The cost of the phase's loss and its backward pass. Call it under a FakeTensorMode, which needs no device."""
+    # Enough images that memory peaks at the activations, and not at the end, where all gradients exist.
     (few, least), (many, most) = (_measure(state, phase, image, label, n) for n in (16, 32))
     return Cost(flops=(many - few) / 16, bytes=(most - least) / 16)
 
 
 def statistic_bytes(state: TrainState, phase: Phase, image: tuple[int, ...], *, label: bool) -> int:
-    """Of the phase's statistic, if it has one: it is there beside the loss."""
+    """Bytes of the phase's statistic, or 0. It stays in memory during the loss."""
     if phase.statistic is None:
         return 0
     batch = Batch(torch.zeros(2, *image), torch.zeros(2, dtype=torch.long) if label else None)
@@ -87,7 +87,7 @@ def statistic_bytes(state: TrainState, phase: Phase, image: tuple[int, ...], *, 
 
 
 def _measure(state: TrainState, phase: Phase, image: tuple[int, ...], label: bool, n: int) -> tuple[float, float]:
-    """(operations for n images of a batch, peak bytes) with n at once: of each half, where the phase has a statistic."""
+    """(operations for n images, peak bytes) with n images at once. In a phase with a statistic, n counts each half."""
     halves = 1 if phase.statistic is None else 2
     batch = Batch(torch.zeros(halves * n, *image), torch.zeros(halves * n, dtype=torch.long) if label else None)
     state.micro_batch, state.global_batch = None, len(batch)
@@ -100,14 +100,14 @@ def _measure(state: TrainState, phase: Phase, image: tuple[int, ...], label: boo
 
 
 def forward_flops(network: nn.Module, image: tuple[int, ...]) -> float:
-    """Operations of a forward of one image."""
+    """Operations of a forward pass of one image."""
     with Meter() as meter, torch.no_grad():
         network(torch.zeros(1, *image), torch.zeros(1), None)
     return meter.flops
 
 
 def bytes_of(network: nn.Module) -> int:
-    """Of its parameters and buffers."""
+    """Bytes of the network's parameters and buffers."""
     return sum(t.nbytes for t in _tensors(network))
 
 

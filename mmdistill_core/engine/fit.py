@@ -17,12 +17,12 @@ from mmdistill_core.engine.step import PhaseLog, train_step
 from mmdistill_core.methods.base import Statistic
 
 LEVEL_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
-"""logsnr edges of the 8 bins of the logs by noise level; bin 0 is the noisiest, below -6."""
+"""The logsnr edges of the 8 bins by noise level in the logs. Bin 0, below -6, is the noisiest."""
 
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Every number is in images, and takes effect at the first step that reaches it. 0 switches off."""
+    """The intervals are in images. Each takes effect at the first step that reaches it, and 0 switches it off."""
 
     log_every: int
     validate_every: int = 0
@@ -33,9 +33,10 @@ class FitOptions:
 
 
 class LogWindow:
-    """Means over the steps since the last flush, and over all workers; kept on the device until then. `held`, of `partial`, is what
-    was added before a training stopped: adding goes on where it was, so that a row is the same; on one worker to the last bit, as
-    it is added in the same order there.
+    """Means over the steps since the last flush, and over all workers. Values stay on the device until the flush.
+
+    `held` is the `partial` of a window that a stopped training had begun. Adding continues from it, so that the row is the same. On
+    one worker it is the same to the last bit, as values are added in the same order.
     """
 
     def __init__(self, held: Mapping[str, Any] | None = None, device: torch.device | str = "cpu") -> None:
@@ -59,7 +60,7 @@ class LogWindow:
                 self._new[name].append((value.detach(), log.losses.logsnr))
 
     def partial(self, averaged_over_workers: Callable[[Statistic], Statistic]) -> dict[str, Any]:
-        """What was added since the last flush, over all workers, for a checkpoint. It changes nothing here."""
+        """The sums since the last flush, averaged over all workers, for a checkpoint. The window itself stays as it is."""
         self._count_levels()
         sums, levels = (
             averaged_over_workers({name: v.clone() for name, v in own.items()}) for own in (self._sums, self._levels)
@@ -79,7 +80,7 @@ class LogWindow:
         return metrics
 
     def _count_levels(self) -> None:
-        """(sum, count) by level of what is new, added to what was counted."""
+        """Adds (sum, count) by noise level of the new values to those counted before."""
         for name, pairs in self._new.items():
             value, logsnr = (torch.cat(part) for part in zip(*pairs, strict=True))
             level = torch.bucketize(logsnr, torch.tensor(LEVEL_EDGES, device=logsnr.device))
@@ -103,11 +104,11 @@ def fit(
 ) -> TrainState:
     """Trains until state.total_images.
 
-    report    metrics of a log window, with n_images, images_per_second, lr and forwards (network evaluations so far, summed
-              over samples and networks) among them; loss, gradient norm and by-level means are of the window
-    validate  -> metrics; if "score" is among them the best role's weights are kept when it is the lowest so far
-    judge     a network -> its score, by draws of which no weights were chosen: at the end, of the kept weights and of the last,
-              which take their place if they are no worse
+    report    takes the metrics of a log window. Losses, gradient norms and means by noise level are those of the window. n_images,
+              images_per_second, lr and forwards (network evaluations so far, summed over samples and networks) are added
+    validate  -> metrics; the best role's weights are kept when "score" among them is the lowest so far
+    judge     a network -> its score on draws that chose no weights. At the end it compares the kept weights with the last ones,
+              which replace them if they are no worse
     save      called every checkpoint_every images and at the end
     poll      called after every step: "" to go on, "save" for a checkpoint, "stop" for a checkpoint and the end of this run
     """
@@ -155,8 +156,8 @@ def fit(
 
 
 def _judged(state: TrainState, score: float, judge: Callable[[nn.Module], float]) -> dict[str, float]:
-    """The kept weights against the last ones, of that score. The lowest of many scores is low by luck as well, and the last one is
-    not, so neither's score counts here.
+    """Compares the kept weights with the last ones on new draws. The lowest of many validation scores is partly luck and the last
+    score is not, so neither counts here. `score`: the last weights' validation score.
     """
     if not state.best.weights or state.best.n_images == state.n_images:
         return {}

@@ -12,15 +12,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mmdistill_core.methods.base import Progress
 
-DECAYS = ("linear", "constant")
 OPTIMISERS: dict[str, Callable[..., Optimizer]] = {"Adam": Adam, "AdamW": AdamW, "RAdam": RAdam}
 
 
 @dataclass(frozen=True)
 class OptimiserOptions:
-    """The optimiser and its numbers. The defaults are moment matching's (2406.04103, section 4); no learning rate was published.
+    """The optimiser and its settings. The defaults are moment matching's (2406.04103, section 4); it publishes no learning rate.
 
-    eps 1e-12 because losses are means over dimensions: 1e-8 would be of the size of the gradients' second moments.
+    eps is 1e-12 because losses are means over dimensions: 1e-8 would be as large as the gradients' second moments.
     """
 
     name: str = "Adam"
@@ -49,8 +48,8 @@ class OptimiserOptions:
 
 
 class Average(AveragedModel):
-    """An average of a network with a half-life in images, no longer than `ramp` of the images seen (2312.02696, appendix): so that
-    a short run's average forgets its start.
+    """An average of a network with a half-life in images. The half-life is at most `ramp` of the images seen (2312.02696,
+    appendix), so that the average of a short run forgets its start.
     """
 
     def __init__(
@@ -61,12 +60,12 @@ class Average(AveragedModel):
         ramp: float,
         decay: Callable[[Progress], float] | None = None,
     ) -> None:
-        """`decay`: the factor of a step by how far training is, in place of the half-life."""
+        """`decay` gives a step's factor from the progress of the training. It replaces the half-life."""
         super().__init__(network, use_buffers=False)
         self.half_life_images, self.ramp, self.decay = half_life_images, ramp, decay
 
     def follow(self, network: nn.Module, *, images: int, progress: Progress) -> None:
-        """Takes the network in after a step of `images`, of all its phases; the first time it is copied."""
+        """Updates the average after a step of `images`, counted over all phases. The first call copies the network."""
         half_life = min(self.half_life_images, self.ramp * progress.n_images)
         factor = 0.5 ** (images / half_life) if self.decay is None else self.decay(progress)
         self.multi_avg_fn = get_ema_multi_avg_fn(factor)

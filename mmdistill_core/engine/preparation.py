@@ -1,4 +1,4 @@
-"""What a method may use before training, and what a finished training shows it (methods.base.Preparation and Finished)."""
+"""What a method may use before and after training: methods.base.Preparation and Finished."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def squared_gradients(
 
 
 def _nothing(*asked: Any) -> Any:
-    raise LookupError(f"nothing is lent to the method's preparation, and it asks for {asked}")
+    raise LookupError(f"the method's preparation needs {asked}, and nothing provides it here")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Preparation:
     load      (role, name) -> the tensors beside a given model's weights
     trained   role -> the method by which a given model was trained
     collect   (network, method, steps) -> `squared_gradients` on this training's batches
-    kept      what was costly to make: a checkpoint holds it, and a training that goes on makes it no second time
+    kept      costly results. A checkpoint holds them, so a resumed training does not compute them again
     """
 
     networks: Networks
@@ -85,7 +85,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Finished:
-    """`methods.base.Finished`, of a state at the end of its training. Where workers hold parts, all of them have to ask."""
+    """`methods.base.Finished`, for a state at the end of its training. With sharded weights, all workers must call it."""
 
     state: TrainState
 

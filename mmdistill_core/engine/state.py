@@ -1,4 +1,4 @@
-"""TrainState: everything that training changes, and so everything that a checkpoint holds."""
+"""TrainState: everything that training changes. A checkpoint holds all of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mmdistill_core.networks.denoiser import Denoiser
 
 @dataclass
 class Best:
-    """The weights of `role` at the lowest validation score so far, or at the end, if those were judged no worse (fit)."""
+    """The weights of `role` at the lowest validation score so far. At the end, the last weights replace them if judged no worse."""
 
     role: str
     score: float = float("inf")
@@ -32,17 +32,17 @@ class Best:
 
 @dataclass
 class TrainState:
-    """`networks` are plain modules by role. `callables` are what losses call: the same modules, unless a worker has wrapped
-    them (autocast, compile); `trainables` are what a phase calls that trains them, wrapped once more where workers exchange
-    gradients (DDP). Learning rates and randomness are functions of n_images and therefore not stored.
+    """`networks` are plain modules by role. Losses call `callables`: the same modules, unless a worker has wrapped them (autocast,
+    compile). A phase calls the networks that it trains by `trainables`, which are wrapped once more if workers exchange gradients
+    (DDP). Learning rates and randomness are functions of n_images, and therefore not stored.
 
-    micro_batch            images a worker takes at once, or None for all of its part of the batch: gradients are accumulated
-    averaged_over_workers  name -> tensor, to the mean over all workers
-    unsynced               a context in which gradients stay with their worker, for all but the last part of a batch
-    skipped_in_a_row       role -> its updates without a finite gradient since the last that had one
-    window                 the log window as it stood when the training was last saved: `fit` goes on with it
-    kept                   what the method's preparation was costly to make, name -> tensors
-    template               where workers hold networks in parts: the best role's, whole, with whatever weights
+    micro_batch            images of one forward on a worker, or None for its whole share; gradients are accumulated
+    averaged_over_workers  replaces tensors, by name, by their mean over all workers
+    unsynced               a context without exchange of gradients, for all but the last part of a batch
+    skipped_in_a_row       role -> its updates without a finite gradient since the last finite one
+    window                 the log window when the training was last saved; `fit` continues it
+    kept                   costly results of the method's preparation, name -> tensors
+    template               with sharded networks: a whole copy of the best role's, whose weights do not matter
     """
 
     method: Method
@@ -83,11 +83,11 @@ class TrainState:
         ema_ramp: float = 0.05,
         micro_batch: int | None = None,
     ) -> TrainState:
-        """`given` holds, by role, the networks of the roles that are given, and the new ones. `starts` holds networks that a role
-        begins as, in place of its origin: a student that goes on from another's. `prepare` makes the prepared roles' from the
-        others. `best_role` is the role whose best weights are kept, by default the method's result.
+        """`given` holds the networks of the given and the new roles. `starts` holds networks that replace a role's origin, as for a
+        student that continues another one. `prepare` makes the networks of the prepared roles from the others. `best_role` is the
+        role whose best weights are kept, by default the method's result.
 
-        Raises ValueError if a given network is missing or of no role.
+        Raises ValueError if a given network is missing or has no role.
         """
         outside = {r.name for r in method.roles if isinstance(r.origin, (Given, New))}
         if set(given) != outside:
@@ -139,13 +139,13 @@ class TrainState:
 
     @property
     def device(self) -> torch.device:
-        """Of what is trained."""
+        """The device of the trained networks."""
         optimiser = next(iter(self.optimisers.values()))
         return optimiser.param_groups[0]["params"][0].device
 
     @property
     def averages(self) -> dict[str, str]:
-        """ema role -> its source."""
+        """Role of an average -> its source."""
         return {r.name: r.origin.role for r in self.method.roles if isinstance(r.origin, AverageOf)}
 
     @property
@@ -153,7 +153,7 @@ class TrainState:
         return Progress(self.step, self.n_images, self.total_images)
 
     def called_in(self, trains: tuple[str, ...]) -> Networks:
-        """What the loss of a phase that trains these roles calls. All other roles' parameters have no gradients meanwhile."""
+        """The networks that a phase calls which trains these roles. It turns off gradients for all other roles' parameters."""
         if trains != self._training:
             for name in self.trainables:
                 self.networks[name].requires_grad_(name in trains)
@@ -161,7 +161,7 @@ class TrainState:
         return {name: self.trainables[name] if name in trains else called for name, called in self.callables.items()}
 
     def current_network(self) -> nn.Module:
-        """The best role's network with its current weights, whole. Where workers hold parts of it, all of them have to ask."""
+        """The best role's whole network with its current weights. With sharded weights, all workers must call this."""
         network = self.networks[self.best.role]
         if self.template is None:
             return network
@@ -183,13 +183,13 @@ class TrainState:
         return True
 
     def keep(self, score: float) -> None:
-        """The current weights as the best role's, whatever was kept before."""
+        """Keeps the current weights of the best role, in place of those kept before."""
         weights = self.networks[self.best.role].state_dict()
         self.best.score, self.best.n_images = score, self.n_images
         self.best.weights = {name: full_tensor(value.detach()).to("cpu", copy=True) for name, value in weights.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Frozen networks are left out: they are inputs, and did not change."""
+        """Frozen networks are left out, as training does not change them."""
         frozen = {r.name for r in self.method.roles if not r.trained and not isinstance(r.origin, AverageOf)}
         return {
             "networks": {name: n.state_dict() for name, n in self.networks.items() if name not in frozen},
@@ -211,19 +211,19 @@ class TrainState:
             self.optimisers[name].load_state_dict(optimiser)
         for name, count in values["counters"].items():
             setattr(self, name, count)
-        if isinstance(in_a_row := values["counters"]["skipped_in_a_row"], int):  # before it was counted by role
+        if isinstance(in_a_row := values["counters"]["skipped_in_a_row"], int):  # older checkpoints: one for all roles
             self.skipped_in_a_row = dict.fromkeys(self.optimisers, in_a_row)
         self.best = Best(role=self.best.role, **values["best"])
-        self.window = values.get("window", {})  # checkpoints of before have none
+        self.window = values.get("window", {})  # older checkpoints have none
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor that workers hold parts of, whole; all of them have to ask. Any other as it is."""
+    """The whole of a sharded tensor; all workers must call it. Any other tensor is returned as it is."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _conditioned(network: nn.Module, role: Role) -> nn.Module:
-    """The network with the role's conditions among its inputs."""
+    """The network with the role's conditions as inputs."""
     if not role.conditions:
         return network
     assert isinstance(network, Denoiser)

@@ -16,7 +16,7 @@ from mmdistill_core.methods.base import Batch, Losses, Networks, Phase, Statisti
 from mmdistill_core.rng import Draws, derive_seed
 
 PATIENCE = 20
-"""Updates of a role in a row without a finite gradient, after which training stops."""
+"""Training stops after so many updates of a role in a row without a finite gradient."""
 
 
 class NonFiniteError(RuntimeError):
@@ -25,9 +25,9 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True)
 class PhaseLog:
-    """What a phase leaves for the log: its losses (detached) and the gradient norms before clipping, by role.
+    """A phase's values for the log: its losses (detached), and the gradient norms before clipping, by role.
 
-    share  of this worker's means in those of all workers: its images over the mean worker's
+    share  the weight of this worker's means in those of all workers: its images over the mean number of images
     """
 
     losses: Losses
@@ -37,7 +37,7 @@ class PhaseLog:
 
 
 def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int = 0, world: int = 1) -> list[PhaseLog]:
-    """All phases of this step, of which this worker takes its share of every batch; advances step and n_images."""
+    """Runs all phases of this step on this worker's share of every batch. Advances step and n_images."""
     rows = share_of(state.global_batch, rank=rank, world=world)
     logs, before = [], state.n_images
     for number, phase in enumerate(state.method.phases(state.progress)):
@@ -55,10 +55,10 @@ def train_step(*, state: TrainState, batches: BatchSource, seed: int, rank: int 
 
 
 def backward(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world: int = 1) -> Losses:
-    """Gradients whose mean over the workers is that of the global batch's mean loss, taken in parts of `state.micro_batch`;
-    gives the losses.
+    """Computes gradients in parts of `state.micro_batch`, and returns the losses. The mean of the gradients over the workers is the
+    gradient of the global batch's mean loss.
 
-    In a phase with a statistic every other image goes into it, whatever worker has it, and the losses are those of the rest.
+    In a phase with a statistic, every other image of the global batch goes into the statistic. The losses are those of the rest.
     """
     images, nets = state.global_batch, state.called_in(phase.trains)
     given: tuple[Statistic, ...] = ()
@@ -88,14 +88,14 @@ def backward(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world: i
 
 
 def parts_of(n: int, count: int) -> list[slice]:
-    """n rows in so many parts, but none without a row; they differ by one row at most."""
+    """Divides n rows into `count` parts that differ by at most one row, or into fewer, so that none is empty."""
     count = min(n, count)
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
 def _parts(state: TrainState, each: float) -> int:
-    """How often a worker goes forward for its part of a batch, `each` images on the mean worker: all of them as often, so no more
-    often than the worker with the fewest has images.
+    """Forward passes of a worker for its share of a batch, which is `each` images on average. The number is the same on all
+    workers, so it can't exceed the images of the worker with the fewest.
     """
     return min(math.ceil(math.ceil(each) / state.micro_batch), max(1, math.floor(each))) if state.micro_batch else 1
 
@@ -103,7 +103,7 @@ def _parts(state: TrainState, each: float) -> int:
 def _mean_statistic(
     state: TrainState, nets: Networks, phase: Phase, batch: Batch, rng: Draws, each: float
 ) -> Statistic:
-    """The phase's statistic over the batch, in parts, and over all workers, of which the mean one has `each` images."""
+    """The phase's statistic over the batch, in parts, and over all workers, which have `each` images on average."""
     assert phase.statistic is not None
     mean: Statistic = {}
     for at in parts_of(len(batch), _parts(state, each)):
@@ -139,7 +139,7 @@ def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world:
 
 
 def _skip(state: TrainState, phase: Phase) -> None:
-    """Counts for each role of the phase alone: the good steps of another one say nothing of these."""
+    """Counts by role, since the good steps of one role say nothing about another."""
     state.skipped += 1
     for role in phase.trains:
         state.skipped_in_a_row[role] = state.skipped_in_a_row.get(role, 0) + 1

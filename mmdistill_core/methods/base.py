@@ -1,13 +1,13 @@
-"""The contract that every method fulfils. It declares; the engine and the workflow obey.
+"""The contract of a method. The method declares; the engine and the workflow obey.
 
-- its fields are its options, with their defaults, choices and bounds (`option`): the `distill:` section of a recipe
-- roles    which networks there are, where each comes from, which of them are trained
-- phases   who learns from which loss, when
-- rounds   what is trained after what, for which numbers of steps k, from which teacher and which start
-- sampler  how the student of k steps is sampled
-- needs, prepare, validate, curves, leaves: what it takes, and what it gives
+- its fields are its options, with defaults, choices and bounds (`option`): the `distill:` section of a recipe
+- roles    the networks, where each comes from, and which of them are trained
+- phases   which roles learn from which loss, and when
+- rounds   the trainings in order, each with its numbers of steps k, its teacher and its start
+- sampler  how a student of k steps is sampled
+- needs, prepare, validate, curves, leaves: its inputs and outputs
 
-docs/methods.md takes a method through all of it.
+docs/methods.md shows all of it on one method.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Networks = Mapping[str, nn.Module]
 class Batch:
     """Named tensors of one length: `x` [b, ...] clean data, `label` [b] integers, and whatever else a method needs.
 
-    A batch without tensors has a length alone: `Batch(length=b)`, for methods that need no data.
+    A batch without tensors has only a length: `Batch(length=b)`, for methods that need no data.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is: engine steps done, images seen, and the images of the whole training."""
+    """The position of a training: engine steps done, images seen, and the images of the whole training."""
 
     step: int
     n_images: int
@@ -96,7 +96,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Given:
-    """A network from outside: the round's "teacher", the data's "extractor", or a model that the recipe names (`distill.given`)."""
+    """An existing network: the round's "teacher", the data's "extractor", or a model that the recipe names (`distill.given`)."""
 
     name: str
 
@@ -110,8 +110,8 @@ class Copy:
 
 @dataclass(frozen=True)
 class New:
-    """A new network: its name in NETWORKS, and fields of its configuration. Image size, channels and classes come from the data;
-    without a name, so do all other fields, from the recipe's section `network`.
+    """A new network: its name in NETWORKS, and fields of its configuration. Image size, channels and classes come from the data.
+    Without a name, it is the network of the recipe's section `network`.
     """
 
     network: str | None = None
@@ -120,8 +120,8 @@ class New:
 
 @dataclass(frozen=True)
 class Average:
-    """The exponential moving average of another role. `decay` gives the factor of a step; by default it follows from the recipe's
-    half-life in images.
+    """The exponential moving average of another role. `decay` gives the factor of a step. By default the factor follows from the
+    recipe's half-life in images.
     """
 
     role: str
@@ -130,16 +130,16 @@ class Average:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `Method.prepare` makes before training."""
+    """A network that `Method.prepare` makes before training."""
 
 
 @dataclass(frozen=True)
 class Role:
     """A network of a training.
 
-    trained     by a phase's loss; while another phase is at work its parameters have no gradients
-    conditions  what it is told beyond t and label (Denoiser.conditioned_on)
-    whole       a loss differentiates by its parameters: workers neither wrap it nor shard it
+    trained     by a phase's loss. During other phases its parameters have no gradients
+    conditions  its inputs beyond t and label (Denoiser.conditioned_on)
+    whole       a loss differentiates with respect to its parameters, so workers neither wrap nor shard it
     optimiser   fields of OptimiserOptions that differ from the recipe's
     """
 
@@ -156,14 +156,14 @@ class Role:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a phase returns.
+    """The result of a phase's loss.
 
-    per_sample  role -> [b]: the loss of each trained role. Its gradient reaches that role's weights only, so that the
-                engine may sum them and go backward once
+    per_sample  role -> [b]: the loss of each trained role. Its gradient reaches only that role's weights, so that the engine
+                may sum the losses for one backward pass
     logs        name -> [b] or scalar: means are logged
     by_level    name -> [b]: logged per noise level, with `logsnr` [b] of the same samples
     logsnr      [b], of by_level
-    forwards    network evaluations for one sample; in a phase with a statistic, for one of each half
+    forwards    network evaluations for one sample; in a phase with a statistic, for one sample of each half
     """
 
     per_sample: dict[str, Tensor]
@@ -199,10 +199,10 @@ PhaseLoss = Callable[..., Losses]
 
 @dataclass(frozen=True)
 class Phase:
-    """One update: the roles it trains (nearly always one) and their loss.
+    """One update: the roles that it trains (nearly always one), and their loss.
 
     statistic  (nets, batch, rng, progress) -> name -> a mean over the batch, for a loss with a product of two expectations. It is
-               taken over every other image of the batch and over all workers, and given to `loss`, which sees the rest
+               the mean over every other image of the batch, and over all workers. `loss` gets it with the rest of the images
     """
 
     trains: tuple[str, ...]
@@ -215,13 +215,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a model is sampled in k steps. It travels with the weights, in model.json.
+    """How a model is sampled in k steps. It is stored with the weights, in model.json.
 
     name        in samplers.SAMPLERS
     options     of the sampler function
     times       k + 1 times that fall from 1 to 0; None: the uniform grid
-    conditions  name -> k values: what the network is told at each step
-    ranges      name -> (low, high): what the network is told is chosen when it is sampled; by default low
+    conditions  name -> k values: the network's condition at each step
+    ranges      name -> (low, high): a condition that the user chooses for all steps, by default low
     """
 
     name: str = "ancestral"
@@ -238,12 +238,12 @@ class Sampler:
 class Round:
     """One training of a distillation.
 
-    name     unique among the rounds; a stage is called distill-NAME
-    ks       the numbers of steps that its student is measured and registered for; none: it only leads to another round
-    method   as it is in this round
+    name     unique among the rounds. Its stage is called distill-NAME
+    ks       the numbers of steps for which its student is measured and registered; none: it only serves another round
+    method   with the options of this round
     teacher  the round whose student is the teacher; None: the run's teacher
-    starts   role -> the round whose student it starts from, in place of its origin
-    like     the k whose settings it has (images, batch, optimisers); by default the one that it serves, if it is one
+    starts   role -> the round whose student replaces its origin
+    like     the k whose settings it has (images, batch, optimisers). By default its own k, if it has just one
     """
 
     name: str
@@ -255,7 +255,7 @@ class Round:
 
     @property
     def settings_of(self) -> int | None:
-        """The k whose settings it has; None: those that all have in common."""
+        """The k whose settings it has; None: the settings common to all."""
         return self.ks[0] if self.like is None and len(self.ks) == 1 else self.like
 
 
@@ -264,8 +264,8 @@ class Round:
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a round's teacher before it is loaded: its classes, 0 if it is unconditional; whether it can be guided; the
-    names of the tensors beside its weights (`Method.leaves`).
+    """The facts about a round's teacher before it is loaded: its number of classes, 0 if it is unconditional; whether it can be
+    guided; the names of the tensors beside its weights (`Method.leaves`).
     """
 
     num_classes: int
@@ -274,15 +274,15 @@ class About:
 
 
 class Preparation(Protocol):
-    """What `Method.prepare` may use."""
+    """The means of `Method.prepare`."""
 
     @property
     def networks(self) -> Networks:
-        """Those that are given, copied or new, by role."""
+        """The given, copied and new networks, by role."""
         ...
 
     def beside(self, role: str, name: str) -> dict[str, Tensor]:
-        """Tensors that lie beside a given model's weights."""
+        """Tensors beside a given model's weights."""
         ...
 
     def training_of(self, role: str) -> Method:
@@ -291,7 +291,7 @@ class Preparation(Protocol):
 
     def squared_gradients(self, network: nn.Module, method: Method, *, steps: int) -> dict[str, Tensor]:
         """Mean over `steps` batches of the squared gradient of the method's first phase, by parameter, at learning rate 0. It is
-        taken once: a checkpoint holds it.
+        computed once: a checkpoint holds it.
         """
         ...
 
@@ -303,16 +303,16 @@ class Finished(Protocol):
     def networks(self) -> Networks: ...
 
     def second_moments(self, role: str) -> dict[str, Tensor]:
-        """Of the role's optimiser, by parameter, without the bias of their start at 0."""
+        """The second moments of the role's optimiser, by parameter, with the bias of their start at 0 corrected."""
         ...
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric of the training that the report draws, of every round that logged it.
+    """A metric of the training that the report draws, for every round that logged it.
 
-    metric    of Losses.logs; with `by_level`, also of Losses.by_level
-    signed    it falls below 0, so that its axis is linear around it
+    metric    a name in Losses.logs, and with `by_level` also in Losses.by_level
+    signed    the metric may be negative, so its axis is linear around 0
     """
 
     metric: str
@@ -327,15 +327,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Options, roles, phases; no optimiser, device, rank or logging: those are the engine's.
+    """Options, roles, phases. Optimisers, devices, ranks and logging belong to the engine.
 
     k         steps of the student in this round
     name      in METHODS
-    needs     columns of the batch; labels come with them where the data have any
+    needs     columns of the batch. Labels are added if the data have them
     learners  the roles that it may train, whatever its options
-    beside    names of what `leaves` gives
-    compared  the option whose choices `mmdistill plan` sets side by side
-    small     options of a training that takes no time, for `--smoke`
+    beside    names of the results of `leaves`
+    compared  the option whose choices `mmdistill plan` compares
+    small     options of a training that takes seconds, for `--smoke`
     """
 
     schedule: Schedule
@@ -356,12 +356,12 @@ class Method(ABC):
 
     @abstractmethod
     def phases(self, progress: Progress) -> tuple[Phase, ...]:
-        """The updates of this engine step, each on a batch of its own. All turn-taking and all curricula are here."""
+        """The updates of this engine step, each on its own batch. All turn-taking and all curricula are here."""
 
     @property
     @abstractmethod
     def result(self) -> str:
-        """The role whose weights are the model."""
+        """The role whose weights become the model."""
 
     @property
     def cycle(self) -> int:
@@ -370,26 +370,26 @@ class Method(ABC):
 
     @property
     def halves(self) -> int:
-        """2 where every batch is cut into halves, for a statistic and for the loss; else 1."""
+        """2 if every batch is divided into halves, one for a statistic and one for the loss; else 1."""
         return 2 if any(phase.statistic for phase in self.phases(Progress(0, 0, 1))) else 1
 
     @property
     def guidable(self) -> bool:
-        """Whether the result knows the null label, so that it can be guided when it is sampled."""
+        """Whether the result learns the null label, and can therefore be guided in sampling."""
         return False
 
     @property
     def learner(self) -> str:
-        """The trained role behind the result: itself, or the one that it averages."""
+        """The trained role behind the result: the result itself, or the role that it averages."""
         origins = {role.name: role.origin for role in self.roles}
         origin = origins[self.result]
         return origin.role if isinstance(origin, Average) else self.result
 
     def rounds(self, methods: Mapping[int, Method], *, warm: Container[int] = ()) -> tuple[Round, ...]:
-        """The trainings that make students of the steps `methods` names, each with the method as the recipe has it for these
-        steps; an earlier round comes first. `warm`: the ks whose student starts from that of 2k steps, if there is one.
+        """The trainings, in order, that make the students. `methods` holds the method with the recipe's options for each number of
+        steps k. `warm`: the ks whose student starts from that of 2k steps, if there is one.
 
-        By default one for each k, from the run's teacher. Raises ValueError for methods that don't go together.
+        By default one training for each k, from the run's teacher. Raises ValueError for methods that don't fit together.
         """
         rounds = []
         for k, method in sorted(methods.items(), reverse=True):
@@ -409,15 +409,15 @@ class Method(ABC):
         return Sampler()
 
     def validate(self, ks: Sequence[int]) -> tuple[int, ...]:
-        """The numbers of steps by whose samples' distance the kept weights are chosen; none: the last weights are kept."""
+        """The numbers of steps whose samples choose the kept weights, by their distance; none: the last weights are kept."""
         return tuple(ks)
 
     def prepare(self, context: Preparation) -> dict[str, nn.Module]:
-        """The roles whose origin is Prepared."""
+        """Makes the networks of the roles whose origin is Prepared."""
         return {}
 
     def leaves(self, finished: Finished) -> dict[str, dict[str, Tensor]]:
-        """Tensors that are saved beside the result's weights, by name: for other methods to prepare from."""
+        """Tensors that are saved beside the result's weights, by name. Other methods prepare from them."""
         return {}
 
     @property

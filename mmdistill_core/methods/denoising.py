@@ -1,4 +1,4 @@
-"""Denoising: how a teacher is trained. L = w |x_hat(z_t, t) - x|^2 with t drawn by p(t)."""
+"""Denoising, which trains a teacher: L = w |x_hat(z_t, t) - x|^2 with t ~ p(t)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mmdistill_core.rng import Rng
 
 @dataclass(frozen=True)
 class Denoising(Method):
-    """v-weight with uniform t is the loss in v."""
+    """With weight v and uniform t, this is the loss in v."""
 
     p_t: TimeDensity = option("uniform", "density of t")
     w_t: Weighting = option("v", "weight of the loss at t")

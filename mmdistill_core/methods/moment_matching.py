@@ -1,21 +1,21 @@
 """Moment matching (Salimans, Mensink, Heek, Hoogeboom, 2406.04103): Algorithm 2, and Algorithm 3.
 
-A k-step student g_eta with z_s ~ q(z_s | z_t, x_tilde), x_tilde = g_eta(z_t, t), samples the data's law if
-E_g[x_tilde | z_s] = E_q[x | z_s] wherever it goes. The teacher g_theta knows the right side.
+A k-step student g_eta with z_s ~ q(z_s | z_t, x_tilde), x_tilde = g_eta(z_t, t), samples the data's distribution if
+E_g[x_tilde | z_s] = E_q[x | z_s] at every z_s that it reaches. The teacher g_theta knows the right side.
 
 Algorithm 2, alternating: an auxiliary g_phi learns the left side.
 
     L_phi = w(s) { |x_tilde - g_phi(z_s, s)|^2 + |g_theta(z_s, s) - g_phi(z_s, s)|^2 }     (auxiliary, with pull to the teacher)
     L_eta = w(s) x_tilde . sg[g_phi(z_s, s) - g_theta(z_s, s)]                              (student)
 
-Algorithm 3, instant: where the two sides are equal the teacher has nothing to learn from the student's samples. So the gradient
-that it would get on one half of the batch, A, says where the student is to go on the other, B.
+Algorithm 3, instant: if the two sides are equal, the teacher has nothing to learn from the student's samples. So the gradient that
+it would get on one half of the batch, A, gives the direction for the student on the other half, B.
 
     G     = grad_theta mean_A w(s) |x_tilde - g_theta(z_s, s)|^2
     nu    = -Lambda G
     L_eta = mean_B w(s) x_tilde . sg[(dg_theta(z_s, s) / dtheta) nu]                        (student)
 
-With this sign, which is not the printed one, L_eta has the gradient of 1/4 E[G]^T Lambda E[G] at z_s held: it descends.
+With this sign, which is not the printed one, L_eta has the gradient of 1/4 E[G]^T Lambda E[G] with z_s held fixed: it descends.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Update = Literal["alternating", "joint", "instant"]
 
 @dataclass(frozen=True)
 class _Draw:
-    """What an update starts from: t, s, w(s), the guidance of each sample [b] if there is any, and z_t."""
+    """The draws of an update: t, s, z_t, the weight w(s), and the guidance [b] of each sample, if there is any."""
 
     t: Tensor
     s: Tensor
@@ -83,8 +83,8 @@ class _Draw:
 
 @dataclass(frozen=True)
 class MomentMatching(Method):
-    """The paper keeps no average of the student: its learning rate decays to 0 over 200k steps, which averages too. A short run
-    gains much by one.
+    """The paper keeps no average of the student, since its learning rate decays to 0 over 200k steps, which averages too. A short
+    run gains much from an average.
     """
 
     update: Update = option(
@@ -266,7 +266,7 @@ class MomentMatching(Method):
         return _Draw(t=t, s=s, z_t=z_t, w=w, guidance=guidance, label=batch.label)
 
     def _conditions(self, draw: _Draw) -> tuple[dict[str, Tensor], ...]:
-        """What the student is conditioned on beyond t and label, as the last of its arguments; nothing, mostly."""
+        """The student's conditions as its last argument, or no argument if it has none."""
         return (
             ({"guidance": squeezed(draw.guidance)},)
             if draw.guidance is not None and self._conditions_of_student
@@ -288,7 +288,7 @@ class MomentMatching(Method):
         return self._modified(nets, draw, z_s, nets["teacher"](z_s, draw.s, draw.label))
 
     def _modified(self, nets: Networks, draw: _Draw, z_s: Tensor, x_hat: Tensor) -> Tensor:
-        """The teacher's x_hat, guided and clipped. Its gradient stays that of x_hat (2406.04103, Algorithm 3: straight through)."""
+        """The teacher's x_hat, guided and clipped. Its gradient is that of x_hat (2406.04103, Algorithm 3: straight through)."""
         modified = x_hat
         if draw.guidance is not None:
             if draw.label is None:
@@ -366,7 +366,7 @@ class MomentMatching(Method):
         return self._losses(draw, per_sample, direction)
 
     def _nu(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Statistic:
-        """nu = -Lambda G: Algorithm 3's first half. It is linear in G, so its mean over parts and workers is that of their mean."""
+        """nu = -Lambda G: Algorithm 3's first half. It is linear in G, so it may be averaged over parts and workers."""
         draw, teacher = self._draw(batch, rng), nets["teacher"]
         with torch.no_grad():
             x_tilde = self._student(nets, draw)
@@ -379,8 +379,8 @@ class MomentMatching(Method):
         return nu
 
     def _instant_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress, nu: Statistic) -> Losses:
-        """L_eta: Algorithm 3's second half. The teacher's own loss on it changes along nu by -G_A^T Lambda G_B: so the curve of the
-        squared moments, unbiased since A and B are independent, comes for nothing.
+        """L_eta: Algorithm 3's second half. Along nu, the teacher's own loss on B changes by -G_A^T Lambda G_B. This gives the
+        curve of the squared moments at no cost. It is unbiased, since A and B are independent.
         """
         draw = self._draw(batch, rng)
         x_tilde = self._student(nets, draw)

@@ -1,4 +1,4 @@
-"""What several methods share."""
+"""Formulas that several methods share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmdistill_core.diffusion.process import eta_step, expand, posterior, q_sample
+from mmdistill_core.diffusion.process import eta_step, posterior, q_sample
 from mmdistill_core.diffusion.schedules import Schedule
 from mmdistill_core.rng import Rng, normal_like
 
 
 def per_sample_mean(value: Tensor) -> Tensor:
-    """[b, ...] -> [b]: the mean over dimensions. Every loss here is reduced so; only the engine reduces over b."""
+    """[b, ...] -> [b]: the mean over dimensions. Every loss here is reduced this way; only the engine reduces over b."""
     return value.flatten(1).mean(dim=1)
 
 
@@ -52,7 +52,7 @@ def transition(
     """sg[z_s]: where the student's sampler goes from z_t with x_tilde (2406.04103, Algorithm 2).
 
     conditional    z_s ~ q(z_s | z_t, x_tilde); eta < 1: less noise, and 0 is DDIM
-    unconditional  z_s ~ q(z_s | x_tilde), fresh noise: what the paper compares it with
+    unconditional  z_s ~ q(z_s | x_tilde), with fresh noise: the paper's comparison
     """
     x, noise = x_tilde.detach(), normal_like(x_tilde, rng=rng)
     if kind == "unconditional":
@@ -63,7 +63,7 @@ def transition(
 
 
 def straight_through(*, value: Tensor, modified: Tensor) -> Tensor:
-    """`modified` in value, the gradient of `value`."""
+    """The value of `modified`, with the gradient of `value`."""
     return value + (modified - value).detach()
 
 
@@ -71,7 +71,7 @@ Derivative = Literal["forward", "double_backward"]
 
 
 def parameters_of(network: nn.Module) -> dict[str, Tensor]:
-    """name -> parameter, on the parameters' memory, detached from the network: a gradient by them leaves the network alone."""
+    """name -> parameter, detached but sharing its memory: gradients with respect to these do not reach the network's own."""
     return {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
 
 
@@ -80,9 +80,9 @@ def directional_derivative(
 ) -> tuple[Tensor, Tensor]:
     """(g, d): the network's output and its derivative along `direction` in parameter space, d = (dg / dtheta) direction.
 
-    forward          forward mode, some three times the operations of a forward, and no activations are kept
-    double_backward  the gradient by u of <grad_theta (u . g), direction>: for operators that lack forward mode
-    Fused attention has neither, so attention is written out here.
+    forward          forward mode: about three times the operations of a forward pass, and no activations are kept
+    double_backward  the gradient in u of <grad_theta (u . g), direction>: for operators without forward mode
+    Fused attention supports neither, so this uses plain attention.
     """
     parameters = parameters_of(network)
     with sdpa_kernel(SDPBackend.MATH):
@@ -106,19 +106,3 @@ def directional_derivative(
 def direction_gap(*, direction: Tensor, weight: Tensor) -> Tensor:
     """w |g_phi - g_theta|^2, [b]: the moment gap, which is what moment matching drives to zero at every noise level."""
     return weight * per_sample_mean(direction.detach().square())
-
-
-__all__ = [
-    "Derivative",
-    "Transition",
-    "denoising_loss",
-    "direction_gap",
-    "directional_derivative",
-    "expand",
-    "noisy",
-    "parameters_of",
-    "per_sample_mean",
-    "push",
-    "straight_through",
-    "transition",
-]

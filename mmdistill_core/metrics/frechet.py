@@ -41,7 +41,7 @@ def moments(features: Tensor) -> Moments:
 
 
 def pooled(own: Moments, summed: Callable[[Tensor], Tensor]) -> Moments:
-    """The moments of all workers' sets together, exactly, on each of them; `summed` adds a tensor over the workers."""
+    """The exact moments of all workers' sets together, on each worker. `summed` adds a tensor over the workers."""
     count = summed(torch.tensor(float(own.count), dtype=torch.float64))
     mean = summed(own.mean * own.count) / count
     delta = own.mean - mean

@@ -29,11 +29,11 @@ def kernel_distance(
     rng: torch.Generator | None = None,
     rows: int = 1024,
 ) -> float:
-    """real [n, d], fake [m, d]. Over all pairs; or, as the field has it, the mean over `subsets` drawn subsets of `size` (all of a
-    set that is smaller). Both have the same expectation, 0 for equal distributions, and may be below 0; all pairs vary less.
+    """real [n, d], fake [m, d]. Over all pairs, or, as is usual, the mean over `subsets` random subsets of `size` (a smaller set is
+    used whole). Both have the same expectation, which is 0 for equal distributions, and both may be negative. All pairs vary less.
     """
     if min(len(real), len(fake)) < 2:
-        raise ValueError(f"features: at least 2 samples a side are needed, got {len(real)} and {len(fake)}")
+        raise ValueError(f"features: at least 2 samples of each set are needed, got {len(real)} and {len(fake)}")
     real, fake = real.double(), fake.double()
     if not subsets:
         return _mmd(real, fake, rows=rows)

@@ -1,4 +1,4 @@
-"""What is kept of a set of images for every measure against another set. Parts of a set merge to the whole."""
+"""The statistics of a set of images that every measure against another set needs. Those of parts merge to those of the whole."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Statistics:
-    """All on the CPU.
+    """All tensors are on the CPU.
 
     features    moments of all features
-    pixels      moments of the images as vectors; None beyond PIXELS dimensions, or where the features are that already
+    pixels      moments of the images as vectors; None beyond PIXELS dimensions, or if the features are the pixels
     near        [m, d] features of some images, for measures of pairs: precision, recall, kernel distance
-    logits      [n, classes] of an extractor with classes of its own, else None
-    predicted   [n] labels by an extractor that tells them, else None
+    logits      [n, classes] of an extractor with its own classes, else None
+    predicted   [n] labels, of an extractor that predicts the data's labels, else None
     """
 
     features: Moments
@@ -39,7 +39,7 @@ class Statistics:
         return self.features.count
 
     def merge(self, other: Statistics) -> Statistics:
-        """Of both sets, `other` behind."""
+        """The statistics of both sets together, with `other` last."""
         return Statistics(
             features=self.features.merge(other.features),
             pixels=_both(Moments.merge, self.pixels, other.pixels),
@@ -58,7 +58,7 @@ def _both(join: Callable[[T, T], T], a: T | None, b: T | None) -> T | None:
 
 
 def statistics(extractor: Extractor, images: Tensor, *, near: Tensor) -> Statistics:
-    """Of images [n, c, h, w] in [-1, 1], on the extractor's device; `near` [m] says which are kept for measures of pairs."""
+    """The statistics of images [n, c, h, w] in [-1, 1] on the extractor's device. `near` [m]: the images for measures of pairs."""
     features, logits = extractor.features_and_logits(images)
     pixels = images.flatten(1)
     own, labels = extractor.classes == "own", extractor.classes == "labels"

@@ -1,4 +1,4 @@
-"""A small convolutional classifier: its features are where distances are measured when no Inception fits the images."""
+"""A small convolutional classifier. Distances are measured in its features if Inception does not fit the images."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class ClassifierConfig:
 
 
 class Classifier(Extractor):
-    """images [b, c, h, w] in [-1, 1] -> logits [b, num_classes]; features [b, features] are what stands before them.
+    """images [b, c, h, w] in [-1, 1] -> logits [b, num_classes]. The features [b, features] are the input of the last layers.
 
-    `scale` [features] divides the features; `fit_scale` sets it to their standard deviation on the data, so that every
-    feature counts alike in a distance.
+    `scale` [features] divides the features. `fit_scale` sets it to their standard deviation on the data, so that all features
+    count alike in a distance.
     """
 
     kind, classes, Config = "classifier", "labels", ClassifierConfig

@@ -1,4 +1,4 @@
-"""What every network's configuration can do: it is written to model.json, and the network is built of it."""
+"""The base class of networks' configurations. A configuration is stored in model.json, and builds its network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from mmdistill_core.diffusion.schedules import Schedule
 from mmdistill_core.networks.denoiser import Denoiser
-from mmdistill_core.plugins import named, names
+from mmdistill_core.plugins import named
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class NetworkConfig(ABC):
     data; a recipe sets the options among its fields.
 
     kind       its name in NETWORKS
-    small      fields of a network that trains in no time, for `--smoke`
-    repeated   the field that counts equal blocks: costs grow by the same with each
+    small      fields of a network that trains in seconds, for `--smoke`
+    repeated   the field that counts equal blocks; each of them adds the same cost
     """
 
     image_size: int
@@ -41,23 +41,19 @@ class NetworkConfig(ABC):
 
 
 NETWORKS: dict[str, str] = {"dit": "mmdistill_core.networks.dit:DiTConfig"}
-"""Configurations by kind. They are imported when they are asked for, so that a new one changes no other's key."""
+"""Configurations by kind. Each is imported on first use, so that a new one changes no key of another."""
 EXACT: dict[str, str] = {"mixture": "mmdistill_core.networks.exact:MixtureConfig"}
-"""Of denoisers in closed form, which a model may hold, and nothing trains."""
-
-
-def network_names() -> list[str]:
-    return names(table=NETWORKS, group="networks")
+"""Configurations of denoisers in closed form. A model may hold one, but nothing trains it."""
 
 
 def network_class(kind: str) -> type[NetworkConfig]:
-    """Raises ValueError for a kind that is not there."""
+    """Raises ValueError for an unknown kind."""
     found: type[NetworkConfig] = named(kind, table=NETWORKS, group="networks")
     return found
 
 
 def network_config(values: Mapping[str, Any]) -> NetworkConfig:
-    """Of plain values with "kind", which is "dit" if it is left out. Raises ValueError."""
+    """The configuration from plain values with a "kind", by default "dit". Raises ValueError."""
     options = dict(values)
     declared: type[NetworkConfig] = named(options.pop("kind", "dit"), table=NETWORKS | EXACT, group="networks")
     return declared(**options)

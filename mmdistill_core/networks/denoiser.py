@@ -14,13 +14,13 @@ from mmdistill_core.diffusion.schedules import Schedule
 
 
 class Denoiser(nn.Module):
-    """x_hat = E[x | z_t] as the backbone sees it.
+    """x_hat, the backbone's estimate of E[x | z_t].
 
-    The backbone is called as backbone(z / sqrt(alpha^2 + sigma^2), t, label): its input has unit scale under every
-    schedule (for variance-preserving ones the divisor is 1), and t is in [0, 1] whatever the schedule's sigma. The label
-    NULL_LABEL says "no label", as None does for all. `conditions` are further numbers in [0, 1] that a backbone may be built for
-    (`conditioned_on`): the guidance that it imitates, the time t from which z_s came. Such a backbone has a method
-    `conditioned_on`, which gives a copy that takes them.
+    The backbone is called as backbone(z / sqrt(alpha^2 + sigma^2), t, label). So its input has unit scale under every schedule (for
+    variance-preserving ones the divisor is 1), and t is in [0, 1] whatever the schedule's sigma. The label NULL_LABEL means "no
+    label"; None means it for the whole batch. `conditions` are further numbers in [0, 1], such as the guidance that the network
+    imitates, or the time t from which z_s came. A backbone that supports them has a method `conditioned_on`, which returns a copy
+    that takes them.
     """
 
     def __init__(self, *, backbone: nn.Module, schedule: Schedule, prediction: str = "v") -> None:
@@ -30,7 +30,7 @@ class Denoiser(nn.Module):
         self.backbone, self.schedule, self.prediction = backbone, schedule, prediction
 
     def conditioned_on(self, *names: str) -> Denoiser:
-        """A copy that takes the conditions `names` as well, and answers as this one does until it is trained to use them."""
+        """A copy that also takes the conditions `names`. Its output is the same until training teaches it to use them."""
         backbone: Any = self.backbone
         return Denoiser(backbone=backbone.conditioned_on(*names), schedule=self.schedule, prediction=self.prediction)
 

@@ -18,7 +18,7 @@ from mmdistill_core.options import option
 
 @dataclass(frozen=True)
 class DiTConfig(NetworkConfig):
-    """`image_size` and `patch` in pixels; `num_classes` 0: unconditional; `conditions`: names of further numbers it is given."""
+    """`image_size` and `patch` in pixels. `num_classes` 0: unconditional. `conditions`: names of further inputs."""
 
     patch: int = option(2, "pixels of a patch's side", ge=1)
     width: int = option(96, "channels, a multiple of the heads", ge=8)
@@ -86,8 +86,8 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """[b, c, h, w], t [b], label [b], conditions name -> [b] -> [b, c, h, w]. NULL_LABEL, or no label at all, has an embedding
-    of its own, the last.
+    """[b, c, h, w], t [b], label [b], conditions name -> [b] -> [b, c, h, w]. NULL_LABEL, or no label at all, has the last
+    embedding.
     """
 
     def __init__(self, config: DiTConfig) -> None:
@@ -102,14 +102,14 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(config.width, 2 * config.width)
         self.out = nn.Linear(config.width, inputs)
         nn.init.normal_(self.label.weight, std=0.02)
-        # Only made if there are any, and after all else: a network without them draws the same weights from a seed as ever.
+        # Made last: a network without conditions draws the same weights from a seed as before there were any.
         self.conditions = nn.ModuleDict({name: FourierTime(config.width) for name in config.conditions})
         for zero in (self.modulation, self.out, *(condition.narrow for condition in self.conditions.values())):
             nn.init.zeros_(zero.weight)  # type: ignore[arg-type, union-attr]
             nn.init.zeros_(zero.bias)  # type: ignore[arg-type, union-attr]
 
     def conditioned_on(self, *names: str) -> DiT:
-        """A copy with the conditions `names` added, which answers as this one does: what they add begins at 0."""
+        """A copy with the conditions `names` added. Its output is the same, since what they add starts at 0."""
         new = tuple(name for name in names if name not in self.config.conditions)
         copy = DiT(replace(self.config, conditions=(*self.config.conditions, *new)))
         copy.load_state_dict(copy.state_dict() | self.state_dict())

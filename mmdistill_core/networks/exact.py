@@ -36,10 +36,10 @@ class MixtureConfig(NetworkConfig):
     kind: ClassVar[str] = "mixture"
 
     def build(self) -> nn.Module:
-        raise TypeError("mixture: the exact denoiser of a mixture is no network; it has no prediction")
+        raise TypeError("mixture: the exact denoiser of a mixture is not a network, and has no prediction")
 
     def denoiser(self, *, schedule: Schedule, prediction: str) -> MixtureDenoiser:
-        """Of the right shapes, for weights that are loaded."""
+        """A denoiser of the right shapes, whose weights are then loaded."""
         j, d = self.num_classes, self.channels
         return MixtureDenoiser(
             weights=torch.ones(j) / j, means=torch.zeros(j, d), variances=torch.ones(j), schedule=schedule
@@ -47,8 +47,8 @@ class MixtureConfig(NetworkConfig):
 
 
 class MixtureDenoiser(nn.Module):
-    """Data sum_j p_j N(mean_j, variance_j I), z [b, ...] of d numbers each. Given labels, the exact denoiser of that component
-    alone; for NULL_LABEL, of the mixture: so guidance has a closed form too.
+    """Data sum_j p_j N(mean_j, variance_j I), z [b, ...] of d numbers each. With labels, it is the exact denoiser of these
+    components alone, and for NULL_LABEL that of the mixture. So guidance has a closed form too.
 
     E[x | z] = sum_j r_j (m_j + (alpha S_j / V_j)(z - alpha m_j)), with r the posterior weights of the components.
     Variance 0 is allowed: the data are then atoms.

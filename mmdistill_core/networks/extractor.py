@@ -1,4 +1,4 @@
-"""What an extractor is: images to the features in which distances are measured."""
+"""The base class of extractors, which turn images into the features that distances are measured in."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 class Extractor(nn.Module, ABC):
-    """images [b, c, h, w] in [-1, 1] -> features [b, d], and logits [b, classes] where it has any.
+    """images [b, c, h, w] in [-1, 1] -> features [b, d], and logits [b, classes] if it has any.
 
     kind           its name in EXTRACTORS
-    classes        what the logits tell apart: the data's own "labels", classes of its "own", or there are "none"
-    preprocessing  what it does to images first: samples and references must agree in it
-    batch          images at a time
-    config         a dataclass of plain values, of which and of the weights it is made again
+    classes        of the logits: the data's "labels", the extractor's "own" classes, or "none"
+    preprocessing  of images; it must be the same for samples and references
+    batch          images of one forward
+    config         a dataclass of plain values. With the weights, it restores the extractor
     """
 
     kind: ClassVar[str]
@@ -35,7 +35,7 @@ class Extractor(nn.Module, ABC):
 
     @torch.inference_mode()
     def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of any number of images, in one pass."""
+        """Features and logits of any number of images, in one pass."""
         features, logits = zip(*(self.read(part) for part in images.split(self.batch)), strict=True)
         return torch.cat(features), None if self.classes == "none" else torch.cat(logits)
 
@@ -46,7 +46,7 @@ class Extractor(nn.Module, ABC):
         return self.features_and_logits(images)[1]
 
     def fingerprint(self) -> str:
-        """A hash of kind, configuration and weights: features of equal fingerprints may be compared."""
+        """A hash of kind, configuration and weights. Features may be compared if the fingerprints are equal."""
         content = hashlib.sha256(json.dumps([self.kind, asdict(self.config)], sort_keys=True).encode())
         for name, value in sorted(self.state_dict().items()):
             content.update(name.encode() + b"\0" + value.cpu().contiguous().numpy().tobytes())

@@ -1,7 +1,7 @@
-"""Inception-v3 as the field's FID has it: the TensorFlow graph of 2015-12-05, by the names of its port to torch.
+"""The Inception-v3 of the usual FID: the TensorFlow graph of 2015-12-05, with the names of its port to torch.
 
-It is not the Inception-v3 of model zoos: average pools leave padding out, the last block pools by maximum, there are 1008
-classes. The weights are a file that the user names; none come with mmdistill. docs/evaluation.md says where they are found.
+It differs from the Inception-v3 of model zoos: average pools leave out padding, the last block uses a maximum pool, and there are
+1008 classes. The user names a file of weights; mmdistill includes none. docs/evaluation.md says where to find one.
 """
 
 from __future__ import annotations
@@ -141,9 +141,9 @@ class InceptionConfig:
 
 
 class Inception(Extractor):
-    """features: the 2048 means of the last block. logits: without the bias, as the reference's Inception score has them.
+    """features: the 2048 means of the last block. logits: without the bias, as in the reference's Inception score.
 
-    Images are rounded to 8 bits, as a file of them would be, and grey ones repeated over three channels.
+    Images are rounded to 8 bits, as in a file. Grey images are repeated over three channels.
     """
 
     kind, classes, Config = "inception", "own", InceptionConfig
@@ -180,7 +180,7 @@ class Inception(Extractor):
 
 
 def resized(images: Tensor) -> Tensor:
-    """[b, 1 or 3, h, w] in [-1, 1] -> [b, 3, 299, 299], by way of 8 bits."""
+    """[b, 1 or 3, h, w] in [-1, 1] -> [b, 3, 299, 299], rounded to 8 bits first."""
     x = ((images.expand(-1, 3, -1, -1) + 1) * 127.5).round().clamp(0, 255) / 255
     return 2 * F.interpolate(x, size=(SIZE, SIZE), mode="bilinear", align_corners=False, antialias=False) - 1
 
@@ -190,10 +190,10 @@ class NotInception(ValueError):
 
 
 def load_inception(path: str | Path) -> Inception:
-    """From a .safetensors file, or a .pth or .pt state dict (read as tensors alone). Raises NotInception."""
+    """Loads a .safetensors file, or a .pth or .pt state dict (weights only). Raises NotInception."""
     values = _tensors(Path(path))
     inception = Inception()
-    # Counters of training steps and the auxiliary head play no part here.
+    # Counters of training steps and the auxiliary head are not used.
     expected = {name: w.shape for name, w in inception.state_dict().items() if not name.endswith("num_batches_tracked")}
     found = {
         name: w
@@ -220,7 +220,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise NotInception(f"{path}: no such file")
     try:
         values = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:  # whatever a file that is no state dict may raise
+    except Exception as error:  # a file that is not a state dict may raise anything
         what = "a safetensors file" if path.suffix == ".safetensors" else "a state dict of torch.save"
         raise NotInception(f"{path}: not {what} ({str(error).splitlines()[0][:80]})") from error
     if not isinstance(values, Mapping) or not all(isinstance(w, Tensor) for w in values.values()):

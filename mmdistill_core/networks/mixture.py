@@ -1,4 +1,4 @@
-"""Features of a Gaussian mixture: what a Frechet distance must see to tell its modes' masses, means and variances."""
+"""Features of a Gaussian mixture. A Frechet distance in them sees the masses, means and variances of the modes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MixtureConfig:
 class Mixture(Extractor):
     """features r_j and r_j (x - m_j) / sqrt(S_j) for each mode j, [b, modes (1 + dims)]; logits log r_j.
 
-    r_j(x) is the posterior weight of mode j, of the density sum_j p_j N(m_j, S_j I). Images are taken as vectors of `dims`.
+    r_j(x) is the posterior weight of mode j under the density sum_j p_j N(m_j, S_j I). Images are treated as vectors of `dims`.
     """
 
     kind, classes, Config = "mixture", "labels", MixtureConfig
@@ -44,7 +44,7 @@ class Mixture(Extractor):
 
     @staticmethod
     def fitted(images: Tensor, labels: Tensor, *, modes: int) -> Mixture:
-        """The mixture whose mode j has the mass, the mean and the variance of the images labelled j."""
+        """The mixture whose mode j has the mass, mean and variance of the images with label j."""
         x, counts = images.flatten(1).double(), torch.bincount(labels, minlength=modes)
         if int(counts.min()) < 2:
             raise ValueError(f"labels: mode {int(counts.argmin())} has {int(counts.min())} samples, 2 are needed")

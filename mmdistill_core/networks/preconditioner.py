@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 
 class Preconditioner(nn.Module):
-    """name -> Lambda, of each parameter's shape (2406.04103, Algorithm 3). It is called with a gradient, name -> tensor, and
-    multiplies that by Lambda, in place: it is as large as the network.
+    """name -> Lambda, of each parameter's shape (2406.04103, Algorithm 3). A call multiplies a gradient, name -> tensor, by Lambda,
+    in place, since the gradient is as large as the network.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
@@ -26,13 +26,13 @@ class Preconditioner(nn.Module):
 
     @classmethod
     def adam(cls, second_moments: Mapping[str, Tensor], *, eps: float = 1e-12) -> Preconditioner:
-        """Lambda = 1 / (sqrt(v) + eps), Adam's, from the mean squares v of the teacher's gradients. Where v is 0, as it is for a
-        label that training never showed, Lambda is 0: a parameter without a scale says nothing.
+        """Adam's Lambda = 1 / (sqrt(v) + eps), from the mean squares v of the teacher's gradients. If v is 0, as for a label that
+        training never showed, Lambda is 0: a parameter without a scale carries no information.
         """
         return cls({name: torch.where(v > 0, 1 / (v.sqrt() + eps), 0) for name, v in second_moments.items()})
 
     def check(self, network: nn.Module) -> None:
-        """Raises ValueError, in one line, if Lambda is not of this network."""
+        """Raises ValueError, in one line, if Lambda does not fit this network."""
         own = {name: tuple(getattr(self, buffer).shape) for name, buffer in self.buffer_of.items()}
         shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
         for name in sorted(own.keys() | shapes.keys()):

@@ -1,4 +1,4 @@
-"""Which classes to draw when samples are compared with data."""
+"""The classes of samples that are compared with data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from mmdistill_core.rng import generator
 
 
 def data_labels(labels: Tensor, n: int, *seed: int) -> Tensor:
-    """n labels in the proportions of the data's labels [m], shuffled: whole copies of them, and a part of one drawn without
-    replacement. So chance in the counts of classes does not add to a distance; with n = m the counts are the data's own.
+    """n labels in the proportions of the data's labels [m], shuffled: whole copies of them, and a part of a copy drawn without
+    replacement. So random class counts do not add to a distance. With n = m the counts are those of the data.
     """
     rng, copies = generator(*seed), -(-n // len(labels))
     order = torch.cat([torch.randperm(len(labels), generator=rng) for _ in range(copies)])

@@ -1,7 +1,7 @@
 """ancestral, ddim, heun, renoise: from z at times[0] down to times[-1] = 0. All return the last x_hat, never the last z.
 
-times is [k + 1], falling, from 1 to 0 (`uniform_grid`). A student of k steps is sampled by `ancestral` on the uniform grid
-of k (2406.04103, Algorithm 1); so is its teacher, with more steps.
+times is [k + 1], falling from 1 to 0 (`uniform_grid`). A student of k steps is sampled by `ancestral` on the uniform grid of k
+(2406.04103, Algorithm 1). Its teacher is sampled the same way, with more steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from mmdistill_core.diffusion import process
 from mmdistill_core.diffusion.guidance import NULL_LABEL, guided
 from mmdistill_core.diffusion.schedules import Schedule
-from mmdistill_core.plugins import named, names
+from mmdistill_core.plugins import named
 from mmdistill_core.rng import Numbered, Rng, normal_like
 
 Denoise = Callable[[Tensor, Tensor, Any], Tensor]
@@ -33,8 +33,8 @@ def ancestral(
     eta: float = 1.0,
     extra_noise: float = 0.0,
 ) -> Tensor:
-    """z_s ~ q(z_s | z_t, x_hat) at every step but the last, with the noise scaled by eta (process.eta_step) or raised by
-    extra_noise (process.posterior). k evaluations.
+    """z_s ~ q(z_s | z_t, x_hat) at every step but the last. eta scales the noise (process.eta_step), or extra_noise raises it
+    (process.posterior). k evaluations.
     """
     for i, (t, s) in enumerate(pairwise(times)):
         t, s = t.expand(len(z)), s.expand(len(z))
@@ -69,7 +69,7 @@ def ddim(
 def heun(
     *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: Rng | Numbered, label: Tensor | None
 ) -> Tensor:
-    """Second order: every DDIM step but the last is taken again with x_hat averaged over both of its ends.
+    """Second order: every DDIM step but the last is repeated with the mean of x_hat at both of its ends.
 
     Heun's rule on the exponential form of the flow (2211.01095), whose linear part is exact. EDM's Heun, in sigma / alpha
     (2206.00364, Algorithm 1), would start where sigma / alpha is unbounded under all schedules but its own. 2k - 1
@@ -88,8 +88,8 @@ def heun(
 def renoise(
     *, denoiser: Denoise, schedule: Schedule, z: Tensor, times: Tensor, rng: Rng | Numbered, label: Tensor | None
 ) -> Tensor:
-    """z_s ~ q(z_s | x_hat), noise afresh at every step but the last: a consistency model's sampler (2303.01469, Algorithm 1), and
-    that of a student which was trained with the unconditional transition. k evaluations.
+    """z_s ~ q(z_s | x_hat), with fresh noise at every step but the last. This is a consistency model's sampler (2303.01469,
+    Algorithm 1), and that of a student trained with the unconditional transition. k evaluations.
     """
     for i, (t, s) in enumerate(pairwise(times)):
         x_hat = denoiser(z, t.expand(len(z)), label)
@@ -100,31 +100,27 @@ def renoise(
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "ddim": ddim, "heun": heun, "renoise": renoise}
-"""Samplers by name; others by entry point, or as "module:function"."""
+"""Samplers by name. Others are named by entry point, or as "module:function"."""
 EVALUATIONS: dict[str, Callable[[int], int]] = {"heun": lambda k: 2 * k - 1}
-"""Network evaluations of k steps, where they are not k."""
+"""Network evaluations of k steps, if they are not k."""
 
 
 def sampler_function(name: str) -> Callable[..., Tensor]:
-    """Raises ValueError for a name that is none of a sampler's."""
+    """Raises ValueError for an unknown name."""
     found: Callable[..., Tensor] = named(name, table=SAMPLERS, group="samplers")
     return found
 
 
-def sampler_names() -> list[str]:
-    return names(table=SAMPLERS, group="samplers")
-
-
 def evaluations(name: str, k: int) -> int:
-    """Network evaluations of a sample by this sampler in k steps. A sampler from elsewhere says so itself where they are not k, by
-    an attribute `evaluations`, a function of k.
+    """Network evaluations for one sample in k steps. A sampler of another package that does not need k of them has an attribute
+    `evaluations`, a function of k.
     """
     own: Callable[[int], int] = lambda k: k  # noqa: E731
     return EVALUATIONS.get(name, getattr(sampler_function(name), "evaluations", own))(k)
 
 
 def guided_denoiser(denoiser: Denoise, *, w: float) -> Denoise:
-    """The denoiser under guidance w: two evaluations each (2207.12598)."""
+    """The denoiser with guidance w: two evaluations a call (2207.12598)."""
 
     def both(z: Tensor, t: Tensor, label: Any) -> Tensor:
         unconditional = denoiser(z, t, torch.full_like(label, NULL_LABEL))
@@ -136,8 +132,8 @@ def guided_denoiser(denoiser: Denoise, *, w: float) -> Denoise:
 def conditioned_denoiser(
     denoiser: Callable[..., Tensor], *, times: Tensor, values: Mapping[str, Sequence[float]]
 ) -> Denoise:
-    """A denoiser that takes conditions, with those of each step: name -> one value for each of `times` but the last. At the end of
-    a step, where some samplers evaluate too, they are those of the next one.
+    """Gives a denoiser its conditions for each step: name -> one value for each of `times` but the last. At the end of a step,
+    where some samplers evaluate too, it gets those of the next step.
     """
     steps = {name: torch.tensor(list(of_steps)) for name, of_steps in values.items()}
 
@@ -168,11 +164,11 @@ def sample(
     device: torch.device | str = "cpu",
     **options: float,
 ) -> Tensor:
-    """Samples `first` to `first + shape[0]` of those that `seed` names, each of `shape[1:]`, at `times`, `batch` at a time.
+    """Samples `first` to `first + shape[0]` of a seed, each of `shape[1:]`, at `times`, `batch` at a time.
 
-    Sample i depends on the seed, on i and on its label alone (`rng.Numbered`), but for rounding: however many there are, and
-    whoever draws which of them. Its first draw is the starting noise, so that two denoisers, samplers or step counts start from
-    the same. `options` are the sampler's own: eta and extra_noise of `ancestral`.
+    Up to rounding, sample i depends only on the seed, on i and on its label (`rng.Numbered`), not on the number of samples or on
+    who draws them. Its first draw is the starting noise, so all denoisers, samplers and step counts start from the same noise.
+    `options` are those of the sampler: eta and extra_noise of `ancestral`.
     """
     step = sampler_function(sampler)
     times = times.to(device)

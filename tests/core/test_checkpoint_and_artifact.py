@@ -1,4 +1,4 @@
-"""What is written is what is read, and damage is seen."""
+"""Checkpoints and models: reading gives what was written, and damage is detected."""
 
 import json
 
@@ -79,9 +79,9 @@ def test_a_model_samples_the_same_after_a_round_trip(tmp_path, name, prediction)
 
 
 def test_an_image_depends_on_the_seed_its_number_and_its_label_alone():
-    """But for rounding: not on its neighbours, nor on how many there are."""
+    """Up to rounding, an image does not depend on its neighbours or on their number."""
     one = model(SCHEDULES["cosine"]())
-    for parameter in one.denoiser.parameters():  # of a new one labels change nothing
+    for parameter in one.denoiser.parameters():  # in a new network, labels change nothing
         torch.nn.init.normal_(parameter, std=0.2)
     many = one.sample(300, seed=5)
     for n in (1, 8, 16):

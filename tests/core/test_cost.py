@@ -98,7 +98,7 @@ def test_the_peak_counts_what_is_alive_at_once_and_views_once():
 
 
 def run(state, phase, n, around):
-    """A loss and its backward for n images, inside `around`."""
+    """Runs a loss and its backward pass for n images inside `around`."""
     batch = Batch(torch.zeros(n, *IMAGE), torch.zeros(n, dtype=torch.long))
     for optimiser in state.optimisers.values():
         optimiser.zero_grad(set_to_none=True)

@@ -202,7 +202,7 @@ class TestNonFinite:
         again.load_state_dict(load_checkpoint(tmp_path / "c"))
         assert again.skipped_in_a_row == {"auxiliary": 0, "student": 4}
         older = load_checkpoint(tmp_path / "c")
-        older["counters"]["skipped_in_a_row"] = 3  # of all roles together
+        older["counters"]["skipped_in_a_row"] = 3  # one count for all roles
         again.load_state_dict(older)
         assert again.skipped_in_a_row == {"student": 3, "auxiliary": 3}
 
@@ -268,7 +268,7 @@ class TestOptimiser:
 
     @pytest.mark.parametrize("phases", [1, 2, 5])
     def test_half_lives_count_the_images_of_all_phases_of_a_step(self, phases):
-        """As progress does: 800 images after the weights jump, half of the jump is in the average."""
+        """As progress does. 800 images after the weights jump, the average contains half of the jump."""
         state = create_state(
             method=InPhases(COSINE, count=phases),
             given={"teacher": Affine(0.0, 0.1)},
@@ -309,7 +309,7 @@ def test_seeds_are_apart():
 
 @dataclass(frozen=True)
 class Square(Method):
-    """A loss without chance: |x_hat|^2. Its statistic is the mean of x."""
+    """A loss without randomness: |x_hat|^2. Its statistic is the mean of x."""
 
     statistic: bool = False
     name: ClassVar[str] = "square"
@@ -330,7 +330,7 @@ class Square(Method):
 
 @dataclass(frozen=True)
 class InPhases(Square):
-    """Several updates a step, each on a batch of its own, and an average."""
+    """Several updates a step, each on its own batch, and an average."""
 
     count: int = 1
     result = "teacher_ema"
@@ -375,7 +375,7 @@ class TestAccumulation:
         ):
             torch.testing.assert_close(a.grad, b.grad)
         images = 24 if statistic else 48
-        assert in_parts[2] == -(-images // micro_batch) - 1  # all parts but the last keep their gradients to themselves
+        assert in_parts[2] == -(-images // micro_batch) - 1  # all parts but the last exchange no gradients
         assert whole[2] == 0
         torch.testing.assert_close(whole[1].losses.by_level["l"].detach(), in_parts[1].losses.by_level["l"])
         assert torch.equal(whole[1].losses.logsnr, in_parts[1].losses.logsnr)
@@ -384,7 +384,7 @@ class TestAccumulation:
     @pytest.mark.parametrize("micro_batch", [1, 2, 3, 16])
     @pytest.mark.parametrize("world", [2, 3, 5, 7])
     def test_all_workers_go_forward_as_often(self, world, micro_batch):
-        """As they exchange parameters in each, where these are cut among them."""
+        """Each forward exchanges parameters if they are sharded."""
         shares = [share_of(128, rank=rank, world=world) for rank in range(world)]
         count = _parts(SimpleNamespace(micro_batch=micro_batch), 128 / world)
         parts = [parts_of(len(share), count) for share in shares]
@@ -400,7 +400,7 @@ class TestAccumulation:
 
 
 def test_logs_are_means_over_all_workers():
-    """Of a batch that three workers share, also where a level's images are all on one of them."""
+    """Three workers share a batch. All images of a noise level may be on one of them."""
     x = torch.linspace(-8, 9, 12)
     log = PhaseLog(
         Losses({"teacher": x}, logs={"l": 2 * x}, by_level={"l": x**2}, logsnr=x), {"teacher": x.norm()}, skipped=False
@@ -448,8 +448,8 @@ def test_the_last_state_is_a_candidate_whatever_the_interval_and_after_a_stop(tm
     assert same(whole.best.weights, second.best.weights)
 
 
-class TestTheLastWord:
-    """Between the weights kept for the lowest score and the last ones, by draws that chose nothing."""
+class TestFinalChoice:
+    """At the end, new draws decide between the weights with the lowest score and the last weights."""
 
     def trained(self, scores, judge):
         """24 steps, validated every 8th with these scores; (the state, the last row)."""
@@ -496,7 +496,7 @@ class TestTheLastWord:
 
 class TestLogWindow:
     def rows(self, state, stop_at=None):
-        """The rows that `fit` reports, but for what the clock tells, up to a stop that is asked for."""
+        """The rows that `fit` reports until the requested stop, without the values that depend on the clock."""
         rows = []
         fit(
             state=state,
@@ -534,7 +534,7 @@ class TestLogWindow:
         assert [row["n_images"] for row in self.rows(again)] == [64 * 12, 64 * 18, 64 * 24]
 
     def test_what_several_workers_added_goes_on_with_each_of_them(self):
-        """A checkpoint has the mean over the workers; whoever goes on from there, and however many, flushes the mean of all."""
+        """A checkpoint holds the mean over the workers. Any number of workers that continue from it flush the mean of all."""
 
         def log(x):
             return PhaseLog(Losses({"teacher": x}, by_level={"l": x**2}, logsnr=x), {}, skipped=False)
@@ -560,7 +560,7 @@ class TestLogWindow:
 
 
 def test_second_moments_collected_are_adams_at_learning_rate_zero():
-    """Both are the mean of the squared gradients; Adam's with beta2 near 1 and its start corrected for."""
+    """Both are the mean of the squared gradients, for Adam with beta2 near 1 and its bias corrected."""
     method, teacher, batches = Denoising(schedule=COSINE), denoiser(), make_batches()
     got = squared_gradients(network=teacher, method=method, batches=batches, steps=6, global_batch=64, seed=0)
     assert all(p.grad is None for p in teacher.parameters())
@@ -584,7 +584,7 @@ def test_second_moments_collected_are_adams_at_learning_rate_zero():
 
 
 def test_a_student_with_dropout_resumes_as_if_it_had_not_stopped(tmp_path):
-    """Whatever has drawn from torch's own generator meanwhile; and every worker has masks of its own."""
+    """Other draws from torch's own generator do not matter. Every worker has its own masks."""
 
     def dropped(rank=0):
         state = make_state(matching(schedule=COSINE, k=4))

@@ -1,4 +1,4 @@
-"""Extractors: what is saved is what is loaded, and each does what its kind says."""
+"""Extractors: loading restores what was saved, and each computes its kind of features."""
 
 import json
 
@@ -26,7 +26,7 @@ from mmdistill_core.networks.pixels import Pixels
 
 @pytest.fixture(scope="module")
 def inception():
-    """Random weights and statistics, so that no two layers could change places unseen."""
+    """Random weights and statistics, so that an exchange of two layers would show."""
     torch.manual_seed(0)
     network = Inception()
     for module in network.modules():
@@ -101,7 +101,7 @@ def test_inception_has_the_published_sizes(inception):
 
 
 def test_inceptions_pools():
-    """The mean leaves padding out: what is constant stays so up to the edge. Only the last block takes the maximum."""
+    """The mean leaves out padding, so constant images stay constant up to the edge. Only the last block takes the maximum."""
     ones = torch.ones(1, 2, 5, 5)
     assert torch.equal(mean_pool(ones), ones)
     corner = torch.arange(25.0).reshape(1, 1, 5, 5)
@@ -111,7 +111,7 @@ def test_inceptions_pools():
 
 
 def test_inceptions_input():
-    """8 bits as a file would have them; half-pixel bilinear resizing; grey becomes three equal channels."""
+    """8 bits as in a file; half-pixel bilinear resizing; grey becomes three equal channels."""
     bytes_ = torch.randint(0, 256, (2, 1, 5, 7), generator=torch.Generator().manual_seed(0))
     images = bytes_ / 127.5 - 1
     out = resized(images)
@@ -163,7 +163,7 @@ def test_other_weights_are_refused_in_a_line(tmp_path, inception):
 
 
 class Runs:
-    """What a file of a stranger might hold."""
+    """A file from a stranger might hold this."""
 
     def __reduce__(self):
         return (print, ("run",))
@@ -242,7 +242,7 @@ BLOCKS = {"5b": A, "5c": A, "5d": A, "6a": B, "6b": C, "6c": C, "6d": C, "6e": C
 
 
 def test_inception_is_the_network_of_the_table(inception):
-    """Its weights in an interpreter of the table: an exchanged kernel, padding, pool or order of branches shows."""
+    """Runs the weights in an interpreter of the table, so that a wrong kernel, padding, pool or order of branches shows."""
     state = inception.state_dict()
 
     def conv(name, x):

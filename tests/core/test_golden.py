@@ -58,7 +58,7 @@ def method_of(name):
 
 
 def trained(name):
-    """(role -> loss of each update, the hash of the weights of the network that is wanted)."""
+    """(role -> loss of each update, the hash of the resulting network's weights)."""
     torch.manual_seed(3)
     torch.set_num_threads(1)
     method = method_of(name)

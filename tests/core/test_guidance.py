@@ -1,4 +1,4 @@
-"""Guidance, null labels, conditions: the formula, who is told what, and what a model refuses."""
+"""Guidance, null labels, conditions: the formula, the inputs of each role, and what a model refuses."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def inputs(b=6):
 
 
 def test_guidance_of_a_mixture_in_closed_form():
-    """(1 + w) E[x | z, label] - w E[x | z]; and 0 is off."""
+    """(1 + w) E[x | z, label] - w E[x | z]; 0 is off."""
     ring = ring_of_gaussians(modes=4, radius=1.0, variance=0.1, schedule=COSINE)
     z, t, label = torch.randn(16, 2, generator=generator(0)), torch.rand(16), torch.arange(16) % 4
     w = torch.linspace(0, 3, 16)

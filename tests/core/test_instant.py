@@ -39,7 +39,7 @@ from mmdistill_core.rng import generator
 def small_dit(**options):
     torch.manual_seed(0)
     backbone = DiT(DiTConfig(image_size=4, channels=1, num_classes=3, width=16, depth=2, heads=2, **options))
-    for parameter in backbone.parameters():  # what begins at 0 as well
+    for parameter in backbone.parameters():  # those that start at 0 too
         torch.nn.init.normal_(parameter, std=0.2)
     return Denoiser(backbone=backbone, schedule=COSINE).requires_grad_(False)
 
@@ -127,7 +127,7 @@ def test_the_derivative_along_a_direction_is_that_of_finite_differences(by):
 
 
 def lambdas(network):
-    """The identity, and one of Adam's."""
+    """The identity, and a Lambda of Adam's."""
     mean, variance = (torch.tensor(v, dtype=network.mean.dtype) for v in (0.04, 0.002))
     return {
         "identity": Preconditioner.identity(network),
@@ -186,7 +186,7 @@ def test_the_losses_have_the_closed_form(lam):
 
 
 def test_training_reaches_the_closed_form(monkeypatch):
-    """With the draws, the halves and the optimiser of a real one."""
+    """With the draws, the halves and the optimiser of a real training."""
     fixed_times(monkeypatch)
     exact = gaussian_teacher()
     student = Affine(teacher_slope(T), 0.3)
@@ -312,7 +312,7 @@ def test_whole_algorithm_at_one_step():
     middles = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     expected = Expected(matching(schedule=COSINE, k=1, pairing="grid", update="instant"), [middles])
     row = values([student])
-    row[2] = 0.3  # a slope of 0, the teacher's at t = 1, is a saddle: z_1 and -z_1 have the same law
+    row[2] = 0.3  # a slope of 0, the teacher's at t = 1, is a saddle: z_1 and -z_1 have the same distribution
     used = torch.tensor([2, 5])  # the slope and the offset at t = 1
 
     def field(some):

@@ -128,7 +128,7 @@ def test_kernel_distance_is_its_definition():
 
 
 def test_kernel_distance_is_unbiased():
-    """Equal laws: mean 0 however few the samples. Counting the diagonal in, the mean would be some 1.1."""
+    """Equal distributions: mean 0 even for few samples. With the diagonal, the mean would be about 1.1."""
     values = [kernel_distance(real=draw(2 * i), fake=draw(2 * i + 1)) for i in range(400)]
     assert abs(np.mean(values)) < 4 * np.std(values) / 20
     assert np.min(values) < 0 < np.max(values)
@@ -150,7 +150,7 @@ def test_subsets_have_the_mean_of_all_pairs():
 
 
 def test_inception_score_of_known_tables():
-    """As many as there are classes if each sample is sure of its own; 1 if all are alike; and by the definition in between."""
+    """The number of classes if each sample is certain of its own; 1 if all are alike; the definition in between."""
     sure = torch.eye(5, dtype=torch.float64).repeat(40, 1).log()
     assert inception_score(sure) == pytest.approx(5)
     assert inception_score(sure, splits=1) == pytest.approx(5)

@@ -83,7 +83,7 @@ class TestFixedPoint:
         return {"teacher": gaussian_teacher(), **start}
 
     def root(self, **choices):
-        """(slope, offset) of the student where descent along both expected losses comes to rest."""
+        """(slope, offset) of the student at which descent along both expected losses stops."""
         expected = one_pair(matching(schedule=COSINE, k=1, pairing="uniform", **choices), T, S)
         nets = {name: network.double() for name, network in self.networks().items()}
         moving = [nets["student"], nets["auxiliary"]]
@@ -103,7 +103,7 @@ class TestFixedPoint:
 
     @pytest.mark.parametrize(("kind", "eta"), [("unconditional", 1.0), ("conditional", 0.5), ("conditional", 0.0)])
     def test_other_transitions_have_other_fixed_points(self, kind, eta):
-        """Unconditional z_s, less noise, none (DDIM): each its own root."""
+        """Unconditional z_s, less noise, no noise (DDIM): each has its own root."""
         expected = student_slope(T, S, kind=kind, eta=eta)
         assert abs(expected - student_slope(T, S)) > 0.02
         found = self.root(update="joint", pull=False, transition=kind, eta=eta)
@@ -111,7 +111,7 @@ class TestFixedPoint:
 
     @pytest.mark.parametrize(("update", "pull", "steps"), [("joint", True, 400), ("alternating", False, 800)])
     def test_training_reaches_it(self, monkeypatch, update, pull, steps):
-        """With the draws, the turns and the optimiser of a real one."""
+        """With the draws, the turns and the optimiser of a real training."""
         fixed_times(monkeypatch)
         method = matching(schedule=COSINE, k=1, update=update, pull=pull)
         student = train(method, self.networks(), steps=steps, batch=4096, lr=1e-2).networks["student"]
@@ -128,7 +128,7 @@ class TestFixedPoint:
 
 
 class TestGradients:
-    """What reaches whom, and how much."""
+    """The gradient that each role gets."""
 
     def nets(self):
         return {
@@ -211,7 +211,7 @@ class TestGradients:
 
 
 class TestChoices:
-    """What else may be chosen: who is told what, how often each learns, how the student is weighed."""
+    """Further options: the inputs of each role, how often it learns, the student's weight."""
 
     def test_dmd_weighs_the_student_and_not_the_regression(self, monkeypatch):
         fixed_times(monkeypatch)
@@ -262,7 +262,7 @@ class TestChoices:
         assert torch.equal(seen[0], draws[0][0])
 
     def test_guidance_is_of_the_teacher_alone(self):
-        """An auxiliary that says what the guided teacher says leaves the student where it is; a plain one pushes it."""
+        """An auxiliary that predicts what the guided teacher predicts gives the student no gradient; a plain one does."""
         exact = ring_of_gaussians(modes=3, radius=1.0, variance=0.1, schedule=COSINE).requires_grad_(False)
         x, label = exact.sample(32, rng=generator(0))
         told = []
@@ -344,7 +344,7 @@ def sampled(knots, k, slopes):
 
 
 def population_variance(pairing, k, knots, delta_power=1.0, n=80):
-    """The same where Algorithm 2 stands still, from its population equations."""
+    """The same at the fixed point of Algorithm 2, from its population equations."""
     return sampled(knots, k, population_fixed_point(pairing=pairing, k=k, knots=knots, delta_power=delta_power, n=n))
 
 
@@ -409,7 +409,7 @@ def test_the_whole_algorithms_losses_stand_still_there(pairing, k, delta_power):
 
 @pytest.mark.parametrize(("pairing", "k", "steps"), [("grid", 2, 700), ("uniform", 4, 1000)])
 def test_whole_algorithm_on_gaussian_data(pairing, k, steps):
-    """Training Algorithm 2 with all its random times ends where its population equations say."""
+    """Training Algorithm 2 with all its random times ends at the solution of its population equations."""
     knots = k if pairing == "grid" else 4
     method = matching(schedule=COSINE, k=k, pairing=pairing)
     networks = {"teacher": gaussian_teacher(), "student": AffineInTime(knots), "auxiliary": AffineInTime(64)}

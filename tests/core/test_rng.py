@@ -1,4 +1,4 @@
-"""Draws that are numbered: what they are a function of, and that they are normal and independent."""
+"""Numbered draws: what they depend on, and that they are normal and independent."""
 
 import math
 
@@ -15,7 +15,7 @@ def drawn(*shape, seed=0, first=0, draws=1, device="cpu"):
 
 
 def test_bits_are_those_of_splitmix64():
-    """Its first outputs for the seeds 0 and 1234567, as published."""
+    """The published first outputs for the seeds 0 and 1234567."""
     known = {
         0: (0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F),
         1234567: (6457827717110365317, 3203168211198807973, 9817491932198370423),
@@ -26,7 +26,7 @@ def test_bits_are_those_of_splitmix64():
 
 
 def test_the_draws_are_what_the_docstring_says():
-    """In Python's whole numbers, for one element of each half."""
+    """Computed in Python's integers, for one element of each half."""
 
     def mix(z):
         z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
@@ -64,7 +64,7 @@ def test_types_and_nothing():
 
 
 def test_they_are_normal():
-    """Moments within five of their standard errors, and the whole distribution by Kolmogorov and Smirnov's distance."""
+    """Moments within five standard errors, and the whole distribution by the Kolmogorov-Smirnov distance."""
     values = drawn(2000, 3, 11, 11, seed=3).flatten().double()
     n = len(values)
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10_170)):
@@ -90,5 +90,5 @@ def test_elements_draws_samples_and_seeds_are_independent(seed):
         assert abs(((a**2 - 1) * (b**2 - 1)).mean() / 2) < bound
     ends = noise.abs() > 1.96
     assert ends.double().mean().item() == pytest.approx(0.05, abs=5 * math.sqrt(0.05 * 0.95 / noise.numel()))
-    each = noise[0].mean(1) * math.sqrt(200)  # of samples: none has a mean of its own
+    each = noise[0].mean(1) * math.sqrt(200)  # no sample has a mean of its own
     assert each.var().item() == pytest.approx(1, abs=5 * math.sqrt(2 / 1000))

@@ -36,7 +36,7 @@ def test_ddim_variance(k, known):
 
 
 def error_against_the_flow(schedule, sampler, k):
-    """Mean distance to the flow's map, x = m + sqrt(S / V_1) (z_1 - alpha_1 m), which is exact for Gaussian data."""
+    """Mean distance to the map of the flow, x = m + sqrt(S / V_1) (z_1 - alpha_1 m), which is exact for Gaussian data."""
     samples = draw(k, sampler, schedule, n=2000)
     start = sample(
         denoiser=lambda z, t, label: z, schedule=schedule, shape=(2000, 1), times=uniform_grid(k=1), batch=N
@@ -68,7 +68,7 @@ def test_evaluations_are_counted(sampler, expected):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_sample_depends_on_the_seed_and_its_number_alone(sampler):
-    """Not on how many there are, how many are drawn at once, or who draws which part."""
+    """It does not depend on the number of samples, on the batch size, or on who draws which part."""
     whole = draw_small(sampler, first=0, n=30, batch=250)
     for batch in (1, 7, 10, 30):
         assert torch.equal(draw_small(sampler, first=0, n=30, batch=batch), whole)

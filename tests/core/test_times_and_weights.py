@@ -83,7 +83,7 @@ def test_weights():
 
 
 def test_a_shift_moves_the_density_and_the_weight_along_logsnr():
-    """For twice the resolution, by -2 log 2: the same noise relative to what is seen of the image (2301.11093)."""
+    """For twice the resolution, by -2 log 2: the same noise relative to the visible content of the image (2301.11093)."""
     shift = resolution_shift(resolution=128, reference=64)
     assert shift == pytest.approx(-2 * math.log(2))
     plain, moved = (

@@ -1,4 +1,4 @@
-"""One training, however many workers share its batches and in whatever parts they take them."""
+"""A training is the same for any number of workers and any division of its batches."""
 
 from dataclasses import replace
 
@@ -19,8 +19,8 @@ def trained(name, world=1, micro_batch=None):
 
     method = MAKE[name]()
     if getattr(method, "update", "") == "instant":
-        method = replace(method, derivative="double_backward")  # forward mode is not made for threads
-    states = [make_state(method) for _ in range(world)]  # torch's own generator is the threads' together
+        method = replace(method, derivative="double_backward")  # forward mode does not work in threads
+    states = [make_state(method) for _ in range(world)]  # all threads share torch's own generator
 
     def of(rank, summed):
         state = states[rank]
@@ -31,7 +31,7 @@ def trained(name, world=1, micro_batch=None):
             p.grad.copy_(summed(p.grad) / world)
 
         for role in state.optimisers:
-            # By default the sign of a gradient that is rounding alone would be a whole step.
+            # With the default eps, rounding errors of a zero gradient would become whole steps.
             state.optimisers[role].param_groups[0]["eps"] = 1e-4
             if world > 1:
                 for p in state.networks[role].parameters():
@@ -92,7 +92,7 @@ def test_a_rows_draws_are_its_own():
 
 
 def test_a_worker_alone_draws_what_a_plain_generator_would():
-    """So that trainings on one worker stay what they were before draws belonged to rows."""
+    """So trainings on one worker are the same as before draws belonged to rows."""
     plain, rows = torch.Generator().manual_seed(5), Draws(5, range(8), 8)
     for _ in range(2):
         assert torch.equal(uniform(8, rng=plain), uniform(8, rng=rows))

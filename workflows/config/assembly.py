@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=Section)
 ANY_SIZE = 110_880
-"""Stands for an image size that is not known yet: it is a multiple of all usual ones."""
+"""Stands for an unknown image size. It is a multiple of all usual ones."""
+DECLARED: dict[str, tuple[str, type[Section]]] = {
+    "teacher": ("method", Teacher),
+    "distill": ("method", Distill),
+    "network": ("kind", Network),
+}
+"""The sections with options of a method or a network: the field that names it, and the section without these options."""
 
 
 @contextmanager
@@ -63,13 +69,9 @@ def config_class(teacher: str, distill: str, network: str) -> type[RunConfig]:
     from mmdistill_core.networks.config import network_class
 
     fields: Any = {}
-    for section, field, base, look, name in (
-        ("teacher", "method", Teacher, method_class, teacher),
-        ("distill", "method", Distill, method_class, distill),
-        ("network", "kind", Network, network_class, network),
-    ):
+    for (section, (field, base)), name in zip(DECLARED.items(), (teacher, distill, network), strict=True):
         with _errors_in(f"{section}.{field}: "):
-            made = _with_options(base, look(name))
+            made = _with_options(base, network_class(name) if section == "network" else method_class(name))
         fields[section] = (made, Field(default_factory=made))
     return create_model("RunConfig", __base__=_Consistent, __module__=__name__, **fields)
 
@@ -77,17 +79,13 @@ def config_class(teacher: str, distill: str, network: str) -> type[RunConfig]:
 def class_for(values: Mapping[str, Any]) -> type[RunConfig]:
     """The configuration class for the methods and the network named in `values`. Raises ValueError for an unknown name."""
 
-    def named(section: str, field: str, model: type[Section]) -> str:
-        own = values.get(section)
-        default = str(model.model_fields[field].default)
-        if isinstance(own, Section):
-            return str(getattr(own, field))
-        name = own.get(field, default) if isinstance(own, Mapping) else default
-        return name if isinstance(name, str) and name else default  # the section's validation reports a bad value
-
-    return config_class(
-        named("teacher", "method", Teacher), named("distill", "method", Distill), named("network", "kind", Network)
-    )
+    names = []
+    for section, (field, base) in DECLARED.items():
+        given = values.get(section)
+        name = given.get(field) if isinstance(given, Mapping) else None
+        # The section's validation reports a bad value.
+        names.append(name if isinstance(name, str) and name else str(base.model_fields[field].default))
+    return config_class(*names)
 
 
 @cache
@@ -100,9 +98,8 @@ def config_of(values: Mapping[str, Any], context: dict[str, Any] | None = None) 
 
     Raises ConfigError with a one-line message.
     """
-    values = {
-        name: {"model": own} if name == "teacher" and isinstance(own, str) else own for name, own in values.items()
-    }
+    if isinstance(teacher := values.get("teacher"), str):
+        values = {**values, "teacher": {"model": teacher}}
     model: type[RunConfig] = RunConfig
     try:
         model = class_for(values)
@@ -140,12 +137,13 @@ def network_of(section: Network, *, shape: tuple[int, ...], num_classes: int) ->
 def rounds_of(distill: Distill, schedule: Schedule) -> tuple[Round, ...]:
     """The section's training rounds, each with its method. Raises ValueError for options that conflict."""
     sections = {k: distill.for_k(k) for k in distill.k}
-    methods = {k: method_of(own, schedule) for k, own in sections.items()}
-    return method_of(distill, schedule).rounds(methods, warm={k for k, own in sections.items() if own.warm_start})
+    methods = {k: method_of(section, schedule) for k, section in sections.items()}
+    warm = {k for k, section in sections.items() if section.warm_start}
+    return method_of(distill, schedule).rounds(methods, warm=warm)
 
 
 def about_teacher(config: RunConfig, num_classes: int) -> About:
-    """What is known of the teacher before it is trained."""
+    """The facts about the teacher before it is trained."""
     from mmdistill_core.methods.base import About
 
     method = method_of(config.teacher, schedule_of(config))
@@ -214,17 +212,19 @@ class _Consistent(RunConfig):
             )
 
     def _check_round(self, one: Round) -> None:
-        own, method = self.distill.for_round(one), one.method
-        if own.batch % method.halves:
-            raise ValueError(f"distill.batch: {own.batch} is odd, and {own.method} cuts every batch into halves")
-        for role in own.optimisers:
+        distill, method = self.distill.for_round(one), one.method
+        if distill.batch % method.halves:
+            raise ValueError(
+                f"distill.batch: {distill.batch} is odd, and {distill.method} cuts every batch into halves"
+            )
+        for role in distill.optimisers:
             if role not in method.learners:
                 known = ", ".join(method.learners)
                 raise ValueError(
-                    f"distill.optimisers: {role!r} is none of the networks that {own.method} trains: {known}"
+                    f"distill.optimisers: {role!r} is none of the networks that {distill.method} trains: {known}"
                 )
-            with _errors_in(f"distill.optimisers.{role}.", type(own.optimiser)):
-                own.optimiser_of(role)
+            with _errors_in(f"distill.optimisers.{role}.", type(distill.optimiser)):
+                distill.optimiser_of(role)
 
     def _check_extractor(self, source: Source) -> None:
         kind = self.data.extractor

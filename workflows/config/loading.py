@@ -181,7 +181,7 @@ def load_config(
     """
     given: dict[str, Any] = reduce(merge, map(_parse_override, overrides or []), dict[str, Any]())
     context = ONLY_SHOWN if only_shown else None
-    own = _over(_for_its_data(whole(recipe), given), given)
-    config = config_of({"recipe": Path(recipe).stem} | own, context)
+    values = _over(_for_its_data(whole(recipe), given), given)
+    config = config_of({"recipe": Path(recipe).stem} | values, context)
     # The command line wins over the small values too.
     return config_of(merge(smoke_values(config), given), context) if smoke else config

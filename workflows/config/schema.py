@@ -222,8 +222,8 @@ class Distill(Training):
 
     def for_k(self, k: int) -> Distill:
         """This section as it holds for the k-step student alone."""
-        own = self.model_dump(exclude={"overrides"}) | {"k": (k,)}
-        return type(self).model_validate(merge(own, of_one(self.overrides.get(k, {}), "k", "method", "overrides")))
+        common = self.model_dump(exclude={"overrides"}) | {"k": (k,)}
+        return type(self).model_validate(merge(common, of_one(self.overrides.get(k, {}), "k", "method", "overrides")))
 
     def for_round(self, one: Round) -> Distill:
         """This section as it holds for a round: with the settings of one k, or those common to all."""
@@ -299,8 +299,8 @@ class Gate(Section):
 
     def for_k(self, k: int) -> Gate:
         """This section as it holds for the k-step student alone."""
-        own = self.model_dump(exclude={"overrides"})
-        return Gate.model_validate(merge(own, of_one(self.overrides.get(k, {}), "k", "overrides")))
+        common = self.model_dump(exclude={"overrides"})
+        return Gate.model_validate(merge(common, of_one(self.overrides.get(k, {}), "k", "overrides")))
 
 
 def of_one(overrides: dict[str, Any], *of_all: str) -> dict[str, Any]:

@@ -28,23 +28,23 @@ SMALL: dict[str, Any] = {
 
 
 def smoke_values(config: RunConfig) -> dict[str, Any]:
-    """All values of `config`, made small. Settings other than sizes stay: patches, the method, its settings per k. Only the least
-    and the largest k are distilled. A recipe for a folder that is not given gets generated images of the same shape.
+    """All values of `config`, made small. Other settings stay: patches, the method, its settings per k. Only the smallest and the
+    largest k are distilled. A recipe for a folder, if none is given, gets generated images of the same shape.
     """
     from mmdistill_core.methods import method_class
     from mmdistill_core.networks.config import network_class
 
-    own, small = config.distill, dict(method_class(config.distill.method).small)
+    distill, small = config.distill, dict(method_class(config.distill.method).small)
     of_parts = {"network": dict(network_class(config.network.kind).small), "distill": small}
     values = merge(merge(config.model_dump(), SMALL), of_parts)
     values["recipe"] += "-smoke"
-    values["distill"]["k"] = sorted({min(own.k), max(own.k)})
-    values["distill"]["validate_every"] = min(24, own.validate_every)
+    values["distill"]["k"] = sorted({min(distill.k), max(distill.k)})
+    values["distill"]["validate_every"] = min(24, distill.validate_every)
     for section in ("teacher", "distill"):
         if values[section]["micro_batch"]:
             values[section]["micro_batch"] = 4
     values["distill"]["overrides"] = {
-        k: without(fields, DISTILL | small | {"micro_batch": 0}) for k, fields in own.overrides.items()
+        k: without(fields, DISTILL | small | {"micro_batch": 0}) for k, fields in distill.overrides.items()
     }
     values["gate"]["overrides"] = {}
     if config.data.source == "dataset":

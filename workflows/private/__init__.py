@@ -1,4 +1,4 @@
-"""Parts of Ray and of MLflow that are not public. They stand here alone, each with the reason why nothing public does.
+"""Private parts of Ray and MLflow. They are used only here, each with the reason why no public function serves.
 
-tests/workflows/private holds them against the installed releases: it fails when one of them changes.
+tests/workflows/private fails when an installed release changes one of them.
 """

@@ -1,6 +1,6 @@
-"""Of MLflow's store in SQLite: what `mlflow gc` does, for runs and models that are named one by one.
+"""MLflow's SQLite store: what `mlflow gc` does, but for single runs and models.
 
-`mlflow gc` itself asks nobody: it would take runs that registered versions came from, and other people's deleted experiments.
+`mlflow gc` removes everything deleted, including the runs behind registered versions, and other people's deleted experiments.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def store_at(uri: str) -> Any:
 
 
 def deleted_runs(store: Any, older_than: int) -> list[str]:
-    """Their ids; `older_than` in milliseconds."""
+    """The ids of runs that were deleted more than `older_than` milliseconds ago."""
     return list(store._get_deleted_runs(older_than=older_than))
 
 

@@ -1,4 +1,4 @@
-"""Of Ray's core: what it asks itself at its start, and what its public functions can't be asked."""
+"""Private parts of Ray's core."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def heads_on_this_machine() -> set[str]:
-    """Addresses of the Rays whose head runs here. `ray.init` finds them, but only by joining one."""
+    """Addresses of the clusters whose head runs on this machine. `ray.init` finds them too, but joins one."""
     from ray._private.services import find_gcs_addresses
 
     found: set[str] = find_gcs_addresses()
@@ -16,35 +16,35 @@ def heads_on_this_machine() -> set[str]:
 
 
 def nodes_on_this_machine() -> Any:
-    """Identifiers of the nodes that run here, of whatever cluster. Ray's own list needs a cluster that was joined."""
+    """Ids of the nodes on this machine, of any cluster. Ray's public list covers only the cluster that was joined."""
     from ray._private.services import find_node_ids
 
     return find_node_ids()
 
 
 def load_token() -> None:
-    """Loads the token of a Ray on this machine, as `ray.init` does before it joins. A connection made earlier needs it too."""
+    """Loads the token of a cluster on this machine. `ray.init` does so too, but only before it joins."""
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def head_channel(place: str) -> Any:
-    """A gRPC channel to the head at HOST:PORT, with the token. `ray.init` tries for minutes where nobody answers."""
+    """A gRPC channel to the head at HOST:PORT, with the token. `ray.init` would wait for minutes if nobody answers."""
     from ray._private.grpc_utils import init_grpc_channel
 
     return init_grpc_channel(place)
 
 
 def most_resources() -> dict[str, float]:
-    """What the cluster may have once its autoscaler has added all nodes that it may; {} where it does not say."""
+    """The cluster's resources once its autoscaler has added all nodes that it may add; {} if unknown."""
     from ray._private.state import state
 
     return dict(state.get_max_resources_from_cluster_config() or {})
 
 
 def actors_of_this_driver(*class_names: str) -> Iterator[Any]:
-    """Handles of the driver's living actors of these classes. Ray's list of actors is of names, which Ray Train's have not."""
+    """Handles of this driver's living actors of these classes. Ray's public list omits unnamed actors, as Ray Train's are."""
     import ray
     from ray._private.state import actors
     from ray._private.worker import global_worker
@@ -57,15 +57,15 @@ def actors_of_this_driver(*class_names: str) -> Iterator[Any]:
 
 
 def check_cluster_config(config: dict[str, Any]) -> None:
-    """What `ray up` asks of its file before it asks the cloud. Raises ValueError and others for what it refuses."""
+    """The checks of `ray up` on its file, before it calls the cloud. Raises ValueError and others."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     validate_config(prepare_config(config))
 
 
 def job_client(address: str, headers: dict[str, str], *, seconds: Any) -> Any:
-    """A client of the jobs at this address alone, each request with a time-out. Ray's has none, and prefers the environment's
-    address to the one that it is given.
+    """A client for the jobs at this address, whose requests have a time-out. Ray's client has none, and prefers the environment's
+    address to its argument.
     """
     from ray.job_submission import JobSubmissionClient
 
@@ -81,7 +81,7 @@ def job_client(address: str, headers: dict[str, str], *, seconds: Any) -> Any:
 
 
 def keep_credentials_from_trials() -> None:
-    """Tune gives trials the driver's AWS keys in their environment, and Ray writes that to its logs. No option prevents it."""
+    """Stops Tune from passing the driver's AWS keys in the environment of trials, which Ray logs. No option prevents it."""
     from ray.tune.execution import class_cache
 
     passed = class_cache.ENV_VARS_TO_PROPAGATE

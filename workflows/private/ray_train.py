@@ -1,5 +1,5 @@
-"""Ray Train on a Ray of this machine alone, without what serves clusters. Each part left out saves a process and its imports of
-Ray, and Ray Train has no option for any of them. This file is imported only where a run begins, as Ray Train takes a second.
+"""Ray Train for a Ray of this machine alone, without the parts that serve clusters. Each part left out saves a process and its
+imports of Ray, and Ray Train has no option to turn it off. Import this file late, since Ray Train takes a second to import.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONTROLLERS = ("TrainController", "LocalTrainController")
 
 
 class Trainer(TorchTrainer):
-    """Without Ray Data, which no training here is fed by."""
+    """TorchTrainer without Ray Data, which no training here uses."""
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
@@ -29,12 +29,12 @@ class Trainer(TorchTrainer):
 
 
 class LocalTrainer(Trainer):
-    """On a Ray of this machine alone, started by this process: its processes have the environment of this one, so that none needs
-    to be started again to be told it, and no autoscaler is to be asked for machines.
+    """A trainer on a Ray that this process started on this machine. Its processes inherit this environment, so none is restarted to
+    set it. There is no autoscaler to ask for machines.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Without Ray's cleaner of placement groups, which asks the dashboard's API for all it does."""
+        """Leaves out Ray's cleaner of placement groups, which needs the dashboard."""
         return [c for c in super()._create_default_callbacks() if not isinstance(c, PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
@@ -46,7 +46,7 @@ class LocalTrainer(Trainer):
 
 
 class LocalScaling(FixedScalingPolicy):
-    """As many workers as were asked for, from what is there."""
+    """The requested number of workers, on the resources that exist."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
         pass
@@ -66,8 +66,8 @@ class LocalTrainController(TrainController):
 
 
 class WorkersGone(WorkerGroupCallback):
-    """Calls when there are no workers any more: a group that ends as its node is to go meets with no exception, so that no public
-    callback hears of it.
+    """Calls `call` when a group of workers ends. No public callback covers this: a group that ends because its node will leave
+    raises no exception.
     """
 
     def __init__(self, call: Callable[[], None]) -> None:

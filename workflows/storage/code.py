@@ -71,9 +71,9 @@ def _imported(module: str, file: Path) -> Iterator[str]:
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
             names = [f"{base}.{alias.name}" for alias in node.names]
-            own = [name for name in names if _file_of(name) is not None]
-            yield from own
-            if len(own) < len(names):
+            modules = [name for name in names if _file_of(name) is not None]
+            yield from modules
+            if len(modules) < len(names):
                 yield base
 
 

@@ -25,7 +25,9 @@ WAITS = "MMDISTILL_LEASE_WAIT"
 
 @dataclass
 class Lease:
-    """An object that says who holds it, and until when. The holder must check `lost`: another may have taken it over."""
+    """An object that names its holder, and the time until which it is held. The holder must check `lost`: another run may have
+    taken the lease over.
+    """
 
     uri: str
     what: str
@@ -54,14 +56,14 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """By the wall clock, as others judge it: a put may have taken long, and a machine that slept has renewed nothing."""
+        """Whether others may hold it now, by the wall clock: a write may have taken long, and a sleeping machine renews nothing."""
         return self.taken_over or time.time() > self._until
 
     def _body(self, until: float) -> bytes:
         return json.dumps({"id": self._id, "holder": self.holder, "until": until}).encode()
 
     def _put(self, before: str | None) -> str | None:
-        """The new etag, or None if another was faster. If only the answer to our own write was lost, that write counts."""
+        """The new etag, or None if another run was faster. If only the answer to our own write was lost, that write counts."""
         until = time.time() + self.seconds
         tag = put_if(self.uri, self._body(until), before)
         if tag is None and (found := read_tagged(self.uri)) and (about := _parsed(found[0]))["id"] == self._id:
@@ -112,7 +114,7 @@ class Lease:
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
-    """What a holder wrote. An unreadable body counts as expired."""
+    """The values that a holder wrote. An unreadable body counts as expired."""
     try:
         about = json.loads(body)
         return {"id": str(about["id"]), "holder": str(about["holder"]), "until": float(about["until"])}

@@ -5,7 +5,7 @@ Each has "event", "time" in ms since 1970 and, if known, "n_images", the images 
 begun       workers. When it resumes: cause (CAUSES); reached, the images at the last update before; again, how many of them are
             trained on once more; away, seconds from that update to this event
 checkpoint  stalled, seconds that training waited for it; written, seconds until it was complete
-lost        workers went away; why, as reported by whoever noticed. `reached` and `away` of the next "begun" tell when
+lost        workers went away; why, as Ray or another worker reported it. `reached` and `away` of the next "begun" tell when
 failed      like lost, for a worker that raised an error
 stopped     on request, with a checkpoint
 """
@@ -22,9 +22,9 @@ from workflows.storage import jsonl
 
 EVENTS = "events.jsonl"
 AT = "at"
-"""Not an event: how far a training is, sent every half second. It tells how far the training was when it was lost."""
+"""Not an event: the images trained on, sent every half second. After a loss, it tells how far the training was."""
 DOWN = "down"
-"""Not an event either: the training has no workers until it begins again, for whatever reason."""
+"""Not an event either: the training has no workers until it begins again."""
 CAUSES = {
     "lost": "workers were lost",
     "failed": "a worker failed",
@@ -45,7 +45,7 @@ def event(name: str, **more: Any) -> dict[str, Any]:
 
 
 class Events:
-    """The events of one training, as the driver gets them."""
+    """The events of one training, recorded by the driver."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.rows = path, list(jsonl.read(path))

@@ -296,9 +296,9 @@ class Validator:
 
         was_training = network.training
         network.eval()
-        own = [self._moments(network, draw, k) for k in self.ks]
+        moments_by_k = [self._moments(network, draw, k) for k in self.ks]
         network.train(was_training)
-        distances = [frechet_distance(pooled(moments, self.summed), self.reference) for moments in own]
+        distances = [frechet_distance(pooled(moments, self.summed), self.reference) for moments in moments_by_k]
         return distances[0] if len(distances) == 1 else math.exp(sum(map(math.log, distances)) / len(distances))
 
     def _moments(self, network: Any, draw: int, k: int) -> Any:

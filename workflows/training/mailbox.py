@@ -1,4 +1,4 @@
-"""The actor between the driver and its workers: rows and notes go up, orders go down. It holds nothing else."""
+"""The actor between the driver and its workers. Rows and notes go to the driver, orders go to the workers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from workflows.training.events import LOST, event
 
 CLOSED = "closed"
-"""What a worker gets in place of an order when no more will come."""
+"""A worker gets this in place of an order when no more will come."""
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Mailbox:
         self.notes.append(text)
 
     def drain(self) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
-        out = self.rows, self.notes
-        self.rows, self.notes = [], []
-        return out
+        rows, self.rows = self.rows, []
+        notes, self.notes = self.notes, []
+        return rows, notes
 
     # Stopping
 
@@ -87,16 +87,16 @@ class Mailbox:
         return next((order.answer for order in self.orders.get(crew, []) if order.number == number), [])
 
     def tell(self, crew: str, row: dict[str, Any], of_rank: dict[int, dict[str, Any]] | None = None) -> None:
-        """Sends an event of a crew's workers to each training that they run. `of_rank` holds the events of single workers. One that
-        trains alone and is not among them was only restarted with the others.
+        """Sends an event of a crew's workers to each training that they run. `of_rank` holds the events of single workers. A worker
+        that trains alone and has no event was only restarted with the others.
         """
         for order in self.orders.get(crew, []):
             if order.answer:
                 continue
-            own = row
+            sent = row
             if of_rank is not None and order.rank is not None:
-                own = of_rank.get(order.rank) or event(LOST, why="a worker beside it ended, and all begin again")
-            order.mailbox.push.remote(order.topic, own)
+                sent = of_rank.get(order.rank) or event(LOST, why="a worker beside it ended, and all begin again")
+            order.mailbox.push.remote(order.topic, sent)
 
 
 class Monitor:
@@ -106,7 +106,7 @@ class Monitor:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # On the driver's node: Ray might place it on a machine that goes away, which would end the run.
+        # On the driver's node: another machine might go away, and the run would end.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.actor: Any = ray.remote(num_cpus=0)(Mailbox).options(scheduling_strategy=here).remote()
 

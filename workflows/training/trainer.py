@@ -1,4 +1,4 @@
-"""Turns what Ray Train reports of a run's workers into events. Imported only where a run begins, as Ray Train takes a second."""
+"""Turns Ray Train's reports about workers into events. Import this file late, since Ray Train takes a second to import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workflows.training.worker import BROKEN, root_cause
 
 
 class Losses(ray.train.UserCallback):
-    """Reports lost workers as soon as Ray Train knows: the loss itself, or else the error that it caused on another worker."""
+    """Reports a lost worker as soon as Ray Train notices it. If only its effect shows, it reports another worker's error."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self.tell = tell

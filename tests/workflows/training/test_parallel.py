@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from laid import train
+from gloo_workers import train
 from small import ROOT
 from trainings import MAKE, make_batches, make_state
 
@@ -29,7 +29,7 @@ def on_workers(world, place, cases):
     (place / f"cases-{world}.json").write_text(json.dumps(cases))
     paths = str(ROOT / "tests")
     environment = os.environ | {"PYTHONPATH": paths + os.pathsep + str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, str(ROOT / "tests" / "laid.py")]
+    words = [sys.executable, str(ROOT / "tests" / "gloo_workers.py")]
     running = [
         subprocess.Popen(
             [*words, str(rank), str(world), str(place)], env=environment, stderr=subprocess.PIPE, text=True
@@ -43,7 +43,7 @@ def on_workers(world, place, cases):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Of every method on one worker, and in every way on two; and of trainings that went on with other workers, in another way."""
-    place = tmp_path_factory.mktemp("laid")
+    place = tmp_path_factory.mktemp("gloo")
     for name in MAKE:
         train(name, {}, 0, 1, place / f"{name}-alone")
         train(name, {}, 0, 1, place / f"{name}-alone-on", place / f"{name}-alone")

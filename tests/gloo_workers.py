@@ -1,4 +1,4 @@
-"""Trainings on workers that are processes of their own, joined by gloo; `python laid.py` is one of them."""
+"""Trainings on several worker processes, joined by gloo. `python gloo_workers.py` is one of them."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ STEPS = 3
 
 
 def train(name, fields, rank, world, folder, before=None):
-    """Some steps, from a checkpoint if one is named; the first worker writes what came of it, whole."""
+    """Trains some steps, from the checkpoint `before` if there is one. The first worker writes the whole state."""
     state, micro_batch = make_state(MAKE[name]()), fields.pop("micro_batch", None)
     for role in state.options:
         state.optimisers[role].param_groups[0]["eps"] = 1e-4
@@ -32,7 +32,9 @@ def train(name, fields, rank, world, folder, before=None):
     state.averaged_over_workers = averaged
     parallelize(state, compute := Compute(**fields), world=world, device=torch.device("cpu"))
     for optimiser in state.optimisers.values():
-        optimiser.param_groups[0]["eps"] = 1e-4  # else the sign of a gradient that is rounding is a step
+        optimiser.param_groups[0]["eps"] = (
+            1e-4  # with a small eps, rounding errors of a zero gradient would become whole steps
+        )
     if before:
         values = load_checkpoint(before)
         state.load_state_dict(cut_like(values, state) if compute.shard and world > 1 else values)
@@ -45,8 +47,8 @@ def train(name, fields, rank, world, folder, before=None):
     values = gathered(state.state_dict(), keep=True)
     if rank == 0:
         save_checkpoint(folder, values)
-        shown = {name: v for name, v in best.items() if not name.endswith("n_averaged")}
-        save_checkpoint(f"{folder}-best", {"best": shown})
+        weights = {name: v for name, v in best.items() if not name.endswith("n_averaged")}
+        save_checkpoint(f"{folder}-best", {"best": weights})
 
 
 def main(rank, world, place):
