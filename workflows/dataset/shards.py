@@ -32,7 +32,7 @@ from workflows.storage.uri import join, shown
 
 AT_ONCE = 4
 POOL = 100_000
-"""Approximate number of labels in a pool that is made from the counts of the manifest."""
+"""Approximate number of labels in the pool of a large data set."""
 
 
 @dataclass(frozen=True)
@@ -309,15 +309,21 @@ def _columns(uri: str, names: list[str]) -> Any:
 
 
 def label_pool(root: str | Path, which: str, *, most: int) -> np.ndarray:
-    """Returns labels to sample from, with the frequencies of the data.
+    """Returns labels to sample from, with the frequencies of the rows `which`.
 
-    They are the labels of the rows `which` if the decoded images take at most `most` bytes. Otherwise they are about POOL labels
-    in the proportions that the manifest counts.
+    They are the labels of these rows if the decoded images take at most `most` bytes, and otherwise about POOL labels in the same
+    proportions.
     """
     manifest = read_manifest(root)
     if manifest.in_memory() <= most:
         return read_labels(root, manifest, which)
-    counts = np.array([manifest.labels.get(str(c), 0) for c in range(max(1, manifest.num_classes))])
+    if not manifest.num_classes:
+        counts = np.array([manifest.rows(which)])
+    elif which == "all":
+        counts = np.array([manifest.labels.get(str(c), 0) for c in range(manifest.num_classes)])
+    else:
+        labels = read_labels(root, manifest, which)
+        counts = np.bincount(labels[labels >= 0], minlength=manifest.num_classes)
     return np.repeat(np.arange(len(counts)), np.ceil(counts * min(1.0, POOL / counts.sum())).astype(int))
 
 

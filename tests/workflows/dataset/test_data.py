@@ -159,6 +159,27 @@ def test_labels_to_draw_from(tmp_path):
     assert counted.tolist() == [150, 0, 50]
 
 
+@pytest.mark.parametrize("which", ["all", "holdout", "rest"])
+def test_labels_to_draw_from_a_large_data_set_are_those_of_the_rows(tmp_path, monkeypatch, which):
+    images, labels = np.zeros((400, 1, 2, 2)), np.repeat([0, 1], [300, 100])
+    labels[held_out([str(i) for i in range(400)], 0.2)] = 2  # a class of which all rows are held out
+    write_shards(tmp_path, source="t", images=images, labels=labels, num_classes=3, holdout=0.2, rows=70)
+    expected = np.bincount(read_all(tmp_path, which).labels, minlength=3)
+    assert np.bincount(label_pool(tmp_path, which, most=0), minlength=3).tolist() == expected.tolist()
+    monkeypatch.setattr("workflows.dataset.shards.POOL", 50)
+    few = np.bincount(label_pool(tmp_path, which, most=0), minlength=3)
+    assert few == pytest.approx(expected * min(1, 50 / expected.sum()), abs=1)
+
+
+@pytest.mark.parametrize("which", ["all", "rest"])
+def test_a_large_data_set_without_classes_has_the_label_0_to_draw(tmp_path, which):
+    labels = np.zeros(200, int)
+    write_shards(
+        tmp_path, source="t", images=np.zeros((200, 1, 2, 2)), labels=labels, num_classes=0, holdout=0.2, rows=70
+    )
+    assert np.array_equal(label_pool(tmp_path, which, most=0), read_all(tmp_path, which).labels)
+
+
 # The plan of a stream
 
 

@@ -537,7 +537,7 @@ def _first(files: Files, chosen: Sequence[File], ask: Ask) -> list[Sample]:
     raise UserError(f"{files.source}: no tar has an image{error}")
 
 
-_tables: dict[tuple[str, ...], Table] = {}
+_tables: dict[tuple[Any, ...], Table] = {}
 """A cache of the tables of labels and captions that this process has parsed."""
 
 
@@ -546,7 +546,7 @@ def _table(
 ) -> Table | None:
     if where is None:
         return None
-    key = (files.root, listing.fingerprint, where, column or "", what)
+    key = (files.fs, files.root, listing.fingerprint, where, column or "", what)
     if key not in _tables:
         name, content = open_table(files, where)
         if len(_tables) > 1:

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from workflows.dataset.readers.bundled_tables import own_tables
 from workflows.dataset.readers.decode import MAX_BYTES, START, starts_as_image
@@ -53,7 +54,7 @@ class Archive:
     others: dict[str, zipfile.ZipInfo]
 
 
-_last: dict[tuple[str, str, str], Archive] = {}
+_last: dict[tuple[Any, ...], Archive] = {}
 """A cache of the last archive: reading the directory of a million members takes seconds."""
 
 
@@ -175,7 +176,7 @@ def _content(file: zipfile.ZipFile, info: zipfile.ZipInfo, files: Files) -> byte
 
 
 def _cached(files: Files, name: str, version: str) -> Archive:
-    key = (files.root, name, version)
+    key = (files.fs, files.root, name, version)
     if key not in _last:
         archive = _opened(files, name)
         _last.clear()  # not closed, as another iterator may still be reading it

@@ -13,6 +13,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
 from pictures import array, encoded, errors, good, load, png, read
 from PIL import Image
 
@@ -217,6 +218,18 @@ def test_labels_and_captions_by_name_in_files(tmp_path):
         "c2",
         None,
     ]
+
+
+def test_tables_of_two_stores_are_told_apart(tmp_path):
+    """Their paths are the same, as are those of two servers that a process reads in turn."""
+    stores = []
+    for name, label in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        tarred(tmp_path / name / "x.tar", samples(0, 2, cls=None))
+        (tmp_path / name / "l.json").write_text(json.dumps({"0000.png": label, "0001.png": 1 - label}))
+        stores.append(DirFileSystem(str(tmp_path / name)))
+    listing = list_source("x.tar", labels="l.json", filesystem=stores[0])
+    assert [[item.label for item in read(listing, store)] for store in stores] == [[0, 1], [1, 0]]
 
 
 def test_the_limit_takes_the_first_ones_and_says_so(tmp_path):

@@ -5,6 +5,7 @@ import struct
 import zipfile
 
 import pytest
+from fsspec.implementations.dirfs import DirFileSystem
 from pictures import array, encoded, errors, good, load, png, read
 from PIL import Image
 
@@ -254,3 +255,13 @@ def test_captions_metadata_and_other_files_in_a_zip(tmp_path):
     assert [(listing.classes[item.label], item.caption) for item in items] == [
         (f"c {i % 2}", f"{i:03}") for i in range(3)
     ]
+
+
+def test_archives_of_two_stores_are_told_apart(tmp_path):
+    stores = []
+    for name, value in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        zipped(tmp_path / name / "x.zip", {"0.png": png(value)})
+        stores.append(DirFileSystem(str(tmp_path / name)))
+    listing = list_source("x.zip", filesystem=stores[0])
+    assert [[item.image for item in read(listing, store)] for store in stores] == [[png(0)], [png(1)]]
