@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from workflows.dataset.readers.columns import check_same, columns_of, is_number, items, merged
-from workflows.dataset.readers.files import File, Files, clean, line
+from workflows.dataset.readers.columns import find_columns, items, kind_of, merged
+from workflows.dataset.readers.files import File, Files, clean, one_line
 from workflows.dataset.readers.listing import Item, Listing, Unit
-from workflows.dataset.readers.parquet import Tables, class_list
+from workflows.dataset.readers.parquet import Tables
 from workflows.dataset.readers.sidecars import Ask
 from workflows.errors import UserError
 
@@ -23,28 +22,18 @@ def list_arrow(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, 
     names: class names by column. Raises UserError for files with different columns, for labels that are names without a class
     list, or if no file can be read.
     """
-    schemas: list[tuple[str, Any]] = []
-    error = ""
-    for file in chosen:
-        schema = _schema(files, file.name)
-        if isinstance(schema, str):
-            error = error or f"{clean(file.name)}: {schema}"
-        else:
-            schemas.append((file.name, schema))
+    found = [(file.name, _schema(files, file.name)) for file in chosen]
+    schemas = [(name, schema) for name, schema in found if not isinstance(schema, str)]
     if not schemas:
-        raise UserError(f"{files.source}: no file can be read; {error}")
-    first_name, whole = schemas[0][0], merged(schemas)
-    columns = columns_of(clean(first_name), whole, ask, names)
-    check_same(schemas, columns)
-    classes, table = class_list(files, ask, columns)
-    if columns.label is not None and not classes and not is_number(whole.field(columns.label).type):
+        raise UserError(f"{files.source}: no file can be read; {clean(found[0][0])}: {found[0][1]}")
+    columns, table = find_columns(files, schemas, ask, names)
+    if columns.label and not columns.classes and kind_of(merged(schemas).field(columns.label).type) != "number":
         raise UserError(
-            f"{clean(first_name)}: the labels in column {columns.label} are names, but there is no list of them",
+            f"{clean(schemas[0][0])}: the labels in column {columns.label} are names, but there is no list of them",
             hint='--labels FILE with the list of classes (["...", ...] in JSON), or --labels none',
         )
-    labelled = f"column {columns.label}" if columns.label else ""
     units = tuple(Unit("arrow", (file.name,), size=file.size or 0) for file in chosen)
-    return Tables(units, None, columns, classes, labelled, table)
+    return Tables(units, None, columns, table)
 
 
 def read_arrow(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
@@ -54,16 +43,16 @@ def read_arrow(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     (name,) = unit.files
     row, error = 0, ""
     try:
-        with _opened(files, name) as batches:
-            for batch in batches:
+        with files.open(name) as stream:
+            for batch in _batches(stream):
                 keys = [f"{clean(name)}#{row + i}" for i in range(len(batch))]
                 for item in items(batch, range(len(batch)), keys, listing, files):
                     row += 1
                     yield item
     except (pa.ArrowException, UnicodeDecodeError, KeyError) as broken:
-        error = f"broken after {row:,} rows: {line(broken)}"
+        error = f"broken after {row:,} rows: {one_line(broken)}"
     except OSError as lost:
-        error = files.lost(lost)
+        error = files.explain(lost)
     if error:
         yield Item(f"{clean(name)}#{row}", None, error=error)
 
@@ -75,19 +64,14 @@ def _schema(files: Files, name: str) -> pa.Schema | str:
         with files.open(name) as stream:
             return _reader(stream).schema
     except pa.ArrowException as error:
-        return f"it is not an Arrow stream: {line(error)}"
+        return f"it is not an Arrow stream: {one_line(error)}"
     except OSError as error:
-        return files.lost(error)
+        return files.explain(error)
 
 
-@contextmanager
-def _opened(files: Files, name: str) -> Iterator[Iterator[pa.RecordBatch]]:
-    with files.open(name) as stream:
-        reader = _reader(stream)
-        if hasattr(reader, "num_record_batches"):
-            yield (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            yield iter(reader)
+def _batches(stream: Any) -> Iterator[pa.RecordBatch]:
+    reader = _reader(stream)
+    return map(reader.get_batch, range(reader.num_record_batches)) if hasattr(reader, "get_batch") else iter(reader)
 
 
 def _reader(stream: Any) -> Any:

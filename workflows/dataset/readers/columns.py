@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from workflows.dataset.readers.decode import MAX_BYTES
 from workflows.dataset.readers.files import Files, clean
-from workflows.dataset.readers.image_files import one_of
-from workflows.dataset.readers.labels import MOST_CLASSES
+from workflows.dataset.readers.image_files import first_caption
+from workflows.dataset.readers.labels import MOST_CLASSES, label_table
 from workflows.dataset.readers.listing import Item, Listing
 from workflows.dataset.readers.sidecars import CAPTIONS, LABELS, Ask
 from workflows.dataset.readers.text import captions_of, label_of
@@ -52,19 +52,46 @@ def columns_of(where: str, schema: pa.Schema, ask: Ask, names: dict[str, tuple[s
             raise UserError(f"{where}: no column {name} for {option}s; there are {_shown(schema)}")
     names = names | _class_names(schema)
     label = None if ask.labels == "none" else ask.label_column or _label(schema, names)
-    texts = [name for name in CAPTIONS if name in schema.names and _is_text(schema.field(name).type)]
+    texts = [name for name in CAPTIONS if name in schema.names and kind_of(schema.field(name).type) == "text"]
     caption = None if ask.captions == "none" else ask.caption_column or next((n for n in texts if n != label), None)
-    if caption is not None and not _is_text(schema.field(caption).type):
+    if caption is not None and kind_of(schema.field(caption).type) != "text":
         raise UserError(f"{where}: column {caption} is {schema.field(caption).type}, not text")
     image = ask.image_column or _image(where, schema, features)
-    if not is_bytes(schema.field(image).type):
+    if kind_of(schema.field(image).type) != "bytes":
         kind = str(schema.field(image).type)[:60]
         raise UserError(f"{where}: column {image} is {kind}; the bytes of an image file are expected")
-    if label is not None and not is_label(schema.field(label).type):
+    if label is not None and kind_of(schema.field(label).type) not in ("text", "number"):
         raise UserError(f"{where}: column {label} is {schema.field(label).type}; labels must be names or whole numbers")
     classes = names.get(label, ()) if label else ()
     others = tuple(name for name in schema.names if name not in (image, label, caption))
     return Columns(image, label, caption, classes, bool(features), others)
+
+
+def find_columns(
+    files: Files, schemas: Sequence[tuple[str, pa.Schema]], ask: Ask, names: dict[str, tuple[str, ...]]
+) -> tuple[Columns, bytes]:
+    """Returns (the columns of files with these schemas, given as (name, schema); the content of the file that the user named for
+    labels). The class list in that file comes before the one of the source.
+
+    Raises UserError as `columns_of` does, for files that differ, or if the options do not fit tables.
+    """
+    columns = columns_of(clean(schemas[0][0]), merged(schemas), ask, names)
+    _check_same(schemas, columns)
+    if ask.labels == "folders":
+        raise UserError("labels by folder are for images in folders; these are in tables", hint="name a label column")
+    table, content = label_table(files, ask)
+    if table is not None and table.values:
+        raise UserError(
+            f"{table.name}: labels by path are for images that have names; these are in tables",
+            hint="a column of labels, or a file that lists the classes alone",
+        )
+    classes = table.classes if table else ()
+    if classes and columns.label is None:
+        raise UserError(f"{files.source}: a class list is given, but there is no label column", hint="--label-column")
+    if classes and columns.classes and len(classes) != len(columns.classes):
+        own = f"the source's column {columns.label} has {len(columns.classes):,}"
+        raise UserError(f"{ask.labels} lists {len(classes):,} classes, but {own}")
+    return replace(columns, classes=classes or columns.classes), content
 
 
 def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -74,15 +101,6 @@ def features_of(schema: pa.Schema) -> dict[str, dict[str, Any]]:
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def is_bytes(kind: Any) -> bool:
-    """Whether a type is bytes, or Hugging Face's struct {bytes, path}."""
-    import pyarrow.types as t
-
-    if t.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0 and is_bytes(kind.field("bytes").type)
-    return bool(t.is_binary(kind) or t.is_large_binary(kind) or t.is_binary_view(kind))
 
 
 def merged(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
@@ -99,7 +117,7 @@ def merged(schemas: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
     return pa.schema(fields.values(), metadata=described.metadata)
 
 
-def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> None:
+def _check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> None:
     """Raises UserError if a column that is read is missing in a file, or if its kind or its class names differ between files.
 
     Types of one kind may differ in width. An empty column matches any kind.
@@ -113,12 +131,12 @@ def check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> No
                 raise UserError(f"{clean(name)} has no column {column}, which {clean(having)} has", hint=hint)
             if schema.names.count(column) > 1:
                 raise UserError(f"{clean(name)} has the column {column} twice", hint=hint)
-            kind = schema.field(column).type
-            if _kind(kind) == "null":
+            type_ = schema.field(column).type
+            if kind_of(type_) == "null":
                 continue
-            first = first or (name, kind)
-            if _kind(kind) != _kind(first[1]):
-                types = f"{str(kind)[:60]} in {clean(name)} and {str(first[1])[:60]} in {clean(first[0])}"
+            first = first or (name, type_)
+            if kind_of(type_) != kind_of(first[1]):
+                types = f"{str(type_)[:60]} in {clean(name)} and {str(first[1])[:60]} in {clean(first[0])}"
                 raise UserError(f"column {column} is {types}")
     named = [(name, found) for name, schema in schemas if (found := _class_names(schema).get(columns.label or ""))]
     other = next((pair for pair in named if pair[1] != named[0][1]), None)
@@ -135,13 +153,28 @@ def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
     return {name: tuple(f["names"]) for name, f in features if f.get("_type") == "ClassLabel" and "names" in f}
 
 
-def _kind(kind: Any) -> str:
-    """Returns the kind of a type, whatever its width: null, bytes, text, number, or the type itself."""
+def kind_of(type_: Any) -> str:
+    """Returns the kind of a type, whatever its width: null, bytes, text, number, or the type itself.
+
+    Bytes may be Hugging Face's struct {bytes, path}. Text and numbers may be in a dictionary or a list, as a label may be a list of
+    one element. Floats and decimals can hold whole numbers, so their values decide whether they are labels.
+    """
     import pyarrow.types as t
 
-    if t.is_null(kind):
+    if t.is_struct(type_) and type_.get_field_index("bytes") >= 0 and kind_of(type_.field("bytes").type) == "bytes":
+        return "bytes"
+    if t.is_binary(type_) or t.is_large_binary(type_) or t.is_binary_view(type_):
+        return "bytes"
+    if t.is_null(type_):
         return "null"
-    return "bytes" if is_bytes(kind) else "text" if _is_text(kind) else "number" if is_number(kind) else str(kind)
+    value = type_
+    while t.is_dictionary(value) or t.is_list(value) or t.is_large_list(value) or t.is_fixed_size_list(value):
+        value = value.value_type
+    if t.is_string(value) or t.is_large_string(value) or t.is_string_view(value):
+        return "text"
+    if t.is_integer(value) or t.is_floating(value) or t.is_boolean(value) or t.is_decimal(value):
+        return "number"
+    return str(type_)
 
 
 def items(
@@ -164,7 +197,7 @@ def items(
         except ValueError as wrong:
             error = error or str(wrong)
         known = content if isinstance(content, bytes) and error is None else None
-        yield Item(key, known, number, one_of(texts, files), error)
+        yield Item(key, known, number, first_caption(texts, files), error)
 
 
 def label_number(value: Any, of: dict[str, int], listing: Listing) -> int | None:
@@ -207,7 +240,7 @@ def _content(column: Any, row: int) -> bytes | str:
 
 
 def _image(where: str, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
-    fit = [field.name for field in schema if is_bytes(field.type)]
+    fit = [field.name for field in schema if kind_of(field.type) == "bytes"]
     declared = [name for name in fit if features.get(name, {}).get("_type") == "Image"]
     usual = [name for name in IMAGES if name in fit]
     for candidates in (declared, usual[:1], fit):
@@ -221,38 +254,8 @@ def _image(where: str, schema: pa.Schema, features: dict[str, dict[str, Any]]) -
 def _label(schema: pa.Schema, names: dict[str, tuple[str, ...]]) -> str | None:
     """Chooses the label column: one with class names, preferably with a usual name; else one with a usual name."""
     named = [name for name in names if name in schema.names]
-    usual = [name for name in LABELS if name in schema.names]
-    usual = [name for name in usual if is_label(schema.field(name).type)]
+    usual = [n for n in LABELS if n in schema.names and kind_of(schema.field(n).type) in ("text", "number")]
     return next((name for name in usual if name in named), next(iter([*named, *usual]), None))
-
-
-def is_label(kind: Any) -> bool:
-    """Whether a column of this type can hold labels."""
-    return _is_text(kind) or is_number(kind)
-
-
-def _within(kind: Any) -> Any:
-    """Returns the type of the values in a dictionary or list type. Lists are included, as a label may be a list of one element."""
-    import pyarrow.types as t
-
-    if t.is_dictionary(kind) or t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind):
-        return _within(kind.value_type)
-    return kind
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow.types as t
-
-    kind = _within(kind)
-    return bool(t.is_string(kind) or t.is_large_string(kind) or t.is_string_view(kind))
-
-
-def is_number(kind: Any) -> bool:
-    """Whether the type can hold whole numbers; floats and decimals can, so the values decide."""
-    import pyarrow.types as t
-
-    kind = _within(kind)
-    return bool(t.is_integer(kind) or t.is_floating(kind) or t.is_boolean(kind) or t.is_decimal(kind))
 
 
 def _shown(schema: pa.Schema) -> str:

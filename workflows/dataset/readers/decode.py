@@ -12,58 +12,29 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import numpy as np
 
+
+def words(text: str) -> frozenset[str]:
+    """Splits a list that is written as one text."""
+    return frozenset(text.split())
+
+
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000", "PSD", "QOI")
 """Formats that Pillow tries whatever the name of the file: their first bytes identify them."""
 BY_NAME = {
-    ".blp": "BLP",
-    ".bw": "SGI",
-    ".cur": "CUR",
-    ".dcx": "DCX",
-    ".dds": "DDS",
-    ".dib": "DIB",
-    ".flc": "FLI",
-    ".fli": "FLI",
-    ".ftc": "FTEX",
-    ".ftu": "FTEX",
-    ".gbr": "GBR",
-    ".icb": "TGA",
-    ".icns": "ICNS",
-    ".ico": "ICO",
-    ".msp": "MSP",
-    ".pcd": "PCD",
-    ".pcx": "PCX",
-    ".pxr": "PIXAR",
-    ".ras": "SUN",
-    ".rgb": "SGI",
-    ".rgba": "SGI",
-    ".sgi": "SGI",
-    ".tga": "TGA",
-    ".vda": "TGA",
-    ".vst": "TGA",
-    ".xbm": "XBM",
-    ".xpm": "XPM",
+    **{f".{kind.lower()}": kind for kind in words("BLP CUR DCX DDS DIB GBR ICNS ICO MSP PCD PCX XBM XPM")},
+    **dict.fromkeys((".bw", ".rgb", ".rgba", ".sgi"), "SGI"),
+    **dict.fromkeys((".icb", ".tga", ".vda", ".vst"), "TGA"),
+    **dict.fromkeys((".flc", ".fli"), "FLI"),
+    **dict.fromkeys((".ftc", ".ftu"), "FTEX"),
+    **{".pxr": "PIXAR", ".ras": "SUN"},
 }
 """Suffix -> format, for formats whose first bytes do not identify them. They are tried by suffix only."""
-SUFFIXES = (
-    *(
-        ".apng",
-        ".avif",
-        ".avifs",
-        ".bmp",
-        ".gif",
-        ".j2c",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpc",
-        ".jpe",
-        ".jpeg",
-        ".jpf",
-        ".jpg",
-    ),
-    *(".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".tif", ".tiff", ".webp"),
-    *BY_NAME,
-)
+SUFFIXES = words(
+    """
+    .apng .avif .avifs .bmp .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx
+    .pbm .pfm .pgm .png .pnm .ppm .psd .qoi .tif .tiff .webp
+    """
+).union(BY_NAME)
 """Suffixes of all formats that Pillow reads, without those that hold no pictures (FITS, GRIB, HDF5, BUFR, MPEG), that it is giving
 up (IM), or that it hands to another program or library (EPS, WMF, FPX).
 """

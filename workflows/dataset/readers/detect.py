@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workflows.dataset.readers.arrow import list_arrow, read_arrow
-from workflows.dataset.readers.bundled_tables import own_tables
-from workflows.dataset.readers.files import File, Files, LeftOut, called, clean, fingerprint, kinds, suffix
-from workflows.dataset.readers.huggingface import (
-    DESCRIBED,
-    arrow_files,
-    class_names,
-    is_huggingface,
-    is_metadata,
-    one_split,
-)
-from workflows.dataset.readers.image_files import NOT_IMAGES, image_units, images_among, is_image, read_images
-from workflows.dataset.readers.labels import Described, Own, describe
+from workflows.dataset.readers.bundled_tables import is_metadata
+from workflows.dataset.readers.files import File, Files, LeftOut, clean, common_suffixes, fingerprint, suffix
+from workflows.dataset.readers.huggingface import DESCRIBED, arrow_files, class_names, one_split
+from workflows.dataset.readers.image_files import NOT_IMAGES, images_among, is_image, list_images, read_images
 from workflows.dataset.readers.listing import Item, Listing, Unit
-from workflows.dataset.readers.parquet import Tables, list_parquet, read_parquet
+from workflows.dataset.readers.parquet import list_parquet, read_parquet
 from workflows.dataset.readers.sidecars import Ask
 from workflows.dataset.readers.tars import list_tars, read_tars
 from workflows.dataset.readers.zips import list_zips, read_zip
@@ -74,21 +65,33 @@ def list_source(
     files = Files(source, filesystem)
     found = files.find()
     reader, chosen = _detect(files, found)
-    content = fingerprint(found, versions=False)
-    listing = Listing(files.source, files.root, reader, (), None, (), fingerprint(found), content, limit=limit)
-    if reader in ("parquet", "arrow"):
-        listing = _tables(listing, reader, files, found, chosen, ask)
-    elif reader == "tar":
+    if reader == "arrow":
+        chosen = arrow_files(files, found, chosen)
+    if reader != "images":
         one_split(files, chosen)
+    taken = {file.name for file in chosen}
+    others = [file.name for file in found if file.name not in taken]
+    if reader in ("parquet", "arrow"):
+        fields, contents, used = _tables(reader, files, found, chosen, ask)
+    elif reader == "tar":
         fields, contents = list_tars(files, chosen, ask)
-        listing = replace(listing, kind="webdataset", fingerprint=_with(listing, contents), **fields)
-        taken = {file.name for file in chosen}
-        _leave(files, [file.name for file in found if file.name not in taken], {ask.labels, ask.captions}, reader)
+        used = set()
     else:
-        listing = _named(listing, reader, files, found, chosen, ask)
-    left_out = tuple((what, why, count) for (what, why), count in sorted(files.left_out.items()))
-    listing = replace(listing, left_out=left_out)
-    return _first_ones(listing, files) if limit is not None and listing.available is None else listing
+        fields, contents, used = _named(reader, files, others, chosen, ask)
+    why = NOT_IMAGES if reader == "images" else f"beside the {KIND_NAMES[reader]}"
+    files.leave_files((name for name in others if name not in used | {ask.labels, ask.captions}), why)
+    available = fields.get("available")
+    listing = Listing(
+        source=files.source,
+        root=files.root,
+        count=available if available is None or limit is None else min(available, limit),
+        limit=limit,
+        fingerprint=fingerprint(found, contents=contents),
+        content=fingerprint(found, versions=False),
+        left_out=tuple((what, why, count) for (what, why), count in sorted(files.left_out.items())),
+        **fields,
+    )
+    return _first_ones(listing, files) if limit is not None and available is None else listing
 
 
 def read_unit(
@@ -121,7 +124,7 @@ def _detect(files: Files, found: list[File]) -> tuple[str, list[File]]:
         of = {"images": images}
     if not of:
         raise UserError(
-            f"{files.source} has no images; its files are {kinds(file.name for file in found)}",
+            f"{files.source} has no images; its files are {common_suffixes(file.name for file in found)}",
             hint=f"known: {', '.join(KIND_NAMES.values())}",
         )
     if set(of) == {"tar", "parquet"} and {_stem(file.name) for file in of["parquet"]} <= {
@@ -150,79 +153,53 @@ def _stem(name: str) -> str:
     return folder + slash + last.partition(".")[0]
 
 
-def _named(listing: Listing, reader: str, files: Files, found: list[File], chosen: list[File], ask: Ask) -> Listing:
+Fields = tuple[dict[str, Any], tuple[bytes, ...], set[str]]
+"""Fields of a Listing, the contents of the files that the user named, and the other files of the source that are used."""
+
+
+def _named(reader: str, files: Files, others: list[str], chosen: Sequence[File], ask: Ask) -> Fields:
     """Lists a source of image files or zips, where every image has a known name."""
-    taken = {file.name for file in chosen}
-    others = [file.name for file in found if file.name not in taken]
     if reader == "zip":
-        one_split(files, chosen)
         units, available, about = list_zips(files, chosen, ask)
-        tables: frozenset[str] = frozenset()
+        used = set[str]()  # what is used is in the archives
     else:
-        labels, captions, tables, columns = own_tables(others, files.whole, ask)
-        files.leave_columns(columns)
-        if any(is_metadata(name) for name in tables):
-            listing = replace(listing, kind="huggingface")
-        names = [file.name for file in chosen]
-        about = describe(files, names, ask, Own(others, files.read_small, labels, captions))
-        units, available = image_units(chosen, about, ask), len(chosen)
-    _leave(files, others, {*tables, *about.used, ask.labels, ask.captions}, reader)
-    listing = replace(listing, caption_columns=ask.caption_columns)
-    return _counted(listing, units, available, about)
+        units, available, about = list_images(files, others, chosen, ask)
+        used = about.used
+    fields = {
+        "kind": "huggingface" if any(map(is_metadata, used)) else reader,
+        "units": units,
+        "available": available,
+        "classes": about.classes,
+        "labelled": about.labelled,
+        "captioned": about.captioned,
+        "caption_columns": ask.caption_columns,
+        "notes": about.notes,
+    }
+    return fields, about.tables, used
 
 
-def _leave(files: Files, others: Sequence[str], used: Collection[str | None], reader: str) -> None:
-    """Counts the files that are not read as left out."""
-    why = NOT_IMAGES if reader == "images" else f"beside the {KIND_NAMES[reader]}"
-    for name in others:
-        if name not in used:
-            files.leave(called(name), why)
-
-
-def _counted(listing: Listing, units: tuple[Unit, ...], available: int, about: Described) -> Listing:
-    return replace(
-        listing,
-        units=units,
-        count=_at_most(available, listing.limit),
-        available=available,
-        classes=about.classes,
-        labelled=about.labelled,
-        captioned=about.captioned,
-        fingerprint=_with(listing, about.tables),
-        notes=about.notes,
-    )
-
-
-def _tables(listing: Listing, reader: str, files: Files, found: list[File], chosen: list[File], ask: Ask) -> Listing:
-    own = is_huggingface(files, found)
-    names = class_names(files, found) if own else {}
-    if reader == "arrow":
-        chosen = arrow_files(files, found, chosen)
-    one_split(files, chosen)
-    tables: Tables = {"parquet": list_parquet, "arrow": list_arrow}[reader](files, chosen, ask, names)
-    taken = {file.name for file in chosen}
-    others = [file.name for file in found if file.name not in taken and file.name.rpartition("/")[2] not in DESCRIBED]
-    _leave(files, others, {ask.labels, ask.captions}, reader)
-    files.leave_columns(tables.columns.others)
-    for column in dict.fromkeys(
-        part.partition("=")[0] for name in taken for part in name.split("/")[:-1] if "=" in part
-    ):
+def _tables(reader: str, files: Files, found: Sequence[File], chosen: Sequence[File], ask: Ask) -> Fields:
+    """Lists a source of Parquet or Arrow files."""
+    names = class_names(files, found)
+    tables = {"parquet": list_parquet, "arrow": list_arrow}[reader](files, chosen, ask, names or {})
+    columns = tables.columns
+    files.leave_columns(columns.others)
+    folders = (folder for file in chosen for folder in file.name.split("/")[:-1])
+    for column in dict.fromkeys(folder.partition("=")[0] for folder in folders if "=" in folder):
         files.leave(f"column {clean(column)}", "in the folders' names")
-    return replace(
-        listing,
-        kind="huggingface" if own or tables.columns.described or reader == "arrow" else "parquet",
-        units=tables.units,
-        count=None if tables.available is None else _at_most(tables.available, listing.limit),
-        available=tables.available,
-        classes=tables.classes,
-        labelled=tables.labelled,
-        captioned=f"column {tables.columns.caption}" if tables.columns.caption else "",
-        image_column=tables.columns.image,
-        label_column=tables.columns.label,
-        caption_column=tables.columns.caption,
-        fingerprint=_with(listing, (tables.table,)),
-        notes=tables.notes,
-    )
+    fields = {
+        "kind": "huggingface" if names is not None or columns.described or reader == "arrow" else "parquet",
+        "units": tables.units,
+        "available": tables.available,
+        "classes": columns.classes,
+        "labelled": f"column {columns.label}" if columns.label else "",
+        "captioned": f"column {columns.caption}" if columns.caption else "",
+        "image_column": columns.image,
+        "label_column": columns.label,
+        "caption_column": columns.caption,
+        "notes": tables.notes,
+    }
+    return fields, (tables.table,), {file.name for file in found if file.name.rpartition("/")[2] in DESCRIBED}
 
 
 def _first_ones(listing: Listing, files: Files) -> Listing:
@@ -241,15 +218,3 @@ def _first_ones(listing: Listing, files: Files) -> Listing:
             units.append(replace(one, last=last))
     note = f"the first {count:,} images: the total is not known before everything is read"
     return replace(listing, units=tuple(units), count=count, notes=(*listing.notes, note))
-
-
-def _at_most(available: int, limit: int | None) -> int:
-    return available if limit is None else min(available, limit)
-
-
-def _with(listing: Listing, contents: tuple[bytes, ...]) -> str:
-    """Returns the fingerprint of the listing, extended by the contents of the files that the user named."""
-    if not any(contents):
-        return listing.fingerprint
-    parts = [listing.fingerprint, *(hashlib.sha256(content).hexdigest() for content in contents)]
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

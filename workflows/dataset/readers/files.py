@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from errno import EHOSTDOWN, EIO, EMFILE, ENFILE, ENOMEM, ENOTCONN, ESTALE, ETIMEDOUT
 from typing import TYPE_CHECKING, Any
 
-from workflows.dataset.readers.decode import MAX_BYTES
+from workflows.dataset.readers.decode import MAX_BYTES, words
 from workflows.dataset.readers.spread import grouped
 from workflows.errors import UserError
 
@@ -24,29 +24,15 @@ BLOCK = 8 * 2**20
 AT_ONCE, FILES_AT_ONCE = 4 * 2**20, 32
 """Bytes and files per concurrent request to a store, when each image is a file."""
 NO_SUFFIX = "no suffix"
-SYSTEMS = frozenset(
-    (
-        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir", "#recycle", "$recycle.bin"),
-        *("system volume information", "lost+found"),
-    )
+SYSTEMS = words("__macosx thumbs.db ehthumbs.db desktop.ini @eadir #recycle $recycle.bin lost+found").union(
+    ["system volume information"]
 )
 """Files and folders that macOS, Windows and network drives leave, such as thumbnails and deleted files; in lower case."""
 DENIED = "it can't be read: permission denied"
-OUTAGES = frozenset(
-    (
-        errno.EIO,
-        errno.ESTALE,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.ETIMEDOUT,
-        errno.ENOTCONN,
-        errno.EHOSTDOWN,
-    )
-)
+OUTAGES = {EIO, ESTALE, EMFILE, ENFILE, ENOMEM, ETIMEDOUT, ENOTCONN, EHOSTDOWN}
 """Errors of the store or the machine rather than of the file that was read."""
-
-
+Read = Callable[[Sequence[str]], Iterator[bytes | str]]
+"""Yields the content of each named file, or one line that says why it can't be read."""
 LeftOut = Counter[tuple[str, str]]
 """Counts of what is left out: (what, why) -> count. `what` is a suffix or the like."""
 
@@ -82,18 +68,16 @@ class Files:
         try:
             self.fs.invalidate_cache()
             found = self._find()
-        except UserError:
-            raise
         except FileNotFoundError as error:
             raise UserError(
                 f"{self.source} does not exist", hint="a source is a folder, a file, or a prefix of a store"
             ) from error
         except PermissionError as error:
             raise UserError(
-                f"{self.source} can't be read: {line(error)}", hint="check the credentials and the access rights"
+                f"{self.source} can't be read: {one_line(error)}", hint="check the credentials and the access rights"
             ) from error
         except Exception as error:  # each driver of a store raises its own kinds of errors
-            raise UserError(f"{self.source} can't be listed: {line(error)}") from error
+            raise UserError(f"{self.source} can't be listed: {one_line(error)}") from error
         files = sorted((file for file in found if not hidden(file.name)), key=lambda file: file.name)
         if not files:
             raise UserError(
@@ -105,18 +89,6 @@ class Files:
         """Opens the file as a seekable stream of bytes."""
         return self.fs.open(self._full(name), "rb", block_size=BLOCK)
 
-    def read(self, name: str) -> bytes:
-        """Returns the content of the file. Raises the error of its store."""
-        content: bytes = self.fs.cat_file(self._full(name))
-        return content
-
-    def whole(self, name: str) -> bytes:
-        """Returns the content of a file that the source needs. Raises UserError if it can't be read."""
-        try:
-            return self.read(name)
-        except OSError as error:
-            raise UserError(f"{clean(name)} in {self.source}: {self.lost(error)}") from error
-
     def has(self, name: str) -> bool:
         """Whether the file or folder exists. Members of archives do not count."""
         return self._exists(self._full(name))
@@ -124,79 +96,70 @@ class Files:
     def starts(self, names: Sequence[str], count: int) -> Iterator[bytes]:
         """Yields the first `count` bytes of each file; b"" for one that can't be read, whose error is reported later."""
         for first in range(0, len(names), FILES_AT_ONCE):
-            part = [self._full(name) for name in names[first : first + FILES_AT_ONCE]]
-            if self.fs.async_impl:
-                got = self.fs.cat_ranges(part, [0] * len(part), [count] * len(part), on_error="return")
-                yield from (start if isinstance(start, bytes) else b"" for start in got)
-                continue
-            for path in part:
-                try:
-                    yield self.fs.cat_file(path, 0, count)
-                except OSError:
-                    yield b""
-
-    def read_small(self, names: Sequence[str]) -> Iterator[bytes | str]:
-        """As `read_many`, for small files of unknown size."""
-        at_once = FILES_AT_ONCE if self.fs.async_impl else 1
-        for first in range(0, len(names), at_once):
-            for content in self._contents(list(names[first : first + at_once])):
-                yield self._checked(content, None)
+            for start in self._contents(names[first : first + FILES_AT_ONCE], count):
+                yield start if isinstance(start, bytes) else b""
 
     def leave(self, what: str, why: str, count: int = 1) -> None:
         """Counts something as left out, to be reported to the user."""
         self.left_out[what, why] += count
+
+    def leave_files(self, names: Iterable[str], why: str) -> None:
+        """Counts files that are not used."""
+        for name in names:
+            self.leave(suffix_shown(name), why)
 
     def leave_columns(self, names: Iterable[str]) -> None:
         """Counts columns of tables that are not used."""
         for name in names:
             self.leave(f"column {clean(name)}", "neither image, label nor caption")
 
-    def read_many(self, names: Sequence[str], sizes: Sequence[int | None]) -> Iterator[bytes | str]:
+    def read_many(self, names: Sequence[str], sizes: Sequence[int | None] | None = None) -> Iterator[bytes | str]:
         """Yields the content of each file, or one line that says why it can't be read. Files are requested concurrently if the
         store supports that.
 
-        An outage, such as a failed connection, is raised, as it says nothing about the file.
+        sizes: as listed; None for small files. An outage, such as a failed connection, is raised: it says nothing
+        about the file.
         """
         at_once = FILES_AT_ONCE if self.fs.async_impl else 1
-        for first, last in grouped([size or BLOCK for size in sizes], AT_ONCE, count=at_once):
-            fit = [i for i in range(first, last) if (sizes[i] or 0) <= MAX_BYTES]
-            got = dict(zip(fit, self._contents([names[i] for i in fit]), strict=True))
+        expected = sizes or [None] * len(names)
+        for first, last in grouped([size or BLOCK if sizes else 0 for size in expected], AT_ONCE, count=at_once):
+            small = [i for i in range(first, last) if (expected[i] or 0) <= MAX_BYTES]
+            contents = dict(zip(small, self._contents([names[i] for i in small]), strict=True))
             for i in range(first, last):
-                yield self._checked(got.pop(i, None), sizes[i])
+                content, size = contents.pop(i, None), expected[i]
+                if content is None:
+                    yield f"a file of {size:,} bytes, more than {MAX_BYTES:,}"
+                elif isinstance(content, Exception):
+                    yield self.explain(content)
+                elif size is not None and len(content) != size:
+                    yield f"changed since it was listed: {size:,} bytes then, {len(content):,} now"
+                else:
+                    yield content
 
-    def _checked(self, content: bytes | Exception | None, size: int | None) -> bytes | str:
-        if content is None:
-            return f"a file of {size:,} bytes, more than {MAX_BYTES:,}"
-        if isinstance(content, Exception):
-            return self.lost(content)
-        if size is not None and len(content) != size:
-            return f"changed since it was listed: {size:,} bytes then, {len(content):,} now"
-        return content
-
-    def _contents(self, names: list[str]) -> list[bytes | Exception]:
+    def _contents(self, names: Sequence[str], end: int | None = None) -> list[bytes | Exception]:
+        """Returns the content of each file, up to byte `end`, or the error of the store."""
+        paths = [self._full(name) for name in names]
+        contents: list[bytes | Exception] = []
         if self.fs.async_impl:
-            several: list[bytes | Exception] = self.fs.cat_ranges(
-                [self._full(name) for name in names], None, None, on_error="return"
-            )
-            return several
-        out: list[bytes | Exception] = []
-        for name in names:
+            contents = self.fs.cat_ranges(paths, None, end, on_error="return")
+            return contents
+        for path in paths:
             try:
-                out.append(self.read(name))
+                contents.append(self.fs.cat_file(path, end=end))
             except OSError as error:
-                out.append(error)
-        return out
+                contents.append(error)
+        return contents
 
-    def lost(self, error: Exception) -> str:
+    def explain(self, error: Exception) -> str:
         """Returns why a file can't be read, in one line. Raises the error again if it is an outage of the store."""
         if isinstance(error, FileNotFoundError):
             return "it is no longer there"
         if isinstance(error, PermissionError):
             return DENIED
         if type(error) is OSError and error.errno is None:  # raised by a decompressor
-            return f"broken: {line(error)}"
+            return f"broken: {one_line(error)}"
         if self.local and isinstance(error, OSError) and error.errno not in OUTAGES:
-            return f"it can't be read: {error.strerror or line(error)}"
+            return f"it can't be read: {error.strerror or one_line(error)}"
         raise error
 
     def _full(self, name: str) -> str:
@@ -250,10 +213,16 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
                 yield entry.path, info
 
 
-def fingerprint(files: Sequence[File], *, versions: bool = True) -> str:
-    """Returns a hash of the names, sizes and, unless `versions` is False, versions of the files."""
+def fingerprint(files: Sequence[File], *, versions: bool = True, contents: Sequence[bytes] = ()) -> str:
+    """Returns a hash of the names, sizes and, unless `versions` is False, versions of the files, extended by the `contents` of
+    further files. An empty content is that of no file.
+    """
     lines = "".join(f"{file.name!r} {file.size} {file.version if versions else ''}\n" for file in files)
-    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+    parts = [hashlib.sha256(lines.encode()).hexdigest()[:16]]
+    if not any(contents):
+        return parts[0]
+    parts += [hashlib.sha256(content).hexdigest() for content in contents]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def shown(source: str) -> str:
@@ -265,7 +234,7 @@ def shown(source: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
-def line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """Returns an error as one line. Addresses in it lose user, password and query, which may be secret."""
     text = " ".join((str(error) or type(error).__name__).split())
     return re.sub(r"\w+://[^\s\"']+", lambda m: shown(m[0]), text)[:200]
@@ -277,7 +246,7 @@ def clean(name: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029]", lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
-def inside(name: str) -> str:
+def safe_path(name: str) -> str:
     """Returns the name of an archive member as a safe relative path: no root, no drive, no `..`."""
     parts = name.replace("\\", "/").split("/")
     return clean("/".join(p for p in parts if p not in ("", ".", "..") and not re.fullmatch("[A-Za-z]:", p)))
@@ -293,14 +262,22 @@ def hidden(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in SYSTEMS for part in name.split("/"))
 
 
-def called(name: str) -> str:
+def suffix_shown(name: str) -> str:
     """Returns the name under which a left-out file is counted: its suffix, or NO_SUFFIX."""
     return clean(suffix(name)) or NO_SUFFIX
 
 
-def kinds(names: Iterable[str]) -> str:
+def common_suffixes(names: Iterable[str]) -> str:
     """Returns the three most frequent suffixes with their counts, as text."""
-    return ", ".join(f"{what} ({n:,})" for what, n in Counter(map(called, names)).most_common(3))
+    return ", ".join(f"{what} ({n:,})" for what, n in Counter(map(suffix_shown, names)).most_common(3))
+
+
+def whole(name: str, read: Read, source: str) -> bytes:
+    """Returns the content of a file that the source needs. Raises UserError if it can't be read."""
+    (content,) = read([name])
+    if isinstance(content, str):
+        raise UserError(f"{clean(name)} in {source}: {content}")
+    return content
 
 
 def _local(name: str, info: os.stat_result | None) -> File:
@@ -321,5 +298,5 @@ def _opened(source: str, filesystem: AbstractFileSystem | None) -> tuple[Abstrac
     try:
         opened, path = url_to_fs(source)
     except (ValueError, ImportError) as error:
-        raise UserError(f"{shown(source)}: {line(error)}") from error
+        raise UserError(f"{shown(source)}: {one_line(error)}") from error
     return opened, str(path)

@@ -1,38 +1,42 @@
-"""Metadata of Hugging Face data sets, read without the library `datasets`: class names, metadata files, splits."""
+"""Metadata of Hugging Face data sets, read without the library `datasets`: class names, Arrow files, splits."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from workflows.dataset.readers.files import File, Files, clean
+from workflows.dataset.readers.files import File, Files, clean, whole
 from workflows.dataset.readers.labels import SPLITS
-from workflows.dataset.readers.sidecars import CAPTIONS, LABELS, Ask
-from workflows.dataset.readers.tables import Table, What, columns_in, parse_table
 from workflows.errors import UserError
 
 INFO, CARD, STATE = "dataset_info.json", "README.md", "state.json"
 DESCRIBED = (INFO, CARD, STATE, "dataset_dict.json")
-METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")
 
 
-def is_huggingface(files: Files, found: Sequence[File]) -> bool:
-    """Whether a folder of tables is a Hugging Face data set: it has a data set card or an info file that describes the data."""
-    names = {file.name.rpartition("/")[2] for file in found}
-    return INFO in names or "dataset_dict.json" in names or bool(_card(files, found))
-
-
-def class_names(files: Files, found: Sequence[File]) -> dict[str, tuple[str, ...]]:
-    """Returns the class names by column, from dataset_info.json or the header of README.md."""
+def class_names(files: Files, found: Sequence[File]) -> dict[str, tuple[str, ...]] | None:
+    """Returns the class names by column, from dataset_info.json or the header of README.md. None if neither describes the data: the
+    tables are not a Hugging Face data set.
+    """
+    infos = [file for file in found if file.name.rpartition("/")[2] == INFO]
+    card = _card(files, found)
+    if not infos and not card and not any(file.name.rpartition("/")[2] == "dataset_dict.json" for file in found):
+        return None
+    pairs: list[tuple[str, Any]] = []
+    for file in infos:
+        features = _json(files, file).get("features")
+        if isinstance(features, dict):
+            pairs += [(column, f.get("names")) for column, f in features.items() if isinstance(f, dict)]
+    for config in card if isinstance(card, list) else [card]:
+        features = config.get("features") if isinstance(config, dict) else None
+        pairs += [(f["name"], _card_names(f)) for f in features or [] if isinstance(f, dict) and "name" in f]
     names: dict[str, tuple[str, ...]] = {}
-    for features in _features(files, found):
-        for column, feature in features.items():
-            if isinstance(feature, dict) and isinstance(feature.get("names"), list):
-                names.setdefault(column, tuple(str(name) for name in feature["names"]))
+    for column, classes in pairs:
+        if isinstance(classes, list):
+            names.setdefault(column, tuple(map(str, classes)))
     return names
 
 
@@ -73,95 +77,36 @@ def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> 
     return kept
 
 
-def metadata(
-    names: Sequence[str], whole: Callable[[str], bytes], ask: Ask
-) -> tuple[Table | None, Table | None, frozenset[str], tuple[str, ...]]:
-    """Returns (labels, captions, the files that they come from, unused columns of these) from the metadata files among `names`.
-
-    `whole` reads a file of the folder or archive. Paths in a metadata file are relative to its folder.
-    """
-    labels: dict[str, str | int | None] = {}
-    captions: dict[str, str | int | None] = {}
-    kinds: list[tuple[dict[str, str | int | None], str | None, Sequence[str], What]] = []
-    if ask.labels not in ("none", "folders"):
-        kinds.append((labels, ask.label_column, LABELS, "label"))
-    if ask.captions is None:
-        kinds.append((captions, ask.caption_column, CAPTIONS, "caption"))
-    used, others, further = list[str](), dict[str, None](), 0
-    for name in names if kinds else ():
-        if not is_metadata(name):
-            continue
-        content = whole(name)
-        folder = "".join(name.rpartition("/")[:2])
-        columns = columns_in(clean(name), content)
-        if {c for _, column, usual, _ in kinds for c in (*usual, column)}.isdisjoint(columns):
-            continue
-        used.append(name)
-        taken = set[str]()
-        for into, column, usual, what in kinds:
-            wanted = column or next((c for c in usual if c in columns), None)
-            if wanted:
-                taken.add(wanted)
-                table = parse_table(clean(name), content, column=wanted, defaults=usual, what=what)
-                into |= {folder + path: value for path, value in table.values.items()}
-                further += table.further
-        others |= dict.fromkeys(column for column in columns if column not in taken)
-    shown = clean(used[0]) if used else ""
-    return (
-        Table(shown, labels) if labels else None,
-        Table(shown, captions, further=further) if captions else None,
-        frozenset(used),
-        tuple(others),
-    )
-
-
-def is_metadata(name: str) -> bool:
-    """Whether the file is a metadata file, such as metadata.csv."""
-    return name.rpartition("/")[2] in METADATA
-
-
-def _features(files: Files, found: Sequence[File]) -> list[dict[str, Any]]:
-    infos = [file for file in found if file.name.rpartition("/")[2] == INFO]
-    out = [_json(files, file).get("features") for file in infos]
-    card = _card(files, found)
-    for config in card if isinstance(card, list) else [card]:
-        features = config.get("features") if isinstance(config, dict) else None
-        out.append({f["name"]: _named(f) for f in features or [] if isinstance(f, dict) and "name" in f})
-    return [features for features in out if isinstance(features, dict)]
-
-
-def _named(feature: dict[str, Any]) -> dict[str, Any]:
-    """Converts a feature from the form of the data set card to that of dataset_info.json."""
+def _card_names(feature: dict[str, Any]) -> Any:
+    """Returns the class names of a feature in the data set card, which has them by number."""
     kind = feature.get("dtype")
     names = kind.get("class_label", {}).get("names") if isinstance(kind, dict) else None
-    if isinstance(names, dict):
-        numbers = {int(key): name for key, name in names.items() if str(key).isdecimal()}
-        whole = sorted(numbers) == list(range(len(names)))
-        names = (
-            [numbers[i] for i in sorted(numbers)] if whole else None
-        )  # with gaps in the numbers, the numbers are the names
-    return {"names": names}
+    if not isinstance(names, dict):
+        return names
+    by_number = {int(key): name for key, name in names.items() if str(key).isdecimal()}
+    if sorted(by_number) != list(range(len(names))):
+        return None  # with gaps, the numbers are the names
+    return [by_number[i] for i in range(len(names))]
 
 
 def _card(files: Files, found: Sequence[File]) -> Any:
     """Returns `dataset_info` from the YAML header of README.md, or {}."""
     if not any(file.name == CARD for file in found):
         return {}
-    head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", files.whole(CARD).decode("utf-8", "replace"), re.DOTALL)
+    text = whole(CARD, files.read_many, files.source).decode("utf-8", "replace")
+    head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
         values = yaml.safe_load(head[1]) if head else {}
     except yaml.YAMLError:
         return {}
-    return (
-        values.get("dataset_info") or ({"features": []} if "configs" in values else {})
-        if isinstance(values, dict)
-        else {}
-    )
+    if not isinstance(values, dict):
+        return {}
+    return values.get("dataset_info") or ({"features": []} if "configs" in values else {})
 
 
 def _json(files: Files, file: File) -> dict[str, Any]:
     try:
-        values = json.loads(files.whole(file.name))
+        values = json.loads(whole(file.name, files.read_many, files.source))
     except ValueError as error:
         raise UserError(f"{clean(file.name)} in {files.source} is not valid JSON") from error
     return values if isinstance(values, dict) else {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from workflows.dataset.readers.files import Files, clean
-from workflows.dataset.readers.sidecars import CAPTIONS, LABELS, Ask, find_sidecars
-from workflows.dataset.readers.tables import Table, open_table, parse_table
+from workflows.dataset.readers.bundled_tables import own_tables
+from workflows.dataset.readers.files import Files, Read, clean, whole
+from workflows.dataset.readers.sidecars import CAPTIONS, LABELS, WITHOUT, Ask, find_sidecars
+from workflows.dataset.readers.tables import Table, Value, open_table, parse_table
 from workflows.dataset.readers.text import in_order, normalised
 from workflows.errors import UserError
 
@@ -15,7 +16,6 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 MOST_CLASSES = 100_000
 FURTHER = "beyond the first of an image"
 BOXES = "boxes, not captions"
-WITHOUT = "to ignore it: --labels none, or --labels folders"
 
 
 @dataclass(frozen=True)
@@ -23,34 +23,33 @@ class Described:
     """Labels and captions of named images, in the order of the names; () if there are none.
 
     caption_files   the sidecar file that holds the caption of each image
-    used            the sidecar files that labels and captions come from
+    used            the other files of the source that labels and captions come from
     tables          contents of the files that the user named, for the fingerprint
     """
 
-    classes: tuple[str, ...] = ()
-    labels: tuple[int | None, ...] = ()
-    labelled: str = ""
-    captions: tuple[str | None, ...] = ()
-    captioned: str = ""
-    caption_files: tuple[str | None, ...] = ()
-    used: frozenset[str] = frozenset()
-    tables: tuple[bytes, ...] = field(default=(), repr=False)
-    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...]
+    labels: tuple[int | None, ...]
+    labelled: str
+    captions: tuple[str | None, ...]
+    captioned: str
+    caption_files: tuple[str | None, ...]
+    used: set[str]
+    tables: tuple[bytes, ...]
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Own:
-    """What a source of named images has besides the images.
+class Named:
+    """A source whose images have names.
 
-    others            names of its other files, which `read` reads
-    labels, captions  its own tables
-    zips              whether there are several zip files, and all names begin with that of the zip file
+    images   their names
+    others   names of the other files, which `read` reads
+    zips     whether there are several zip files, and all names begin with that of the zip file
     """
 
-    others: Sequence[str] = ()
-    read: Callable[[Sequence[str]], Iterator[bytes | str]] = lambda names: iter(())
-    labels: Table | None = None
-    captions: Table | None = None
+    images: list[str]
+    others: list[str]
+    read: Read
     zips: bool = False
 
 
@@ -59,9 +58,9 @@ def label_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
 
     Raises UserError if the file can't be read or has no labels.
     """
-    if ask.labels in (None, "none", "folders"):
+    if ask.labels is None or not ask.labels_in_files:
         return None, b""
-    name, content = open_table(files, str(ask.labels))
+    name, content = open_table(files, ask.labels)
     table = parse_table(name, content, column=ask.label_column, defaults=LABELS)
     if not table.classes and all(value is None for value in table.values.values()):
         raise UserError(f"{name}: it holds no labels")
@@ -70,9 +69,9 @@ def label_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
 
 def caption_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
     """As `label_table`, for the file that `ask.captions` names."""
-    if ask.captions in (None, "none"):
+    if ask.captions is None or ask.captions == "none":
         return None, b""
-    name, content = open_table(files, str(ask.captions))
+    name, content = open_table(files, ask.captions)
     table = parse_table(name, content, column=ask.caption_column, defaults=CAPTIONS, what="caption")
     if table.classes or not table.values:
         raise UserError(f"{name}: captions by path are expected")
@@ -81,59 +80,55 @@ def caption_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
     return table, content
 
 
-def describe(files: Files, names: Sequence[str], ask: Ask, own: Own) -> Described:
+def describe(files: Files, source: Named, ask: Ask) -> Described:
     """Finds the labels and captions of images that are known by name.
 
     They come from the files that the user names, else from the tables of the source, else from sidecar files. Without any of these,
     labels come from folders. Raises UserError if they do not fit the images, or for several splits unless the user sets `labels`.
     """
+    names = source.images
+    own_labels, own_captions, used, unused = own_tables(
+        source.others, lambda name: whole(name, source.read, files.source), ask
+    )
+    files.leave_columns(unused)
     if ask.labels is None:
-        _one_split(files, _within(names) if own.zips else names)
+        _one_split(files, _within(names) if source.zips else names)
     given, label_bytes = label_table(files, ask)
-    texts, caption_bytes = caption_table(files, ask)
+    given_captions, caption_bytes = caption_table(files, ask)
+    labels_given = given is not None and bool(given.values)
+    sidecars = find_sidecars(source.others, names, ask, source.read, labels=not labels_given)
+    table = given if labels_given else own_labels
     class_list = given.classes if given else ()
-    sidecars = find_sidecars(own.others, names, ask, own.read, labels=given is None or not given.values)
     classes, labels, labelled, notes = class_list, tuple[int | None, ...](), "", tuple[str, ...]()
-    table = given if given and given.values else None if ask.labels in ("none", "folders") else own.labels
     if table and any(value not in (None, -1) for value in table.values.values()):
         values = _matched(files, names, table, "label", must=True)
         classes, labels = numbered(values, class_list or table.classes, table.name)
         labelled = table.name
-    elif ask.labels not in ("none", "folders") and not own.labels and sidecars.labels:
+    elif own_labels:
+        notes = (f"no labels in {own_labels.name}: all are empty or -1",)
+    elif sidecars.labels:
         classes, labels = numbered(sidecars.labels, class_list, sidecars.labelled)
         labelled = sidecars.labelled
-    elif ask.labels == "folders" or (ask.labels != "none" and not own.labels):
-        depth_of = _depth_in_zips if own.zips else class_depth
+        used.update(sidecars.label_files)
+    elif ask.labels != "none":
+        depth_of = _depth_in_zips if source.zips else class_depth
         depth, notes = depth_of(files, names, must=ask.labels == "folders" or bool(class_list))
         if depth is not None:
-            found = [name.split("/")[depth] for name in names]
-            classes, labels = numbered(found, class_list, ask.labels or "folders")
+            classes, labels = numbered([name.split("/")[depth] for name in names], class_list, ask.labels or "folders")
             labelled = "folders"
-    elif own.labels and ask.labels != "none":
-        notes = (f"no labels in {own.labels.name}: all are empty or -1",)
     captions, captioned, caption_files = tuple[str | None, ...](), "", tuple[str | None, ...]()
-    captions_by_path = texts or (own.captions if ask.captions is None else None)
-    if captions_by_path:
-        found_captions = _matched(files, names, captions_by_path, "caption", must=texts is not None)
-        captions = tuple(None if text is None else str(text) for text in found_captions)
-        captioned = captions_by_path.name
-        if captions_by_path.further:
-            files.leave("captions", FURTHER, captions_by_path.further)
-    elif ask.captions is None and any(sidecars.caption_files):
+    if by_path := given_captions or own_captions:
+        texts = _matched(files, names, by_path, "caption", must=given_captions is not None)
+        captions = tuple(None if text is None else str(text) for text in texts)
+        captioned = by_path.name
+        if by_path.further:
+            files.leave("captions", FURTHER, by_path.further)
+    elif ask.captions is None and sidecars.caption_files:
         caption_files, captioned = sidecars.caption_files, sidecars.captioned
+        used.update(name for name in caption_files if name)
     _check_named(files, ask, labels=labelled not in ("", "folders"), captions=bool(captioned))
     return Described(
-        classes=classes,
-        labels=labels,
-        labelled=labelled,
-        captions=captions,
-        captioned=captioned,
-        caption_files=caption_files,
-        used=frozenset(
-            name for name in (*caption_files, *(sidecars.label_files if labelled == sidecars.labelled else ())) if name
-        ),
-        tables=(label_bytes, caption_bytes),
-        notes=notes,
+        classes, labels, labelled, captions, captioned, caption_files, used, (label_bytes, caption_bytes), notes
     )
 
 
@@ -149,7 +144,7 @@ def _check_named(files: Files, ask: Ask, *, labels: bool, captions: bool) -> Non
 
 
 def numbered(
-    values: Sequence[str | int | None], classes: tuple[str, ...], where: str
+    values: Sequence[Value], classes: tuple[str, ...], where: str
 ) -> tuple[tuple[str, ...], tuple[int | None, ...]]:
     """Returns (class list, number of each value). None and -1 mean no label and give None.
 
@@ -170,7 +165,7 @@ def numbered(
     if unlisted:
         kind = "number" if numbers else "name"
         raise UserError(f"{where}: label {unlisted[0]} is not a {kind} in the class list, which has {_few(classes)}")
-    of: dict[str | int | None, int] = {name: i for i, name in enumerate(classes)} if names else {}
+    of: dict[Value, int] = {name: i for i, name in enumerate(classes)} if names else {}
     of |= {number: number for number in numbers}
     return classes, tuple(of.get(value) for value in values)
 
@@ -191,7 +186,7 @@ def _classes(names: set[str], numbers: set[int], where: str) -> tuple[str, ...]:
     return tuple(str(i) for i in range(high + 1))
 
 
-def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, must: bool) -> list[str | int | None]:
+def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, must: bool) -> list[Value]:
     """Returns the value of each name in the table. Paths may be spelled differently (composed accents, backslashes).
 
     A caption that is missing is None. Raises UserError if a label is missing, if all paths of the table are unknown, or if any is
@@ -199,7 +194,7 @@ def _matched(files: Files, names: Sequence[str], table: Table, what: str, *, mus
     """
     known = set(names)
     by_normalised = {normalised(name): name for name in names} if any(p not in known for p in table.values) else {}
-    found: dict[str, str | int | None] = {}
+    found: dict[str, Value] = {}
     unknown = []
     for path, value in table.values.items():
         name = path if path in known else by_normalised.get(normalised(path))

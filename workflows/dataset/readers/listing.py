@@ -100,7 +100,7 @@ class Listing:
     notes: tuple[str, ...] = ()
 
 
-def taken(listing: Listing, unit: Unit) -> np.ndarray:
+def indices_of(listing: Listing, unit: Unit) -> np.ndarray:
     """Returns the indices of the members or rows that a unit reads from its file. `listing.available` must be known."""
     assert unit.last is not None
     assert listing.available is not None

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from workflows.dataset.readers.columns import Columns, check_same, columns_of, items, merged
-from workflows.dataset.readers.files import File, Files, clean, line
-from workflows.dataset.readers.labels import MOST_CLASSES, label_table, numbered
-from workflows.dataset.readers.listing import Item, Listing, Unit, taken
+from workflows.dataset.readers.columns import Columns, find_columns, items
+from workflows.dataset.readers.files import File, Files, clean, one_line
+from workflows.dataset.readers.labels import MOST_CLASSES, numbered
+from workflows.dataset.readers.listing import Item, Listing, Unit, indices_of
 from workflows.dataset.readers.sidecars import Ask
 from workflows.dataset.readers.spread import evenly, grouped
 from workflows.dataset.readers.text import label_of
@@ -44,8 +44,6 @@ class Tables:
     units: tuple[Unit, ...]
     available: int | None
     columns: Columns
-    classes: tuple[str, ...]
-    labelled: str
     table: bytes
     notes: tuple[str, ...] = ()
 
@@ -65,16 +63,10 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
     schemas = [(file.name, footer.schema) for file, footer in whole if footer.schema is not None]
     if not any(sum(footer.rows) for _, footer in whole):
         raise UserError(f"{files.source}: the files have no rows")
-    columns = columns_of(clean(whole[0][0].name), merged(schemas), ask, names)
-    check_same(schemas, columns)
-    classes, table = class_list(files, ask, columns)
+    columns, table = find_columns(files, schemas, ask, names)
     notes: tuple[str, ...] = ()
-    if columns.label is not None and not classes:
-        with ThreadPoolExecutor(READERS) as pool:
-            parts = pool.map(lambda pair: _distinct(files, pair[0].name, str(columns.label)), whole)
-            found = sorted({value for part in parts for value in part if value is not None}, key=str)
-        classes, _ = numbered(found, (), f"column {columns.label}")
-        columns, notes = _labelled(files, columns, ask, bool(classes))
+    if columns.label is not None and not columns.classes:
+        columns, notes = _with_classes(files, columns, ask, [name for name, _ in schemas])
     units: list[Unit] = []
     footers, offset = _with_lost_rows(chosen, footers), 0
     available = sum(sum(footer.rows) for footer in footers)
@@ -86,21 +78,26 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
                 size = sum(footer.sizes[a:b])
                 units.append(Unit("parquet", (file.name,), first=start, last=start + rows, offset=offset, size=size))
             start, offset = start + rows, offset + rows
-    labelled = f"column {columns.label}" if columns.label else ""
-    return Tables(tuple(units), available, columns, classes, labelled, table, notes)
+    return Tables(tuple(units), available, columns, table, notes)
 
 
-def _labelled(files: Files, columns: Columns, ask: Ask, labelled: bool) -> tuple[Columns, tuple[str, ...]]:
-    """Returns (the columns, notes). A label column without any label becomes an unused column.
+def _with_classes(files: Files, columns: Columns, ask: Ask, names: Sequence[str]) -> tuple[Columns, tuple[str, ...]]:
+    """Reads the label column of the files for the class list. Returns (the columns, notes). A column without any label becomes an
+    unused column.
 
     Raises UserError if the user named that column.
     """
-    if labelled:
-        return columns, ()
-    note = f"no labels in column {columns.label}: all are empty or -1"
+    label = str(columns.label)
+    with ThreadPoolExecutor(READERS) as pool:
+        parts = pool.map(lambda name: _distinct(files, name, label), names)
+        found = sorted({value for part in parts for value in part if value is not None}, key=str)
+    classes, _ = numbered(found, (), f"column {label}")
+    if classes:
+        return replace(columns, classes=classes), ()
+    note = f"no labels in column {label}: all are empty or -1"
     if ask.label_column:
         raise UserError(f"{files.source}: {note}", hint="--labels none: no classes")
-    return replace(columns, label=None, others=(*columns.others, str(columns.label))), (note,)
+    return replace(columns, label=None, others=(*columns.others, label)), (note,)
 
 
 def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[Footer]:
@@ -116,32 +113,10 @@ def _with_lost_rows(chosen: Sequence[File], footers: Sequence[Footer]) -> list[F
     return out
 
 
-def class_list(files: Files, ask: Ask, columns: Columns) -> tuple[tuple[str, ...], bytes]:
-    """Returns (the class list, the content of the file that the user named for labels). The user's list comes before the source's.
-
-    Raises UserError if the two differ in length, or if the options do not fit tables.
-    """
-    if ask.labels == "folders":
-        raise UserError("labels by folder are for images in folders; these are in tables", hint="name a label column")
-    table, content = label_table(files, ask)
-    if table is not None and table.values:
-        raise UserError(
-            f"{table.name}: labels by path are for images that have names; these are in tables",
-            hint="a column of labels, or a file that lists the classes alone",
-        )
-    classes = table.classes if table else ()
-    if classes and columns.label is None:
-        raise UserError(f"{files.source}: a class list is given, but there is no label column", hint="--label-column")
-    if classes and columns.classes and len(classes) != len(columns.classes):
-        own = f"the source's column {columns.label} has {len(columns.classes):,}"
-        raise UserError(f"{ask.labels} lists {len(classes):,} classes, but {own}")
-    return classes or columns.classes, content
-
-
 def read_parquet(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     """Yields one item per row of the unit."""
     (name,) = unit.files
-    chosen = taken(listing, unit).tolist()
+    chosen = indices_of(listing, unit).tolist()
     footer = _footer(files, name)
     if footer.error:
         yield from (Item(f"{clean(name)}#{i}", None, error=footer.error) for i in chosen)
@@ -175,9 +150,9 @@ def _row_group(
                     yield item
                 start = stop
     except (pa.ArrowException, UnicodeDecodeError, KeyError) as broken:
-        error = f"broken: {line(broken)}"
+        error = f"broken: {one_line(broken)}"
     except OSError as lost:
-        error = files.lost(lost)
+        error = files.explain(lost)
     yield from (Item(f"{clean(name)}#{i}", None, error=error) for i in wanted[done:])
 
 
@@ -199,9 +174,9 @@ def _footer(files: Files, name: str) -> Footer:
             sizes = tuple(group.total_byte_size for group in groups)
             return Footer(file.schema_arrow, tuple(group.num_rows for group in groups), sizes)
     except pa.ArrowException as error:
-        return Footer(None, error=f"it is not a Parquet file: {line(error)}")
+        return Footer(None, error=f"it is not a Parquet file: {one_line(error)}")
     except OSError as error:
-        return Footer(None, error=files.lost(error))
+        return Footer(None, error=files.explain(error))
 
 
 def _distinct(files: Files, name: str, column: str) -> set[str | int | None]:
@@ -226,5 +201,5 @@ def _distinct(files: Files, name: str, column: str) -> set[str | int | None]:
     except ValueError as error:
         raise UserError(f"{clean(name)}: column {column} holds {error}", hint="--labels none: no classes") from error
     except OSError as error:
-        files.lost(error)
+        files.explain(error)
     return found

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from workflows.dataset.readers.files import clean, suffix
+from workflows.dataset.readers.files import Read, clean, suffix
 from workflows.dataset.readers.text import NotText, are_names, captions_of, json_of, label_of, text_of, written_label
 from workflows.errors import UserError
 
 LABELS = ("label", "labels", "class", "class_name", "cls", "fine_label")
 CAPTIONS = ("caption", "text", "prompt", "txt")
 """Names of columns that are tried in this order if the user names none."""
+USUAL = {"label": LABELS, "caption": CAPTIONS}
 CAPTION_FILES = (".txt", ".caption", ".text", ".prompt", ".json")
 LABEL_FILES = (".cls", ".label", ".class", ".json")
+WITHOUT = "to ignore it: --labels none, or --labels folders"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Ask:
     caption_column: str | None = None
     unit_bytes: int = 64 * 2**20
     limit: int | None = None
+
+    @property
+    def labels_in_files(self) -> bool:
+        """Whether labels may come from files or columns, rather than from folders or not at all."""
+        return self.labels not in ("none", "folders")
 
     @property
     def caption_columns(self) -> tuple[str, ...]:
@@ -51,14 +58,7 @@ class Sidecars:
     captioned: str = ""
 
 
-def find_sidecars(
-    others: Sequence[str],
-    images: Sequence[str],
-    ask: Ask,
-    read: Callable[[Sequence[str]], Iterator[bytes | str]],
-    *,
-    labels: bool,
-) -> Sidecars:
+def find_sidecars(others: Sequence[str], images: Sequence[str], ask: Ask, read: Read, *, labels: bool) -> Sidecars:
     """Finds the sidecar files of `images` among the files `others`, which `read` reads.
 
     Labels are read now, because all of them are needed for the class list; `labels=False` skips them. Captions are read later, each
@@ -74,17 +74,16 @@ def find_sidecars(
     there = {end for _, end in by_end}
     label_ends = _ends(ask.label_column, LABEL_FILES, there)
     caption_ends = _ends(ask.caption_column, CAPTION_FILES, there)
-    wanted = labels and ask.labels not in ("none", "folders")
+    wanted = labels and ask.labels_in_files
     by_json = ".json" in there and (wanted or caption_ends == (".json",))
-    fields = _fields(
-        [n for n in (_sidecar(by_end, image, (".json",)) for image in images) if n] if by_json else [], read
-    )
+    json_files = [_sidecar(by_end, image, (".json",)) for image in images] if by_json else []
+    fields = _fields([name for name in json_files if name], read)
     # A broken file counts as captioned here: its error is reported when it is read with its image.
     with_caption = {n for n, values in fields.items() if values is None or caption_in(values, ask.caption_columns)}
     caption_files = tuple(_sidecar(by_end, image, caption_ends, with_caption) for image in images)
-    out = (
-        Sidecars(caption_files=caption_files, captioned=_described(caption_files)) if any(caption_files) else Sidecars()
-    )
+    if not any(caption_files):
+        caption_files = ()
+    out = Sidecars(caption_files=caption_files, captioned=_described(caption_files))
     if not wanted:
         return out
     usual = (ask.label_column,) if ask.label_column else LABELS
@@ -93,14 +92,10 @@ def find_sidecars(
     files = tuple(_sidecar(by_end, image, label_ends, labelled) for image in images)
     if not any(files):
         return out
-    values = _labels([name for name in files if name], fields, usual, read)
-    return Sidecars(
-        labels=tuple(values[name] if name else None for name in files),
-        labelled=_described(files),
-        label_files=tuple(name for name in files if name),
-        caption_files=out.caption_files,
-        captioned=out.captioned,
-    )
+    label_files = tuple(name for name in files if name)
+    values = _labels(label_files, fields, usual, read)
+    labels_ = tuple(values[name] if name else None for name in files)
+    return replace(out, labels=labels_, labelled=_described(files), label_files=label_files)
 
 
 def _ends(column: str | None, usual: tuple[str, ...], there: set[str]) -> tuple[str, ...]:
@@ -123,9 +118,7 @@ def _sidecar(
     return None
 
 
-def _fields(
-    names: Sequence[str], read: Callable[[Sequence[str]], Iterator[bytes | str]]
-) -> dict[str, dict[str, Any] | None]:
+def _fields(names: Sequence[str], read: Read) -> dict[str, dict[str, Any] | None]:
     """Reads JSON files. Returns the object in each, or None for a file that can't be read. Other JSON values are left out."""
     out: dict[str, dict[str, Any] | None] = {}
     for name, content in zip(names, read(names), strict=True):
@@ -139,10 +132,7 @@ def _fields(
 
 
 def _labels(
-    names: Sequence[str],
-    fields: dict[str, dict[str, Any] | None],
-    usual: Sequence[str],
-    read: Callable[[Sequence[str]], Iterator[bytes | str]],
+    names: Sequence[str], fields: dict[str, dict[str, Any] | None], usual: Sequence[str], read: Read
 ) -> dict[str, str | int | None]:
     out: dict[str, str | int | None] = {}
     texts = [name for name in names if not fields.get(name)]
@@ -186,5 +176,6 @@ def caption_of(name: str, content: bytes, columns: Sequence[str]) -> list[str]:
 
 
 def _described(names: Sequence[str | None]) -> str:
-    """Describes these files for the user, such as ".txt files"."""
-    return f"{', '.join(sorted({suffix(name) for name in names if name}))} files"
+    """Describes these files for the user, such as ".txt files"; "" if there are none."""
+    ends = sorted({suffix(name) for name in names if name})
+    return f"{', '.join(ends)} files" if ends else ""

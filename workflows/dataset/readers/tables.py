@@ -26,6 +26,8 @@ MOST_NAMES = 20
 """Column names that an error lists at most."""
 DELIMITERS = ",;\t|"
 What = Literal["label", "caption"]
+Value = str | int | None
+"""A label or a caption; None if it is empty."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Table:
     """
 
     name: str
-    values: dict[str, str | int | None]
+    values: dict[str, Value]
     classes: tuple[str, ...] = ()
     further: int = 0
 
@@ -82,8 +84,16 @@ def parse_table(
 
     Raises UserError for a file that can't be parsed, has no such column, or has two labels for an image.
     """
+    low = name.lower()
     try:
-        return _Parser(name, column, defaults, what).parsed(content)
+        if low.endswith(".json"):
+            pairs, classes = _of_json(name, json_of(content, "it", once=True), column, defaults)
+            return _table(name, pairs, classes, what)
+        text = text_of(content, "it")
+        if low.endswith(".txt"):
+            return Table(name, {}, _unique(name, [row.strip() for row in text.split("\n") if row.strip()]))
+        rows, written = (_csv_rows(text), True) if low.endswith((".csv", ".tsv")) else (_json_rows(text), False)
+        return _table(name, _of_rows(name, rows, column, defaults), (), what, written=written)
     except (NotText, csv.Error) as error:
         raise UserError(f"{name} can't be read: {' '.join(str(error).split())[:160]}") from error
 
@@ -99,99 +109,71 @@ def columns_in(name: str, content: bytes) -> list[str]:
     return [key for key in found if key not in PATHS]
 
 
-@dataclass
-class _Parser:
-    name: str
-    column: str | None
-    defaults: Sequence[str]
-    what: What
-    further: int = 0
+def _of_json(name: str, values: Any, column: str | None, defaults: Sequence[str]) -> tuple[list[Any], tuple[str, ...]]:
+    """Returns the (path, value) pairs and the class list of a JSON file."""
+    classes: tuple[str, ...] = ()
+    if isinstance(values, dict) and ("labels" in values or "classes" in values) and _nested(values):
+        classes = _unique(name, values.get("classes") or [])
+        values = values.get("labels") or {}
+    if isinstance(values, dict):
+        return list(values.items()), classes
+    if not isinstance(values, list):
+        raise UserError(f"{name}: an object or a list is expected, not {type(values).__name__}")
+    if values and all(isinstance(value, str) for value in values):
+        return [], _unique(name, values)
+    return _of_rows(name, values, column, defaults) if all(isinstance(v, dict) for v in values) else values, classes
 
-    def parsed(self, content: bytes) -> Table:
-        low = self.name.lower()
-        if low.endswith(".json"):
-            return self._json(json_of(content, "it", once=True))
-        text = text_of(content, "it")
-        if low.endswith(".txt"):
-            rows = (row.strip() for row in text.split("\n"))
-            return Table(self.name, {}, _unique(self.name, [row for row in rows if row]))
-        is_csv = low.endswith((".csv", ".tsv"))
-        values = self._by_path(_csv_rows(text) if is_csv else _json_rows(text), written=is_csv)
-        return Table(self.name, values, further=self.further)
 
-    def _json(self, values: Any) -> Table:
-        classes: tuple[str, ...] = ()
-        if isinstance(values, dict) and ("labels" in values or "classes" in values) and _nested(values):
-            classes = _unique(self.name, values.get("classes") or [])
-            values = values.get("labels") or {}
-        if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-            return Table(self.name, {}, _unique(self.name, values))
-        if isinstance(values, dict):
-            found = self._pairs([list(pair) for pair in values.items()])
-        elif isinstance(values, list) and all(isinstance(value, dict) for value in values):
-            found = self._by_path(values, written=False)
-        elif isinstance(values, list):
-            found = self._pairs(values)
-        else:
-            raise UserError(f"{self.name}: an object or a list is expected, not {type(values).__name__}")
-        return Table(self.name, found, classes, self.further)
+def _of_rows(name: str, rows: list[Any], column: str | None, defaults: Sequence[str]) -> list[Any]:
+    """Returns the (path, value) pairs of rows, which are such pairs or objects."""
+    if not rows or isinstance(rows[0], list):
+        return rows
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{name}: rows must be objects with fields such as file_name and {defaults[0]}")
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    path = next((key for key in PATHS if key in names and key != column), None)
+    if path is None:
+        hint = f"its name must be one of {', '.join(PATHS)}"
+        raise UserError(f"{name}: no column of paths among {_few(names)}", hint=hint)
+    others = [key for key in names if key != path]
+    usual = next((key for key in defaults if key in others), others[0] if len(others) == 1 else None)
+    wanted = column or usual
+    if wanted is None or wanted not in others:
+        missing = column or " or ".join(defaults)
+        raise UserError(f"{name}: no column {missing}; there are {_few(others) or 'no others'}")
+    return [[row.get(path), row.get(wanted)] for row in rows]
 
-    def _by_path(self, rows: list[Any], *, written: bool) -> dict[str, str | int | None]:
-        if not rows:
-            return {}
-        if isinstance(rows[0], list):
-            return self._pairs(rows, written=written)
-        if not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{self.name}: rows must be objects with fields such as file_name and {self.defaults[0]}")
-        names = list(dict.fromkeys(key for row in rows for key in row))
-        path = next((key for key in PATHS if key in names and key != self.column), None)
-        if path is None:
-            hint = f"its name must be one of {', '.join(PATHS)}"
-            raise UserError(f"{self.name}: no column of paths among {_few(names)}", hint=hint)
-        others = [key for key in names if key != path]
-        usual = next((key for key in self.defaults if key in others), others[0] if len(others) == 1 else None)
-        wanted = self.column or usual
-        if wanted is None or wanted not in others:
-            missing = self.column or " or ".join(self.defaults)
-            raise UserError(f"{self.name}: no column {missing}; there are {_few(others) or 'no others'}")
-        return self._pairs([[row.get(path), row.get(wanted)] for row in rows], written=written)
 
-    def _pairs(self, pairs: Iterable[Any], *, written: bool = False) -> dict[str, str | int | None]:
-        """Returns the values by path. written: values are text, so labels are numbers only if all of them look like numbers."""
-        pairs = list(pairs)
-        texts = [pair[1] for pair in pairs if written and len(pair) == 2 and pair[1] and pair[1].strip() not in MISSING]
-        numbers = (
-            written and self.what == "label" and bool(texts) and all(NUMBER.fullmatch(text.strip()) for text in texts)
-        )
-        out: dict[str, str | int | None] = {}
-        for pair in pairs:
-            if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
-                raise UserError(f"{self.name}: a path and a value are expected, not {clean(str(pair))[:60]}")
-            path, value = pair
-            if written and self.what == "label" and value:
-                value = _written(value.strip(), numbers=numbers)
-            value = self._value(path, value)
-            if path in out and self.what == "caption":
-                self.further += value is not None and out[path] is not None
-                value = value if out[path] is None else out[path]
-            elif path in out and out[path] != value:
-                raise UserError(f"{self.name}: two values for {clean(path)}: {out[path]} and {value}")
-            out[path] = value
-        return out
-
-    def _value(self, path: str, value: Any) -> str | int | None:
+def _table(name: str, pairs: list[Any], classes: tuple[str, ...], what: What, *, written: bool = False) -> Table:
+    """Makes the table of (path, value) pairs. written: values are text, so labels are numbers only if all look like numbers."""
+    is_text = written and what == "label"
+    texts = [pair[1] for pair in pairs if is_text and len(pair) == 2 and pair[1] and pair[1].strip() not in MISSING]
+    numbers = bool(texts) and all(NUMBER.fullmatch(text.strip()) for text in texts)
+    out: dict[str, Value] = {}
+    further = 0
+    for pair in pairs:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise UserError(f"{name}: a path and a value are expected, not {clean(str(pair))[:60]}")
+        path, value = pair
+        if is_text and value:
+            value = _written(value.strip(), numbers=numbers)
         try:
-            if self.what == "label":
-                return label_of(value)
-            found = captions_of(value)
+            values = [label_of(value)] if what == "label" else captions_of(value)
         except ValueError as error:
-            expected = "a name or a whole number" if self.what == "label" else "a text"
-            raise UserError(f"{self.name}: {expected} is expected for {clean(path)}, not {error}") from error
-        self.further += max(0, len(found) - 1)
-        return found[0] if found else None
+            expected = "a name or a whole number" if what == "label" else "a text"
+            raise UserError(f"{name}: {expected} is expected for {clean(path)}, not {error}") from error
+        value = values[0] if values else None
+        if what == "caption":
+            before = out.get(path)
+            further += len(values) - (before is None and bool(values))
+            value = value if before is None else before
+        elif path in out and out[path] != value:
+            raise UserError(f"{name}: two values for {clean(path)}: {out[path]} and {value}")
+        out[path] = value
+    return Table(name, out, classes, further)
 
 
-def _written(text: str, *, numbers: bool) -> str | int | None:
+def _written(text: str, *, numbers: bool) -> Value:
     """Converts the text of a CSV cell to a label. -1 means no label, among names as well."""
     if numbers:
         return None if text in MISSING else written_label(text)

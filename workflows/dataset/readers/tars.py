@@ -9,16 +9,17 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
 
 from workflows.dataset.readers.columns import label_number
 from workflows.dataset.readers.decode import MAX_BYTES, START, SUFFIXES, starts_as_image
-from workflows.dataset.readers.files import NO_SUFFIX, File, Files, clean, hidden, inside, line
-from workflows.dataset.readers.image_files import NOT_IMAGES, may_be_image, one_of
+from workflows.dataset.readers.files import NO_SUFFIX, File, Files, clean, hidden, one_line, safe_path
+from workflows.dataset.readers.image_files import NOT_IMAGES, first_caption, may_be_image
 from workflows.dataset.readers.labels import (
     BOXES,
     FURTHER,
@@ -29,9 +30,9 @@ from workflows.dataset.readers.labels import (
     numbered,
 )
 from workflows.dataset.readers.listing import Item, Listing, Unit
-from workflows.dataset.readers.sidecars import CAPTIONS, LABELS, Ask
+from workflows.dataset.readers.sidecars import LABELS, USUAL, Ask
 from workflows.dataset.readers.spread import grouped
-from workflows.dataset.readers.tables import Table, What, open_table, parse_table
+from workflows.dataset.readers.tables import Table, Value, What, open_table, parse_table
 from workflows.dataset.readers.text import (
     NotText,
     are_boxes,
@@ -170,7 +171,7 @@ def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
         with _opened(files, name) as (archive, compressed):
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile would keep all headers in memory
-                name_ = inside(member.name)
+                name_ = safe_path(member.name)
                 if member.isdir() or hidden(name_):
                     continue
                 key, extension = _split(name_)
@@ -184,9 +185,9 @@ def samples(files: Files, name: str, image: str = "") -> Iterator[Sample]:
             if _has_more(archive):
                 stop = "the data after the tar's end mark is not read; does the file hold several tars?"
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
-        stop = f"the tar is broken or cut here: {line(error)}"
+        stop = f"the tar is broken or cut here: {one_line(error)}"
     except OSError as error:
-        stop = files.lost(error)
+        stop = files.explain(error)
     if sample is not None and (sample.images or sample.error or not stop):
         yield from _split_sample(sample, image)
     if stop:
@@ -276,7 +277,7 @@ def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str,
     if captions:
         out |= {"caption_file": ask.captions, "captioned": captions.name, "caption_column": ask.caption_column}
     elif ask.captions != "none":
-        column = _column(first, ask.caption_column, ask.caption_columns, "caption", _captions_without_boxes)
+        column = _column(first, ask.caption_column, ask.caption_columns, "caption")
         out |= {"caption_columns": ask.caption_columns, "captioned": column or ""}
     if labels and labels.values:
         out["classes"], _ = numbered(list(labels.values.values()), labels.classes, labels.name)
@@ -291,7 +292,7 @@ def list_tars(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[dict[str,
         part = chosen[a:b]
         size = sum(file.size or 0 for file in part)
         units.append(Unit("tar", tuple(file.name for file in part), size=size))
-    return out | {"units": tuple(units)}, (label_bytes, caption_bytes)
+    return out | {"kind": "webdataset", "units": tuple(units)}, (label_bytes, caption_bytes)
 
 
 def _labels_within(
@@ -304,15 +305,15 @@ def _labels_within(
     captioned: bool,
 ) -> dict[str, Any]:
     """Returns the fields of the Listing about labels that are in the tars themselves."""
-    column = None if ask.labels == "folders" else _column(first, ask.label_column, LABELS, "label", label_of)
+    column = None if ask.labels == "folders" else _column(first, ask.label_column, LABELS, "label")
     if column is not None:
         out = {"label_column": column, "labelled": column, "classes": classes}
-        values = {_value_or_none(sample, column, label_of) for sample in first} - {None, -1}
+        values = {_parsed(sample, column, "label") for sample in first} - {None, -1}
         if classes or not are_names(values):
             return out
         found: set[str | int | None] = set()
         for sample in _all(files, chosen):
-            found.add(_value_or_none(sample, column, label_of))
+            found.add(_parsed(sample, column, "label"))
             if len(found) > MOST_CLASSES:
                 break
         names = sorted(str(value) for value in found - {None, -1})
@@ -356,15 +357,19 @@ def _all(files: Files, chosen: Sequence[File]) -> Iterator[Sample]:
 def read_tars(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     """Yields one item per sample of the unit. A repeated key, and the place where a tar is broken, are items with an error."""
     of = {name: i for i, name in enumerate(listing.classes)}
-    labels = _table(files, listing, listing.label_file, listing.label_column, LABELS, "label")
-    captions = _table(files, listing, listing.caption_file, listing.caption_column, CAPTIONS, "caption")
-    wanted = (listing.image_column or "").lower().lstrip(".")
+    of_source = files.fs, listing.source, listing.root, listing.fingerprint
+    labels, captions = listing.label_file, listing.caption_file
+    tables = (
+        _table(*of_source, labels, listing.label_column, "label") if labels else None,
+        _table(*of_source, captions, listing.caption_column, "caption") if captions else None,
+    )
+    wanted = _extension(listing.image_column)
     for name in unit.files:
         seen: set[bytes] = set()
         for sample in samples(files, name, wanted):
             if not (sample.images or sample.texts or sample.error):
                 continue  # a README or the like
-            item = _item(listing, sample, of, labels, captions, files)
+            item = _item(listing, sample, wanted, of, *tables, files)
             mark = blake2b(item.key.encode(), digest_size=8).digest()
             if mark in seen and sample.key:
                 error = item.error or f"the tar has the name {item.key} twice"
@@ -374,21 +379,30 @@ def read_tars(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
             yield replace(item, key=f"{clean(name)}#{item.key}")
 
 
+def _extension(column: str | None) -> str:
+    """Returns the extension that the user named as the image column; "" if none."""
+    return (column or "").lower().lstrip(".")
+
+
 def _item(
-    listing: Listing, sample: Sample, of: dict[str, int], labels: Table | None, captions: Table | None, files: Files
+    listing: Listing,
+    sample: Sample,
+    wanted: str,
+    of: dict[str, int],
+    labels: Table | None,
+    captions: Table | None,
+    files: Files,
 ) -> Item:
     """Makes the item of a sample. Its key does not have the name of the tar yet."""
-    wanted = (listing.image_column or "").lower().lstrip(".")
     plain = [extension for extension in sample.images if "." not in extension]
     fit = [wanted] if wanted in sample.images else plain or list(sample.images) if not wanted else []
     key, image = sample.images[fit[0]] if fit else (sample.key or "~end", None)
     if sample.error:
         return Item(key, None, error=sample.error)
     if image is None:
-        found, wanted = ", ".join([*sample.images, *sample.texts]), wanted and f" {wanted}"
-        return Item(
-            key, None, error=f"no image{wanted} beside {found}: the files of a sample must be adjacent in the tar"
-        )
+        missing = f"no image {wanted}" if wanted else "no image"
+        beside = ", ".join([*sample.images, *sample.texts])
+        return Item(key, None, error=f"{missing} beside {beside}: the files of a sample must be adjacent in the tar")
     if len(fit) > 1:
         return Item(key, None, error=f"which is the image? {', '.join(fit)}: name one as the image column")
     number: int | None = None
@@ -398,23 +412,33 @@ def _item(
     try:
         if listing.class_depth is not None:
             number = label_number(key.split("/")[listing.class_depth], of, listing)
-        elif listing.labelled:
-            column = str(listing.label_column)
+        elif labels is not None:
+            used.add("json")
+            if not any(name in labels.values for name in names):
+                return Item(key, None, error=f"{labels.name} has no label for {names[0]}")
+            number = label_number(_by_name(labels, names), of, listing)
+        elif listing.label_column is not None:
+            column = listing.label_column
             used.add(column if column in sample.texts else "json")
-            value = _label(sample, column) if labels is None else _by_name(labels, names)
-            number = label_number(value, of, listing)
+            with suppress(KeyError):
+                number = label_number(_value(sample, column, "label"), of, listing)
         if captions is not None:
-            texts = captions_of(next((captions.values[n] for n in names if n in captions.values), None))
+            texts = captions_of(_by_name(captions, names))
         else:
             texts = _captions(sample, listing.caption_columns, used, files)
-    except (KeyError, ValueError, IndexError) as error:
-        return Item(key, None, error=line(error) if isinstance(error, ValueError) else str(error.args[0]))
+    except (ValueError, IndexError) as error:
+        return Item(key, None, error=one_line(error))
     for extension in sample.images:
         if extension != fit[0]:
             files.leave(f".{clean(extension)}", "further images of a sample")
     for extension in sample.texts.keys() - used:
         files.leave(f".{clean(extension)}", "not taken for labels or captions")
-    return Item(key, image, number, one_of(texts, files))
+    return Item(key, image, number, first_caption(texts, files))
+
+
+def _by_name(table: Table, names: Sequence[str]) -> Value:
+    """Returns the value of the first of these names that the table has."""
+    return next((table.values[name] for name in names if name in table.values), None)
 
 
 def _captions(sample: Sample, columns: Sequence[str], used: set[str], files: Files) -> list[str]:
@@ -439,22 +463,10 @@ def _captions(sample: Sample, columns: Sequence[str], used: set[str], files: Fil
     return []
 
 
-def _captions_without_boxes(value: Any) -> list[str]:
-    return [caption for caption in captions_of(value) if not are_boxes(caption)]
-
-
-def _by_name(table: Table, names: Sequence[str]) -> str | int | None:
-    """Returns the label of the first of these names that the table has. Raises KeyError with the message for the user."""
-    for name in names:
-        if name in table.values:
-            return table.values[name]
-    raise KeyError(f"{table.name} has no label for {names[0]}")
-
-
-def _value(sample: Sample, column: str, what: str) -> Any:
+def _value(sample: Sample, column: str, what: What) -> Any:
     """Returns the content of the member with this extension, or a field of the JSON member.
 
-    Raises KeyError, with the message for the user, if there is neither; NotText, which names the member, if it can't be read.
+    Raises KeyError if there is neither; NotText, which names the member, if it can't be read.
     """
     if column in sample.texts:
         name, content = sample.texts[column]
@@ -463,44 +475,38 @@ def _value(sample: Sample, column: str, what: str) -> Any:
     name, content = sample.texts.get("json", ("", b"{}"))
     fields = json_of(content, f"{name}: it")
     if not isinstance(fields, dict) or column not in fields:
-        raise KeyError(f"no {column} beside the image")
+        raise KeyError(column)
     value = fields[column]
     return written_label(value) if what == "label" and isinstance(value, str) else value
 
 
-def _label(sample: Sample, column: str) -> Any:
-    """Returns the label as it is written, or None if there is none."""
+def _parsed(sample: Sample, column: str, what: What) -> Any:
+    """Returns the label or the captions in a column of a sample; None or [] if there are none or they are not valid."""
     try:
-        return _value(sample, column, "label")
-    except KeyError:
-        return None
-
-
-def _value_or_none(sample: Sample, column: str, parse: Callable[[Any], Any]) -> Any:
-    """Returns the parsed value of a column of a sample, or None if there is none or it is not valid."""
-    try:
-        return parse(_value(sample, column, "label" if parse is label_of else "caption"))
+        value = _value(sample, column, what)
+        return label_of(value) if what == "label" else [c for c in captions_of(value) if not are_boxes(c)]
     except (KeyError, ValueError):
         return None
 
 
-def _column(
-    first: Sequence[Sample], named: str | None, defaults: Sequence[str], what: str, parse: Callable[[Any], Any]
-) -> str | None:
+def _column(first: Sequence[Sample], named: str | None, usual: Sequence[str], what: What) -> str | None:
     """Returns the column that the user named, or the first of the usual names for which any of these samples has a value.
 
     Raises UserError if no sample has the named column, or if the values are not valid labels.
     """
-    for column in [named] if named else defaults:
-        if any(_value_or_none(sample, column, parse) not in (None, []) for sample in first):
+    columns = [named] if named else usual
+    for column in columns:
+        if any(_parsed(sample, column, what) not in (None, []) for sample in first):
             return column
     if what == "label":
-        _check_labels(first, [named] if named else defaults)
+        _check_labels(first, columns)
     if named:
-        there = ", ".join(dict.fromkeys(extension for sample in first for extension in sample.texts))
-        raise UserError(
-            f"no {what} {named} in the first {_keys(first)}, which {'has' if len(first) == 1 else 'have'} {there or 'none'}"
-        )
+        held = ", ".join(dict.fromkeys(extension for sample in first for extension in sample.texts)) or "none"
+        if len(first) == 1:
+            samples_ = f"sample, {first[0].key}, which has"
+        else:
+            samples_ = f"{len(first)} samples, {first[0].key} to {first[-1].key}, which have"
+        raise UserError(f"no {what} {named} in the first {samples_} {held}")
     return None
 
 
@@ -516,17 +522,12 @@ def _check_labels(first: Sequence[Sample], columns: Sequence[str]) -> None:
                 raise UserError(f"{sample.key}: {column} holds {error}", hint="--labels none: no classes") from error
 
 
-def _keys(first: Sequence[Sample]) -> str:
-    """Names the samples for an error."""
-    return f"sample, {first[0].key}" if len(first) == 1 else f"{len(first)} samples, {first[0].key} to {first[-1].key}"
-
-
 def _first(files: Files, chosen: Sequence[File], ask: Ask) -> list[Sample]:
     """Returns the first LOOKED samples with an image, without the images' content. Raises UserError if no tar has one."""
     error = ""
     found: list[Sample] = []
     for file in chosen:
-        for sample in islice(samples(files, file.name, (ask.image_column or "").lower().lstrip(".")), LOOKED):
+        for sample in islice(samples(files, file.name, _extension(ask.image_column)), LOOKED):
             if sample.images:
                 found.append(replace(sample, images={e: (name, b"") for e, (name, _) in sample.images.items()}))
             error = error or (f"; {clean(file.name)}: {sample.error}" if sample.error else "")
@@ -537,20 +538,9 @@ def _first(files: Files, chosen: Sequence[File], ask: Ask) -> list[Sample]:
     raise UserError(f"{files.source}: no tar has an image{error}")
 
 
-_tables: dict[tuple[Any, ...], Table] = {}
-"""A cache of the tables of labels and captions that this process has parsed."""
-
-
-def _table(
-    files: Files, listing: Listing, where: str | None, column: str | None, defaults: Sequence[str], what: What
-) -> Table | None:
-    if where is None:
-        return None
-    key = (files.fs, files.root, listing.fingerprint, where, column or "", what)
-    if key not in _tables:
-        name, content = open_table(files, where)
-        if len(_tables) > 1:
-            _tables.clear()
-        table = parse_table(name, content, column=column, defaults=defaults, what=what)
-        _tables[key] = replace(table, values={normalised(path): value for path, value in table.values.items()})
-    return _tables[key]
+@lru_cache(maxsize=2)
+def _table(fs: Any, source: str, root: str, version: str, where: str, column: str | None, what: What) -> Table:
+    """Returns a table of labels or captions by normalised path, parsed once in a process. version: the source's fingerprint."""
+    name, content = open_table(Files(source, fs, root), where)
+    table = parse_table(name, content, column=column, defaults=USUAL[what], what=what)
+    return replace(table, values={normalised(path): value for path, value in table.values.items()})

@@ -8,14 +8,14 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from workflows.dataset.readers.bundled_tables import own_tables
 from workflows.dataset.readers.decode import MAX_BYTES, START, starts_as_image
-from workflows.dataset.readers.files import File, Files, called, clean, hidden, inside, kinds, line
-from workflows.dataset.readers.image_files import NOT_IMAGES, at, is_image, may_be_image, picked, sidecar_caption
-from workflows.dataset.readers.labels import Described, Own, describe
-from workflows.dataset.readers.listing import Item, Listing, Unit, taken
+from workflows.dataset.readers.files import File, Files, clean, common_suffixes, hidden, one_line, safe_path
+from workflows.dataset.readers.image_files import NOT_IMAGES, at, is_image, may_be_image, named_item, picked
+from workflows.dataset.readers.labels import Described, Named, describe
+from workflows.dataset.readers.listing import Item, Listing, Unit, indices_of
 from workflows.dataset.readers.sidecars import Ask
 from workflows.dataset.readers.spread import evenly, grouped
 from workflows.dataset.readers.tables import MAX_TABLE
@@ -54,10 +54,6 @@ class Archive:
     others: dict[str, zipfile.ZipInfo]
 
 
-_last: dict[tuple[Any, ...], Archive] = {}
-"""A cache of the last archive: reading the directory of a million members takes seconds."""
-
-
 def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Unit, ...], int, Described]:
     """Returns (units, number of images in the whole source, labels and captions).
 
@@ -65,49 +61,38 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
     readable zip, looks like a zip bomb, or for a source without images.
     """
     names: list[str] = []
-    spans: list[tuple[File, list[int], int]] = []
+    spans: list[tuple[File, str, list[int], int]] = []
     others: dict[str, tuple[Archive, str]] = {}
     for file in chosen:
         prefix = f"{clean(file.name)}/" if len(chosen) > 1 else ""
         try:
             archive = _opened(files, file.name)
-            _check_total(archive, file)
-        except (*BROKEN, OSError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = (
-                files.lost(error) if isinstance(error, OSError) else f"it is not a zip file, or broken: {line(error)}"
-            )
-            raise UserError(f"{clean(file.name)} in {files.source}: {reason}") from error
-        spans.append((file, [member.info.file_size for member in archive.members], len(names)))
+        except BROKEN as error:
+            raise UserError(
+                f"{clean(file.name)} in {files.source}: it is not a zip file, or broken: {one_line(error)}"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{clean(file.name)} in {files.source}: {files.explain(error)}") from error
+        _check_total(archive, file)
+        spans.append((file, prefix, [member.info.file_size for member in archive.members], len(names)))
         names += [prefix + member.key for member in archive.members]
         others |= {prefix + name: (archive, name) for name in archive.others}
     if not names:
-        held = f"; the zip files hold {kinds(others)}" if others else ""
+        held = f"; the zip files hold {common_suffixes(others)}" if others else ""
         raise UserError(f"{files.source} has no images{held}")
 
     def read(wanted: Sequence[str]) -> Iterator[bytes | str]:
-        for name in wanted:
-            archive, own = others[name]
-            yield _other(archive, own, files)
+        return (_other(*others[name], files) for name in wanted)
 
-    def whole(name: str) -> bytes:
-        (content,) = read([name])
-        if isinstance(content, str):
-            raise UserError(f"{clean(name)} in {files.source}: {content}")
-        return content
-
-    labels, captions, tables, columns = own_tables(list(others), whole, ask)
-    files.leave_columns(columns)
-    about = describe(files, names, ask, Own(list(others), read, labels, captions, zips=len(chosen) > 1))
-    for name in others.keys() - tables - about.used:
-        files.leave(called(name), NOT_IMAGES)
+    about = describe(files, Named(names, list(others), read, zips=len(chosen) > 1), ask)
+    files.leave_files(others.keys() - about.used, NOT_IMAGES)
     units = []
-    for file, sizes, offset in spans:
+    for file, prefix, sizes, offset in spans:
         for first, last in grouped(sizes, ask.unit_bytes):
             index = evenly(len(names), ask.limit, first=offset + first, last=offset + last).tolist()
             if not index:
                 continue
+            sidecars = picked(about.caption_files, index)
             unit = Unit(
                 kind="zip",
                 files=(file.name,),
@@ -117,9 +102,7 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
                 size=sum(sizes[i - offset] for i in index),
                 labels=picked(about.labels, index),
                 captions=picked(about.captions, index),
-                caption_files=_within(
-                    picked(about.caption_files, index), f"{clean(file.name)}/" if len(chosen) > 1 else ""
-                ),
+                caption_files=tuple(name and name.removeprefix(prefix) for name in sidecars),
             )
             units.append(unit)
     return tuple(units), len(names), about
@@ -128,30 +111,21 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
 def read_zip(listing: Listing, unit: Unit, files: Files) -> Iterator[Item]:
     """Yields one item per image of the unit."""
     (name,) = unit.files
-    members = taken(listing, unit)
+    archive, lost = None, "changed since it was listed"
     try:
-        archive, lost = _cached(files, name, listing.fingerprint), ""
+        archive = _cached(files.fs, listing.source, listing.root, name, listing.fingerprint)
     except BROKEN as error:
-        archive, lost = None, f"broken since it was listed: {line(error)}"
+        lost = f"broken since it was listed: {one_line(error)}"
     except OSError as error:
-        archive, lost = None, files.lost(error)
-    for i, number in enumerate(members.tolist()):
-        label, caption, sidecar = at(unit.labels, i), at(unit.captions, i), at(unit.caption_files, i)
+        lost = files.explain(error)
+    for i, number in enumerate(indices_of(listing, unit).tolist()):
         if archive is None or number >= len(archive.members):
-            yield Item(f"{clean(name)}#{number}", None, label, caption, lost or "changed since it was listed")
+            yield Item(f"{clean(name)}#{number}", None, at(unit.labels, i), at(unit.captions, i), lost)
             continue
-        member = archive.members[number]
+        member, sidecar = archive.members[number], at(unit.caption_files, i)
         content = member.error or _content(archive.file, member.info, files)
-        image, error_ = (None, content) if isinstance(content, str) else (content, None)
-        if sidecar:
-            caption, wrong = sidecar_caption(sidecar, _other(archive, sidecar, files), listing, files)
-            image, error_ = (None, error_ or wrong) if wrong else (image, error_)
-        yield Item(f"{clean(name)}#{member.key}", image, label, caption, error_)
-
-
-def _within(names: Sequence[str | None], prefix: str) -> tuple[str | None, ...]:
-    """Removes the prefix of the archive from names of members."""
-    return tuple(name and name.removeprefix(prefix) for name in names)
+        text = (sidecar, _other(archive, sidecar, files)) if sidecar else None
+        yield named_item(listing, unit, i, f"{clean(name)}#{member.key}", content, text, files)
 
 
 def _other(archive: Archive, name: str, files: Files) -> bytes | str:
@@ -170,18 +144,17 @@ def _content(file: zipfile.ZipFile, info: zipfile.ZipInfo, files: Files) -> byte
         with file.open(info) as stream:
             return stream.read(MAX_BYTES)
     except BROKEN as error:
-        return f"broken in the zip: {line(error)}"
+        return f"broken in the zip: {one_line(error)}"
     except OSError as error:
-        return files.lost(error)
+        return files.explain(error)
 
 
-def _cached(files: Files, name: str, version: str) -> Archive:
-    key = (files.fs, files.root, name, version)
-    if key not in _last:
-        archive = _opened(files, name)
-        _last.clear()  # not closed, as another iterator may still be reading it
-        _last[key] = archive
-    return _last[key]
+@lru_cache(maxsize=1)
+def _cached(fs: Any, source: str, root: str, name: str, version: str) -> Archive:
+    """Returns the last archive again: reading the directory of a million members takes seconds. version: the fingerprint of the
+    source. An archive is not closed, as another iterator may still be reading it.
+    """
+    return _opened(Files(source, fs, root), name)
 
 
 def _opened(files: Files, name: str) -> Archive:
@@ -190,7 +163,7 @@ def _opened(files: Files, name: str) -> Archive:
     others: dict[str, zipfile.ZipInfo] = {}
     seen: set[str] = set()
     for info in sorted(file.infolist(), key=lambda info: info.header_offset):
-        key = inside(info.filename)
+        key = safe_path(info.filename)
         if info.is_dir() or hidden(key):
             continue
         if not is_image(key) and not (may_be_image(key) and _starts_as_image(file, info)):
