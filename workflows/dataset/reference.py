@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import numpy as np
 from workflows.cluster.session import device_of_task, task_options
 from workflows.dataset.extractors import check_extractor
 from workflows.dataset.manifest import Manifest, Shard
-from workflows.dataset.shards import REPAIR, read_shards
+from workflows.dataset.shards import REPAIR, read_shards, split_by_shard
 from workflows.dataset.sources import source_of
 from workflows.dataset.sources.folder import checked
 from workflows.errors import UserError
@@ -190,6 +189,7 @@ def build_reference(
     Each shard is a Ray task, of which `cpus` + 2 run at once; a small data set is done in this process instead. task: the options
     of a Ray task. device: where it computes. tick: called with the number of images done.
     """
+    import ray
     import torch
 
     from mmdistill_core.metrics.statistics import merged
@@ -198,64 +198,44 @@ def build_reference(
     shards = [shard for shard in manifest.shards if shard.count(which)]
     counts = [shard.count(which) for shard in shards]
     chosen = torch.randperm(sum(counts), generator=generator(seed, 6))[:near].sort().values
-    own = [part.numpy() - first for part, first in _by_shard(chosen, counts)]
+    kept = split_by_shard(chosen.numpy(), counts)
+    here = device == "cpu" and fingerprint["extractor"] != "inception" and manifest.in_memory() <= AT_HAND
+    about = manifest if here else ray.put(manifest)
+    calls = [(extractor, root, about, shard, which, rows, device) for shard, rows in zip(shards, kept, strict=True)]
     parts: dict[int, tuple[Any, Any]] = {}
-
-    def add(i: int, part: tuple[Any, Any]) -> None:
+    for i, part in _here(calls) if here else _spread(calls, task or task_options(use_gpu=False), at_once=cpus + 2):
         parts[i] = part
         tick(sum(counts[i] for i in parts))
-
-    if device == "cpu" and fingerprint["extractor"] != "inception" and manifest.in_memory() <= AT_HAND:
-        with _one_thread():
-            for i, shard in enumerate(shards):
-                add(i, statistics_of(extractor, root, manifest, shard, which, own[i]))
-    else:
-        _spread(shards, (extractor, root, manifest, which, device), own, cpus, task, add)
     ordered = [parts[i] for i in range(len(shards))]
     statistics = merged([part for part, _ in ordered])
     pixels = torch.cat([images for _, images in ordered]).flatten(1) if statistics.pixels else None
     return Reference(statistics, fingerprint, floor(statistics.near, pixels))
 
 
-def _spread(
-    shards: list[Shard],
-    of: tuple[str, str, Manifest, str, str],
-    own: list[np.ndarray],
-    cpus: int,
-    task: dict[str, Any] | None,
-    add: Callable[[int, tuple[Any, Any]], None],
-) -> None:
-    """Runs `statistics_of` on each shard as a Ray task, and calls `add(i, result)` as the results arrive."""
-    import ray
-
-    extractor, root, manifest, which, device = of
-    remote, about = ray.remote(**task or task_options(use_gpu=False))(statistics_of), ray.put(manifest)
-    waiting, running = list(range(len(shards))), dict[Any, int]()
-    while waiting or running:
-        while waiting and len(running) < cpus + 2:
-            i = waiting.pop(0)
-            running[remote.remote(extractor, root, about, shards[i], which, own[i], device)] = i
-        for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
-            add(running.pop(done), ray.get(done))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
+def _here(calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    """Yields (number, result) of `statistics_of` for each of these arguments, computed in this process."""
     import torch
 
     before = torch.get_num_threads()
     try:
-        yield
+        for i, call in enumerate(calls):
+            yield i, statistics_of(*call)
     finally:
         torch.set_num_threads(before)
 
 
-def _by_shard(chosen: Any, counts: list[int]) -> Iterator[tuple[Any, int]]:
-    """Splits sorted indices over all shards by shard. Yields (the indices in the shard, the index of its first row)."""
-    first = 0
-    for count in counts:
-        yield chosen[(chosen >= first) & (chosen < first + count)], first
-        first += count
+def _spread(calls: Sequence[tuple[Any, ...]], options: dict[str, Any], *, at_once: int) -> Iterator[tuple[int, Any]]:
+    """As `_here`, but by Ray tasks with these options, and in the order in which the results arrive."""
+    import ray
+
+    remote = ray.remote(**options)(statistics_of)
+    waiting, running = list(enumerate(calls)), dict[Any, int]()
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            i, call = waiting.pop(0)
+            running[remote.remote(*call)] = i
+        for done in ray.wait(list(running), num_returns=1, timeout=0.5)[0]:
+            yield running.pop(done), ray.get(done)
 
 
 def statistics_of(

@@ -194,16 +194,15 @@ def load_shard(root: str | Path, shard: Shard) -> bytes:
 
     Raises UserError for a shard that is missing or differs.
     """
-    for last in (False, True):
+    uri = join(root, shard.file)
+    for _ in range(2):
         try:
-            data = read(join(root, shard.file))
+            data = read(uri)
         except FileNotFoundError:
-            raise UserError(f"{shown(join(root, shard.file))}: the shard is missing", hint=REPAIR) from None
+            raise UserError(f"{shown(uri)}: the shard is missing", hint=REPAIR) from None
         if hashlib.sha256(data).hexdigest() == shard.sha256:
             return data
-        if last:
-            break
-    raise UserError(f"{shown(join(root, shard.file))}: the shard differs from its manifest", hint=REPAIR)
+    raise UserError(f"{shown(uri)}: the shard differs from its manifest", hint=REPAIR)
 
 
 REPAIR = "remove its manifest.json and prepare the data set again; or restore the file from a copy"
@@ -238,32 +237,38 @@ def read_shards(
         known = ", ".join(manifest.columns) or "none beside images and labels"
         raise UserError(f"{shown(root)}: the data set has no column {missing[0]!r}; it has {known}")
 
-    def one(shard: Shard) -> Arrays:
-        got = decode(load_shard(root, shard), manifest, ("image", "label", "holdout", *columns))
-        return Arrays(got["image"], got["label"], got["holdout"], {name: got[name] for name in columns}).rows(which)
-
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        parts = list(pool.map(one, shards))
-    if len(parts) == 1:
-        return parts[0]
-    more = {name: np.concatenate([part.columns[name] for part in parts]) for name in columns}
-    images, labels, holdout = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "holdout")
-    )
-    return Arrays(images, labels, holdout, more)
+        return _joined(list(pool.map(lambda shard: _read_shard(root, manifest, shard, columns).rows(which), shards)))
 
 
 def read_rows(root: str | Path, manifest: Manifest, rows: np.ndarray) -> Arrays:
     """Returns these rows, given as sorted indices over all shards, with one shard in memory at a time."""
-    first, parts = 0, []
-    for shard in manifest.shards:
-        own = rows[(rows >= first) & (rows < first + shard.rows)] - first
-        first += shard.rows
-        if len(own):
-            got = decode(load_shard(root, shard), manifest, rows=own)
-            parts.append((got["image"], got["label"], got["holdout"]))
-    images, labels, holdout = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Arrays(images, labels, holdout)
+    by_shard = zip(manifest.shards, split_by_shard(rows, [shard.rows for shard in manifest.shards]), strict=True)
+    return _joined([_read_shard(root, manifest, shard, rows=part) for shard, part in by_shard if len(part)])
+
+
+def split_by_shard(rows: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
+    """Splits sorted indices over all shards, which have `counts` rows, into the indices within each shard."""
+    ends = np.cumsum(counts)
+    parts = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    return [part - first for part, first in zip(parts, ends - counts, strict=True)]
+
+
+def _read_shard(
+    root: str | Path, manifest: Manifest, shard: Shard, columns: Sequence[str] = (), rows: np.ndarray | None = None
+) -> Arrays:
+    values = decode(load_shard(root, shard), manifest, ("image", "label", "holdout", *columns), rows)
+    return Arrays(values["image"], values["label"], values["holdout"], {name: values[name] for name in columns})
+
+
+def _joined(parts: Sequence[Arrays]) -> Arrays:
+    if len(parts) == 1:
+        return parts[0]
+    images, labels, holdout = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("images", "labels", "holdout")
+    )
+    columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
+    return Arrays(images, labels, holdout, columns)
 
 
 def read_all(root: str | Path, which: str = "all", columns: Sequence[str] = ()) -> Arrays:
@@ -278,34 +283,30 @@ def read_labels(root: str | Path, manifest: Manifest, which: str = "all") -> np.
     Raises UserError for a shard that is missing, or that has another number of rows than the manifest says.
     """
 
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     def one(shard: Shard) -> np.ndarray:
-        table = _columns(join(root, shard.file), ["label", "holdout"])
-        if table is None or table.num_rows != shard.rows:
-            raise UserError(f"{shown(join(root, shard.file))}: the shard differs from its manifest", hint=REPAIR)
-        labels, held = table.column("label").to_numpy(), table.column("holdout").to_numpy()
+        uri = join(root, shard.file)
+        fs, path = filesystem(uri)
+
+        def table() -> pa.Table:
+            with fs.open(path, "rb", block_size=2**20) as file:
+                return pq.read_table(file, columns=["label", "holdout"], use_threads=False)
+
+        try:
+            columns = retry(table, uri)
+            labels, held = columns.column("label").to_numpy(), columns.column("holdout").to_numpy()
+        except FileNotFoundError:
+            raise UserError(f"{shown(uri)}: the shard is missing", hint=REPAIR) from None
+        except (pa.ArrowException, KeyError):
+            labels, held = np.empty(0, int), np.empty(0, bool)
+        if len(labels) != shard.rows:
+            raise UserError(f"{shown(uri)}: the shard differs from its manifest", hint=REPAIR)
         return {"all": labels, "holdout": labels[held], "rest": labels[~held]}[which]
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return np.concatenate(list(pool.map(one, manifest.shards)))
-
-
-def _columns(uri: str, names: list[str]) -> Any:
-    """Reads only these columns of a Parquet file. Returns None if it is not a Parquet file that has them."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    fs, path = filesystem(uri)
-
-    def get() -> Any:
-        with fs.open(path, "rb", block_size=2**20) as file:
-            return pq.read_table(file, columns=names, use_threads=False)
-
-    try:
-        return retry(get, uri)
-    except FileNotFoundError:
-        raise UserError(f"{shown(uri)}: the shard is missing", hint=REPAIR) from None
-    except pa.ArrowException:
-        return None
 
 
 def label_pool(root: str | Path, which: str, *, most: int) -> np.ndarray:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -257,40 +257,18 @@ def _after(skip: int, blocks: Iterator[Block]) -> Iterator[Block]:
 
 
 class Ahead:
-    """An iterator that prefetches one block in a thread. An error of the source is raised when the reader reaches it."""
+    """An iterator that prefetches two blocks in a thread. An error of the source is raised when the reader reaches it."""
 
     def __init__(self, blocks: Iterator[Block]) -> None:
-        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(1)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._take, args=(blocks,), daemon=True)
-        self._thread.start()
-
-    def _take(self, blocks: Iterator[Block]) -> None:
-        try:
-            for block in blocks:
-                if not self._put((block, None)):
-                    return
-        except BaseException as error:
-            self._put((None, error))
-
-    def _put(self, value: tuple[Any, BaseException | None]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._ready.put(value, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+        self._blocks, self._pool = blocks, ThreadPoolExecutor(1)
+        self._ready = deque(self._pool.submit(next, blocks) for _ in range(2))
 
     def __iter__(self) -> Ahead:
         return self
 
     def __next__(self) -> Block:
-        block, error = self._ready.get()
-        if error is not None:
-            raise error
-        return block
+        self._ready.append(self._pool.submit(next, self._blocks))
+        return self._ready.popleft().result()
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)

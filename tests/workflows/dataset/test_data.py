@@ -319,7 +319,7 @@ def test_reading_ahead_ends_when_it_is_closed():
     ahead.close()
     n = len(taken)
     assert n <= 4
-    assert not ahead._thread.is_alive()
+    assert not any(thread.is_alive() for thread in ahead._pool._threads)
     assert len(taken) == n
 
 
