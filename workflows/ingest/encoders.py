@@ -76,15 +76,10 @@ class Latents:
 class TextEmbeddings:
     """The last hidden states of a transformers CLIP text model or T5 encoder, for captions padded to `length` tokens.
 
-    length     default: the tokenizer's maximum (77 for CLIP)
-    tokenizer  its folder, if it is not with the model
-
-    Raises UserError if a folder holds no such model or tokenizer.
+    length: default: the tokenizer's maximum (77 for CLIP). Raises UserError if the folder holds no such model or tokenizer.
     """
 
-    def __init__(
-        self, folder: str, *, tokenizer: str | None = None, length: int | None = None, device: str = "cpu"
-    ) -> None:
+    def __init__(self, folder: str, *, length: int | None = None, device: str = "cpu") -> None:
         _require("transformers", "text")
         root = _root(folder, "text_encoder")
         class_names = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
@@ -94,7 +89,7 @@ class TextEmbeddings:
         _check_weights(root)
         import transformers
 
-        tokenizer_root = _tokenizer_root(root, tokenizer)
+        tokenizer_root = _tokenizer_root(root)
         self.tokenizer = _load(tokenizer_root, transformers.AutoTokenizer)
         self.model = _load(root, getattr(transformers, class_names[kind])).to(device)
         self.device = device
@@ -204,14 +199,12 @@ def _check_weights(root: Path) -> None:
         raise UserError(f"{root}: {problem}; *.safetensors is expected")
 
 
-def _tokenizer_root(root: Path, named: str | None) -> Path:
-    """The tokenizer's folder: `named`, else the model's, else the one of a pipeline (text_encoder_2 -> tokenizer_2)."""
-    beside = root.parent / root.name.replace("text_encoder", "tokenizer")
-    places = [expanded(named)] if named else [root, beside]
-    for place in places:
+def _tokenizer_root(root: Path) -> Path:
+    """The tokenizer's folder: the model's, else the one of a pipeline (text_encoder_2 -> tokenizer_2)."""
+    for place in (root, root.parent / root.name.replace("text_encoder", "tokenizer")):
         if (place / "tokenizer_config.json").is_file():
             return place
-    raise UserError(f"{places[0]} holds no tokenizer: no tokenizer_config.json")
+    raise UserError(f"{root} holds no tokenizer: no tokenizer_config.json")
 
 
 def _load(root: Path, kind: Any) -> Any:

@@ -85,7 +85,10 @@ class Tally:
 
     @property
     def left_out(self) -> LeftOut:
-        return sum((_left_out(part["left_out"]) for part in self.parts.values()), LeftOut())
+        counts = LeftOut()
+        for part in self.parts.values():
+            counts.update({(what, why): count for what, why, count in part["left_out"]})
+        return counts
 
     @property
     def content(self) -> str:
@@ -97,10 +100,6 @@ class Tally:
 
     def listed(self) -> list[dict[str, str]]:
         return [entry for _, part in sorted(self.parts.items()) for entry in part["listed"]][:LISTED]
-
-
-def _left_out(entries: Sequence[Sequence[Any]]) -> LeftOut:
-    return LeftOut({(what, why): count for what, why, count in entries})
 
 
 def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
@@ -217,13 +216,11 @@ def _existing(p: Preparation, listing: Listing, columns: dict[str, Any], screen:
         store.delete(join(p.dest, MANIFEST))
         return None
     screen.line(f"[green]✓[/] {shown(p.dest)} already holds this data set: {there.count:,} images")
-    if p.extractor is None or (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
-        _print_summary(there, screen)
-        return there
-    write_manifest(p.dest, replace(there, statistics={}))  # readers must not use the old statistics meanwhile
-    there = replace(there, statistics=statistics_for(p, there, screen))
-    write_manifest(p.dest, there)
-    screen.line(f"[green]✓[/] added reference statistics in features of {p.extractor}")
+    if p.extractor and not (there.statistics.get("options") == p.features and statistics_are_whole(p.dest, there)):
+        write_manifest(p.dest, replace(there, statistics={}))  # readers must not use the old statistics meanwhile
+        there = replace(there, statistics=statistics_for(p, there, screen))
+        write_manifest(p.dest, there)
+        screen.line(f"[green]✓[/] added reference statistics in features of {p.extractor}")
     _print_summary(there, screen)
     return there
 
@@ -253,7 +250,13 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
     waiting = [(number, units) for number, units in enumerate(groups) if number not in tally.parts]
 
     def work(item: tuple[int, Sequence[Unit]]) -> Iterator[dict[str, Any]]:
-        yield write_with_retries(p, bare, plan, *item, device)
+        number, units = item
+        try:
+            yield retry(lambda: write_part(p, bare, plan, number, units, device), p.source)
+        except OSError as error:
+            if error.errno in WRITE_ERRORS:
+                raise
+            raise explained(error, p.source) from error
 
     with screen.bars():
         bar = screen.bar("prepare", listing.count or len(groups), unit="images" if listing.count else "parts")
@@ -302,18 +305,6 @@ def _finished_parts(folder: str, dest: str) -> dict[int, dict[str, Any]]:
         if not part["denied"] and all(sizes.get(s["file"].removeprefix("shards/")) == s["size"] for s in shards):
             done[int(part["number"])] = part
     return done
-
-
-def write_with_retries(
-    p: Preparation, listing: Listing, plan: str, number: int, units: Sequence[Unit], device: str
-) -> dict[str, Any]:
-    """`write_part`, retried while a store does not answer. Raises UserError if the source still can't be read."""
-    try:
-        return retry(lambda: write_part(p, listing, plan, number, units, device), p.source)
-    except OSError as error:
-        if error.errno in WRITE_ERRORS:
-            raise
-        raise explained(error, p.source) from error
 
 
 def write_part(
