@@ -311,8 +311,10 @@ class Finished(Protocol):
 class Curve:
     """A metric of the training that the report draws, for every round that logged it.
 
-    metric    a name in Losses.logs, and with `by_level` also in Losses.by_level
-    signed    the metric may be negative, so its axis is linear around 0
+    metric       a name in Losses.logs, and with `by_level` also in Losses.by_level
+    label        of the vertical axis
+    explanation  sentences for the caption: first what the curve shows, in plain words, then the formula in symbols
+    signed       the metric may be negative, so its axis is linear around 0
     """
 
     metric: str

@@ -212,8 +212,10 @@ class MomentMatching(Method):
                 Curve(
                     "squared_moments",
                     "squared moments",
-                    "G_A . Lambda G_B, the squared moments of Algorithm 3: an estimate without bias, so that it falls below 0 as "
-                    "often as above once it is over.",
+                    "How strongly the student's samples would still change the teacher's weights: 0 once they match the data. The "
+                    "product of the gradients on two independent halves of the batch is an unbiased estimate, so a converged "
+                    "student is below 0 as often as above. In symbols: G_A · Λ G_B, the squared moments of Algorithm 3 "
+                    "(arXiv:2406.04103), with G the teacher's gradient on a half and Λ a weight for each parameter.",
                     signed=True,
                 ),
             )
@@ -221,7 +223,9 @@ class MomentMatching(Method):
             Curve(
                 "moment_gap",
                 "moment gap",
-                "w(s) |g_phi(z_s) - g_theta(z_s)|^2: how far the auxiliary is from the teacher on what the student makes.",
+                "How far the auxiliary's prediction is from the teacher's, from the same noised samples of the student. The gap "
+                "closes as the student's samples come to match the data. In symbols: w(s) ‖g_φ(z_s) − g_θ(z_s)‖², with g_φ the "
+                "auxiliary, g_θ the teacher, z_s the sample at noise level s, and w(s) that level's weight.",
             ),
         )
 

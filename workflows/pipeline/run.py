@@ -1,6 +1,6 @@
 """Runs the pipeline: the order of the stages, and what each passes to the next.
 
-prepare -> teacher -> distill (each k) -> evaluate -> register -> report
+prepare -> teacher -> distill (each round) -> evaluate -> register -> report
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from workflows.config.assembly import rounds_of, schedule_of
 from workflows.config.schema import RunConfig
@@ -22,27 +22,25 @@ from workflows.session.results import Results
 from workflows.storage.local import write_json
 from workflows.storage.uri import join
 
-if TYPE_CHECKING:
-    pass
-
 STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
 
 
 def check_options(config: RunConfig, options: RunOptions) -> None:
     """Raises ConfigError for an unknown stage or an impossible number of workers, before anything starts."""
     rounds = rounds_of(config.distill, schedule_of(config))
-    each = tuple(f"distill-{one.name}" for one in rounds)
+    stages = (*STAGES, *(f"distill-{r.name}" for r in rounds))
     for name in options.force:
-        if name not in STAGES + each:
-            raise ConfigError(f"--force: {name!r} is not a stage; stages: {', '.join(STAGES + each)}")
+        if name not in stages:
+            raise ConfigError(f"--force: {name!r} is not a stage; stages: {', '.join(stages)}")
     if options.until not in STAGES:
         raise ConfigError(f"--until: {options.until!r} is not a stage; stages: {', '.join(STAGES)}")
     every_of(options)
     if (workers := workers_of(options)) is not None:
-        least = {
-            f"distill.batch ({one.name})": (config.distill.for_round(one).batch, one.method.halves) for one in rounds
-        }
-        for name, (batch, images) in {"teacher.batch": (config.teacher.batch, 1), **least}.items():
+        # name of a setting -> (its value, the fewest images that a worker can take)
+        batches = {"teacher.batch": (config.teacher.batch, 1)}
+        for r in rounds:
+            batches[f"distill.batch ({r.name})"] = config.distill.for_round(r).batch, r.method.halves
+        for name, (batch, images) in batches.items():
             if batch < workers.most * images:
                 raise ConfigError(
                     f"--workers: {workers.most} is more than {name} {batch} has images for, {images} each"
@@ -100,7 +98,7 @@ def stages_of(context: Context) -> Iterator[tuple[str, list[Done]]]:
 
 
 def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, Any]:
-    """summary.json: what ran, what was reused, and the figures that there are so far."""
+    """summary.json: what ran, what was reused, and the figures that exist so far."""
     config, resolve = context.config, context.tracker.resolve
     by_name = {d.name: d for d in done}
     summary: dict[str, Any] = {
@@ -113,36 +111,30 @@ def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, An
         ],
     }
     stops = [d.result["interruptions"] for d in done if "interruptions" in d.result]
-    if any(one["times"] for one in stops):
-        summary["interruptions"] = {name: sum(one[name] for one in stops) for name in ("times", "again", "away")}
-    if "evaluate" in by_name:
-        result = by_name["evaluate"].result
-        registered = by_name["register"].result if "register" in by_name else {"students": {}}
-        results, names = (
-            Results.of(result),
-            {k: one.name for one in rounds_of(config.distill, schedule_of(config)) for k in one.ks},
-        )
-        summary |= {
-            "floor": result["floor"]["frechet"],
-            "samples": result["samples"],
-            "seeds": result["seeds"],
-            "features": result["features"],
-            "counts": result["counts"],
-            "warnings": result["warnings"],
-        }
-        longest, best = results.longest, results.best_of_teacher
-        summary["teacher_longest"] = {"k": longest["k"], "frechet": longest["frechet"]["mean"]}
-        summary["teacher_best"] = {"sampler": best["sampler"], "k": best["k"], "frechet": best["frechet"]["mean"]}
-        summary["students"] = [
+    if any(stop["times"] for stop in stops):
+        summary["interruptions"] = {name: sum(stop[name] for stop in stops) for name in ("times", "again", "away")}
+    if "evaluate" not in by_name:
+        return summary
+    result = by_name["evaluate"].result
+    uris = by_name["register"].result["students"] if "register" in by_name else {}
+    results = Results.of(result)
+    longest, best = results.longest, results.best_of_teacher
+    rounds = {k: r.name for r in rounds_of(config.distill, schedule_of(config)) for k in r.ks}
+    return summary | {
+        "floor": result["floor"]["frechet"],
+        **{name: result[name] for name in ("samples", "seeds", "features", "counts", "warnings")},
+        "teacher_longest": {"k": longest["k"], "frechet": longest["frechet"]["mean"]},
+        "teacher_best": {"sampler": best["sampler"], "k": best["k"], "frechet": best["frechet"]["mean"]},
+        "students": [
             {
                 "k": k,
-                "frechet": results.student(k)["frechet"]["mean"],
-                "frechet_spread": results.student(k)["frechet"]["spread"],
-                "teacher_frechet_same_k": results.teacher(k)["frechet"]["mean"],
-                "model_uri": registered["students"].get(str(k)),
-                "seconds": round(by_name[f"distill-{names[k]}"].seconds, 1),
-                "nfe": results.student(k)["nfe"],
+                "frechet": results.students[k]["frechet"]["mean"],
+                "frechet_spread": results.students[k]["frechet"]["spread"],
+                "teacher_frechet_same_k": results.teachers[k]["frechet"]["mean"],
+                "model_uri": uris.get(str(k)),
+                "seconds": round(by_name[f"distill-{rounds[k]}"].seconds, 1),
+                "nfe": results.students[k]["nfe"],
             }
             for k in sorted(config.distill.k)
-        ]
-    return summary
+        ],
+    }

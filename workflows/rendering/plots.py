@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmdistill_core.methods.base import Curve
 
-STUDENT, TEACHER, DDIM, FLOOR, INK = "#d1495b", "#2b6f9e", "#7fb2d1", "#8a8f98", "#22262b"
+STUDENT, TEACHER, FLOOR, INK = "#d1495b", "#2b6f9e", "#8a8f98", "#22262b"
 History = list[tuple[int, dict[str, float]]]
+"""The metrics of a training: (images seen, metrics)."""
 
 
 def blank(columns: int, *, width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    """A figure and its axes, one row of `columns` panels, in the style of the reports."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -45,6 +48,7 @@ def blank(columns: int, *, width: float, height: float, **options: Any) -> tuple
 
 
 def svg(figure: Any) -> str:
+    """The figure as an SVG element. Closes the figure."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
@@ -55,15 +59,25 @@ def svg(figure: Any) -> str:
 
 
 def steps_axis(axis: Any, values: list[int]) -> None:
+    """Makes the horizontal axis logarithmic, with a tick at each value."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(values, [str(v) for v in values])
     axis.minorticks_off()
 
 
+def _level(axis: Any, y: float, text: str, color: str, **line: Any) -> None:
+    """Draws a horizontal line, with its name above the right end."""
+    axis.axhline(y, color=color, **line)
+    at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (0, 4), "textcoords": "offset points"}
+    axis.annotate(text, (0.98, y), ha="right", color=color, fontsize=8.5, **at)
+
+
 def _styles(table: dict[str, Any]) -> dict[tuple[str, str | None], dict[str, str]]:
-    """(who, sampler) -> how its line is drawn: the teacher by each of its samplers, the one that students are compared by first."""
+    """(who, sampler) -> the style of a line: the teacher with each of its samplers, and the students with any."""
     samplers = dict.fromkeys(r["sampler"] for r in table["rows"] if r["who"] == "teacher" and r["plain"])
-    looks = itertools.cycle([(TEACHER, "-", "o"), (DDIM, "--", "s"), ("#9a86c9", ":", "^"), ("#6f9e2b", "-.", "v")])
+    looks = itertools.cycle(
+        [(TEACHER, "-", "o"), ("#7fb2d1", "--", "s"), ("#9a86c9", ":", "^"), ("#6f9e2b", "-.", "v")]
+    )
     styles: dict[tuple[str, str | None], dict[str, str]] = {
         ("teacher", sampler): {"color": colour, "linestyle": line, "marker": marker}
         for sampler, (colour, line, marker) in zip(samplers, looks)  # noqa: B905
@@ -72,7 +86,9 @@ def _styles(table: dict[str, Any]) -> dict[tuple[str, str | None], dict[str, str
 
 
 def distance_against_steps(table: dict[str, Any]) -> str:
-    """Log-log: the teacher by each sampler, the students, the floor; in features and, where they were measured, in pixels."""
+    """A log-log plot of the teacher with each sampler, the students and the floor. The first panel is in features. The
+    second is in pixels, if that was measured.
+    """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     titles = {"frechet": f"in {table['features']} features", "frechet_pixels": "in raw pixels"}
@@ -95,17 +111,8 @@ def distance_against_steps(table: dict[str, Any]) -> str:
                 zorder=4 if who == "student" else 3,
                 **style,
             )
-        axis.axhline(table["floor"][measure], color=FLOOR, linewidth=1, linestyle=(0, (2, 3)))
-        most = max(r["nfe"] for r in table["rows"])
-        axis.annotate(
-            "half the data against the other half",
-            (most, table["floor"][measure]),
-            xytext=(0, 4),
-            textcoords="offset points",
-            ha="right",
-            color=FLOOR,
-            fontsize=8.5,
-        )
+        floor = table["floor"][measure]
+        _level(axis, floor, "half the data against the other half", FLOOR, linewidth=1, linestyle=(0, (2, 3)))
         axis.set_yscale("log")
         steps_axis(axis, sorted({r["nfe"] for r in table["rows"]}))
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
@@ -117,8 +124,8 @@ def distance_against_steps(table: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def _each(histories: dict[str, History], draw: Callable[[Any, str, History], None], height: float) -> str:
-    """An axis for each training, of those that are given."""
+def _panels(histories: dict[str, History], draw: Callable[[Any, str, History], None], height: float) -> str:
+    """A figure with a panel for each training. `draw(axis, title, history)` draws one."""
     figure, axes = blank(len(histories), width=10.4, height=height, sharey=True)
     for axis, (title, history) in zip(axes[0], histories.items(), strict=True):
         axis.set_yscale("log")
@@ -129,17 +136,17 @@ def _each(histories: dict[str, History], draw: Callable[[Any, str, History], Non
 
 
 def curve_in_training(histories: dict[str, History], curve: Curve) -> str:
-    """A method's curve over each training that logged it: its mean, and each of 8 noise levels."""
+    """A panel for each training that logged the curve, or for each of `histories` if none did: its mean, and its 8 noise levels."""
     import matplotlib as mpl
 
     levels = mpl.colormaps["viridis"]
-    own = {title: history for title, history in histories.items() if any(curve.metric in m for _, m in history)}
-    first, last = next(iter(own), ""), next(reversed(own), "")
+    with_curve = {title: history for title, history in histories.items() if any(curve.metric in m for _, m in history)}
+    first, last = next(iter(with_curve), ""), next(reversed(with_curve), "")
 
     def draw(axis: Any, title: str, history: History) -> None:
         for level in range(8) if curve.by_level else ():
-            logged = f"{curve.metric}/level{level}"
-            points = [(n / 1e3, m[logged]) for n, m in history if logged in m]
+            metric = f"{curve.metric}/level{level}"
+            points = [(n / 1e3, m[metric]) for n, m in history if metric in m]
             if points:
                 name = ("logsnr < -6", *(f"{-6 + 2 * i} to {-4 + 2 * i}" for i in range(6)), "logsnr > 6")[level]
                 axis.plot(*zip(*points, strict=True), color=levels(level / 7.5), linewidth=1, alpha=0.8, label=name)
@@ -153,11 +160,13 @@ def curve_in_training(histories: dict[str, History], curve: Curve) -> str:
         if title == last and axis.lines:
             axis.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1))
 
-    return _each(own or histories, draw, 3.2)
+    return _panels(with_curve or histories, draw, 3.2)
 
 
 def distance_in_training(histories: dict[str, History], teacher: float, most: int) -> str:
-    """The measured distance over training; the kept weights are those at its lowest point."""
+    """A panel for each training: the distance of the student as training goes on, a ring at its lowest point, and the distance of
+    the teacher with its `most` steps.
+    """
 
     def draw(axis: Any, title: str, history: History) -> None:
         points = [(n / 1e3, m["score"]) for n, m in history if "score" in m]
@@ -165,54 +174,43 @@ def distance_in_training(histories: dict[str, History], teacher: float, most: in
             axis.plot(*zip(*points, strict=True), color=STUDENT, linewidth=2, marker="D", markersize=4)
             best = min(points, key=lambda p: p[1])
             axis.plot(*best, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
-        axis.axhline(teacher, color=TEACHER, linewidth=1.2)
-        axis.annotate(
-            f"teacher, {most} steps",
-            (0.98, teacher),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            color=TEACHER,
-            fontsize=8.5,
-        )
+        _level(axis, teacher, f"teacher, {most} steps", TEACHER, linewidth=1.2)
         if title == next(iter(histories)):
             axis.set_ylabel("Frechet distance")
 
-    return _each(histories, draw, 2.8)
+    return _panels(histories, draw, 2.8)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """A training against the clock: (images, ms since 1970) of its metrics, and its events."""
+    """The course of a training in time: `points` are (images, ms since 1970) of its metrics, and `events` those of events.py."""
 
     points: list[tuple[int, int]]
     events: list[dict[str, Any]]
 
     def stretches(self) -> Iterator[tuple[dict[str, Any], list[tuple[int, int]], dict[str, Any] | None]]:
-        """From one "begun" to the next: the first, what was reached when, and the second."""
+        """For each "begun" event: the event, the points from there on, and the next "begun" event, if there is one."""
         begun = [row for row in self.events if row["event"] == "begun"]
         for row, after in zip(begun, [*begun[1:], None], strict=True):
+            end = after["time"] if after else math.inf
             path = [(row["n_images"], row["time"])]
-            for n_images, moment in sorted(self.points):
-                if n_images > row["n_images"] and moment > row["time"] and (after is None or moment < after["time"]):
-                    path.append((n_images, moment))
+            path += [(n, time) for n, time in sorted(self.points) if n > row["n_images"] and row["time"] < time < end]
             if after and after["reached"] > path[-1][0]:
                 path.append((after["reached"], int(after["time"] - 1000 * after["away"])))
             yield row, path, after
 
 
 def timeline(timelines: dict[str, Timeline]) -> str:
-    """Images trained on against time, of each training: its checkpoints, what was lost, and how many workers went on."""
+    """A panel for each training: images seen against time, with the checkpoints, the losses and the number of workers."""
     figure, axes = blank(len(timelines), width=10.4, height=3.6)
-    for axis, (name, one) in zip(axes[0], timelines.items(), strict=True):
-        since = one.events[0]["time"]
+    for axis, (name, course) in zip(axes[0], timelines.items(), strict=True):
+        since = course.events[0]["time"]
 
-        def drawn(path: list[tuple[int, int]], since: int = since, axis: Any = axis, **style: Any) -> None:
+        def draw(path: list[tuple[int, int]], since: int = since, axis: Any = axis, **style: Any) -> None:
             axis.plot([(t - since) / 60e3 for _, t in path], [n / 1e3 for n, _ in path], **style)
 
-        for row, path, after in one.stretches():
-            drawn(path, color=TEACHER, linewidth=2, zorder=3)
+        for row, path, after in course.stretches():
+            draw(path, color=TEACHER, linewidth=2, zorder=3)
             axis.annotate(
                 f"{row['workers']} worker{'s' * (row['workers'] > 1)}",
                 ((row["time"] - since) / 60e3, row["n_images"] / 1e3),
@@ -223,12 +221,14 @@ def timeline(timelines: dict[str, Timeline]) -> str:
             )
             if after:
                 gap = [path[-1], (after["n_images"], after["time"])]
-                drawn(gap, color=STUDENT, linestyle=(0, (2, 2)), linewidth=1.4, zorder=2)
-                drawn(gap[:1], color=STUDENT, marker="x", markersize=9, markeredgewidth=2.2, zorder=5)
-        kept = [(row["n_images"], row["time"]) for row in one.events if row["event"] == "checkpoint"]
-        drawn(kept, color=TEACHER, linestyle="none", marker="o", markersize=4.5, markerfacecolor="white", zorder=4)
+                draw(gap, color=STUDENT, linestyle=(0, (2, 2)), linewidth=1.4, zorder=2)
+                draw(gap[:1], color=STUDENT, marker="x", markersize=9, markeredgewidth=2.2, zorder=5)
+        checkpoints = [(row["n_images"], row["time"]) for row in course.events if row["event"] == "checkpoint"]
+        draw(
+            checkpoints, color=TEACHER, linestyle="none", marker="o", markersize=4.5, markerfacecolor="white", zorder=4
+        )
         axis.set_title(name)
         axis.set_xlabel("minutes since it began")
-        axis.margins(y=0.12)  # for what stands below a beginning
+        axis.margins(y=0.12)  # room for the numbers of workers
     axes[0, 0].set_ylabel("images seen, thousands")
     return svg(figure)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
@@ -121,12 +122,7 @@ class Screen:
             (0, SpinnerColumn(finished_text="[green]✓[/]", table_column=Column(no_wrap=True))),
             (0, TextColumn("[bold]{task.description}")),
             (NARROW, BarColumn(bar_width=12, table_column=Column(no_wrap=True))),
-            (
-                0,
-                TextColumn("{task.percentage:>3.0f} %")
-                if self.console.width < NARROW
-                else TextColumn("{task.fields[count]}"),
-            ),
+            (0, TextColumn("{task.percentage:>3.0f} %" if self.console.width < NARROW else "{task.fields[count]}")),
             (NARROW // 2, TimeElapsedColumn(table_column=Column(no_wrap=True))),
             (NARROW, TextColumn("[cyan]{task.fields[left]}")),
             (NARROW, _Detail("[dim]{task.fields[detail]}", table_column=Column(no_wrap=False))),
@@ -149,14 +145,9 @@ class Screen:
         with self.progress:
             yield self
 
-    @contextmanager
-    def status(self, text: str) -> Iterator[None]:
+    def status(self, text: str) -> AbstractContextManager[Any]:
         """Shows a short text while the block runs. Does nothing without a terminal."""
-        if self.quiet:
-            yield
-            return
-        with self.console.status(text):
-            yield
+        return nullcontext() if self.quiet else self.console.status(text)
 
     def bar(self, name: str, total: float, *, unit: str = "", start_at: float = 0) -> Bar:
         """Adds a bar; call it within `bars`. `start_at`: the amount that an earlier run had done."""

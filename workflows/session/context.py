@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ from workflows.training.mailbox import Monitor
 
 @dataclass
 class Done:
-    """A finished stage: its outputs (in `folder` here, at `uri` for others), its result, its tracking run, and whether it was
-    reused.
+    """A finished stage. Its outputs are in `folder` on this machine, and at `uri` for other machines. `reused`: an earlier run had
+    finished it.
     """
 
     name: str
@@ -41,6 +42,11 @@ class Done:
         """The hash of the stage's outputs, which enters the keys of later stages."""
         return str(self.result["identity"])
 
+    @property
+    def model_description(self) -> dict[str, Any]:
+        """The content of the model.json of the stage's model."""
+        return dict(json.loads((self.folder / "model" / "model.json").read_text()))
+
     def at(self, name: str) -> str:
         """The URI at which workers find a file or folder of the stage."""
         return join(self.uri, name)
@@ -48,6 +54,10 @@ class Done:
 
 @dataclass
 class Context:
+    """What a run gives its stages. `resources` are those that the cluster has or may get. `force` names the stages to run again.
+    `listeners` take the rows that workers send, by the name of the training.
+    """
+
     config: RunConfig
     workspace: Workspace
     screen: Screen
@@ -72,7 +82,9 @@ class Context:
             raise self.tracker.unreachable()
 
     def tick(self) -> None:
-        """Handles what the workers sent. Raises UserError if another run has taken the workspace, or from a listener."""
+        """Passes what the workers sent to the listeners and the screen. Raises UserError if another run has taken the workspace, or
+        if a listener raised one.
+        """
         self.workspace.check_held()
         rows, notes = self.monitor.drain()
         for text in notes:
@@ -89,13 +101,15 @@ class Context:
 
 
 def settle(tracker: Tracker, screen: Screen, seconds: float) -> bool:
-    """Waits up to `seconds` until everything logged is delivered, with a progress bar after a second. Returns whether it is."""
+    """Waits up to `seconds` until everything logged is delivered, with a progress bar after the first second. Returns whether it is
+    delivered.
+    """
     if seconds <= 0 or tracker.settle(min(1.0, seconds)):
         return tracker.pending == 0
-    end, most = time.monotonic() + seconds - 1, tracker.pending
+    end, total = time.monotonic() + seconds - 1, tracker.pending
     with screen.bars():
-        bar = screen.bar("tracking", most, unit="entries")
+        bar = screen.bar("tracking", total, unit="entries")
         while (left := end - time.monotonic()) > 0 and not tracker.settle(min(0.5, left)):
             state = "the store does not answer" if tracker.away else "delivering"
-            bar.update(most - tracker.pending, f"{state}, waiting {left:.0f} s more")
+            bar.update(total - tracker.pending, f"{state}, waiting {left:.0f} s more")
     return tracker.pending == 0

@@ -1,9 +1,9 @@
-"""Opens a run: locks the workspace, opens the tracking store, starts Ray, and releases all of it at the end."""
+"""Opens a run: locks the workspace, opens the tracking store, starts Ray, and closes all of it at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shlex import quote
@@ -20,7 +20,7 @@ from workflows.errors import UserError
 from workflows.rendering.screen import Screen
 from workflows.session.context import Context, settle
 from workflows.session.options import A_WHILE, RunOptions, every_of, wait_of
-from workflows.session.placement import place, say_room
+from workflows.session.placement import place, suggest_workers
 from workflows.storage.code import git_commit
 from workflows.storage.uri import shown
 from workflows.storage.workspace import Workspace
@@ -38,27 +38,32 @@ def open_context(
     """
     check_environment()
     wait = wait_of(options)
-    resized_every()
+    resized_every()  # raises for an invalid value
     workspace = Workspace(options.workspace)
     with ExitStack() as stack:
         stack.enter_context(workspace.explained())
         stack.enter_context(workspace.lock())
         uri = address_of(options.tracking_uri, workspace.default_tracking_uri)
-        told = f"  tracking {shown(uri)}{origin(uri)}" if origin(uri) else ""
-        screen.line(
-            f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]workspace {escape(shown(workspace.uri) + told)}[/]"
-        )
-        opened = stack.enter_context(_tracked(config, options, screen, workspace, uri, kind, apart))
+        places = f"workspace {shown(workspace.uri)}" + (f"  tracking {shown(uri)}{origin(uri)}" if origin(uri) else "")
+        screen.line(f"[bold]mmdistill[/]  recipe [bold]{config.recipe}[/]  [dim]{escape(places)}[/]")
+
+        def open_store(closing: ExitStack) -> Opened:
+            tracker = closing.enter_context(open_tracker(workspace, uri, screen))
+            queued = tracker.pending
+            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
+            return queued, tracker, _parent_run(config, workspace, tracker, kind, pipeline), pipeline
+
+        opening = stack.enter_context(_tracked(open_store, options, screen))
         with screen.status("starting Ray and opening the tracking store"):
             resources = stack.enter_context(ray_session(say=lambda text: screen.line(f"  [dim]{escape(text)}[/]")))
             monitor = Monitor()
-            queued, tracker, parent, pipeline = opened()
+            queued, tracker, parent, pipeline = opening.result()
         if queued:
             screen.line(f"  tracking: delivering {queued} entries that an earlier run had queued")
             settle(tracker, screen, wait)
         stopping = stack.enter_context(listening())  # after Ray, which installs its own handler
         placement = place(config, options, resources, present())
-        say_room(options, placement, resources, screen)
+        suggest_workers(options, placement, resources, screen)
         fewest = max(placement.teacher_workers.fewest, placement.student_workers.fewest)
         require(resources, cpus=fewest, gpus=fewest if placement.use_gpu else 0)
         yield Context(
@@ -84,32 +89,18 @@ Opened = tuple[int, Tracker, str, str]
 
 @contextmanager
 def _tracked(
-    config: RunConfig,
-    options: RunOptions,
-    screen: Screen,
-    workspace: Workspace,
-    uri: str,
-    kind: str,
-    apart: tuple[Any, ...],
-) -> Iterator[Callable[[], Opened]]:
-    """Opens the tracking store in a thread while the block starts Ray, which takes as long. Yields a function that waits for the
-    store. At the end of the block the run gets its status, and is delivered.
+    open_store: Callable[[ExitStack], Opened], options: RunOptions, screen: Screen
+) -> Iterator[Future[Opened]]:
+    """Opens the tracking store in a thread while the block starts Ray, which takes as long. Yields the future. At the end of the
+    block the parent run gets its status, what is queued is delivered, and the store is closed.
     """
-    with ExitStack() as stack, ThreadPoolExecutor(1, thread_name_prefix="tracking") as thread:
-
-        def begin() -> Opened:
-            tracker = stack.enter_context(open_tracker(workspace, uri, screen))
-            queued = tracker.pending
-            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
-            return queued, tracker, _parent_run(config, workspace, tracker, kind, pipeline), pipeline
-
-        opening = thread.submit(begin)
+    with ExitStack() as closing, ThreadPoolExecutor(1, thread_name_prefix="tracking") as thread:
+        opening = thread.submit(open_store, closing)
         try:
-            yield opening.result
+            yield opening
         except BaseException as error:
             if opening.exception() is None:  # waits for it
-                _, tracker, parent, _ = opening.result()
-                _ended_by(error, tracker, parent, screen, options)
+                _end_failed(error, opening.result(), options, screen)
             raise
         _, tracker, parent, _ = opening.result()
         try:
@@ -117,6 +108,16 @@ def _tracked(
             settle(tracker, screen, wait_of(options))
         finally:
             say_what_is_queued(tracker, screen, options.workspace)
+
+
+def _end_failed(error: BaseException, opened: Opened, options: RunOptions, screen: Screen) -> None:
+    """Ends a run that failed. A store that does not answer must neither hide the error nor delay it for long."""
+    _, tracker, parent, _ = opened
+    with suppress(UserError):
+        tracker.end_run(parent, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    with suppress(UserError):
+        settle(tracker, screen, 0 if tracker.away else min(wait_of(options), A_WHILE))
+    say_what_is_queued(tracker, screen, options.workspace)
 
 
 @contextmanager
@@ -133,16 +134,8 @@ def open_tracker(workspace: Workspace, uri: str, screen: Screen) -> Iterator[Tra
         tracker.close()
 
 
-def _ended_by(error: BaseException, tracker: Tracker, run_id: str, screen: Screen, options: RunOptions) -> None:
-    """Marks a run that failed. A store that does not answer must neither hide the error nor delay it for long."""
-    with suppress(UserError):
-        tracker.end_run(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-    with suppress(UserError):
-        settle(tracker, screen, 0 if tracker.away else min(wait_of(options), A_WHILE))
-    say_what_is_queued(tracker, screen, options.workspace)
-
-
 def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) -> None:
+    """Tells the user how to deliver what the tracking store does not have yet, if anything is queued."""
     if tracker.pending:
         where = f" --workspace {quote(str(workspace))}" if str(workspace) != ".mmdistill" else ""
         screen.line(
@@ -152,7 +145,7 @@ def say_what_is_queued(tracker: Tracker, screen: Screen, workspace: str | Path) 
 
 
 def _parent_run(config: RunConfig, workspace: Workspace, tracker: Tracker, kind: str, pipeline: str) -> str:
-    """The id of the stages' parent run in this store: resumed if this configuration has run before, else new."""
+    """The id of the stages' parent run in this store: the earlier run of this configuration, resumed, or a new one."""
     record = workspace.read_note(f"pipelines/{pipeline}.json") or {}
     if "run_id" in record and tracker.resume_run(run_id := str(record["run_id"])):
         return tracker.resolve(run_id)

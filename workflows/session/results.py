@@ -1,47 +1,40 @@
-"""The table of an evaluation: finds the row of a student, and the row of the teacher that it is compared with."""
+"""The table of an evaluation, with the rows that students and teacher are compared by."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Results:
-    """`rows` is the table of the evaluate stage. Students are compared with the teacher under its sampler `compared_by`."""
+    """`rows` is the whole table. `students` and `teachers` hold its plain rows by k, the teacher's under the sampler that students
+    are compared with.
+    """
 
-    rows: list[dict[str, Any]]
-    compared_by: str
+    rows: list[Row]
+    students: dict[int, Row]
+    teachers: dict[int, Row]
 
     @classmethod
     def of(cls, result: dict[str, Any]) -> Results:
         """From the result of the evaluate stage."""
-        return cls(result["rows"], result["compared_by"])
-
-    def student(self, k: int) -> dict[str, Any]:
-        return self._students()[k]
-
-    def teacher(self, k: int) -> dict[str, Any]:
-        return self._teachers()[k]
+        plain = [row for row in result["rows"] if row["plain"]]
+        teachers = [row for row in plain if row["who"] == "teacher" and row["sampler"] == result["compared_by"]]
+        return cls(
+            rows=result["rows"],
+            students={row["k"]: row for row in plain if row["who"] == "student"},
+            teachers={row["k"]: row for row in teachers},
+        )
 
     @property
-    def longest(self) -> dict[str, Any]:
+    def longest(self) -> Row:
         """The teacher's row with the most steps."""
-        rows = self._teachers()
-        return rows[max(rows)]
+        return self.teachers[max(self.teachers)]
 
     @property
-    def best_of_teacher(self) -> dict[str, Any]:
+    def best_of_teacher(self) -> Row:
         """The teacher's row with the lowest distance, under any sampler."""
         return min((row for row in self.rows if row["who"] == "teacher"), key=lambda row: float(row["frechet"]["mean"]))
-
-    @property
-    def teacher_steps(self) -> list[int]:
-        return sorted(self._teachers())
-
-    def _students(self) -> dict[int, dict[str, Any]]:
-        return {row["k"]: row for row in self.rows if row["who"] == "student" and row["plain"]}
-
-    def _teachers(self) -> dict[int, dict[str, Any]]:
-        plain = (row for row in self.rows if row["who"] == "teacher" and row["plain"])
-        return {row["k"]: row for row in plain if row["sampler"] == self.compared_by}

@@ -1,10 +1,10 @@
-"""Runs a stage: tracks it, resumes it after an interruption, reuses it if its key is the same."""
+"""Runs a stage: tracks it, resumes it after an interruption, and reuses a finished one with the same key."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from rich.markup import escape
@@ -24,22 +24,22 @@ from workflows.tracking.tracker import now, own_id
 from workflows.training.events import AT, CAUSES, DOWN, EVENTS, FAILED, FATAL, Events
 
 EVERY_ROW = {"n_images", "step"}
-"""Every row of a training, and of prepare's classifier, has one of these metrics."""
+"""Every row of a training, and every row of the classifier that `prepare` trains, has one of these metrics."""
 
 
 class StageRun:
-    """A stage in progress: its folder, its tracking run, its metrics. Metrics go to disk first, then to tracking, each step once.
-
-    A row keeps the time of its measurement in the tracking store too, so a row that is sent twice is stored once.
+    """A stage in progress: its folder, its tracking run, its metrics. Metrics go to disk first, then to the tracking store, one row
+    for each step. A row has the time of its measurement, so a row that is sent twice is stored once.
     """
 
-    def __init__(self, context: Context, folder: StageFolder, config: dict[str, Any], began: bool) -> None:
+    def __init__(self, context: Context, folder: StageFolder, params: dict[str, Any], began: bool) -> None:
+        """`began`: whether an earlier run began the stage."""
         self.context, self.folder, self.path = context, folder, folder.path
-        self._since = time.monotonic()
         clocked = read_json(self.path / CLOCK) or {"seconds": 0.0}
-        self._spent, self._began = clocked["seconds"], clocked.get("began") or now()
-        self._waits: float | None = None
-        self.run_id = self._run(config)
+        self._since, self._seconds_before = time.monotonic(), clocked["seconds"]
+        self._began = clocked.get("began") or now()
+        self._without_workers_since: float | None = None
+        self.run_id = self._open_run(params)
         rows = read_timed_metrics(self.path)
         self._steps = {step for step, _, _ in rows}
         self.events = Events(self.path / EVENTS)
@@ -54,7 +54,7 @@ class StageRun:
         if not began:
             folder.keep(CLOCK)
 
-    def _run(self, config: dict[str, Any]) -> str:
+    def _open_run(self, params: dict[str, Any]) -> str:
         """The id of the stage's run in this tracking store: the earlier run, resumed, or a new one."""
         tracker, runs = self.context.tracker, (read_json(self.path / RUNS) or {})
         run_id = runs.get(tracker.uri)
@@ -72,21 +72,22 @@ class StageRun:
             run_id = tracker.start_run(self.folder.name, parent=self.context.parent_run, tags=tags, own=own)
             write_json(self.path / RUNS, runs | {tracker.uri: run_id})
             self.folder.keep(RUNS)
-        tracker.log_params(run_id, config)
+        tracker.log_params(run_id, params)
         return str(run_id)
 
     def begin(self) -> None:
         """Starts the clock: time in a queue does not count."""
-        self._since = self._waits = time.monotonic()
+        self._since = self._without_workers_since = time.monotonic()
 
-    def waits_for_workers(self) -> float:
+    @property
+    def seconds_without_workers(self) -> float:
         """Seconds that a training has been without workers; 0 while it has some."""
-        return time.monotonic() - self._waits if self._waits is not None else 0.0
+        return time.monotonic() - self._without_workers_since if self._without_workers_since is not None else 0.0
 
     @property
     def seconds(self) -> float:
         """Seconds spent on this stage, earlier interrupted runs included."""
-        return float(self._spent + time.monotonic() - self._since)
+        return float(self._seconds_before + time.monotonic() - self._since)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Logs a step, unless it was logged before, here or on another machine: a resumed training replays some steps. The entry
@@ -103,14 +104,14 @@ class StageRun:
         if time.monotonic() - self._flushed > 3:
             self.flush()
 
-    def happened(self, row: dict[str, Any]) -> dict[str, Any] | None:
+    def record_event(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """Records an event of the training, and uploads it if another machine needs it. Returns the event as recorded, or None if
         it is not an event or repeats the last one.
         """
         if row["event"] in (DOWN, *FAILED):
-            self._waits = self._waits or time.monotonic()
+            self._without_workers_since = self._without_workers_since or time.monotonic()
         elif row["event"] == "begun":
-            self._waits = None
+            self._without_workers_since = None
         if row["event"] == DOWN or self.events.repeated(row):
             return None
         row = self.events.take(row)
@@ -124,14 +125,14 @@ class StageRun:
         beginning, so an interrupted stage that measures them again stores them once.
         """
         jsonl.append(self.path / FIGURES, {"step": step} | metrics)
-        self._log_at(step, metrics)
+        self._send_figures(step, metrics)
 
-    def log_figures(self) -> None:
-        """Sends what `log_at` was given to a tracking store that lacks it."""
+    def send_figures_again(self) -> None:
+        """Sends what `log_at` logged to a tracking store that lacks it."""
         for row in jsonl.read(self.path / FIGURES):
-            self._log_at(int(row.pop("step")), row)
+            self._send_figures(int(row.pop("step")), row)
 
-    def _log_at(self, step: int, metrics: dict[str, float]) -> None:
+    def _send_figures(self, step: int, metrics: dict[str, float]) -> None:
         self.context.tracker.log_metrics(self.run_id, [(step, metrics)], times=[self._began])
 
     def _send(self, rows: list[TimedRow]) -> None:
@@ -140,7 +141,7 @@ class StageRun:
             self.context.tracker.log_metrics(self.run_id, [(step, row) for step, row, _ in rows], times=times)
 
     def flush(self) -> None:
-        """Writes the time spent. The metrics are in the outbox already."""
+        """Writes the time spent. The metrics are on disk already."""
         self._flushed = time.monotonic()
         write_json(self.path / CLOCK, {"seconds": self.seconds, "began": self._began})
 
@@ -150,27 +151,19 @@ class StageRun:
         seconds = self.seconds
         # Before the folder is finished: a finished stage is not run again, so a kill in between must leave both to be repeated.
         self.context.tracker.end_run(self.run_id, status)
-        self.folder.finish(result | {"seconds": seconds, "files": files_of(self.path, skip=_recorded)})
-        summary = result.get("summary", "")
-        self.context.screen.line(
-            f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{escape(summary)}[/]"
-        )
+        self.folder.finish(result | {"seconds": seconds, "files": files_of(self.path, skip=_is_unhashed)})
+        summary = escape(result.get("summary", ""))
+        self.context.screen.line(f"[green]✓[/] [bold]{self.folder.name}[/]  {clock(seconds)}  [dim]{summary}[/]")
         return Done(self.folder.name, self.path, self.folder.uri, result, self.run_id, seconds, reused=False)
 
-    @contextmanager
-    def guarded(self) -> Iterator[None]:
-        """On an error inside, logs the metrics and the run's end to the tracking store, and raises the error again."""
-        try:
-            yield
-        except BaseException as error:
-            self.abandon(error)
-            raise
-
     def abandon(self, error: BaseException) -> None:
-        """Ends the stage unfinished: writes the time spent, and marks the run as killed or failed."""
-        status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
-        _quietly(self.flush)
-        _quietly(lambda: self.context.tracker.end_run(self.run_id, status))
+        """Ends the stage unfinished: writes the time spent, and marks the run as killed or failed. Raises nothing, as `error` is
+        being raised.
+        """
+        with suppress(Exception):
+            self.flush()
+        with suppress(Exception):
+            self.context.tracker.end_run(self.run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
 
 
 def open_stage(
@@ -178,34 +171,36 @@ def open_stage(
     name: str,
     *,
     depends: dict[str, Any],
-    config: dict[str, Any],
-    lacks: Callable[[dict[str, Any]], str | None] = lambda result: None,
+    params: dict[str, Any],
+    missing: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Done | StageRun:
     """The finished stage with these dependencies, or a new run of it.
 
-    `depends` makes the key. `config` is shown as the run's parameters. `lacks` takes the result and names an output outside the
-    folder that is gone, or returns None; the stage is run again if one is. Raises UserError if files of the stage have changed.
+    `depends` makes the key. `params` are shown as the parameters of the tracking run. `missing` takes the result of a finished
+    stage and names an output outside the folder that is gone, or returns None. If an output is gone, the stage is run again.
+
+    Raises UserError if files of the stage have changed.
     """
     folder = context.workspace.stage(name, digest(depends))
     context.workspace.refer(context.pipeline, folder)
     if name in context.force or name.rsplit("-", 1)[0] in context.force:
         context.workspace.discard(folder)
     result = folder.result
-    if result is not None and (missing := lacks(result)):
-        context.screen.line(f"[yellow]![/] {name}: {escape(missing)}: it is done again")
+    if result is not None and missing and (why := missing(result)):
+        context.screen.line(f"[yellow]![/] {name}: {escape(why)}: the stage runs again")
         context.workspace.discard(folder)
         result = None
     if result is None:
         began = (folder.path / RUNS).exists()
         write_json(folder.path / "depends.json", depends)
         folder.keep("depends.json")
-        return StageRun(context, folder, config, began)
+        return StageRun(context, folder, params, began)
     check_files(folder, result)
-    known = (read_json(folder.path / RUNS) or {}).get(context.tracker.uri)
-    if known is not None and context.tracker.has(known) and not _lost(context, folder, known):
-        run_id = context.tracker.resolve(known)
+    run_id = (read_json(folder.path / RUNS) or {}).get(context.tracker.uri)
+    if run_id is not None and context.tracker.has(run_id) and not _lost(context, folder, run_id):
+        run_id = context.tracker.resolve(run_id)
     else:
-        run_id = _republish(context, folder, config, result)
+        run_id = _republish(context, folder, params, result)
     context.screen.line(f"[green]✓[/] [bold]{name}[/]  reused  [dim]{escape(result.get('summary', ''))}[/]")
     return Done(name, folder.path, folder.uri, result, run_id, float(result["seconds"]), reused=True)
 
@@ -215,21 +210,24 @@ def run_stage(
     name: str,
     *,
     depends: dict[str, Any],
-    config: dict[str, Any],
-    body: Callable[[StageRun], Any],
-    lacks: Callable[[dict[str, Any]], str | None] = lambda result: None,
+    params: dict[str, Any],
+    body: Callable[[StageRun], dict[str, Any]],
+    missing: Callable[[dict[str, Any]], str | None] | None = None,
 ) -> Done:
     """Calls `open_stage`, and `body` if the stage must run. `body` returns plain JSON with "identity", the hash of the outputs."""
-    opened = open_stage(context, name, depends=depends, config=config, lacks=lacks)
+    opened = open_stage(context, name, depends=depends, params=params, missing=missing)
     if isinstance(opened, Done):
         return opened
-    with opened.guarded():
+    try:
         return opened.finish(body(opened))
+    except BaseException as error:
+        opened.abandon(error)
+        raise
 
 
-def _recorded(name: str) -> bool:
-    """Whether a file is left out of the stage's hashes: records, which may be written after the stage is finished, and shards,
-    which have hashes in their manifest.
+def _is_unhashed(name: str) -> bool:
+    """Whether a file has no hash in the stage's result. Records may be written after the stage is finished, and shards have their
+    hashes in the manifest.
     """
     return name in (RESULT, RUNS, CLOCK, METRICS, EVENTS, "depends.json") or name.startswith("data/shards/")
 
@@ -261,10 +259,10 @@ def _lost(context: Context, folder: StageFolder, run_id: str) -> bool:
     return not context.tracker.away and any(step not in tracked for step, _, _ in rows)
 
 
-def _republish(context: Context, folder: StageFolder, config: dict[str, Any], result: dict[str, Any]) -> str:
+def _republish(context: Context, folder: StageFolder, params: dict[str, Any], result: dict[str, Any]) -> str:
     """Logs the missing metrics and the files of a finished stage to a tracking store that lacks them. Returns the run's id."""
-    run = StageRun(context, folder, config, began=True)
-    run.log_figures()
+    run = StageRun(context, folder, params, began=True)
+    run.send_figures_again()
     for name in result.get("artifacts", []):
         path = folder.path / name
         context.tracker.log_artifact(run.run_id, path, name if path.is_dir() else None)
@@ -274,47 +272,42 @@ def _republish(context: Context, folder: StageFolder, config: dict[str, Any], re
 
 def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], None]:
     """Returns a function that takes the rows of a training, logs them as metrics or events, and updates `bar`."""
-    distance: list[str] = []
-    latest = 0
+    latest, distance = 0, ""
+
+    def listen_to_event(row: dict[str, Any]) -> None:
+        event = run.record_event(row)
+        if event and (text := _event_text(event)):
+            run.context.screen.line(f"  {run.folder.name}: {text}")
+        if event and "cause" in event:
+            bar.update(event["n_images"], "resumed from its checkpoint")
+        if row["event"] in FAILED and FATAL.search(row["why"]):
+            raise training_failed(run.folder.path.name, row["why"])
 
     def listen(row: dict[str, Any]) -> None:
+        nonlocal latest, distance
         if "event" in row:
-            kept = run.happened(row)
-            if kept and (text := _told(kept)):
-                run.context.screen.line(f"  {run.folder.name}: {text}")
-            if kept and "cause" in kept:
-                bar.update(kept["n_images"], "resumed from its checkpoint")
-            if row["event"] in FAILED and FATAL.search(row["why"]):
-                raise training_failed(run.folder.path.name, row["why"])
+            listen_to_event(row)
             return
-        nonlocal latest
-        n, before, latest = row["n_images"], latest, max(latest, row["time"])
-        run.log(int(n), row)
-        if row["time"] <= before:
-            return  # repeated, from the checkpoint
+        run.log(int(row["n_images"]), row)
+        if row["time"] <= latest:
+            return  # a row from before the checkpoint that the training resumed from
+        latest = row["time"]
         if "score" in row:
-            distance[:] = [f"distance {row['score']:.3g} (best {row['best/score']:.3g})"]
+            distance = f"distance {row['score']:.3g} (best {row['best/score']:.3g})"
         losses = [f"{key.split('/')[1]} {value:.3g}" for key, value in row.items() if key.startswith("loss/")]
-        bar.update(n, "  ".join([f"{short(row['images_per_second'])} img/s", *distance, *losses]))
+        texts = [f"{short(row['images_per_second'])} img/s", distance, *losses]
+        bar.update(row["n_images"], "  ".join(filter(None, texts)))
 
     return listen
 
 
-def _told(row: dict[str, Any]) -> str:
-    """An event in words, or "" if the user need not hear of it."""
-    if row["event"] in FAILED:
-        return f"{CAUSES[row['event']]}: {escape(row['why'])}"
-    if "cause" not in row:
+def _event_text(event: dict[str, Any]) -> str:
+    """An event in words, or "" if it does not concern the user."""
+    if event["event"] in FAILED:
+        return f"{CAUSES[event['event']]}: {escape(event['why'])}"
+    if "cause" not in event:
         return ""
-    workers = f"{row['workers']} worker{'s' * (row['workers'] > 1)}"
-    again = f", {short(row['again'])} images again" if row["again"] else ""
-    away = f", {row['away']:.0f} s without training" if row["cause"] not in ("stopped", "driver") else ""
-    return f"goes on from {short(row['n_images'])} images with {workers} ({CAUSES[row['cause']]}{again}{away})"
-
-
-def _quietly(call: Callable[[], Any]) -> None:
-    """While an error is being raised, a second one must not hide it."""
-    try:
-        call()
-    except Exception:
-        return
+    workers = f"{event['workers']} worker{'s' * (event['workers'] > 1)}"
+    again = f", {short(event['again'])} images again" if event["again"] else ""
+    away = f", {event['away']:.0f} s without training" if event["cause"] not in ("stopped", "driver") else ""
+    return f"goes on from {short(event['n_images'])} images with {workers} ({CAUSES[event['cause']]}{again}{away})"

@@ -1,4 +1,4 @@
-"""distill: the rounds of the recipe's method, which end in a student for each k; several at once where they fit."""
+"""distill: trains the rounds of the recipe's method, which end in a student for each k. Rounds train together if there is room."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from workflows.session.context import Context, Done
 from workflows.session.stage import StageRun, open_stage
 from workflows.stages.teacher import (
     FITTED,
-    about,
-    data_of,
+    about_model,
+    common_fields,
     data_provenance,
     run_trainings,
     training_code,
@@ -39,7 +39,9 @@ VALIDATION = ("mmdistill_core.metrics.frechet", "mmdistill_core.samplers.labels"
 
 @dataclass(frozen=True)
 class Taught:
-    """A round's teacher: its folder here and for workers, its identity, and its model.json."""
+    """The teacher of a round. `folder` is its model folder on this machine, `at` that folder's URI for workers, `model` the content
+    of its model.json.
+    """
 
     folder: Path
     at: str
@@ -48,12 +50,11 @@ class Taught:
 
     @classmethod
     def of(cls, done: Done) -> Taught:
-        folder = done.folder / "model"
-        return cls(folder, done.at("model"), done.identity, json.loads((folder / "model.json").read_text()))
+        return cls(done.folder / "model", done.at("model"), done.identity, done.model_description)
 
     @property
     def networks(self) -> list[NetworkConfig]:
-        """The teacher's, and that of its students' start, if it is another."""
+        """The teacher's network, and the fitted network beside an exact teacher."""
         from mmdistill_core.networks.config import network_config
 
         fitted = read_json(self.folder.parent / FITTED / "model.json")
@@ -61,7 +62,7 @@ class Taught:
 
     @property
     def schedule(self) -> Schedule:
-        """Its students' too."""
+        """The schedule of the teacher and of its students."""
         from mmdistill_core.diffusion.schedules import schedule_from_dict
 
         return schedule_from_dict(self.model["schedule"])
@@ -69,103 +70,92 @@ class Taught:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What the rounds made: each by its name, those of few steps first, and the student of each k."""
+    """The finished rounds by name, those with few steps first, and the student of each k."""
 
     rounds: dict[str, Done]
     students: dict[int, Done]
 
 
 def distill(context: Context, prepared: Done, taught: Done) -> Distilled:
-    """Each round is a stage of its own, distill-NAME, finished and tracked as soon as it is trained. One that learns from another's
-    student, or starts from it, waits for that.
+    """Trains each round as a stage of its own, distill-NAME, which is finished and tracked as soon as it is trained. A round waits
+    for the rounds that give its teacher or its start.
     """
     rounds = rounds_of(context.config.distill, Taught.of(taught).schedule)
     done: dict[str, Done] = {}
     waiting = list(rounds)
     while waiting:
-        ready = [one for one in waiting if _needs(one) <= set(done)]
-        assert ready, [one.name for one in waiting]
-        waiting = [one for one in waiting if one not in ready]
-        _distill(context, prepared, taught, ready, done)
-    students = {k: done[one.name] for one in rounds for k in one.ks}
-    in_order = sorted(rounds, key=lambda one: (one.ks or (one.settings_of or 0,), len(one.ks)))
-    return Distilled({one.name: done[one.name] for one in in_order}, dict(sorted(students.items())))
+        ready = [r for r in waiting if {*r.starts.values(), *filter(None, [r.teacher])} <= done.keys()]
+        assert ready, [r.name for r in waiting]
+        waiting = [r for r in waiting if r not in ready]
+        _train_together(context, prepared, taught, ready, done)
+    students = {k: done[r.name] for r in rounds for k in r.ks}
+    in_order = sorted(rounds, key=lambda r: (r.ks or (r.settings_of or 0,), len(r.ks)))
+    return Distilled({r.name: done[r.name] for r in in_order}, dict(sorted(students.items())))
 
 
-def _needs(one: Round) -> set[str]:
-    return {*one.starts.values(), *([one.teacher] if one.teacher else [])}
-
-
-def _distill(context: Context, prepared: Done, taught: Done, rounds: list[Round], done: dict[str, Done]) -> None:
-    """These rounds, together; the finished ones go to `done`."""
-    config, runs = context.config, list[tuple[str, Job, StageRun]]()
-    sections = {one.name: config.distill.for_round(one) for one in rounds}
+def _train_together(context: Context, prepared: Done, taught: Done, rounds: list[Round], done: dict[str, Done]) -> None:
+    """Trains those of the rounds that are not finished yet. Adds all of them to `done`."""
+    config, trainings = context.config, list[tuple[Job, StageRun]]()
+    sections = {r.name: config.distill.for_round(r) for r in rounds}
     # The longest first, so that the last ones to end are short.
-    for one in sorted(rounds, key=lambda one: -sections[one.name].images):
-        own, by = sections[one.name], Taught.of(done[one.teacher] if one.teacher else taught)
-        begins = {role: done[name] for role, name in one.starts.items()}
-        depends = {"seed": config.seed} | round_depends(config, own, one, prepared, by, begins)
-        shown = {"k": ", ".join(map(str, one.ks)), "distill": own.model_dump(exclude={"k", "overrides"})}
-        opened = open_stage(context, f"distill-{one.name}", depends=depends, config=shown)
+    for round_ in sorted(rounds, key=lambda r: -sections[r.name].images):
+        section, teacher = sections[round_.name], Taught.of(done[round_.teacher] if round_.teacher else taught)
+        start_from = {role: done[name] for role, name in round_.starts.items()}
+        opened = open_stage(
+            context,
+            f"distill-{round_.name}",
+            depends={"seed": config.seed} | round_depends(config, section, round_, prepared, teacher, start_from),
+            params={"k": ", ".join(map(str, round_.ks)), "distill": section.model_dump(exclude={"k", "overrides"})},
+        )
         if isinstance(opened, Done):
-            done[one.name] = opened
+            done[round_.name] = opened
             continue
         job = job_of(
             config,
-            own,
-            one,
+            section,
+            round_,
             prepared=prepared,
-            taught=by,
-            seed=seed_of(config, one),
-            name=f"distill-{one.name}-{opened.folder.key}",
+            taught=teacher,
+            seed=seed_of(config, round_),
+            name=f"distill-{round_.name}-{opened.folder.key}",
             output=opened.folder.at("model"),
             storage=context.workspace.training_storage,
-            starts=starts(one.method, taught) | {role: start.at("model") for role, start in begins.items()},
+            starts=fitted_starts(round_.method, taught) | {role: s.at("model") for role, s in start_from.items()},
         )
-        runs.append((one.name, job, opened))
-    if runs:
-        _train(context, runs, done)
+        trainings.append((job, opened))
+    if not trainings:
+        return
+
+    def finish(run: StageRun) -> None:
+        run.folder.collect("model")
+        done[run.folder.name.removeprefix("distill-")] = run.finish(training_result(run, _summary(run)))
+
+    at_once, workers = context.placement.at_once, context.placement.student_workers
+    try:
+        run_trainings(context, trainings, at_once=at_once, workers=workers, finish=finish)
+    except BaseException as error:
+        for _, run in trainings:
+            if run.folder.result is None:
+                run.abandon(error)
+        raise
 
 
 def round_depends(
-    config: RunConfig, own: Distill, one: Round, prepared: Done, taught: Taught, begins: Mapping[str, Done]
+    config: RunConfig, section: Distill, round_: Round, prepared: Done, taught: Taught, start_from: Mapping[str, Done]
 ) -> dict[str, Any]:
-    """What a round's result follows from, beside its seed. `begins`: role -> the student that it starts from."""
+    """What the result of a round depends on, apart from its seed. `start_from`: role -> the student that it starts from."""
     return {
         "prepare": prepared.identity,
         "window": window_of(config, prepared.result),
         "extractor": prepared.result["extractor"],
         "teacher": taught.identity,
-        "starts": {role: start.identity for role, start in begins.items()},
-        "given": own.given,
-        "round": [one.name, list(one.ks)],
-        "distill": own.model_dump(exclude={"k", "overrides", "warm_start", "given"}),
+        "starts": {role: start.identity for role, start in start_from.items()},
+        "given": section.given,
+        "round": [round_.name, list(round_.ks)],
+        "distill": section.model_dump(exclude={"k", "overrides", "warm_start", "given"}),
         "precision": config.compute.precision,
-        "code": training_code(own.method, *CODE, networks=taught.networks, modules=VALIDATION),
+        "code": training_code(section.method, *CODE, networks=taught.networks, modules=VALIDATION),
     }
-
-
-def _train(context: Context, runs: list[tuple[str, Job, StageRun]], done: dict[str, Done]) -> None:
-    def finish(i: int) -> None:
-        name, _, run = runs[i]
-        run.folder.collect("model")
-        done[name] = run.finish(training_result(run, _summary(run)))
-
-    unfinished = [run for name, _, run in runs if name not in done]
-    with context.screen.bars():
-        try:
-            run_trainings(
-                context,
-                [(job, run) for _, job, run in runs],
-                at_once=context.placement.at_once,
-                workers=context.placement.student_workers,
-                done=finish,
-            )
-        except BaseException as error:
-            for run in unfinished:
-                if run.folder.result is None:
-                    run.abandon(error)
-            raise
 
 
 def _summary(run: StageRun) -> str:
@@ -175,15 +165,15 @@ def _summary(run: StageRun) -> str:
     return f"{provenance['images']:,} images, best distance {provenance['best_score']:.3g} at {provenance['best_images']:,}"
 
 
-def seed_of(config: RunConfig, one: Round) -> int:
-    """Of a student of one k, k after the recipe's; of any other round, by its name."""
-    return config.seed + (one.ks[0] if len(one.ks) == 1 else zlib.crc32(one.name.encode()) % 10**6)
+def seed_of(config: RunConfig, round_: Round) -> int:
+    """The recipe's seed, plus k for a round with one k, or plus a hash of the name for any other round."""
+    return config.seed + (round_.ks[0] if len(round_.ks) == 1 else zlib.crc32(round_.name.encode()) % 10**6)
 
 
 def job_of(
     config: RunConfig,
-    own: Distill,
-    one: Round,
+    section: Distill,
+    round_: Round,
     *,
     prepared: Done,
     taught: Taught,
@@ -193,85 +183,76 @@ def job_of(
     storage: str,
     starts: dict[str, str],
 ) -> Job:
-    """The training of a round: `own` is the distill section as it holds for it, `starts` the roles that begin as another model.
+    """The training of a round. `section` is the distill section as it holds for this round. `starts` gives the model folder of each
+    role that starts from another model.
 
     Raises UserError for a teacher that the method can't learn from.
     """
+    method = round_.method
     try:
-        one.method.check_teacher(about(taught.folder))
+        method.check_teacher(about_model(taught.folder))
     except ValueError as error:
         raise UserError(f"distill.{error}") from None
     validate = None
-    if own.validate_every and one.method.validate(one.ks):
+    if section.validate_every and method.validate(round_.ks):
         validate = {
             "extractor": prepared.at("extractor"),
             "reference": prepared.at(f"statistics/{config.data.trained}"),
-            "samples": own.validate_samples,
-            "every": own.validate_every,
+            "samples": section.validate_samples,
+            "every": section.validate_every,
         }
     return Job(
         name=name,
         output=output,
         storage=storage,
-        data=data_of(prepared),
-        rows=config.data.trained,
-        window=window_of(config, prepared.result),
         seed=seed,
-        method=own.method,
-        arguments=arguments_of(one.method),
-        given=given_of(own, one.method, teacher=taught.at, extractor=prepared.at("extractor")),
+        arguments=arguments_of(method),
+        given=given_of(section, method, teacher=taught.at, extractor=prepared.at("extractor")),
         starts=starts,
         network=taught.model["network"],
         schedule=taught.model["schedule"],
         prediction=taught.model["prediction"],
-        options=optimiser_options(own, one.method),
-        micro_batch=own.micro_batch,
-        dropout=own.dropout,
-        images=own.images,
-        batch=own.batch,
-        compute=config.compute.model_dump(),
-        log_every=own.log_every,
-        checkpoint_every=own.checkpoint_every,
-        ks=one.ks or (one.method.k,),
-        ema_half_life_images=own.ema_half_life_images,
-        ema_ramp=own.ema_ramp,
+        options=optimiser_options(section, method),
+        dropout=section.dropout,
+        ks=round_.ks or (method.k,),
         validate=validate,
         provenance={
             "role": "student",
             "recipe": config.recipe,
-            "method": own.method,
-            "k": one.ks[0] if len(one.ks) == 1 else list(one.ks),
+            "method": section.method,
+            "k": round_.ks[0] if len(round_.ks) == 1 else list(round_.ks),
             "teacher": taught.identity,
             **data_provenance(prepared.result),
         },
+        **common_fields(config, section, prepared),
     )
 
 
 def arguments_of(method: Method) -> dict[str, Any]:
-    """The fields of a method, but its schedule."""
+    """The fields of a method, except its schedule."""
     return {f.name: getattr(method, f.name) for f in fields(method) if f.name != "schedule"}
 
 
-def given_of(own: Distill, method: Method, **known: str) -> dict[str, str]:
-    """name -> where it is, of what the method's roles are given: what is `known`, or a model that the recipe names.
+def given_of(section: Distill, method: Method, **known: str) -> dict[str, str]:
+    """The folder or URI of each model that the method's roles are given, by name: one of `known`, or one that the recipe names.
 
-    Raises UserError for one that is neither.
+    Raises UserError for a model that is neither.
     """
     from mmdistill_core.methods.base import Given
 
-    places = known | own.given
+    places = known | section.given
     names = [role.origin.name for role in method.roles if isinstance(role.origin, Given)]
     for name in names:
         if name not in places:
             raise UserError(
-                f"distill.given: {own.method} asks for a model {name!r}; name its folder or URI in distill.given.{name}"
+                f"distill.given: {section.method} asks for a model {name!r}; name its folder or URI in distill.given.{name}"
             )
     return {name: places[name] for name in names}
 
 
-def starts(method: Method, taught: Done) -> dict[str, str]:
-    """role -> model folder of those that would be trained as copies of an exact teacher, which has no weights to start from: beside
-    it lies a network that was fitted to the data.
+def fitted_starts(method: Method, taught: Done) -> dict[str, str]:
+    """The model folder of each trained role that would start as a copy of an exact teacher. Such a teacher has no weights, so the
+    role starts from the fitted network beside it. {} for any other teacher.
     """
     from mmdistill_core.methods.base import Copy, Given
 
@@ -285,11 +266,13 @@ def starts(method: Method, taught: Done) -> dict[str, str]:
     }
 
 
-def optimiser_options(own: Distill, method: Method) -> dict[str, dict[str, Any]]:
-    """Of each trained role: the recipe's, with what the method has for the role, and with what the recipe has for it."""
-    common = own.optimiser.model_dump()
+def optimiser_options(section: Distill, method: Method) -> dict[str, dict[str, Any]]:
+    """The optimiser's options for each trained role. The method's options for the role override the recipe's common ones, and the
+    recipe's for the role override both.
+    """
+    common = section.optimiser.model_dump()
     return {
-        role.name: merge(common | dict(role.optimiser), own.optimisers.get(role.name, {}))
+        role.name: merge(common | dict(role.optimiser), section.optimisers.get(role.name, {}))
         for role in method.roles
         if role.trained
     }

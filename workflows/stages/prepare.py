@@ -1,4 +1,4 @@
-"""prepare: images -> shards with a manifest, the extractor in whose features distances are measured, and reference statistics."""
+"""prepare: writes the images as shards with a manifest, makes the extractor of features, and builds the reference statistics."""
 
 from __future__ import annotations
 
@@ -61,31 +61,31 @@ CODE = (
 
 
 def prepare(context: Context) -> Done:
-    data, shown = context.config.data, {"data": context.config.data.model_dump()}
-    folder = data.source == "folder"
+    data = context.config.data
+    is_folder = data.source == "folder"
     depends = {
         "data": data.model_dump(exclude={"extractor_weights", "memory_gib", "window"}),
-        "listing": folder_fingerprint(data, context.workspace.uri) if folder else None,
+        "listing": folder_fingerprint(data, context.workspace.uri) if is_folder else None,
         "data set": digest(asdict(read_manifest(data_set(data)))) if data.source == "dataset" else None,
         "weights": sha256_of(data.extractor_weights) if data.extractor_weights else None,
         "near": context.config.evaluate.neighbour_samples,
         "seed": context.config.seed,
-        "code": code_version(*CODE, *(FOLDER_CODE if folder else ())),
+        "code": code_version(*CODE, *(FOLDER_CODE if is_folder else ())),
     }
-    return run_stage(context, "prepare", depends=depends, config=shown, body=_body)
+    return run_stage(context, "prepare", depends=depends, params={"data": data.model_dump()}, body=_prepare)
 
 
-def _body(run: StageRun) -> dict[str, Any]:
+def _prepare(run: StageRun) -> dict[str, Any]:
     from mmdistill_core.artifact import save_extractor
 
     config, source, placement = run.context.config.data, source_of(run.context.config.data), run.context.placement
     if not placement.use_gpu:
         workers, at_once = placement.teacher_workers, min(placement.at_once, len(run.context.config.distill.k))
         CREWS.expect(mailbox=run.context.monitor.actor, workers=workers, at_once=at_once)
-    root, manifest = _data(run, source)
+    root, manifest = _data_set(run, source)
+    held_out = manifest.held_out
     with run.context.screen.bars():
         extractor, accuracy = _extractor(run, root, manifest, source)
-        held_out = manifest.held_out
         provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy, "held_out": held_out}
         save_extractor(run.path / "extractor", extractor, provenance=provenance)
         about = about_of(manifest, extractor)
@@ -93,18 +93,18 @@ def _body(run: StageRun) -> dict[str, Any]:
         statistics = {which: _statistics(run, root, manifest, which, about) for which in sorted(rows)}
     write_manifest(run.path, manifest)
     run.context.tracker.log_artifact(run.run_id, run.path / MANIFEST)
-    own = [] if extractor.kind == "inception" else ["extractor"]  # the weights of inception are the user's file
-    for name in own:
-        run.context.tracker.log_artifact(run.run_id, run.path / name, name)
-    measured = (
-        f"classifier {accuracy:.1%} on {held_out} held-out images"
-        if accuracy is not None
-        else f"features of {extractor.kind}"
-    )
+    artifacts = [MANIFEST]
+    if extractor.kind != "inception":  # whose weights are the user's file
+        run.context.tracker.log_artifact(run.run_id, run.path / "extractor", "extractor")
+        artifacts.append("extractor")
+    measured = f"features of {extractor.kind}"
+    if accuracy is not None:
+        measured = f"classifier {accuracy:.1%} on {held_out} held-out images"
+    trained_rows = config.trained if config.trained == "all" else manifest.held_fingerprint
     return {
-        # Of what the images are, not of how their shards are called: prepared again, they leave the teacher as it is.
-        "identity": digest([manifest.fingerprint, manifest.num_classes, _seen(manifest, config.trained)], 16),
-        "artifacts": [MANIFEST, *own],
+        # A hash of the images, not of the names of their shards: if they are prepared again, the teacher is reused.
+        "identity": digest([manifest.fingerprint, manifest.num_classes, trained_rows], 16),
+        "artifacts": artifacts,
         "data": root if config.source == "dataset" else None,
         "bytes": manifest.in_memory(),
         "count": manifest.count,
@@ -120,8 +120,8 @@ def _body(run: StageRun) -> dict[str, Any]:
     }
 
 
-def _data(run: StageRun, source: Source) -> tuple[str, Manifest]:
-    """The data set: the one that the recipe names, or one written now."""
+def _data_set(run: StageRun, source: Source) -> tuple[str, Manifest]:
+    """The folder or URI of the data set, and its manifest. Writes the data set unless the recipe names one that exists."""
     config, root = run.context.config.data, run.folder.at("data")
     if config.source == "dataset":
         root = data_set(config)
@@ -144,16 +144,16 @@ def _data(run: StageRun, source: Source) -> tuple[str, Manifest]:
 
 @contextmanager
 def in_terms_of_the_recipe() -> Iterator[None]:
-    """The hints of `mmdistill prepare` name its options, which a recipe does not have."""
+    """Rewords errors of `mmdistill prepare`: their hints name its options, which a recipe does not have."""
     try:
         yield
     except UserError as error:
-        own = "data.num_classes=0: no classes; mmdistill prepare has more ways to read images"
-        raise UserError(f"data.path: {error}", hint=own if "--" in error.hint else error.hint) from error
+        hint = "data.num_classes=0: no classes; mmdistill prepare has more ways to read images"
+        raise UserError(f"data.path: {error}", hint=hint if "--" in error.hint else error.hint) from error
 
 
 def preparation_of(data: Data, dest: str) -> Preparation:
-    """How a folder of images becomes a data set."""
+    """The options with which a folder of images is made into a data set."""
     shape = source_of(data).shape
     return Preparation(
         str(checked(data.path)),
@@ -169,36 +169,33 @@ def preparation_of(data: Data, dest: str) -> Preparation:
 
 
 def folder_fingerprint(data: Data, dest: str) -> str:
-    """The fingerprint of a folder of images. Raises UserError if it has another number of classes than the recipe says."""
+    """The fingerprint of a folder of images. Raises UserError if the recipe gives another number of classes than the folder has."""
     with in_terms_of_the_recipe():
         listing = listing_of(preparation_of(data, dest))
-    found, classes = listing.classes, data.num_classes or 0
-    if len(found) != classes:
-        few = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
-        raise UserError(f"data.num_classes: {classes}, but {data.path} has {len(found)} folders with images: {few}")
+    names, classes = listing.classes, data.num_classes or 0
+    if len(names) != classes:
+        few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise UserError(f"data.num_classes: {classes}, but {data.path} has {len(names)} folders with images: {few}")
     return listing.fingerprint
 
 
-def _seen(manifest: Manifest, rows: str) -> str:
-    """Which of the rows trainings see."""
-    return rows if rows == "all" else manifest.held_fingerprint
-
-
 def _extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> tuple[Any, float | None]:
-    """The data set's own, if it has one of this kind, so that all runs on it measure in the same features; or one made now."""
+    """The extractor, and the accuracy of a classifier on held-out images. Takes the extractor stored with the data set if it is of
+    the recipe's kind, so that all runs on the data set measure in the same features. Makes one otherwise.
+    """
     config = run.context.config.data
     wanted = Wanted(config.extractor, config.extractor_weights, config.classifier_epochs, run.context.config.seed)
-    kept = manifest.statistics
-    if kept.get("extractor") == wanted.kind and wanted.weights is None:  # inception is the user's file
+    stored = manifest.statistics
+    if stored.get("extractor") == wanted.kind and wanted.weights is None:  # inception's weights are the user's file
         from mmdistill_core.artifact import NotAModel, load_extractor
 
         try:
             extractor = load_extractor(fetch(join(root, "extractor")))
         except (NotAModel, OSError) as error:
             raise UserError(f"{shown(root)}/extractor: {error}", hint=REPAIR) from error
-        if extractor.fingerprint() != kept["weights"]:
-            raise UserError(f"{shown(root)}/extractor: another one than the manifest names", hint=REPAIR)
-        return extractor, kept["accuracy"]
+        if extractor.fingerprint() != stored["weights"]:
+            raise UserError(f"{shown(root)}/extractor: not the extractor that the manifest names", hint=REPAIR)
+        return extractor, stored["accuracy"]
     exact = None
     if wanted.kind == "mixture" and source.exact is not None:
         from mmdistill_core.diffusion.schedules import Cosine
@@ -208,38 +205,40 @@ def _extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> 
 
     def tick(epoch: int, loss: float, accuracy: float | None) -> None:
         bars[:] = bars or [run.context.screen.bar("prepare", wanted.epochs, unit="epochs")]
-        known = {} if accuracy is None else {"classifier/accuracy": accuracy}
-        run.log(epoch, {"step": epoch, "classifier/loss": loss} | known)
+        held_out = {} if accuracy is None else {"classifier/accuracy": accuracy}
+        run.log(epoch, {"step": epoch, "classifier/loss": loss} | held_out)
         bars[0].update(epoch, f"classifier: {progress_text(loss, accuracy)}")
 
     return make_extractor(wanted, root, manifest, exact=exact, tick=tick)
 
 
 def _statistics(run: StageRun, root: str, manifest: Manifest, which: str, about: dict[str, Any]) -> dict[str, Any]:
-    """Builds and saves the statistics of these rows; gives their fingerprint and the hash of the files."""
-    most, folder, count = run.context.config.evaluate, run.path / "statistics" / which, manifest.rows(which)
-    if count <= most.neighbours + 1 or count < 4:
+    """Saves the statistics of the rows `which`: those stored with the data set if they fit, else new ones. Returns the fingerprint
+    and the hash of the files.
+    """
+    context, options = run.context, run.context.config.evaluate
+    folder, count = run.path / "statistics" / which, manifest.rows(which)
+    if count <= options.neighbours + 1 or count < 4:
         raise UserError(f"data.reference: {which} has {count} images, too few to measure against")
     fingerprint = about | {"rows": which, "count": count}
-    kept = kept_reference(root, manifest, which, near=most.neighbour_samples, fingerprint=fingerprint)
-    if kept:
-        reference = load_reference(kept)
+    stored = kept_reference(root, manifest, which, near=options.neighbour_samples, fingerprint=fingerprint)
+    if stored:
+        reference = load_reference(stored)
     else:
-        bar = run.context.screen.bar(f"statistics of {which}", count, unit="images")
-        if run.context.workspace.remote:
+        if context.workspace.remote:
             publish(run.path / "extractor", run.folder.at("extractor"))
         reference = build_reference(
             root,
             manifest,
             which,
             extractor=run.folder.at("extractor"),
-            near=most.neighbour_samples,
-            seed=run.context.config.seed,
+            near=options.neighbour_samples,
+            seed=context.config.seed,
             fingerprint=fingerprint,
-            cpus=int(run.context.resources.get("CPU", 1)),
-            task=run.context.placement.task,
-            device=run.context.placement.device,
-            tick=bar.update,
+            cpus=int(context.resources.get("CPU", 1)),
+            task=context.placement.task,
+            device=context.placement.device,
+            tick=context.screen.bar(f"statistics of {which}", count, unit="images").update,
         )
     save_reference(folder, reference)
     return {"fingerprint": reference.fingerprint, "identity": identity_of(folder / TENSORS, folder / ABOUT)}

@@ -1,4 +1,4 @@
-"""report: one HTML file, whole in itself, with the table, the plots, the samples, the costs and the lineage."""
+"""report: writes a self-contained HTML file with the table, the plots, the samples, the costs and the lineage."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from workflows.config.assembly import rounds_of, schedule_of
-from workflows.config.schema import RunConfig
 from workflows.config.values import digest
 from workflows.rendering import TEMPLATES
 from workflows.rendering.screen import Screen, clock, short, show_table
@@ -24,7 +23,7 @@ from workflows.storage.uri import shown
 from workflows.training.events import CAUSES, EVENTS, interruptions
 
 if TYPE_CHECKING:
-    from mmdistill_core.methods.base import Curve, Round
+    from mmdistill_core.methods.base import Round
     from workflows.rendering import plots
 
 CODE = (
@@ -36,7 +35,6 @@ CODE = (
     "workflows/registry/drawing.py",
     "workflows/training/events.py",
 )
-NO_COSTS = {"images": None, "forwards": None, "best_images": None}
 TITLES = {
     "frechet": "Frechet, features",
     "frechet_pixels": "Frechet, pixels",
@@ -66,12 +64,12 @@ def report(
         context,
         "report",
         depends=depends,
-        config={"recipe": context.config.recipe},
-        body=lambda run: _body(run, prepared, taught, distilled, measured, registered),
+        params={"recipe": context.config.recipe},
+        body=lambda run: _write(run, prepared, taught, distilled, measured, registered),
     )
 
 
-def _body(
+def _write(
     run: StageRun, prepared: Done, taught: Done, distilled: Distilled, measured: Done, registered: Done
 ) -> dict[str, Any]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -81,15 +79,15 @@ def _body(
     from workflows.registry.versions import Registry
     from workflows.rendering import plots
 
-    table, config = measured.result, run.context.config
+    config, tracker, table = run.context.config, run.context.tracker, measured.result
     results, ks, trainings = Results.of(table), sorted(distilled.students), [taught, *distilled.rounds.values()]
-    histories = {_title(one): read_metrics(distilled.rounds[one.name].folder) for one in _rounds(config, distilled)}
-    curves = _curves(config, distilled)
-    grids = {p.stem: _data_uri(p) for p in (measured.folder / "grids").glob("*.png")}
+    rounds = [r for r in rounds_of(config.distill, schedule_of(config)) if r.name in distilled.rounds]
+    rounds.sort(key=lambda r: (r.ks or (0,), r.name))
+    histories = {_title(r): read_metrics(distilled.rounds[r.name].folder) for r in rounds}
+    curves = {curve.metric: curve for r in rounds for curve in r.method.curves}.values()
     timelines = {done.name: _timeline(done) for done in trainings if done.result["interruptions"]["times"]}
+    registry, uris = Registry(tracker), [registered.result["teacher"], *registered.result["students"].values()]
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    registry, made = Registry(run.context.tracker), registered.result
-    lineage = lineage_of(registry, [registry.one(uri) for uri in (made["teacher"], *made["students"].values())])
     environment.filters |= {"short": short, "clock": clock}
     html = environment.get_template("report.html").render(
         recipe=config.recipe,
@@ -98,99 +96,48 @@ def _body(
         most=results.longest["k"],
         table=table,
         titles=TITLES,
-        features=_features(table, prepared.result["held_out"]),
-        reference=_reference(table),
-        pairs=_pairs(table),
         ks=ks,
-        shown={k: (results.teacher(k)["name"], results.student(k)["name"]) for k in ks},
+        shown={k: (results.teachers[k]["name"], results.students[k]["name"]) for k in ks},
         longest=results.longest["name"],
         distance_plot=plots.distance_against_steps(table),
         curve_plots=[(plots.curve_in_training(histories, curve), curve.explanation) for curve in curves],
         progress_plot=plots.distance_in_training(histories, results.longest["frechet"]["mean"], results.longest["k"]),
-        grids=grids,
+        grids={file.stem: _data_uri(file) for file in (measured.folder / "grids").glob("*.png")},
         costs=_costs(prepared, trainings, measured),
         causes=CAUSES,
         interrupted={name: (one.events, interruptions(one.events)) for name, one in timelines.items()},
         timeline=plots.timeline(timelines) if timelines else "",
-        lineage=lineage,
-        lineage_drawing=draw(lineage),
-        moved=made["moved"],
+        lineage_drawing=draw(lineage_of(registry, [registry.one(uri) for uri in uris])),
+        moved=registered.result["moved"],
         prepared=prepared.result,
         config_yaml=config.yaml(),
         parent_run=run.context.parent_run,
-        tracking=run.context.tracker.uri,
+        tracking=tracker.uri,
     )
     path = run.path / "report.html"
     path.write_text(html)
-    run.context.tracker.log_artifact(run.run_id, path)
+    tracker.log_artifact(run.run_id, path)
     return {"identity": identity_of(path), "artifacts": ["report.html"], "summary": "one HTML file"}
 
 
-def _rounds(config: RunConfig, distilled: Distilled) -> list[Round]:
-    """The rounds, those of few steps first."""
-    rounds = [one for one in rounds_of(config.distill, schedule_of(config)) if one.name in distilled.rounds]
-    return sorted(rounds, key=lambda one: (one.ks or (0,), one.name))
-
-
-def _title(one: Round) -> str:
-    return f"k = {', '.join(map(str, one.ks))}" if one.ks else one.name
-
-
-def _curves(config: RunConfig, distilled: Distilled) -> list[Curve]:
-    """What the methods of these rounds have to show of their trainings, each once."""
-    found = {curve.metric: curve for one in _rounds(config, distilled) for curve in one.method.curves}
-    return list(found.values())
+def _title(round_: Round) -> str:
+    return f"k = {', '.join(map(str, round_.ks))}" if round_.ks else round_.name
 
 
 def headline(results: Results, ks: list[int]) -> dict[str, Any]:
-    """The student of the lowest distance against the teacher's longest row, and each k against the teacher at the same k."""
-    distance = {k: results.student(k)["frechet"]["mean"] for k in ks}
+    """The figures at the top: the student with the lowest distance beside the teacher with the most steps, and the distance of each
+    student over the teacher's at the same k.
+    """
+    distance = {k: results.students[k]["frechet"]["mean"] for k in ks}
     longest, best = results.longest, min(ks, key=lambda k: distance[k])
     return {
         "k": best,
         "student": distance[best],
         "teacher": longest["frechet"]["mean"],
         "ratio": distance[best] / longest["frechet"]["mean"],
-        "fewer": longest["nfe"] / results.student(best)["nfe"],
-        "same_k": {k: distance[k] / results.teacher(k)["frechet"]["mean"] for k in ks},
+        "fewer": longest["nfe"] / results.students[best]["nfe"],
+        "same_k": {k: distance[k] / results.teachers[k]["frechet"]["mean"] for k in ks},
     }
-
-
-def _features(table: dict[str, Any], held_out: int) -> str:
-    """In words, what the distances are measured in."""
-    if table["features"] == "classifier":
-        accuracy = f"{100 * table['classifier_accuracy']:.1f} % accuracy on {held_out} held-out images"
-        return (
-            f"Features are those of a classifier with {accuracy}, each divided by its standard deviation on the data."
-        )
-    if table["features"] == "inception":
-        return (
-            f"Features are the 2,048 of the FID's Inception-v3, weights {table['reference']['fingerprint']['weights']}."
-        )
-    if table["features"] == "mixture":
-        return (
-            "Features are the posterior weights of the mixture's modes, and the offsets from their means times these."
-        )
-    return "Features are the images themselves."
-
-
-def _reference(table: dict[str, Any]) -> str:
-    about, folder = table["reference"]["fingerprint"], table["reference"]["folder"]
-    count = f"{table['reference_count']:,}"
-    if folder:
-        data = "the same data" if table["reference"]["own_data"] else f"other data ({about['data']})"
-        return f"The reference is {folder}: {count} images of {data}."
-    if about["rows"] == "holdout":
-        return f"The {count} images held out are the reference; neither the teacher nor a student was trained on them."
-    return f"All {count} images are the reference, and the training set."
-
-
-def _pairs(table: dict[str, Any]) -> str:
-    near, subsets = table["near"], table["kid_subsets"]
-    kid = f"{subsets} subsets of at most 1,000" if subsets else "all pairs"
-    score = f", Inception score in {table['inception_splits']} splits" if "inception_score" in table["measures"] else ""
-    counts = f"{near['samples']:,} samples and {near['reference']:,} images"
-    return f"Precision, recall and kernel distance are from {counts}, the last over {kid}{score}."
 
 
 def _timeline(done: Done) -> plots.Timeline:
@@ -205,53 +152,43 @@ def _data_uri(path: Path) -> str:
 
 
 def _costs(prepared: Done, trainings: list[Done], measured: Done) -> list[dict[str, Any]]:
-    costs: list[dict[str, Any]] = [{**NO_COSTS, "name": "prepare", "run": prepared.run_id, "seconds": prepared.seconds}]
-    for done in trainings:
-        costs.append(
-            {
-                "name": done.name,
-                "run": done.run_id,
-                "seconds": done.seconds,
-                "images": done.result["images"],
-                "forwards": done.result["forwards"],
-                "best_images": done.result.get("best_images"),
-            }
-        )
-    evaluations = sum(r["nfe"] for r in measured.result["rows"]) * measured.result["samples"] * measured.result["seeds"]
-    costs.append(
-        {**NO_COSTS, "name": "evaluate", "run": measured.run_id, "seconds": measured.seconds, "forwards": evaluations}
-    )
+    """The rows of the table of costs. `forwards` counts network evaluations."""
+    counts = ("images", "forwards", "best_images")
+    costs = [
+        {"name": done.name, "run": done.run_id, "seconds": done.seconds}
+        | {name: done.result.get(name) for name in counts}
+        for done in (prepared, *trainings, measured)
+    ]
+    table = measured.result
+    costs[-1]["forwards"] = sum(row["nfe"] for row in table["rows"]) * table["samples"] * table["seeds"]
     return costs
 
 
 def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, tracking_uri: str | None) -> None:
-    """The table, where the report is, and what to try next."""
+    """Shows the students' distances, the path of the report, and commands to go on with."""
     from rich.markup import escape
     from rich.table import Table
 
-    table, longest = Table(title=None, header_style="bold", title_justify="left"), summary["teacher_longest"]
-    for name, justify in (
-        ("steps", "right"),
-        ("student", "right"),
-        ("teacher,\nsame steps", "right"),
-        ("student /\nteacher", "right"),
-        (f"student / teacher\nat {longest['k']} steps", "right"),
-        ("trained\nin", "right"),
+    longest, best = summary["teacher_longest"], summary["teacher_best"]
+    table = Table(header_style="bold")
+    for header in (
+        "steps",
+        "student",
+        "teacher,\nsame steps",
+        "student /\nteacher",
+        f"student / teacher\nat {longest['k']} steps",
+        "trained\nin",
     ):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(header, justify="right", no_wrap=True)
     for s in summary["students"]:
-        same = s["frechet"] / s["teacher_frechet_same_k"]
         table.add_row(
             str(s["k"]),
             f"{s['frechet']:.3f}" + (f" ± {s['frechet_spread']:.3f}" if summary["seeds"] > 1 else ""),
             f"{s['teacher_frechet_same_k']:.3f}",
-            f"{same:.3f}",
+            f"{s['frechet'] / s['teacher_frechet_same_k']:.3f}",
             f"{s['frechet'] / longest['frechet']:.2f}",
             clock(s["seconds"]),
         )
-    where = f" --workspace {quote(str(workspace))}" if str(workspace) != ".mmdistill" else ""
-    store = f" --tracking-uri {quote(shown(tracking_uri))}" if tracking_uri else ""
-    champion = max(summary["students"], key=lambda s: s["k"])
     screen.line()
     show_table(screen.console, table)
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] > 1)}"
@@ -259,18 +196,18 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
         f"Frechet distance in {summary['features']} features, {summary['counts']}, {seeds}; teacher at {longest['k']} steps "
         f"{longest['frechet']:.3f}; half the data against the other half {summary['floor']:.3f}."
     )
-    best = summary["teacher_best"]
     screen.line(f"The teacher's best row: {best['frechet']:.3f}, {best['sampler']}, {best['k']} steps.")
     if stops := summary.get("interruptions"):
-        screen.line(
-            f"Went on {stops['times']} time{'s' * (stops['times'] > 1)} after an interruption: {short(stops['again'])} images "
-            f"trained again."
-        )
+        times = f"{stops['times']} time{'s' * (stops['times'] > 1)}"
+        screen.line(f"Went on {times} after an interruption: {short(stops['again'])} images trained again.")
     for text in summary["warnings"]:
         screen.line(f"[yellow]![/] {escape(text)}.")
     screen.line(f"Total {clock(summary['seconds'])}.  Report: [bold]{escape(summary['report'])}[/]")
     if summary["report_here"] != summary["report"]:
         screen.line(escape(f"  a copy is {summary['report_here']}"))
+    where = f" --workspace {quote(str(workspace))}" if str(workspace) != ".mmdistill" else ""
+    store = f" --tracking-uri {quote(shown(tracking_uri))}" if tracking_uri else ""
+    champion = max(summary["students"], key=lambda s: s["k"])
     screen.line("Next:")
     screen.line(escape(f"  mmdistill sample {quote(champion['model_uri'])} --n 64{where}{store}"))
     if summary["tracking"].startswith("http"):

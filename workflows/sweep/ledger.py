@@ -163,7 +163,7 @@ class Ledger:
         if trial.name in self.order:
             return _distance(self.rows.get(trial.name))
         shown = point | ({"start": start.name} if start else {})
-        opened = open_stage(self.context, trial.name, depends=self.depends(point, start), config=shown)
+        opened = open_stage(self.context, trial.name, depends=self.depends(point, start), params=shown)
         self.order.append(trial.name)
         if self.options.search == "tpe":
             self._note_begun(point)

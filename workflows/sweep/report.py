@@ -92,7 +92,7 @@ def _teacher(made: Registered | None) -> dict[int, float]:
     if made is None:
         return {}
     results = Results.of(made.measured.result)
-    return {k: results.teacher(k)["frechet"]["mean"] for k in results.teacher_steps}
+    return {k: row["frechet"]["mean"] for k, row in results.teachers.items()}
 
 
 def _lineage(ledger: Ledger, made: Registered | None) -> str:

@@ -26,7 +26,7 @@ from workflows.rendering.screen import Screen
 from workflows.session.context import Context, Done
 from workflows.session.opening import open_context
 from workflows.session.options import RunOptions
-from workflows.stages.teacher import data_of
+from workflows.stages.teacher import data_uri
 from workflows.storage.store import fetch
 from workflows.sweep.ledger import Ledger
 from workflows.sweep.options import SweepOptions
@@ -218,7 +218,7 @@ def _share(context: Context, prepared: Done, taught: Done, options: SweepOptions
             hint="prepare fewer of them (--limit), or raise data.memory_gib",
         )
     needs = method_of(config.distill, schedule_of(config)).needs
-    images = read_all(data_of(prepared), columns=[name for name in needs if name != "x"])
+    images = read_all(data_uri(prepared), columns=[name for name in needs if name != "x"])
     trained, reference = images.rows(config.data.trained), images.rows(config.data.reference)
     teacher = load_model(fetch(taught.at("model"))).denoiser
     return Shared(

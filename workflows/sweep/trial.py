@@ -75,7 +75,7 @@ def jobs_of_trial(shared: Shared, trial: Trial) -> list[tuple[Job, Taught]]:
     """The trainings of a trial, as in a run but with the point's seed. There is one (job, its teacher) for each round up to the
     student of k steps. A teacher from an earlier round may not exist yet.
     """
-    from workflows.stages.distill import job_of, starts
+    from workflows.stages.distill import fitted_starts, job_of
 
     config, taught = config_of(shared.config), Taught.of(shared.taught)
     own, seed = section(config, trial.k, trial.point), seed_of(config, trial.point)
@@ -88,7 +88,7 @@ def jobs_of_trial(shared: Shared, trial: Trial) -> list[tuple[Job, Taught]]:
         by = taught if one.teacher is None else replace(taught, at=join(trial.folder_of(one.teacher), "model"))
         job = job_of(config, own, one, prepared=shared.prepared, taught=by, seed=seed, name=trial.name,
                      output=trial.output if last else join(trial.folder_of(one.name), "model"),
-                     storage=trial.folder_of(one.name), starts=starts(one.method, shared.taught) | folders)  # fmt: skip
+                     storage=trial.folder_of(one.name), starts=fitted_starts(one.method, shared.taught) | folders)  # fmt: skip
         every = min(job.checkpoint_every, own.validate_every or job.checkpoint_every)
         jobs.append((replace(job, checkpoint_every=every, threads=max(1, int(shared.cpus))), by))
         if last:
@@ -247,7 +247,7 @@ def measured(config: RunConfig, job: Job, k: int, network: Any, shared: Shared, 
     from mmdistill_core.artifact import load_extractor
     from mmdistill_core.samplers.labels import data_labels
     from workflows.dataset.reference import check_reference, load_reference
-    from workflows.stages.evaluate import measure, sampled
+    from workflows.stages.evaluate import measure, sample_statistics
 
     options, model, prepared = config.evaluate, model_of(job, network), shared.prepared
     labels = tensor(ray.get(shared.data)[2])
@@ -256,7 +256,7 @@ def measured(config: RunConfig, job: Job, k: int, network: Any, shared: Shared, 
     values = []
     for seed in range(options.seeds):
         label = data_labels(labels, options.samples, config.seed, 3, seed)
-        fake = sampled(model, extractor, {}, k, label, seed, 0, options.neighbour_samples)
+        fake = sample_statistics(model, extractor, {}, k, label, seed, 0, options.neighbour_samples)
         values.append(measure(real, fake, label, options, seed))
     means = {name: statistics.mean(v[name] for v in values) for name in MEASURED if name in values[0]}
     return means | {"frechet_spread": statistics.pstdev(v["frechet"] for v in values)}

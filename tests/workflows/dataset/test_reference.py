@@ -28,7 +28,7 @@ from workflows.dataset.reference import (
 )
 from workflows.dataset.shards import Arrays, Rows, manifest_of, save_shard
 from workflows.errors import UserError
-from workflows.stages.evaluate import CHUNK, _against, chunk_of, measure, sampled
+from workflows.stages.evaluate import CHUNK, _comparison, measure, sample_statistics, samples_per_task
 
 ABOUT_PIXELS = {
     "data": "d", "resolution": [1, 4, 4], "preprocessing": "whole; none", "extractor": "pixels", "weights": "w",
@@ -155,9 +155,9 @@ def test_counts_that_differ_are_shown_and_a_singular_covariance_is_warned_of():
         rng = torch.Generator().manual_seed(0)
         features = torch.randn(count, dims, generator=rng)
         statistics = SimpleNamespace(features=moments(features), pixels=None, near=features, count=count)
-        run = SimpleNamespace(context=SimpleNamespace(config=load_config("digits", [f"evaluate.samples={samples}"])))
         about = Reference(statistics, ABOUT_PIXELS, {"frechet": 0.1})
-        return _against(run, about, SimpleNamespace(result={"fingerprint": "other"}))
+        config = load_config("digits", [f"evaluate.samples={samples}"])
+        return _comparison(config, about, SimpleNamespace(result={"fingerprint": "other"}))
 
     fine = against(10_000, 50_000)
     assert fine["counts"] == "10,000 samples against 50,000 images"
@@ -171,7 +171,7 @@ def test_counts_that_differ_are_shown_and_a_singular_covariance_is_warned_of():
 def test_a_task_draws_as_many_samples_as_its_moments_are_wide():
     def wide(*dims):
         parts = [SimpleNamespace(mean=torch.zeros(d)) for d in dims]
-        return chunk_of(SimpleNamespace(statistics=SimpleNamespace(features=parts[0], pixels=parts[1])))
+        return samples_per_task(SimpleNamespace(statistics=SimpleNamespace(features=parts[0], pixels=parts[1])))
 
     assert wide(32, 64) == CHUNK
     assert wide(2048, 3072) == 6 * CHUNK
@@ -210,7 +210,11 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
     options = config.evaluate.model_copy(update={"inception_splits": 2})
     label = torch.full((10,), -1)
     values = measure(
-        reference.statistics, sampled(Model(), extractor, {"sampler": "ddim"}, 1, label, 0, 0, 8), label, options, 0
+        reference.statistics,
+        sample_statistics(Model(), extractor, {"sampler": "ddim"}, 1, label, 0, 0, 8),
+        label,
+        options,
+        0,
     )
     assert values.keys() == {"frechet", "frechet_pixels", "kid", "precision", "recall", "inception_score"}
     assert values["inception_score"] >= 1

@@ -410,7 +410,7 @@ def test_an_extractor_that_is_not_the_manifests_is_refused(measured, classified,
     with pytest.raises(UserError, match="extractor: "):
         Runner(tmp_path / "runs")(data, until="prepare")
     shutil.copytree(measured[0] / "extractor", tmp_path / "set/extractor")
-    with pytest.raises(UserError, match="another one than the manifest names"):
+    with pytest.raises(UserError, match="not the extractor that the manifest names"):
         Runner(tmp_path / "runs")(data, until="prepare")
 
 

@@ -70,7 +70,7 @@ def test_students_keep_how_they_are_sampled(chosen):
 def test_the_report_explains_each_methods_curve(chosen):
     page = next((chosen[0].workspace / "stages").glob("report-*/report.html")).read_text()
     assert "the squared moments of Algorithm 3" in page
-    assert "how far the auxiliary is from the teacher" in page
+    assert "How far the auxiliary&#39;s prediction is from the teacher&#39;s" in page
 
 
 def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatch):

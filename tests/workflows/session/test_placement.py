@@ -9,7 +9,7 @@ from workflows.cluster.session import Workers
 from workflows.config.loading import load_config
 from workflows.rendering.screen import Screen
 from workflows.session.options import RunOptions
-from workflows.session.placement import place, say_room
+from workflows.session.placement import place, suggest_workers
 
 
 def placed(resources, there=None, recipe="digits", **options):
@@ -30,12 +30,12 @@ def test_nodes_that_may_come_are_not_asked_for(there, used):
     assert (found.teacher_workers, found.at_once, found.use_gpu) == (Workers(used, used), used, True)
     shown = io.StringIO()
     screen = Screen(Console(file=shown, width=200))
-    say_room(RunOptions("nowhere"), found, room, screen)
+    suggest_workers(RunOptions("nowhere"), found, room, screen)
     assert (
         f"workers: {used}, for the GPUs that are there now; the cluster may have 64: --workers {used}:64"
         in shown.getvalue()
     )
-    say_room(RunOptions("nowhere", workers="2:8"), placed(room, there, workers="2:8"), room, screen)
+    suggest_workers(RunOptions("nowhere", workers="2:8"), placed(room, there, workers="2:8"), room, screen)
     assert shown.getvalue().count("\n") == 1
 
 

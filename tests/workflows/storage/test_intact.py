@@ -52,7 +52,7 @@ def stage(context, made=None, **more):
             made.append(run)
         return {"identity": "i", "artifacts": ["model"]}
 
-    return run_stage(context, "teacher", depends={"a": 1}, config={"a": 1}, body=body, **more)
+    return run_stage(context, "teacher", depends={"a": 1}, params={"a": 1}, body=body, **more)
 
 
 def weights_of(done):
@@ -143,11 +143,11 @@ def test_a_stage_is_done_again_where_what_it_made_elsewhere_is_gone(tmp_path, tr
     made = []
     stage(context_in(tmp_path, tracker), made)
     context = context_in(tmp_path, tracker)
-    assert stage(context, made, lacks=lambda result: None).reused
-    assert not stage(context, made, lacks=lambda result: f"{result['identity']} is nowhere").reused
+    assert stage(context, made, missing=lambda result: None).reused
+    assert not stage(context, made, missing=lambda result: f"{result['identity']} is nowhere").reused
     assert len(made) == 2
-    assert "teacher: i is nowhere: it is done again" in context.screen.console.file.getvalue()
-    assert isinstance(open_stage(context, "teacher", depends={"a": 1}, config={}), Done)
+    assert "teacher: i is nowhere: the stage runs again" in context.screen.console.file.getvalue()
+    assert isinstance(open_stage(context, "teacher", depends={"a": 1}, params={}), Done)
 
 
 def test_the_first_damage_is_told_and_sizes_come_first(tmp_path):

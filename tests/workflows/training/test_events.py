@@ -99,7 +99,7 @@ def test_the_screen_tells_of_it_whatever_gloo_has_to_say(events):
     out = StringIO()
     screen = Screen(Console(file=out, width=200))
     run = SimpleNamespace(
-        happened=events.take,
+        record_event=events.take,
         log=lambda *_: None,
         folder=SimpleNamespace(name="teacher"),
         context=SimpleNamespace(screen=screen),
