@@ -37,15 +37,15 @@ def clock(seconds: float) -> str:
 
 def show_table(console: Console, table: Table) -> None:
     """Prints the table. On a terminal that is too narrow, prints a line for each cell instead, so that no figure is cut."""
-    unbound, gives = console.options.update(width=10_000), 0
+    unbound, foldable = console.options.update(width=10_000), 0  # foldable: characters by which cells can be narrowed
     for column in table.columns:
         sizes = [console.measure(cell, options=unbound) for cell in (column.header, *column.cells)]
         if column.no_wrap:
             column.min_width = max(size.maximum for size in sizes)
-        else:  # a long word, such as a path, is wrapped
+        else:  # a long word, such as a path, goes on in the next line
             column.overflow = "fold"
-            gives += max(0, max(size.minimum for size in sizes) - WORD)
-    if console.measure(table, options=unbound).minimum - gives <= console.width:
+            foldable += max(0, max(size.minimum for size in sizes) - WORD)
+    if console.measure(table, options=unbound).minimum - foldable <= console.width:
         console.print(table, soft_wrap=False)
         return
     columns = [(" ".join(str(column.header).split()), [str(cell) for cell in column.cells]) for column in table.columns]

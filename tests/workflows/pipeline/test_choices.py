@@ -1,4 +1,4 @@
-"""The paper's choices through the whole pipeline: guidance, told students, noise of the teacher, instant, warm starts."""
+"""The paper's options in the whole pipeline: guided students, a teacher with extra noise, the instant update, warm starts."""
 
 import json
 
@@ -13,7 +13,9 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory, ray_cluster):
-    """A teacher that can be guided; told students of 2 steps, by instant moment matching, and of 1 step, from the former."""
+    """A teacher that can be guided, and students conditioned on the guidance: one of 2 steps by instant moment matching, and one of
+    1 step that starts from it.
+    """
     runner = Runner(tmp_path_factory.mktemp("chosen"))
     summary = runner(
         "teacher.label_dropout=0.1",
@@ -74,7 +76,7 @@ def test_the_report_explains_each_methods_curve(chosen):
 
 
 def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatch):
-    """Each curve has panels of its own, with its mean and its levels; values below 0 are there."""
+    """Each curve has its own panels, with its mean, its noise levels, and values below 0."""
     from mmdistill_core.diffusion.schedules import Cosine
     from mmdistill_core.methods.moment_matching import MomentMatching
     from workflows.rendering import plots
@@ -97,7 +99,7 @@ def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatc
 
 
 def test_one_step_starts_from_two(chosen):
-    """Its run waited for the other's, and names it in what it depends on."""
+    """Its stage waits for the other, and depends on its result."""
     runner, _ = chosen
     stages = runner.workspace / "stages"
     depends = json.loads(next(stages.glob("distill-k1-*/depends.json")).read_text())
@@ -107,7 +109,7 @@ def test_one_step_starts_from_two(chosen):
 
 @pytest.mark.parametrize("missing", [True, False], ids=["missing", "of other weights"])
 def test_a_lambda_that_does_not_fit_is_a_line(chosen, tmp_path, missing):
-    """Before training starts, and naming what to do."""
+    """A one-line error before training starts."""
     import shutil
 
     from workflows.errors import UserError

@@ -1,4 +1,4 @@
-"""The live bars, as a terminal shows them."""
+"""Progress bars and tables, as terminals of any width show them."""
 
 import io
 

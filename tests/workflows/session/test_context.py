@@ -1,4 +1,4 @@
-"""A stage's metrics: a row is the same wherever it is logged, and half a row spoils no other."""
+"""A stage's metrics: a row that is logged on two machines is stored once, and a line that was cut short damages no other."""
 
 from types import SimpleNamespace
 

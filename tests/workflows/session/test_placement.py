@@ -1,4 +1,4 @@
-"""Workers by default: what is there now; a cluster is made to grow by --workers alone."""
+"""By default workers use what the cluster has now. Only --workers makes it grow."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""`data.source=folder`: a user's folder becomes a data set as `mmdistill prepare` makes one, in the terms of the recipe."""
+"""`data.source=folder`: a folder of images becomes a data set as with `mmdistill prepare`; errors name the recipe's fields."""
 
 import io
 import shutil
@@ -18,7 +18,7 @@ from workflows.stages.prepare import folder_fingerprint, in_terms_of_the_recipe,
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of five images each, all of one grey, and what is no image."""
+    """Two classes of five images each, each of a single grey, and two files that are not images."""
     root = tmp_path / "images"
     for c, name in enumerate(("cats", "dogs")):
         (root / name).mkdir(parents=True)
@@ -35,7 +35,7 @@ def section(folder, *overrides):
 
 
 def prepared(folder, dest, *overrides):
-    """(images of bytes, labels, manifest, what was said)."""
+    """(images, labels, manifest, the text on the screen)."""
     shown = io.StringIO()
     screen = Screen(Console(file=shown, width=200, highlight=False))
     manifest = prepare_data_set(preparation_of(section(folder, *overrides), str(dest)), screen)

@@ -1,4 +1,4 @@
-"""register against the registry that there is: versions that are gone from it are registered again."""
+"""register with a registry that has changed: versions that are gone are registered again."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rows of the evaluation's table: who is sampled, by which sampler, under which name."""
+"""The rows of the evaluation's table: which model is sampled, by which sampler, under which name."""
 
 from workflows.config.assembly import rounds_of, schedule_of
 from workflows.config.loading import load_config
@@ -8,7 +8,7 @@ GUIDED = ["teacher.label_dropout=0.1", "distill.guidance=[0,2]", "distill.k=[1,2
 OWN = "distill.overrides={1: {eta: 0.5}, 2: {transition: unconditional}}"
 
 
-def test_a_row_names_the_sampler_that_was_taken():
+def test_a_row_names_its_sampler_and_options():
     config = load_config("digits", [*GUIDED, OWN])
     samplers = {k: one.method.sampler(k) for one in rounds_of(config.distill, schedule_of(config)) for k in one.ks}
     rows = rows_of(config, "teacher", {k: f"student {k}" for k in (1, 2, 4)}, samplers)
