@@ -223,7 +223,7 @@ class MomentMatching(Method):
             Curve(
                 "moment_gap",
                 "moment gap",
-                "How far the auxiliary's prediction is from the teacher's, from the same noised samples of the student. The gap "
+                "How far the auxiliary's prediction is from the teacher's on the same noised samples of the student. The gap "
                 "closes as the student's samples come to match the data. In symbols: w(s) ‖g_φ(z_s) − g_θ(z_s)‖², with g_φ the "
                 "auxiliary, g_θ the teacher, z_s the sample at noise level s, and w(s) that level's weight.",
             ),

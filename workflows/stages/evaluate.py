@@ -207,10 +207,11 @@ def _measure_rows(run: StageRun, rows: list[Row], reference: Reference, prepared
     real, width = ray.put(reference.statistics), samples_per_task(reference)
 
     # Longest first, so that the last tasks to end are short.
-    wanted = [(row, *each) for row in sorted(rows, key=lambda r: -r.nfe) for each in enumerate(_files(run, row))]
+    longest_first = sorted(rows, key=lambda row: -row.nfe)
+    wanted = [(row, seed, file) for row in longest_first for seed, file in enumerate(_files(run, row))]
     missing = [(row, seed, file) for row, seed, file in wanted if not file.exists()]
     total = sum(row.nfe for row in rows) * (options.samples * options.seeds + STRIP)
-    done_before = (sum(row.nfe for row, *_ in wanted) - sum(row.nfe for row, *_ in missing)) * options.samples
+    done_before = sum(row.nfe for row, _, file in wanted if file.exists()) * options.samples
     bar = run.context.screen.bar("evaluate", total, unit="evaluations", start_at=done_before)
     sampling: dict[Any, int] = {}  # task -> its network evaluations
     measuring: dict[Any, Path] = {}

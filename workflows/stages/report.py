@@ -98,7 +98,7 @@ def _write(
         shown={k: (results.teachers[k]["name"], results.students[k]["name"]) for k in ks},
         longest=results.longest["name"],
         distance_plot=plots.distance_against_steps(table),
-        curve_plots=[(plots.curve_in_training(histories, curve), curve.explanation) for curve in curves],
+        curve_plots=[(plots.curve_in_training(histories, curve), curve) for curve in curves],
         progress_plot=plots.distance_in_training(histories, results.longest["frechet"]["mean"], results.longest["k"]),
         grids={file.stem: _data_uri(file) for file in (measured.folder / "grids").glob("*.png")},
         costs=_costs(prepared, trainings, measured),
