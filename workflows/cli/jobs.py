@@ -6,57 +6,53 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from workflows.cli.options import Checked, Debug, errors, only_checking
+from workflows.cli.options import Checked, command, only_checking
 
 app = typer.Typer()
 jobs = typer.Typer(no_args_is_help=True, help="Jobs on a cluster: list, status, logs, stop.")
 
 Address = Annotated[
-    str | None,
-    typer.Option("--address", help="URL of Ray's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS."),
+    str | None, Option("--address", help="URL of Ray's dashboard, http://HEAD:8265; default: RAY_API_SERVER_ADDRESS.")
 ]
-Name = Annotated[str, typer.Argument(help="Job id, from submit or `mmdistill jobs list`; means its last attempt.")]
+Name = Annotated[str, Argument(help="Job id, from submit or `mmdistill jobs list`; means its last attempt.")]
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@command(app, context_settings={"ignore_unknown_options": True})
 def submit(
     context: typer.Context,
-    stage: Annotated[str, typer.Argument(help="Command to run: run, prepare, sweep, ablate or bench.")],
-    words: Annotated[list[str] | None, typer.Argument(help="Options of that command.", metavar="...")] = None,
+    stage: Annotated[str, Argument(help="Command to run: run, prepare, sweep, ablate or bench.")],
+    words: Annotated[list[str] | None, Argument(help="Options of that command.", metavar="...")] = None,
     address: Address = None,
     follow: Annotated[
-        bool, typer.Option("--follow/--no-follow", help="Show the log until the job ends, and exit with its exit code.")
+        bool, Option("--follow/--no-follow", help="Show the log until the job ends, and exit with its exit code.")
     ] = True,
-    env: Annotated[
-        list[str] | None, typer.Option(help="Name of a variable to pass on; may be repeated. No secrets.")
-    ] = None,
+    env: Annotated[list[str] | None, Option(help="Name of a variable to pass on; may be repeated. No secrets.")] = None,
     id_: Annotated[
-        str | None, typer.Option("--id", help="Job id; default: made from the command and its configuration.")
+        str | None, Option("--id", help="Job id; default: made from the command and its configuration.")
     ] = None,
-    debug: Debug = False,
 ) -> None:
     """Run a stage on a cluster, as a job that outlives this command. Submitted again, it is joined or continues where it stopped.
 
     mmdistill submit run --recipe digits --workspace s3://team/runs --address http://head:8265
     """
-    with errors(debug):
-        from workflows.jobs import submit as stages
-        from workflows.jobs import watch
-        from workflows.jobs.client import Head
-        from workflows.rendering.screen import Screen
+    from workflows.jobs import submit as stages
+    from workflows.jobs import watch
+    from workflows.jobs.client import Head
+    from workflows.rendering.screen import Screen
 
-        screen = Screen()
-        given, config = _checked(context, stage, words or [], screen)
-        job = stages.compose(stage, given, config, env=env or [], name=id_)
-        with screen.status("asking the head"):
-            head = Head(address)
-            name = stages.submit(head, job, screen)
-        if not follow:
-            print(name)
-            print(watch.commands(head, name), file=sys.stderr)
-            return
-        raise typer.Exit(watch.follow(head, name, screen))
+    screen = Screen()
+    given, config = _checked(context, stage, words or [], screen)
+    job = stages.compose(stage, given, config, env=env or [], name=id_)
+    with screen.status("asking the head"):
+        head = Head(address)
+        name = stages.submit(head, job, screen)
+    if not follow:
+        print(name)
+        print(watch.commands(head, name), file=sys.stderr)
+        return
+    raise typer.Exit(watch.follow(head, name, screen))
 
 
 def _checked(context: typer.Context, stage: str, words: list[str], screen: Any) -> tuple[list[Any], Any]:
@@ -83,57 +79,52 @@ def _checked(context: typer.Context, stage: str, words: list[str], screen: Any) 
     raise AssertionError(f"{stage} did not reach its check")
 
 
-@jobs.command("list")
-def list_(address: Address = None, debug: Debug = False) -> None:
+@command(jobs, "list")
+def list_(address: Address = None) -> None:
     """List all jobs that were submitted to the cluster, oldest first."""
-    with errors(debug):
-        from rich.console import Console
+    from rich.console import Console
 
-        from workflows.jobs.client import Head
-        from workflows.jobs.watch import table
-        from workflows.rendering.screen import show_table
+    from workflows.jobs.client import Head
+    from workflows.jobs.watch import table
+    from workflows.rendering.screen import show_table
 
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 500)
-        show_table(console, table(Head(address).jobs()))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 500)
+    show_table(console, table(Head(address).jobs()))
 
 
-@jobs.command()
-def status(name: Name, address: Address = None, debug: Debug = False) -> None:
+@command(jobs)
+def status(name: Name, address: Address = None) -> None:
     """Print the state of a job in a word. Exits with 0, or with the job's exit code if it failed or was stopped."""
-    with errors(debug):
-        from workflows.jobs.client import Head
+    from workflows.jobs.client import Head
 
-        job = Head(address).newest(name)
-        print(job.status.lower())
-        raise typer.Exit(job.code if job.ended else 0)
+    job = Head(address).newest(name)
+    print(job.status.lower())
+    raise typer.Exit(job.code if job.ended else 0)
 
 
-@jobs.command()
+@command(jobs)
 def logs(
     name: Name,
-    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Follow the log until the job ends.")] = False,
+    follow: Annotated[bool, Option("--follow/--no-follow", help="Follow the log until the job ends.")] = False,
     address: Address = None,
-    debug: Debug = False,
 ) -> None:
     """Print the log of a job."""
-    with errors(debug):
-        from workflows.jobs import watch
-        from workflows.jobs.client import Head
-        from workflows.rendering.screen import Screen
+    from workflows.jobs import watch
+    from workflows.jobs.client import Head
+    from workflows.rendering.screen import Screen
 
-        head = Head(address)
-        job = head.newest(name)
-        if follow:
-            raise typer.Exit(watch.follow(head, job.id, Screen()))
-        print(head.log(job.id), end="")
+    head = Head(address)
+    job = head.newest(name)
+    if follow:
+        raise typer.Exit(watch.follow(head, job.id, Screen()))
+    print(head.log(job.id), end="")
 
 
-@jobs.command()
-def stop(name: Name, address: Address = None, debug: Debug = False) -> None:
+@command(jobs)
+def stop(name: Name, address: Address = None) -> None:
     """Stop a job with SIGTERM and time for a checkpoint, and wait until it has ended. Submitted again, it continues from there."""
-    with errors(debug):
-        from workflows.jobs import watch
-        from workflows.jobs.client import Head
-        from workflows.rendering.screen import Screen
+    from workflows.jobs import watch
+    from workflows.jobs.client import Head
+    from workflows.rendering.screen import Screen
 
-        watch.stop(Head(address), name, Screen())
+    watch.stop(Head(address), name, Screen())

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from workflows.cli.jobs import app as submission
 from workflows.cli.jobs import jobs
 from workflows.cli.options import (
     DEFAULT_WORKSPACE,
-    Debug,
     Recipe,
     Set,
     Smoke,
@@ -25,7 +25,7 @@ from workflows.cli.options import (
     TrackingWait,
     Workspace_,
     checked,
-    errors,
+    command,
     finite,
     say,
 )
@@ -47,16 +47,16 @@ app = typer.Typer(
 @app.callback()
 def _options(
     s3_endpoint_url: Annotated[
-        str | None, typer.Option(help="URL of an S3 server other than AWS; default: AWS_ENDPOINT_URL.")
+        str | None, Option(help="URL of an S3 server other than AWS; default: AWS_ENDPOINT_URL.")
     ] = None,
-    s3_region: Annotated[str | None, typer.Option(help="Region of the S3 server; default: AWS_REGION.")] = None,
+    s3_region: Annotated[str | None, Option(help="Region of the S3 server; default: AWS_REGION.")] = None,
     s3_path_style: Annotated[
         bool | None,
-        typer.Option(
+        Option(
             "--s3-path-style/--s3-virtual-style", help="Address buckets by path or by host name; default: tries both."
         ),
     ] = None,
-    s3_ca: Annotated[str | None, typer.Option(help="File with the CA of the S3 server's certificate.")] = None,
+    s3_ca: Annotated[str | None, Option(help="File with the CA of the S3 server's certificate.")] = None,
 ) -> None:
     addressing = None if s3_path_style is None else "path" if s3_path_style else "virtual"
     given = {
@@ -68,7 +68,7 @@ def _options(
     os.environ.update({name: value for name, value in given.items() if value})
 
 
-@app.command()
+@command(app, continues=True)
 def run(
     recipe: Recipe = "digits",
     set_: Set = None,
@@ -77,197 +77,167 @@ def run(
     tracking_uri: Tracking = None,
     tracking_wait: TrackingWait = None,
     workers: Annotated[
-        str | None,
-        typer.Option(help="Workers of each training, or fewest:most such as 2:8; default: as many as fit now."),
+        str | None, Option(help="Workers of each training, or fewest:most such as 2:8; default: as many as fit now.")
     ] = None,
     checkpoint_every: Annotated[
-        str | None,
-        typer.Option(help="Images, or minutes such as 10m; default: the recipe's images, or 15 minutes."),
+        str | None, Option(help="Images, or minutes such as 10m; default: the recipe's images, or 15 minutes.")
     ] = None,
-    at_once: Annotated[
-        int | None, typer.Option(help="Students trained at once; default: as many as fit now.", min=1)
-    ] = None,
+    at_once: Annotated[int | None, Option(help="Students trained at once; default: as many as fit now.", min=1)] = None,
     gpu: Annotated[
-        bool | None, typer.Option("--gpu/--no-gpu", help="Use GPUs or not; default: use them if there are any.")
+        bool | None, Option("--gpu/--no-gpu", help="Use GPUs or not; default: use them if there are any.")
     ] = None,
-    force: Annotated[list[str] | None, typer.Option(help="Redo this stage; may be repeated.")] = None,
-    until: Annotated[str, typer.Option(help="Stop after this stage.")] = "report",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    debug: Debug = False,
+    force: Annotated[list[str] | None, Option(help="Redo this stage; may be repeated.")] = None,
+    until: Annotated[str, Option(help="Stop after this stage.")] = "report",
+    as_json: Annotated[bool, Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Turn images into few-step students: prepare, teacher, distill, evaluate, register, report.
 
     Finished stages are reused; an interrupted run continues where it stopped.
     """
-    with errors(debug, continues=True):
-        from workflows.config.loading import load_config
-        from workflows.pipeline.run import check_options, run_pipeline
-        from workflows.rendering.screen import Screen
-        from workflows.session.options import RunOptions
+    from workflows.config.loading import load_config
+    from workflows.pipeline.run import check_options, run_pipeline
+    from workflows.rendering.screen import Screen
+    from workflows.session.options import RunOptions
 
-        config = load_config(recipe, set_, smoke=smoke)
-        options = RunOptions(
-            workspace=workspace,
-            tracking_uri=tracking_uri,
-            tracking_wait=tracking_wait,
-            workers=workers,
-            checkpoint_every=checkpoint_every,
-            at_once=at_once,
-            gpu=gpu,
-            force=tuple(force or ()),
-            until=until,
+    config = load_config(recipe, set_, smoke=smoke)
+    options = RunOptions(
+        workspace=workspace,
+        tracking_uri=tracking_uri,
+        tracking_wait=tracking_wait,
+        workers=workers,
+        checkpoint_every=checkpoint_every,
+        at_once=at_once,
+        gpu=gpu,
+        force=tuple(force or ()),
+        until=until,
+    )
+    check_options(config, options)
+    checked(config)
+    screen = Screen()
+    if smoke:
+        images = "made images, as no data.path is given" if config.data.source == "made" else config.data.source
+        screen.line(
+            f"[yellow]smoke[/]  three training steps a stage, on {images}: this shows that it runs, not how well"
         )
-        check_options(config, options)
-        checked(config)
-        screen = Screen()
-        if smoke:
-            images = "made images, as no data.path is given" if config.data.source == "made" else config.data.source
-            screen.line(
-                f"[yellow]smoke[/]  three training steps a stage, on {images}: this shows that it runs, not how well"
-            )
-        summary = run_pipeline(config, options, screen)
-        if as_json:
-            print(json.dumps(summary, indent=2))
-        elif "students" in summary:
-            from workflows.stages.report import last_screen
+    summary = run_pipeline(config, options, screen)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    elif "students" in summary:
+        from workflows.stages.report import last_screen
 
-            last_screen(summary, screen, workspace, tracking_uri)
+        last_screen(summary, screen, workspace, tracking_uri)
 
 
-@app.command()
+@command(app, continues=True)
 def prepare(
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="Folder or s3://BUCKET/PREFIX of images, zips, Parquet, WebDataset tars, or a Hugging Face data set."
         ),
     ],
-    dest: Annotated[str, typer.Argument(help="Folder or s3://BUCKET/PREFIX for the data set.")],
-    size: Annotated[int, typer.Option(help="Side of the images in pixels.", min=1)],
-    channels: Annotated[int, typer.Option(help="Channels: 3, or 1 for grey.")] = 3,
-    crop: Annotated[str, typer.Option(help="Square to cut out: center, or random (the same in every run).")] = "center",
-    flip: Annotated[bool, typer.Option("--flip", help="Add the mirror image of each image.")] = False,
+    dest: Annotated[str, Argument(help="Folder or s3://BUCKET/PREFIX for the data set.")],
+    size: Annotated[int, Option(help="Side of the images in pixels.", min=1)],
+    channels: Annotated[int, Option(help="Channels: 3, or 1 for grey.")] = 3,
+    crop: Annotated[str, Option(help="Square to cut out: center, or random (the same in every run).")] = "center",
+    flip: Annotated[bool, Option("--flip", help="Add the mirror image of each image.")] = False,
     labels: Annotated[
-        str | None, typer.Option(help="Labels: none, folders, or a JSON or CSV file; default: those of the source.")
+        str | None, Option(help="Labels: none, folders, or a JSON or CSV file; default: those of the source.")
     ] = None,
-    captions: Annotated[
-        str | None, typer.Option(help="Captions: none, or a file; default: those of the source.")
-    ] = None,
-    label_column: Annotated[
-        str | None, typer.Option(help="Label column of a table, or key in the samples' JSON.")
-    ] = None,
-    image_column: Annotated[str | None, typer.Option(help="Image column of a table.")] = None,
+    captions: Annotated[str | None, Option(help="Captions: none, or a file; default: those of the source.")] = None,
+    label_column: Annotated[str | None, Option(help="Label column of a table, or key in the samples' JSON.")] = None,
+    image_column: Annotated[str | None, Option(help="Image column of a table.")] = None,
     caption_column: Annotated[
-        str | None, typer.Option(help="Caption column of a table, or key in the samples' JSON.")
+        str | None, Option(help="Caption column of a table, or key in the samples' JSON.")
     ] = None,
-    encoding: Annotated[str, typer.Option(help="Encoding of the images: png is small, uint8 is fast to read.")] = "png",
-    split: Annotated[
-        str, typer.Option(help="Held-out share: train,holdout=0.1, or train for none.")
-    ] = "train,holdout=0.1",
-    limit: Annotated[int | None, typer.Option(help="Maximum number of images.", min=1)] = None,
+    encoding: Annotated[str, Option(help="Encoding of the images: png is small, uint8 is fast to read.")] = "png",
+    split: Annotated[str, Option(help="Held-out share: train,holdout=0.1, or train for none.")] = "train,holdout=0.1",
+    limit: Annotated[int | None, Option(help="Maximum number of images.", min=1)] = None,
     max_bad: Annotated[
-        str, typer.Option(help="Share of unreadable or unlabelled images above which the command fails.")
+        str, Option(help="Share of unreadable or unlabelled images above which the command fails.")
     ] = "1%",
     latents: Annotated[
-        str | None,
-        typer.Option(help="Folder of a diffusers VAE: adds a column with its latents of the images."),
+        str | None, Option(help="Folder of a diffusers VAE: adds a column with its latents of the images.")
     ] = None,
     text_encoder: Annotated[
-        str | None,
-        typer.Option(help="Folder of a transformers CLIP or T5 encoder: adds its embeddings of the captions."),
+        str | None, Option(help="Folder of a transformers CLIP or T5 encoder: adds its embeddings of the captions.")
     ] = None,
     extractor: Annotated[
         str | None,
-        typer.Option(
-            help="Add reference statistics for all runs on the data set: classifier, mixture, inception or pixels."
-        ),
+        Option(help="Add reference statistics for all runs on the data set: classifier, mixture, inception or pixels."),
     ] = None,
-    extractor_weights: Annotated[str | None, typer.Option(help="File with the weights of inception.")] = None,
+    extractor_weights: Annotated[str | None, Option(help="File with the weights of inception.")] = None,
     shard_mb: Annotated[
-        float, typer.Option(help="MB of images in a shard, before compression.", min=0.1, callback=finite)
+        float, Option(help="MB of images in a shard, before compression.", min=0.1, callback=finite)
     ] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of random crops and of the extractor.", min=0)] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
-    debug: Debug = False,
+    seed: Annotated[int, Option(help="Seed of random crops and of the extractor.", min=0)] = 0,
+    as_json: Annotated[bool, Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
 ) -> None:
     """Turn images into a data set for `--set data.source=dataset://DEST`. Run again, it continues where it stopped."""
-    with errors(debug, continues=True):
-        from workflows.cluster.session import ray_session
-        from workflows.ingest.options import Preparation, parse_share, parse_split
-        from workflows.ingest.prepare import prepare_data_set, shown_manifest
-        from workflows.rendering.screen import Screen
+    from workflows.cluster.session import ray_session
+    from workflows.ingest.options import Preparation, parse_share, parse_split
+    from workflows.ingest.prepare import prepare_data_set, shown_manifest
+    from workflows.rendering.screen import Screen
 
-        preparation = Preparation(
-            source=source,
-            dest=dest,
-            size=size,
-            channels=channels,
-            crop=crop,  # type: ignore[arg-type]
-            flip=flip,
-            labels=labels,
-            captions=captions,
-            label_column=label_column,
-            image_column=image_column,
-            caption_column=caption_column,
-            encoding=encoding,
-            holdout=parse_split(split),
-            limit=limit,
-            max_bad=parse_share("--max-bad", max_bad),
-            latents=latents,
-            text_encoder=text_encoder,
-            extractor=extractor,
-            extractor_weights=extractor_weights,
-            shard_mb=shard_mb,
-            seed=seed,
-        )
-        checked()
-        screen = Screen()
-        with ExitStack() as stack:
-            with screen.status("starting Ray"):
-                stack.enter_context(ray_session())
-            manifest = prepare_data_set(preparation, screen)
-        if as_json:
-            print(json.dumps(shown_manifest(manifest), indent=2))
+    preparation = Preparation(
+        source=source,
+        dest=dest,
+        size=size,
+        channels=channels,
+        crop=crop,  # type: ignore[arg-type]
+        flip=flip,
+        labels=labels,
+        captions=captions,
+        label_column=label_column,
+        image_column=image_column,
+        caption_column=caption_column,
+        encoding=encoding,
+        holdout=parse_split(split),
+        limit=limit,
+        max_bad=parse_share("--max-bad", max_bad),
+        latents=latents,
+        text_encoder=text_encoder,
+        extractor=extractor,
+        extractor_weights=extractor_weights,
+        shard_mb=shard_mb,
+        seed=seed,
+    )
+    checked()
+    screen = Screen()
+    with ExitStack() as stack:
+        with screen.status("starting Ray"):
+            stack.enter_context(ray_session())
+        manifest = prepare_data_set(preparation, screen)
+    if as_json:
+        print(json.dumps(shown_manifest(manifest), indent=2))
 
 
-@app.command()
-def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False, debug: Debug = False) -> None:
+@command(app)
+def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False) -> None:
     """Print a recipe's resolved configuration as YAML."""
-    with errors(debug):
-        from workflows.config.loading import load_config
+    from workflows.config.loading import load_config
 
-        print(load_config(recipe, set_, smoke=smoke, only_shown=True).yaml(), end="")
+    print(load_config(recipe, set_, smoke=smoke, only_shown=True).yaml(), end="")
 
 
-@app.command()
+@command(app)
 def plan(
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe, or a YAML file.")] = "digits",
+    recipe: Annotated[str, Argument(help="Name of a recipe, or a YAML file.")] = "digits",
     set_: Set = None,
-    gpus: Annotated[int, typer.Option(help="Number of GPUs, with one worker each.", min=1)] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="Memory of each GPU in GiB.", min=0.1, callback=finite)] = 80,
+    gpus: Annotated[int, Option(help="Number of GPUs, with one worker each.", min=1)] = 8,
+    gpu_memory: Annotated[float, Option(help="Memory of each GPU in GiB.", min=0.1, callback=finite)] = 80,
     only: Annotated[
-        list[str] | None,
-        typer.Option(help="One of the choices that the method compares; may be repeated. Default: all."),
+        list[str] | None, Option(help="One of the choices that the method compares; may be repeated. Default: all.")
     ] = None,
     bench: Annotated[
-        Path | None, typer.Option(help="FILE of `mmdistill bench engine --out FILE` on such a GPU, to estimate hours.")
+        Path | None, Option(help="FILE of `mmdistill bench engine --out FILE` on such a GPU, to estimate hours.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-    debug: Debug = False,
+    as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Estimate what a recipe costs: memory, batches that fit, network evaluations, hours. Nothing is run."""
-    with errors(debug):
-        from workflows.plan.plan import run_plan
+    from workflows.plan.plan import run_plan
 
-        run_plan(
-            recipe,
-            overrides=set_,
-            gpus=gpus,
-            gib=gpu_memory,
-            only=only or [],
-            bench=bench,
-            as_json=as_json,
-        )
+    run_plan(recipe, overrides=set_, gpus=gpus, gib=gpu_memory, only=only or [], bench=bench, as_json=as_json)
 
 
 @app.command()
@@ -280,45 +250,39 @@ def recipes() -> None:
         print(f"{name:14} {first.lstrip('# ')}")
 
 
-@app.command()
+@command(app)
 def sample(
     model: Annotated[
-        str, typer.Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
+        str, Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
     ],
-    n: Annotated[int, typer.Option(help="Number of images.", min=1)] = 64,
+    n: Annotated[int, Option(help="Number of images.", min=1)] = 64,
     labels: Annotated[
         str | None,
-        typer.Option(
-            help="Classes to draw: numbers such as 3,5, or names if the data had names; default: all in turn."
-        ),
+        Option(help="Classes to draw: numbers such as 3,5, or names if the data had names; default: all in turn."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Seed. Image i depends on the seed, on i and on its class.", min=0, max=2**63 - 1)
+        int, Option(help="Seed. Image i depends on the seed, on i and on its class.", min=0, max=2**63 - 1)
     ] = 0,
-    steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; default: the model's own.", min=1, max=2**24)
-    ] = None,
+    steps: Annotated[int | None, Option(help="Sampling steps; default: the model's own.", min=1, max=2**24)] = None,
     out: Annotated[
-        str, typer.Option(help="Output: a .png for a grid, a .npy for the images, or FOLDER/ for a .png of each.")
+        str, Option(help="Output: a .png for a grid, a .npy for the images, or FOLDER/ for a .png of each.")
     ] = "grid.png",
-    columns: Annotated[int | None, typer.Option(help="Images in a row of the grid.", min=1)] = None,
+    columns: Annotated[int | None, Option(help="Images in a row of the grid.", min=1)] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Strength of classifier-free guidance, 0 for none; default: the model's own.", min=0, callback=finite
         ),
     ] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    debug: Debug = False,
 ) -> None:
     """Draw samples from a teacher or a student."""
-    with errors(debug):
-        from workflows.rendering.screen import Screen
-        from workflows.tools.sample import Wanted, draw
+    from workflows.rendering.screen import Screen
+    from workflows.tools.sample import Wanted, draw
 
-        wanted = Wanted(n, labels, seed, steps, columns, guidance)
-        print(draw(model, wanted, out=out, workspace=workspace, tracking_uri=tracking_uri, screen=Screen()))
+    wanted = Wanted(n, labels, seed, steps, columns, guidance)
+    print(draw(model, wanted, out=out, workspace=workspace, tracking_uri=tracking_uri, screen=Screen()))
 
 
 @app.command()
@@ -326,8 +290,7 @@ def doctor(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     cluster: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Check only this file for `ray up`, before it costs anything."),
+        Path | None, Option(metavar="FILE", help="Check only this file for `ray up`, before it costs anything.")
     ] = None,
 ) -> None:
     """Check this machine: packages, devices, Ray, the tracking store, the object store."""
@@ -336,45 +299,41 @@ def doctor(
     raise typer.Exit(0 if examine(workspace, tracking_uri, cluster) else 1)
 
 
-@app.command()
+@command(app)
 def ui(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 5000,
-    debug: Debug = False,
+    port: Annotated[int, Option(help="Port on this machine.")] = 5000,
 ) -> None:
     """Open MLflow's web page for the workspace's own tracking store, on this machine only."""
-    with errors(debug):
-        from workflows.storage.workspace import Workspace
+    from workflows.storage.workspace import Workspace
 
-        space = Workspace(workspace)
-        os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-        words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-        words += ["--backend-store-uri", space.default_tracking_uri]
-        words += ["--default-artifact-root", space.default_artifacts.as_uri()]
-        os.execv(sys.executable, [sys.executable, *words])
+    space = Workspace(workspace)
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--backend-store-uri", space.default_tracking_uri]
+    words += ["--default-artifact-root", space.default_artifacts.as_uri()]
+    os.execv(sys.executable, [sys.executable, *words])
 
 
-@app.command()
+@command(app)
 def bench(
     what: Annotated[
-        str, typer.Argument(help="Benchmark: engine, sampler, start, ray, scaling, tracking, memory, data, or all.")
+        str, Argument(help="Benchmark: engine, sampler, start, ray, scaling, tracking, memory, data, or all.")
     ] = "all",
     recipe: Recipe = "digits",
-    repeats: Annotated[int, typer.Option(help="Rounds; the systems take turns in each.", min=3)] = 15,
-    out: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
-    place: Annotated[str | None, typer.Option(help="For data: s3://BUCKET/PREFIX to read from as well.")] = None,
-    workers: Annotated[str, typer.Option(help="For scaling: numbers of workers, each with one thread.")] = "1,2",
-    debug: Debug = False,
+    repeats: Annotated[int, Option(help="Rounds; the systems take turns in each.", min=3)] = 15,
+    out: Annotated[Path | None, Option(help="File for the figures as JSON.")] = None,
+    place: Annotated[str | None, Option(help="For data: s3://BUCKET/PREFIX to read from as well.")] = None,
+    workers: Annotated[str, Option(help="For scaling: numbers of workers, each with one thread.")] = "1,2",
 ) -> None:
     """Benchmark this machine: an update against its floor, samples/s against diffusers, Ray's overhead, memory, reading images."""
-    with errors(debug):
-        checked()
-        from workflows.storage.outputs import check_out
-        from workflows.tools.checkout import benchmark
+    checked()
+    from workflows.storage.outputs import check_out
+    from workflows.tools.checkout import benchmark
 
-        if out:
-            check_out(out, str(out))
-        benchmark("run").run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place, workers=workers)
+    if out:
+        check_out(out, str(out))
+    benchmark("run").run_bench(what, recipe=recipe, repeats=repeats, out=out, place=place, workers=workers)
 
 
 app.registered_commands += registry.registered_commands + submission.registered_commands + sweeps.registered_commands
@@ -386,9 +345,9 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="backslashreplace")
-    command: Callable[..., Any] = app
+    program: Callable[..., Any] = app
     try:
-        code = command(args=arguments, prog_name="mmdistill", standalone_mode=False)
+        code = program(args=arguments, prog_name="mmdistill", standalone_mode=False)
     except USAGE as error:
         if type(error).__name__ != "NoArgsIsHelpError":  # that one has shown the help
             say(f"error: {error.format_message()}")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 if TYPE_CHECKING:
     from workflows.config.schema import RunConfig
@@ -25,33 +28,29 @@ def finite(value: float | None) -> float | None:
 
 Workspace_ = Annotated[
     str,
-    typer.Option(
+    Option(
         "--workspace", envvar="MMDISTILL_HOME", help="Folder or s3://BUCKET/PREFIX for models, checkpoints and reports."
     ),
 ]
 Tracking = Annotated[
     str | None,
-    typer.Option(
-        "--tracking-uri", help="MLflow server or store; default: MLFLOW_TRACKING_URI, or SQLite in the workspace."
-    ),
+    Option("--tracking-uri", help="MLflow server or store; default: MLFLOW_TRACKING_URI, or SQLite in the workspace."),
 ]
 TrackingWait = Annotated[
     float | None,
-    typer.Option(
+    Option(
         "--tracking-wait",
         help="Seconds to wait at the end for an unreachable tracking server; default: 120.",
         min=0,
         callback=finite,
     ),
 ]
-Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")]
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", help="Setting, as section.field=value; may be repeated.")]
-Smoke = Annotated[
-    bool, typer.Option("--smoke", help="Shrink everything to run in seconds: three training steps a stage.")
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Model = Annotated[str, typer.Argument(help="Model: models:/NAME/VERSION or models:/NAME@ALIAS.")]
-Who = Annotated[str | None, typer.Option(envvar="MMDISTILL_USER", help="Name to record; default: the login name.")]
+Recipe = Annotated[str, Option("--recipe", "-r", help="Name of a recipe, or a YAML file.")]
+Set = Annotated[list[str] | None, Option("--set", "-s", help="Setting, as section.field=value; may be repeated.")]
+Smoke = Annotated[bool, Option("--smoke", help="Shrink everything to run in seconds: three training steps a stage.")]
+Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[str, Argument(help="Model: models:/NAME/VERSION or models:/NAME@ALIAS.")]
+Who = Annotated[str | None, Option(envvar="MMDISTILL_USER", help="Name to record; default: the login name.")]
 DEFAULT_WORKSPACE = ".mmdistill"
 
 
@@ -126,6 +125,26 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
         if hint := getattr(shown, "hint", ""):
             say(f"       {hint}")
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def command(
+    app: typer.Typer, name: str | None = None, *, continues: bool = False, **settings: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """As `app.command`, with the option --debug, and with errors shown by `errors`."""
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(debug: bool, **values: Any) -> None:
+            with errors(debug, continues):
+                function(**values)
+
+        signature = inspect.signature(function, eval_str=True)
+        debug = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), debug])  # type: ignore[attr-defined]
+        app.command(name, **settings)(run)
+        return function
+
+    return add
 
 
 def say(text: str) -> None:

@@ -9,80 +9,71 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from workflows.cli.options import DEFAULT_WORKSPACE, Debug, Model, Tracking, TrackingWait, Who, Workspace_, errors
+from workflows.cli.options import DEFAULT_WORKSPACE, Model, Tracking, TrackingWait, Who, Workspace_, command
 
 app = typer.Typer()
 
 
-@app.command()
+@command(app)
 def lineage(
-    model: Annotated[
-        str, typer.Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")
-    ],
+    model: Annotated[str, Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")],
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the lineage as JSON.")] = False,
-    debug: Debug = False,
+    as_json: Annotated[bool, Option("--json", help="Print the lineage as JSON.")] = False,
 ) -> None:
     """Show where a model came from: data, teacher, students, evaluations, exports, and who moved its aliases."""
-    with errors(debug):
-        from rich.console import Console
+    from rich.console import Console
 
-        from workflows.registry import lineage as stage
+    from workflows.registry import lineage as stage
 
-        found = stage.lineage(stage.open_registry(workspace, tracking_uri), model)
-        if as_json:
-            print(json.dumps(found, indent=2))
-        else:
-            Console(highlight=False, width=None if sys.stdout.isatty() else 500).print(stage.tree(found))
+    found = stage.lineage(stage.open_registry(workspace, tracking_uri), model)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        Console(highlight=False, width=None if sys.stdout.isatty() else 500).print(stage.tree(found))
 
 
-@app.command()
+@command(app)
 def promote(
     model: Model,
-    alias: Annotated[str, typer.Option(help="Alias to move, such as k8-champion.")],
-    why: Annotated[str, typer.Option(help="Reason, recorded with the move.")] = "",
-    force: Annotated[
-        bool, typer.Option("--force", help="Move it even if the gate refuses; recorded with the move.")
-    ] = False,
+    alias: Annotated[str, Option(help="Alias to move, such as k8-champion.")],
+    why: Annotated[str, Option(help="Reason, recorded with the move.")] = "",
+    force: Annotated[bool, Option("--force", help="Move it even if the gate refuses; recorded with the move.")] = False,
     who: Who = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    debug: Debug = False,
 ) -> None:
     """Move an alias to a version that passes its recipe's gate; the move is recorded in the registry."""
-    with errors(debug):
-        from workflows.registry.lineage import open_registry
-        from workflows.registry.promote import run_promote
+    from workflows.registry.lineage import open_registry
+    from workflows.registry.promote import run_promote
 
-        registry = open_registry(workspace, tracking_uri)
-        print(run_promote(registry, model, alias=alias, why=why, who=who, force=force))
+    registry = open_registry(workspace, tracking_uri)
+    print(run_promote(registry, model, alias=alias, why=why, who=who, force=force))
 
 
-@app.command()
+@command(app)
 def export(
     model: Model,
-    destination: Annotated[Path, typer.Argument(help="New or empty folder.")],
+    destination: Annotated[Path, Argument(help="New or empty folder.")],
     who: Who = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    debug: Debug = False,
 ) -> None:
     """Write a registered model to a folder, with hashes; the export is recorded in the registry."""
-    with errors(debug):
-        from workflows.registry.export import run_export
-        from workflows.registry.lineage import open_registry
+    from workflows.registry.export import run_export
+    from workflows.registry.lineage import open_registry
 
-        print(run_export(open_registry(workspace, tracking_uri), model, destination, who=who))
+    print(run_export(open_registry(workspace, tracking_uri), model, destination, who=who))
 
 
-@app.command()
+@command(app)
 def gc(
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Remove without asking.")] = False,
     keep_days: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Keep what changed in the last N days, and count only configurations that ran in them; default: all count.",
             min=0,
             max=1_000_000,
@@ -90,33 +81,29 @@ def gc(
     ] = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    debug: Debug = False,
 ) -> None:
     """Remove what a workspace no longer needs. Lists it first, and asks."""
-    with errors(debug):
-        from workflows.rendering.screen import Screen
-        from workflows.tools.gc import run_gc
+    from workflows.rendering.screen import Screen
+    from workflows.tools.gc import run_gc
 
-        def agree(question: str) -> bool:
-            if yes or not sys.stdin.isatty():
-                return yes
-            return typer.confirm(question)
+    def agree(question: str) -> bool:
+        if yes or not sys.stdin.isatty():
+            return yes
+        return typer.confirm(question)
 
-        uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
-        run_gc(workspace, uri, Screen(), agree=agree, keep_days=keep_days)
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    run_gc(workspace, uri, Screen(), agree=agree, keep_days=keep_days)
 
 
-@app.command()
+@command(app)
 def deliver(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     wait: TrackingWait = None,
-    debug: Debug = False,
 ) -> None:
     """Send what runs queued while the tracking server was unreachable."""
-    with errors(debug):
-        from workflows.rendering.screen import Screen
-        from workflows.tools import deliver as stage
+    from workflows.rendering.screen import Screen
+    from workflows.tools import deliver as stage
 
-        if not stage.deliver(workspace, tracking_uri, Screen(), wait=wait):
-            raise typer.Exit(1)
+    if not stage.deliver(workspace, tracking_uri, Screen(), wait=wait):
+        raise typer.Exit(1)

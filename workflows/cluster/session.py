@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from workflows.cluster.addresses import explained, find_place, ray_folder
@@ -231,34 +232,30 @@ def run_together(
     i. Raises the first error, after `done` was called for the jobs that had ended before it.
     """
     ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
-    slots, stop = threading.Semaphore(at_once), threading.Event()
+    waiting, left = iter(range(len(jobs))), len(jobs)
 
     def work(i: int) -> None:
-        with slots:
-            if stop.is_set():
-                return
-            try:
-                jobs[i]()
-                ended.put((i, None))
-            except BaseException as error:
-                stop.set()
-                ended.put((i, error))
+        try:
+            jobs[i]()
+            ended.put((i, None))
+        except BaseException as error:
+            ended.put((i, error))
 
-    for i in range(len(jobs)):
-        threading.Thread(target=work, args=(i,), daemon=True).start()
-    left = len(jobs)
-    try:
-        while left:
-            tick()
-            try:
-                i, error = ended.get(timeout=interval)
-            except queue.Empty:
-                continue
-            tick()
-            if error is not None:
-                raise error
-            done(i)
-            left -= 1
-    except BaseException:
-        stop.set()  # jobs that wait for their turn do not begin
-        raise
+    def start(count: int) -> None:
+        for i in islice(waiting, count):
+            threading.Thread(target=work, args=(i,), daemon=True).start()
+
+    start(at_once)
+    while left:
+        tick()
+        try:
+            i, error = ended.get(timeout=interval)
+        except queue.Empty:
+            continue
+        if error is None:
+            start(1)
+        tick()
+        if error is not None:
+            raise error
+        done(i)
+        left -= 1

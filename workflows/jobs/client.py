@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workflows.errors import UserError, expanded, home
+from workflows.private.ray import job_client
 from workflows.storage.uri import shown
 
 SECONDS = (5.0, 60.0)
@@ -115,8 +116,10 @@ class Head:
         self.address = address_of(address)
         self._token, self._place = token()
         self._headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        for handler in logging.getLogger("ray").handlers:
+            handler.setLevel(logging.ERROR)
         with self._translated_errors():
-            self._client = _client(self.address, self._headers)
+            self._client = job_client(self.address, self._headers, seconds=SECONDS)
 
     @contextlib.contextmanager
     def _translated_errors(self) -> Iterator[None]:
@@ -145,13 +148,9 @@ class Head:
             raise UserError(f"head: {shown(lines[-1] if lines else 'it refused the request')[:300]}") from None
 
     def _token_error(self) -> UserError:
-        if self._token:
-            return UserError(
-                f"head: {self.address} refuses the token of {self._place}",
-                hint="set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with",
-            )
+        why = "refuses the token of" if self._token else "wants Ray's token, and there is none in"
         return UserError(
-            f"head: {self.address} wants Ray's token, and there is none in {self._place}",
+            f"head: {self.address} {why} {self._place}",
             hint="set RAY_AUTH_TOKEN_PATH to a file with the token that the cluster was started with",
         )
 
@@ -299,11 +298,3 @@ def _job(details: Any) -> Job:
         metadata=details.metadata or {},
         env=env,
     )
-
-
-def _client(address: str, headers: dict[str, str]) -> Any:
-    from workflows.private.ray import job_client
-
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)
-    return job_client(address, headers, seconds=SECONDS)

@@ -111,13 +111,9 @@ def compose(
     recipe = re.sub(r"[^A-Za-z0-9_.]+", "-", config.recipe) if config else ""
     key = digest([identifying, config and config.model_dump(mode="json")])
     command = "-".join(part for part in (stage, recipe, key) if part)
-    return Submission(_checked_name(name) if name else command, command, shlex.join(words), environment(env), files)
-
-
-def _checked_name(name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+    if name and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ConfigError(f"--id: {name!r} should be of letters, digits, '_', '-' and '.'")
-    return name
+    return Submission(name or command, command, shlex.join(words), environment(env), files)
 
 
 def _check_places(given: list[Parameter], config: RunConfig | None) -> None:

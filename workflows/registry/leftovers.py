@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlparse
 
 from workflows.private.mlflow import deleted_models, deleted_runs, remove_model, remove_run, store_at
-from workflows.registry.versions import Registry
+from workflows.registry.versions import Registry, pages
 
 DAY = 86_400_000
 
@@ -33,14 +32,16 @@ def leftovers(registry: Registry, *, older_than_days: float = 0) -> list[Leftove
     found = []
     for run_id in deleted_runs(store, age):
         if run_id not in runs:
-            found.append(Leftover("run", run_id, _folder(store.get_run(run_id).info.artifact_uri, above="artifacts")))
+            found.append(Leftover("run", run_id, _folder(store.get_run(run_id).info.artifact_uri)))
     models = {v.source.removeprefix("models:/") for v in versions}
     needed = {registry.client.get_model_version_download_uri(v.name, v.version).rstrip("/") for v in versions}
-    gone = {model_id: store.get_logged_model(model_id, allow_deleted=True) for model_id in deleted_models(store, age)}
-    for model in [*_logged(store, registry.tracker.experiment, age), *gone.values()]:
+    deleted = [store.get_logged_model(model_id, allow_deleted=True) for model_id in deleted_models(store, age)]
+    logged = pages(lambda token: store.search_logged_models([registry.tracker.experiment], page_token=token))
+    unchanged_since = time.time() * 1000 - age
+    for model in [*(m for m in logged if m.last_updated_timestamp <= unchanged_since), *deleted]:
         unnamed = model.model_id not in models and model.artifact_location.rstrip("/") not in needed
         if unnamed and model.experiment_id == registry.tracker.experiment:
-            found.append(Leftover("model", model.model_id, _folder(model.artifact_location, above="artifacts")))
+            found.append(Leftover("model", model.model_id, _folder(model.artifact_location)))
     return found
 
 
@@ -50,20 +51,10 @@ def forget(registry: Registry, leftover: Leftover) -> None:
     remove(store_at(registry.tracker.uri), leftover.id)
 
 
-def _logged(store: Any, experiment: str, age: int) -> list[Any]:
-    """The logged models that are not deleted and did not change in the last `age` milliseconds."""
-    found, token = [], None
-    while True:
-        page = store.search_logged_models([experiment], page_token=token)
-        found += [m for m in page if m.last_updated_timestamp <= time.time() * 1000 - age]
-        if not (token := page.token):
-            return found
-
-
-def _folder(uri: str, *, above: str) -> Path | None:
-    """The path of a local URI, or its parent if its last part is `above`. None for a remote URI."""
+def _folder(uri: str) -> Path | None:
+    """The path of a local URI, or its parent if its last part is `artifacts`. None for a remote URI."""
     parts = urlparse(uri)
     if parts.scheme not in ("", "file"):
         return None
     path = Path(unquote(parts.path))
-    return path.parent if path.name == above else path
+    return path.parent if path.name == "artifacts" else path

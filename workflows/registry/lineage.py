@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.markup import escape
+from rich.tree import Tree
 
 from workflows.errors import UserError
 from workflows.registry.versions import Registry, Version, exports
-
-if TYPE_CHECKING:
-    from rich.tree import Tree
 
 MEASURED = ("frechet", "frechet_spread", "precision", "recall", "teacher_frechet")
 COUNTED = ("samples", "seeds", "reference_count")
@@ -160,9 +160,6 @@ def measured(node: dict[str, Any]) -> list[str]:
 
 def tree(found: dict[str, Any]) -> Tree:
     """The result of `lineage_of` as a tree for the terminal."""
-    from rich.markup import escape
-    from rich.tree import Tree
-
     root = Tree(f"[dim]registry {escape(found['tracking'])}[/]")
     for data in found["data"]:
         count = f"  {int(data['count']):,} images" if data["count"] else ""
@@ -189,8 +186,6 @@ def tree(found: dict[str, Any]) -> Tree:
 
 
 def _label(role: str, node: dict[str, Any]) -> str:
-    from rich.markup import escape
-
     aliases = "".join(f"  [green]@{alias}[/]" for alias in node["aliases"])
     start = f"  from {escape(node['start'])}" if node["start"] else ""
     steps = f"  k = {node['k']}" if role == "student" and node["k"] else ""
@@ -198,8 +193,6 @@ def _label(role: str, node: dict[str, Any]) -> str:
 
 
 def _details(branch: Tree, node: dict[str, Any]) -> None:
-    from rich.markup import escape
-
     lines = measured(node)
     if lines:
         evaluation = branch.add(f"evaluation [dim]run {node['evaluation']['run'] or '?'}[/]")

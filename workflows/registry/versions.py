@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
+import logging
 import re
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -148,13 +149,13 @@ class Registry:
     def names(self) -> list[str]:
         """The names of all registered models, sorted."""
         with self.tracker.reachable():
-            return sorted(m.name for m in _pages(lambda token: self.client.search_registered_models(page_token=token)))
+            return sorted(m.name for m in pages(lambda token: self.client.search_registered_models(page_token=token)))
 
     def versions(self, name: str | None = None, **tags: str) -> list[Version]:
         """The versions of `name`, or of all models, that have all of these tags. Sorted by name, then oldest first."""
         where = f"name = '{name}'" if name else None
         with self.tracker.reachable():
-            found = _pages(lambda token: self.client.search_model_versions(where, page_token=token))
+            found = pages(lambda token: self.client.search_model_versions(where, page_token=token))
             versions = [_version(v) for v in found if all(v.tags.get(key) == value for key, value in tags.items())]
         return sorted(versions, key=lambda v: (v.name, int(v.version)))
 
@@ -164,10 +165,6 @@ class Registry:
     def find_version(self, name: str, tags: dict[str, str]) -> Version | None:
         """The newest version that has all of these tags, or None. Callers use it to avoid registering the same model twice."""
         return next(reversed(self.versions(name, **tags)), None)
-
-    def version_tags(self, name: str, version: str) -> dict[str, str]:
-        with self.tracker.reachable():
-            return dict(self.client.get_model_version(name, version).tags)
 
     def set_tags(self, version: Version, tags: dict[str, str]) -> None:
         with self.tracker.reachable():
@@ -220,9 +217,8 @@ class Registry:
         import mlflow
 
         with self.tracker.reachable():
-            self.client.get_experiment_by_name(
-                EXPERIMENT
-            )  # separates a store that does not answer from a missing model
+            # Separates a store that does not answer from a missing model.
+            self.client.get_experiment_by_name(EXPERIMENT)
         try:
             with _silent():
                 self.tracker.make_current()
@@ -355,14 +351,14 @@ def _read(tags: dict[str, str], prefix: str, kind: Any) -> dict[str, Any]:
     return out
 
 
-def _pages(search: Callable[[Any], Any]) -> list[Any]:
-    found, token = [], None
+def pages(search: Callable[[Any], Any]) -> list[Any]:
+    """Everything that a search of MLflow's finds. `search` takes the token of a page."""
+    results, token = [], None
     while True:
         page = search(token)
-        found += list(page)
-        token = page.token
-        if not token:
-            return found
+        results += page
+        if not (token := page.token):
+            return results
 
 
 def _version(found: Any) -> Version:
@@ -379,16 +375,13 @@ def _version(found: Any) -> Version:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Turns off MLflow's progress bars and warnings."""
-    import logging
-    import warnings
-
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    """Turns off MLflow's warnings."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda *_, **__: None  # MLflow sets filters of its own, so "ignore" is not enough
-        level = logging.getLogger("mlflow").level
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+        logger = logging.getLogger("mlflow")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:
-            logging.getLogger("mlflow").setLevel(level)
+            logger.setLevel(level)

@@ -32,8 +32,8 @@ DATABASE = re.compile(
 
 
 class Delivery:
-    """`deliver(operations)` sends them with `client`, and raises Away or Refused. `runs` maps our own ids to the store's. `found`
-    is called with each new pair. `kept` gives the file of an operation. `hide` removes secrets from a text.
+    """`deliver(operations)` sends them with `client`, and raises Away or Refused. `runs` maps our own ids to the store's.
+    `note_run` is called with each new pair. `kept` gives the file of an operation. `hide` removes secrets from a text.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Delivery:
         experiment: str,
         *,
         runs: dict[str, str],
-        found: Callable[[str, str], None],
+        note_run: Callable[[str, str], None],
         kept: Callable[[Operation], Path],
         hide: Callable[[str], str],
     ) -> None:
         self.client, self.experiment = client, experiment
-        self._runs, self._found, self._kept, self._hide = runs, found, kept, hide
+        self._runs, self._note_run, self._kept, self._hide = runs, note_run, kept, hide
 
     def deliver(self, operations: list[Operation]) -> None:
         try:
@@ -72,7 +72,7 @@ class Delivery:
         """Whether the store has the run with our id, whichever machine created it."""
         twins = self._twins(own)
         if twins:
-            self._found(own, twins[0])
+            self._note_run(own, twins[0])
         return bool(twins)
 
     def _twins(self, own: str) -> list[str]:
@@ -93,7 +93,7 @@ class Delivery:
             twins = self._twins(own)
         for twin in twins[1:]:
             self.client.delete_run(twin)
-        self._found(own, twins[0])
+        self._note_run(own, twins[0])
 
     def resume(self, operation: Operation) -> None:
         self.client.update_run(self.run_id(operation["run"]), status="RUNNING")

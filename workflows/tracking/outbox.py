@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from workflows.storage.local import write_json
+from workflows.storage.local import read_json, write_json
 
 Operation = dict[str, Any]
 JOURNAL, DELIVERED, REFUSED, FILES = "journal.jsonl", "delivered.json", "refused.jsonl", "files"
@@ -318,7 +318,4 @@ def queued(folder: Path) -> int:
 
 
 def _delivered(folder: Path) -> int:
-    try:
-        return int(json.loads((folder / DELIVERED).read_text())["n"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+    return int((read_json(folder / DELIVERED) or {}).get("n", 0))

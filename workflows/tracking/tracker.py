@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote, unquote_plus, urlsplit
 
 from workflows.errors import UserError, home
@@ -39,6 +39,7 @@ DATABASES = ("postgresql", "mysql", "mssql")
 NO_STORE = ("the file does not exist, or is empty", "the database has no MLflow tables")
 A_MOMENT = 5.0
 """Seconds that a new run waits for the store's id, before it goes on with one of its own."""
+T = TypeVar("T")
 
 
 class Tracker:
@@ -94,7 +95,7 @@ class Tracker:
             else:
                 self.experiment = found.experiment_id
         self._delivery = Delivery(
-            self.client, self.experiment, runs=self._runs, found=self._found, kept=self._kept, hide=self._hide
+            self.client, self.experiment, runs=self._runs, note_run=self._note_run, kept=self._kept, hide=self._hide
         )
         if outbox is not None:
             self._folder = outbox_of(outbox, self.uri)
@@ -127,14 +128,32 @@ class Tracker:
         except (MlflowException, DBAPIError, OSError, Away, Refused) as error:
             if isinstance(error, OSError) and meaning(error) is None:
                 raise
-            from_delivery = isinstance(error, (Away, Refused))
-            reason = str(error) if from_delivery else self._hide(brief(error))
-            when = "the store is back" if isinstance(error, Away) or meaning(error) == "away" else "that is fixed"
-            raise UserError(
-                f"tracking: {self._label} failed: {reason}",
-                hint=f"finished stages and the last checkpoints are kept in the workspace: when {when}, "
-                "run the same command again (or give another --tracking-uri); it goes on where it was",
-            ) from (None if self._secrets else error)
+            reason = str(error) if isinstance(error, (Away, Refused)) else self._hide(brief(error))
+            is_away = isinstance(error, Away) or meaning(error) == "away"
+            raise self._failure(reason, is_away) from (None if self._secrets else error)
+
+    def _failure(self, reason: str, is_away: bool) -> UserError:
+        when = "the store is back" if is_away else "that is fixed"
+        return UserError(
+            f"tracking: {self._label} failed: {reason}",
+            hint=f"finished stages and the last checkpoints are kept in the workspace: when {when}, "
+            "run the same command again (or give another --tracking-uri); it goes on where it was",
+        )
+
+    def _ask(self, question: Callable[[], T], *, refused: T | None = None, away: T | None = None) -> T:
+        """The store's answer; or `refused` if the store refuses, or `away` if it is away and there is an outbox. Raises UserError
+        instead if that value is None.
+        """
+        try:
+            return question()
+        except Exception as error:
+            kind = meaning(error)
+            if kind == "refused" and refused is not None:
+                return refused
+            if kind == "away" and away is not None and self._outbox is not None:
+                return away
+            with self.reachable():
+                raise
 
     def _hide(self, text: str) -> str:
         for secret in self._secrets:
@@ -151,7 +170,7 @@ class Tracker:
             self._delivery.deliver([operation])
             return 0
 
-    def _found(self, own: str, run_id: str) -> None:
+    def _note_run(self, own: str, run_id: str) -> None:
         """Notes the store's id of a run for later processes, before anything else is delivered to the run."""
         self._runs[own] = run_id
         if self._outbox is not None:
@@ -166,22 +185,6 @@ class Tracker:
     def resolve(self, run_id: str) -> str:
         """The store's id of a run, if our own id is given and the store has the run by now; else the id as it is."""
         return self._runs.get(run_id, run_id)
-
-    def expects(self, run_id: str) -> bool:
-        """False for an id of our own whose run is neither in the store nor queued: its outbox was removed or is elsewhere."""
-        queued = self._outbox is not None and self._outbox.holds(kind="run", run=run_id)
-        # The queue is checked first, as the run may be delivered at this moment.
-        return queued or not self.resolve(run_id).startswith(QUEUED) or self._finds(run_id)
-
-    def _finds(self, own: str) -> bool:
-        """Whether the store has the run to which another machine gave this id. With an outbox: False while the store is away."""
-        try:
-            return not self.away and self._delivery.find(own)
-        except Exception as error:
-            if self._outbox is not None and meaning(error) == "away":
-                return False
-            with self.reachable():
-                raise
 
     @property
     def pending(self) -> int:
@@ -205,11 +208,8 @@ class Tracker:
 
     def unreachable(self) -> UserError:
         """The error for a stage that can't go on without the store's answer."""
-        try:
-            with self.reachable():
-                raise Away((self._outbox and self._outbox.away) or f"{self.pending} entries are not delivered yet")
-        except UserError as error:
-            return error
+        reason = (self._outbox and self._outbox.away) or f"{self.pending} entries are not delivered yet"
+        return self._failure(reason, is_away=True)
 
     def close(self) -> None:
         """Closes the outbox. What is not delivered stays on disk, for the next Tracker of this store with the same outbox."""
@@ -233,13 +233,20 @@ class Tracker:
         return self.resolve(own)
 
     def has(self, run_id: str) -> bool:
-        """Whether the store has the run, or will have it. False if it does not know the run, or the run was deleted. A store that
-        is away is assumed to have it.
+        """Whether the store has the run, or will have it. A store that is away is assumed to have it. False for a deleted run, and
+        for an id of our own that is neither in the store nor queued: its outbox was removed or is elsewhere.
         """
-        if not self.expects(run_id):
+        # The queue is checked first, as the run may be delivered at this moment.
+        queued = self._outbox is not None and self._outbox.holds(kind="run", run=run_id)
+        unknown = not queued and self.resolve(run_id).startswith(QUEUED)
+        if unknown and (self.away or not self._ask(lambda: self._delivery.find(run_id), away=False)):
             return False
-        run_id = self.resolve(run_id)
-        return run_id.startswith(QUEUED) or self.away or self._active(run_id)
+        known = self.resolve(run_id)
+        if known.startswith(QUEUED) or self.away:
+            return True
+        return self._ask(
+            lambda: bool(self.client.get_run(known).info.lifecycle_stage == "active"), refused=False, away=True
+        )
 
     def resume_run(self, run_id: str) -> bool:
         """Marks the run as running again. Returns False if this store does not have it."""
@@ -250,26 +257,8 @@ class Tracker:
 
     def knows(self, run_id: str) -> bool:
         """Whether the store has the run, deleted or not."""
-        try:
-            return self._finds(run_id) if run_id.startswith(QUEUED) else bool(self.client.get_run(run_id))
-        except Exception as error:
-            if meaning(error) == "refused":
-                return False
-            with self.reachable():
-                raise
-
-    def _active(self, run_id: str) -> bool:
-        """Whether the store has the run, not deleted. With an outbox, a store that stops answering is assumed to have it."""
-        try:
-            return bool(self.client.get_run(run_id).info.lifecycle_stage == "active")
-        except Exception as error:
-            kind = meaning(error)
-            if kind == "refused":
-                return False
-            if kind == "away" and self._outbox is not None:
-                return True
-            with self.reachable():
-                raise
+        find = self._delivery.find if run_id.startswith(QUEUED) else self.client.get_run
+        return self._ask(lambda: bool(find(run_id)), refused=False)
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
         """Nested dictionaries become dotted names. Parameters that the run already has are left as they are."""
@@ -296,13 +285,8 @@ class Tracker:
         run_id = self.resolve(run_id)
         if not metrics or run_id.startswith(QUEUED) or self.away:
             return set()
-        try:
-            return {m.step for name in metrics for m in self.client.get_metric_history(run_id, _metric_name(name))}
-        except Exception as error:
-            if self._outbox is not None and meaning(error) == "away":
-                return set()
-            with self.reachable():
-                raise
+        names, history = [_metric_name(name) for name in metrics], self.client.get_metric_history
+        return self._ask(lambda: {metric.step for name in names for metric in history(run_id, name)}, away=set())
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Logs a file or folder as it is now: it may change or go afterwards."""
@@ -355,7 +339,7 @@ def store_exists(uri: str) -> bool:
     path = _file(uri)
     if path is not None:
         return path.is_file() and path.stat().st_size > 0
-    if uri.partition(":")[0].partition("+")[0] not in DATABASES:
+    if not uri.startswith(DATABASES):
         return True
     from sqlalchemy import create_engine, inspect
     from sqlalchemy.pool import NullPool

@@ -117,7 +117,7 @@ def test_registered_models_have_their_lineage(finished, tracker):
     registry = Registry(tracker)
     for student in summary["students"]:
         name, version = student["model_uri"].removeprefix("models:/").split("/")
-        tags = registry.version_tags(name, version)
+        tags = registry.version(name, version).tags
         assert tags["k"] == str(student["k"])
         assert tags["method"] == "moment_matching"
         assert float(tags["frechet"]) == pytest.approx(student["frechet"], rel=1e-5)
@@ -131,7 +131,7 @@ def test_registered_models_have_their_lineage(finished, tracker):
         assert registry.alias(name, f"k{student['k']}-champion") == version
         (move,) = [m for m in registry.moves(name) if m.version == version]
         assert (move.before, move.by, move.done) == (None, "gate", True)
-    assert registry.version_tags("mmdistill-digits-teacher", "1")["k"] == "4"
+    assert registry.version("mmdistill-digits-teacher", "1").tags["k"] == "4"
 
 
 def test_the_registered_model_draws_samples(finished, tracker):

@@ -196,10 +196,10 @@ def test_a_run_that_another_machine_queued_and_delivered_is_found_by_its_own_id(
     known = first.resolve(own)
     for outbox_ in (tmp_path / "other", None):
         other = Tracker(store, outbox=outbox_)
-        assert other.expects(own)
+        assert other.has(own)
         assert other.resolve(own) == known
         assert other.resume_run(own)
-        assert not other.expects("queued-" + "2" * 32)
+        assert not other.has("queued-" + "2" * 32)
         other.close()
     first.client.delete_run(known)
     assert not Tracker(store).resume_run(own)
