@@ -12,9 +12,9 @@ import os
 import re
 import socket
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from workflows.errors import ConfigError, UserError, home, in_a_line
 
@@ -59,12 +59,12 @@ def _place_at(address: str) -> Place:
     if address == "auto":
         from workflows.private.ray import heads_on_this_machine
 
-        found = _started_here()
-        if not found and not heads_on_this_machine():
+        started = _started_here()
+        if not started and not heads_on_this_machine():
             raise UserError("ray: RAY_ADDRESS=auto: no Ray runs on this machine", hint=LOCAL)
-        if found and (why := refusal(found)):
+        if started and (why := refusal(started)):
             raise UserError(
-                f"ray: RAY_ADDRESS=auto: what was started on this machine, at {found}, is gone ({why})", hint=LOCAL
+                f"ray: RAY_ADDRESS=auto: what was started on this machine, at {started}, is gone ({why})", hint=LOCAL
             )
         return Place("auto")
     check_address(address)
@@ -83,17 +83,16 @@ def _place_at(address: str) -> Place:
 
 def _place_here() -> Place:
     """Joins what `ray start` began on this machine, if it answers. Ray notes its address in a file, which outlives a killed Ray."""
-    found = _started_here()
-    if found is None:
+    address = _started_here()
+    if address is None:
         return Place(OWN)
     from workflows.private.ray import load_token
 
     load_token()
-    if why := refusal(found):
-        return Place(
-            OWN, f"the one that was started on this machine does not answer at {found} ({why}): starts its own"
-        )
-    return Place("auto", f"joins the one that was started on this machine, at {found}; {LOCAL}")
+    if why := refusal(address):
+        notice = f"the one that was started on this machine does not answer at {address} ({why}): starts its own"
+        return Place(OWN, notice)
+    return Place("auto", f"joins the one that was started on this machine, at {address}; {LOCAL}")
 
 
 def _started_here() -> str | None:
@@ -140,13 +139,11 @@ def check_own() -> None:
 def refusal(address: str, *, patience: float | None = None) -> str | None:
     """Why there is no usable head node at this address, or None if one answers."""
     import grpc
-    from ray.core.generated import gcs_service_pb2
+    from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]
     from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
     from ray.exceptions import AuthenticationError
 
     from workflows.private.ray import head_channel
-
-    request: Any = gcs_service_pb2
 
     patience = PATIENCE if patience is None else patience
     scheme, _, place = address.rpartition("://")
@@ -156,11 +153,10 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
     except (OSError, ValueError) as error:
         return str(getattr(error, "strerror", None) or error)
     try:
-        channel = head_channel(place)
-    except AuthenticationError as error:
+        with closing(head_channel(place)) as channel:
+            NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=patience)
+    except AuthenticationError as error:  # there is no token to send
         return in_a_line(str(error), 120)
-    try:
-        NodeInfoGcsServiceStub(channel).CheckAlive(request.CheckAliveRequest(), timeout=patience)
     except grpc.RpcError as error:
         code = error.code()
         if code is grpc.StatusCode.UNAUTHENTICATED:
@@ -170,10 +166,6 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
         if code is grpc.StatusCode.UNIMPLEMENTED:
             return None if scheme == "ray" else "what answers there is not the head of a Ray"
         return "what answers there is not Ray"
-    except AuthenticationError as error:  # there is no token to send
-        return in_a_line(str(error), 120)
-    finally:
-        channel.close()
     return None
 
 
@@ -255,10 +247,8 @@ def explained(error: Exception, place: Place) -> UserError:
     elif not place.own:
         hint = f"check RAY_ADDRESS; {LOCAL}"
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason, hint = (
-            f"the disk is full ({error.filename or ray_folder()})",
-            "free space, or set RAY_TMPDIR; run it again",
-        )
+        reason = f"the disk is full ({error.filename or ray_folder()})"
+        hint = "free space, or set RAY_TMPDIR; run it again"
     elif isinstance(error, OSError) and error.filename:
         reason, hint = f"{error.filename}: {error.strerror}", "set RAY_TMPDIR to a folder of yours with a short name"
     else:

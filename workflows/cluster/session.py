@@ -135,9 +135,9 @@ def groups() -> set[str]:
     import ray
     from ray.util.placement_group import placement_group_table
 
-    own = ray.get_runtime_context().get_job_id()  # the names of its groups end with it
+    job = ray.get_runtime_context().get_job_id()  # the names of its groups end with it
     return {
-        name for name, group in placement_group_table().items() if name.endswith(own) and group["state"] != "REMOVED"
+        name for name, group in placement_group_table().items() if name.endswith(job) and group["state"] != "REMOVED"
     }
 
 
@@ -226,7 +226,6 @@ def run_together(
     at_once: int,
     tick: Callable[[], None],
     done: Callable[[int], None],
-    interval: float = 0.2,
 ) -> None:
     """Runs the jobs in threads, at most `at_once` at a time. The calling thread meanwhile calls `tick()`, and `done(i)` after job
     i. Raises the first error, after `done` was called for the jobs that had ended before it.
@@ -249,7 +248,7 @@ def run_together(
     while left:
         tick()
         try:
-            i, error = ended.get(timeout=interval)
+            i, error = ended.get(timeout=0.2)
         except queue.Empty:
             continue
         if error is None:

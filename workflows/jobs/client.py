@@ -70,18 +70,17 @@ def address_of(given: str | None) -> str:
 
     Raises UserError if there is none, or if it is no HTTP URL.
     """
-    env = os.environ
-    ray = env.get("RAY_ADDRESS", "")
-    found = given or env.get("RAY_API_SERVER_ADDRESS") or (ray if ray.startswith(("http://", "https://")) else "")
-    if not found:
+    ray = os.environ.get("RAY_ADDRESS", "")
+    url = given or os.environ.get("RAY_API_SERVER_ADDRESS") or (ray if ray.startswith(("http://", "https://")) else "")
+    if not url:
         raise UserError(
             "--address: no head is named", hint="give --address http://HEAD:8265, or set RAY_API_SERVER_ADDRESS"
         )
-    if "://" not in found:
-        found = f"http://{found}"
-    if not re.fullmatch(r"https?://[^/@\s]+(/[^\s@]*)?", found):
-        raise UserError(f"--address: {shown(found)!r} should read http://HEAD:8265, the address of Ray's dashboard")
-    return found.rstrip("/")
+    if "://" not in url:
+        url = f"http://{url}"
+    if not re.fullmatch(r"https?://[^/@\s]+(/[^\s@]*)?", url):
+        raise UserError(f"--address: {shown(url)!r} should read http://HEAD:8265, the address of Ray's dashboard")
+    return url.rstrip("/")
 
 
 def token() -> tuple[str | None, str]:
@@ -177,9 +176,8 @@ class Head:
 
         A job with another name may look like an attempt, so the name in the metadata decides.
         """
-        own = [job for job in self.jobs() if job.id == name or job.metadata.get(NAME) == name]
-        numbered = [(attempt_of(job.id, name), job) for job in own]
-        return [job for n, job in sorted((pair for pair in numbered if pair[0]), key=lambda pair: pair[0])]
+        named = [job for job in self.jobs() if job.id == name or job.metadata.get(NAME) == name]
+        return sorted((job for job in named if attempt_of(job.id, name)), key=lambda job: attempt_of(job.id, name))
 
     def newest(self, name: str) -> Job:
         """The last attempt of a job. NAME-1 names the first attempt. Raises UserError if there is no such job."""
@@ -215,13 +213,13 @@ class Head:
         with self._translated_errors():
             return str(self._client.get_job_logs(name))
 
-    def follow(self, name: str, show: Callable[[str], None], say: Callable[[str], None], *, past: int = 0) -> Job:
-        """Passes the job's log to `show` as it grows, without its first `past` characters. Returns the job when it has ended.
+    def follow(self, name: str, show: Callable[[str], None], say: Callable[[str], None]) -> Job:
+        """Passes the job's log to `show` as it grows. Returns the job when it has ended.
 
         Reconnects if the connection drops, and shows no text twice. `say` gets messages about lost and restored connections.
         Raises Unreachable if the head does not answer for PATIENCE seconds.
         """
-        seen, here, since, pause, away = past, 0, time.monotonic(), 1.0, False
+        seen, here, since, pause, away = 0, 0, time.monotonic(), 1.0, False
 
         def take(text: str) -> None:
             nonlocal seen, here, pause, away

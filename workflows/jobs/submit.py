@@ -195,13 +195,13 @@ def submit(head: Head, job: Submission, screen: Screen) -> str:
         )
     if os.environ.get(TRACKING) and TRACKING not in job.env and "--tracking-uri" not in job.entrypoint:
         screen.line(f"[yellow]![/] {TRACKING} is set here, but not passed to the job: add --env {TRACKING}")
-    code, taken = code_version(*PACKAGES), 0
+    code, last = code_version(*PACKAGES), 0
     with working_directory(job.files) as folder:
         while True:
             attempts = head.attempts(job.name)
             if attempts and not attempts[-1].ended:
                 return _join(job, attempts[-1], code, screen)
-            n = max(taken, attempt_of(attempts[-1].id, job.name) if attempts else 0) + 1
+            n = max(last, attempt_of(attempts[-1].id, job.name) if attempts else 0) + 1
             name = job.name if n == 1 else f"{job.name}-{n}"
             if head.submit(
                 name,
@@ -213,7 +213,8 @@ def submit(head: Head, job: Submission, screen: Screen) -> str:
                 again = f"  [dim]attempt {n}: continues from the workspace[/]" if n > 1 else ""
                 screen.line(f"[green]submitted[/] [bold]{name}[/]{again}")
                 return name
-            taken = n  # by another submitter of this job, which the next round joins, or by another job of this name
+            # Another submitter of this job took the name, and the next round joins it; or another job has this name.
+            last = n
 
 
 def _join(wanted: Submission, job: Job, code: str, screen: Screen) -> str:

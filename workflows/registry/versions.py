@@ -141,10 +141,10 @@ class Registry:
             except mlflow.exceptions.MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-            made = self.client.create_model_version(
+            version = self.client.create_model_version(
                 name, info.model_uri, run_id, tags=tags, model_id=info.model_id, await_creation_for=60
             )
-        return _version(made)
+        return _version(version)
 
     def names(self) -> list[str]:
         """The names of all registered models, sorted."""
@@ -201,13 +201,13 @@ class Registry:
 
     def one(self, model: str) -> Version:
         """The single version that `model` names (see `resolve`). Raises UserError for a bare name with several versions."""
-        found = self.resolve(model)
-        if len(found) > 1:
+        first, *others = self.resolve(model)
+        if others:
             raise UserError(
-                f"{model}: has versions {found[0].version} to {found[-1].version}; which?",
-                hint=f"such as {found[-1].uri}",
+                f"{model}: has versions {first.version} to {others[-1].version}; which?",
+                hint=f"such as {others[-1].uri}",
             )
-        return found[0]
+        return first
 
     def download(self, model_uri: str, into: Path) -> Path:
         """Downloads a model below `into` and returns its folder (weights.safetensors, model.json).
@@ -252,8 +252,8 @@ class Registry:
         return self._or_none(lambda: str(self.client.get_model_version_by_alias(name, alias).version))
 
     def aliases(self, name: str) -> dict[str, str]:
-        found = self._or_none(lambda: self.client.get_registered_model(name))
-        return {alias: str(version) for alias, version in found.aliases.items()} if found else {}
+        model = self._or_none(lambda: self.client.get_registered_model(name))
+        return {alias: str(version) for alias, version in model.aliases.items()} if model else {}
 
     def alias_state(self, name: str, alias: str) -> AliasState:
         # Read the moves first. `move` then treats a move between the two reads as new.
@@ -303,8 +303,8 @@ class Registry:
             self.client.set_registered_model_tag(name, key, json.dumps(asdict(move)))
 
     def _records(self, name: str, alias: str | None = None) -> dict[str, Move]:
-        found = self._or_none(lambda: self.client.get_registered_model(name))
-        return _read(found.tags if found else {}, f"{MOVE}{alias}." if alias else MOVE, Move)
+        model = self._or_none(lambda: self.client.get_registered_model(name))
+        return _read(model.tags if model else {}, f"{MOVE}{alias}." if alias else MOVE, Move)
 
     # Exports
 
@@ -361,15 +361,16 @@ def pages(search: Callable[[Any], Any]) -> list[Any]:
             return results
 
 
-def _version(found: Any) -> Version:
-    created = datetime.fromtimestamp((found.creation_timestamp or 0) / 1000, timezone.utc)
+def _version(entity: Any) -> Version:
+    """Of MLflow's ModelVersion."""
+    created = datetime.fromtimestamp((entity.creation_timestamp or 0) / 1000, timezone.utc)
     return Version(
-        found.name,
-        str(found.version),
-        dict(found.tags),
-        found.run_id or "",
-        found.source or "",
-        created.isoformat(timespec="seconds"),
+        name=entity.name,
+        version=str(entity.version),
+        tags=dict(entity.tags),
+        run_id=entity.run_id or "",
+        source=entity.source or "",
+        created=created.isoformat(timespec="seconds"),
     )
 
 
