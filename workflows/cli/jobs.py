@@ -22,16 +22,14 @@ Name = Annotated[str, Argument(help="Job id, from submit or `mmdistill jobs list
 @command(app, context_settings={"ignore_unknown_options": True})
 def submit(
     context: typer.Context,
-    stage: Annotated[str, Argument(help="Command to run: run, prepare, sweep, ablate or bench.")],
-    words: Annotated[list[str] | None, Argument(help="Options of that command.", metavar="...")] = None,
+    stage: str = Argument(..., help="Command to run: run, prepare, sweep, ablate or bench."),
+    words: list[str] | None = Argument(None, help="Options of that command.", metavar="..."),
     address: Address = None,
-    follow: Annotated[
-        bool, Option("--follow/--no-follow", help="Show the log until the job ends, and exit with its exit code.")
-    ] = True,
-    env: Annotated[list[str] | None, Option(help="Name of a variable to pass on; may be repeated. No secrets.")] = None,
-    id_: Annotated[
-        str | None, Option("--id", help="Job id; default: made from the command and its configuration.")
-    ] = None,
+    follow: bool = Option(
+        True, "--follow/--no-follow", help="Show the log until the job ends, and exit with its exit code."
+    ),
+    env: list[str] | None = Option(None, help="Name of a variable to pass on; may be repeated. No secrets."),
+    id_: str | None = Option(None, "--id", help="Job id; default: made from the command and its configuration."),
 ) -> None:
     """Run a stage on a cluster, as a job that outlives this command. Submitted again, it is joined or continues where it stopped.
 
@@ -65,12 +63,12 @@ def _checked(context: typer.Context, stage: str, words: list[str], screen: Any) 
     if stage not in STAGES:
         raise ConfigError(f"submit: {stage!r} is not a stage for a cluster; there are: {', '.join(STAGES)}")
     group: Any = context.find_root().command
-    command = group.commands[stage]
-    with command.make_context(f"submit {stage}", list(words), parent=context.parent) as own:
-        given = given_parameters(command, own)
+    target = group.commands[stage]
+    with target.make_context(f"submit {stage}", list(words), parent=context.parent) as target_context:
+        given = given_parameters(target, target_context)
         try:
             with only_checking():
-                command.invoke(own)
+                target.invoke(target_context)
         except Checked as reached:
             return given, reached.config
         except (UserError, OSError) as error:
@@ -105,7 +103,7 @@ def status(name: Name, address: Address = None) -> None:
 @command(jobs)
 def logs(
     name: Name,
-    follow: Annotated[bool, Option("--follow/--no-follow", help="Follow the log until the job ends.")] = False,
+    follow: bool = Option(False, "--follow/--no-follow", help="Follow the log until the job ends."),
     address: Address = None,
 ) -> None:
     """Print the log of a job."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer import Argument, Option
@@ -46,17 +46,12 @@ app = typer.Typer(
 
 @app.callback()
 def _options(
-    s3_endpoint_url: Annotated[
-        str | None, Option(help="URL of an S3 server other than AWS; default: AWS_ENDPOINT_URL.")
-    ] = None,
-    s3_region: Annotated[str | None, Option(help="Region of the S3 server; default: AWS_REGION.")] = None,
-    s3_path_style: Annotated[
-        bool | None,
-        Option(
-            "--s3-path-style/--s3-virtual-style", help="Address buckets by path or by host name; default: tries both."
-        ),
-    ] = None,
-    s3_ca: Annotated[str | None, Option(help="File with the CA of the S3 server's certificate.")] = None,
+    s3_endpoint_url: str | None = Option(None, help="URL of an S3 server other than AWS; default: AWS_ENDPOINT_URL."),
+    s3_region: str | None = Option(None, help="Region of the S3 server; default: AWS_REGION."),
+    s3_path_style: bool | None = Option(
+        None, "--s3-path-style/--s3-virtual-style", help="Address buckets by path or by host name; default: tries both."
+    ),
+    s3_ca: str | None = Option(None, help="File with the CA of the S3 server's certificate."),
 ) -> None:
     addressing = None if s3_path_style is None else "path" if s3_path_style else "virtual"
     given = {
@@ -76,19 +71,17 @@ def run(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     tracking_wait: TrackingWait = None,
-    workers: Annotated[
-        str | None, Option(help="Workers of each training, or fewest:most such as 2:8; default: as many as fit now.")
-    ] = None,
-    checkpoint_every: Annotated[
-        str | None, Option(help="Images, or minutes such as 10m; default: the recipe's images, or 15 minutes.")
-    ] = None,
-    at_once: Annotated[int | None, Option(help="Students trained at once; default: as many as fit now.", min=1)] = None,
-    gpu: Annotated[
-        bool | None, Option("--gpu/--no-gpu", help="Use GPUs or not; default: use them if there are any.")
-    ] = None,
-    force: Annotated[list[str] | None, Option(help="Redo this stage; may be repeated.")] = None,
-    until: Annotated[str, Option(help="Stop after this stage.")] = "report",
-    as_json: Annotated[bool, Option("--json", help="Print the summary as JSON.")] = False,
+    workers: str | None = Option(
+        None, help="Workers of each training, or fewest:most such as 2:8; default: as many as fit now."
+    ),
+    checkpoint_every: str | None = Option(
+        None, help="Images, or minutes such as 10m; default: the recipe's images, or 15 minutes."
+    ),
+    at_once: int | None = Option(None, help="Students trained at once; default: as many as fit now.", min=1),
+    gpu: bool | None = Option(None, "--gpu/--no-gpu", help="Use GPUs or not; default: use them if there are any."),
+    force: list[str] | None = Option(None, help="Redo this stage; may be repeated."),
+    until: str = Option("report", help="Stop after this stage."),
+    as_json: bool = Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
     """Turn images into few-step students: prepare, teacher, distill, evaluate, register, report.
 
@@ -130,48 +123,36 @@ def run(
 
 @command(app, continues=True)
 def prepare(
-    source: Annotated[
-        str,
-        Argument(
-            help="Folder or s3://BUCKET/PREFIX of images, zips, Parquet, WebDataset tars, or a Hugging Face data set."
-        ),
-    ],
-    dest: Annotated[str, Argument(help="Folder or s3://BUCKET/PREFIX for the data set.")],
-    size: Annotated[int, Option(help="Side of the images in pixels.", min=1)],
-    channels: Annotated[int, Option(help="Channels: 3, or 1 for grey.")] = 3,
-    crop: Annotated[str, Option(help="Square to cut out: center, or random (the same in every run).")] = "center",
-    flip: Annotated[bool, Option("--flip", help="Add the mirror image of each image.")] = False,
-    labels: Annotated[
-        str | None, Option(help="Labels: none, folders, or a JSON or CSV file; default: those of the source.")
-    ] = None,
-    captions: Annotated[str | None, Option(help="Captions: none, or a file; default: those of the source.")] = None,
-    label_column: Annotated[str | None, Option(help="Label column of a table, or key in the samples' JSON.")] = None,
-    image_column: Annotated[str | None, Option(help="Image column of a table.")] = None,
-    caption_column: Annotated[
-        str | None, Option(help="Caption column of a table, or key in the samples' JSON.")
-    ] = None,
-    encoding: Annotated[str, Option(help="Encoding of the images: png is small, uint8 is fast to read.")] = "png",
-    split: Annotated[str, Option(help="Held-out share: train,holdout=0.1, or train for none.")] = "train,holdout=0.1",
-    limit: Annotated[int | None, Option(help="Maximum number of images.", min=1)] = None,
-    max_bad: Annotated[
-        str, Option(help="Share of unreadable or unlabelled images above which the command fails.")
-    ] = "1%",
-    latents: Annotated[
-        str | None, Option(help="Folder of a diffusers VAE: adds a column with its latents of the images.")
-    ] = None,
-    text_encoder: Annotated[
-        str | None, Option(help="Folder of a transformers CLIP or T5 encoder: adds its embeddings of the captions.")
-    ] = None,
-    extractor: Annotated[
-        str | None,
-        Option(help="Add reference statistics for all runs on the data set: classifier, mixture, inception or pixels."),
-    ] = None,
-    extractor_weights: Annotated[str | None, Option(help="File with the weights of inception.")] = None,
-    shard_mb: Annotated[
-        float, Option(help="MB of images in a shard, before compression.", min=0.1, callback=finite)
-    ] = 64,
-    seed: Annotated[int, Option(help="Seed of random crops and of the extractor.", min=0)] = 0,
-    as_json: Annotated[bool, Option("--json", help="Print the manifest as JSON, without its shards.")] = False,
+    source: str = Argument(
+        ..., help="Folder or s3://BUCKET/PREFIX of images, zips, Parquet, WebDataset tars, or a Hugging Face data set."
+    ),
+    dest: str = Argument(..., help="Folder or s3://BUCKET/PREFIX for the data set."),
+    size: int = Option(..., help="Side of the images in pixels.", min=1),
+    channels: int = Option(3, help="Channels: 3, or 1 for grey."),
+    crop: str = Option("center", help="Square to cut out: center, or random (the same in every run)."),
+    flip: bool = Option(False, "--flip", help="Add the mirror image of each image."),
+    labels: str | None = Option(
+        None, help="Labels: none, folders, or a JSON or CSV file; default: those of the source."
+    ),
+    captions: str | None = Option(None, help="Captions: none, or a file; default: those of the source."),
+    label_column: str | None = Option(None, help="Label column of a table, or key in the samples' JSON."),
+    image_column: str | None = Option(None, help="Image column of a table."),
+    caption_column: str | None = Option(None, help="Caption column of a table, or key in the samples' JSON."),
+    encoding: str = Option("png", help="Encoding of the images: png is small, uint8 is fast to read."),
+    split: str = Option("train,holdout=0.1", help="Held-out share: train,holdout=0.1, or train for none."),
+    limit: int | None = Option(None, help="Maximum number of images.", min=1),
+    max_bad: str = Option("1%", help="Share of unreadable or unlabelled images above which the command fails."),
+    latents: str | None = Option(None, help="Folder of a diffusers VAE: adds a column with its latents of the images."),
+    text_encoder: str | None = Option(
+        None, help="Folder of a transformers CLIP or T5 encoder: adds its embeddings of the captions."
+    ),
+    extractor: str | None = Option(
+        None, help="Add reference statistics for all runs on the data set: classifier, mixture, inception or pixels."
+    ),
+    extractor_weights: str | None = Option(None, help="File with the weights of inception."),
+    shard_mb: float = Option(64, help="MB of images in a shard, before compression.", min=0.1, callback=finite),
+    seed: int = Option(0, help="Seed of random crops and of the extractor.", min=0),
+    as_json: bool = Option(False, "--json", help="Print the manifest as JSON, without its shards."),
 ) -> None:
     """Turn images into a data set for `--set data.source=dataset://DEST`. Run again, it continues where it stopped."""
     from workflows.cluster.session import ray_session
@@ -222,17 +203,17 @@ def config(recipe: Recipe = "digits", set_: Set = None, smoke: Smoke = False) ->
 
 @command(app)
 def plan(
-    recipe: Annotated[str, Argument(help="Name of a recipe, or a YAML file.")] = "digits",
+    recipe: str = Argument("digits", help="Name of a recipe, or a YAML file."),
     set_: Set = None,
-    gpus: Annotated[int, Option(help="Number of GPUs, with one worker each.", min=1)] = 8,
-    gpu_memory: Annotated[float, Option(help="Memory of each GPU in GiB.", min=0.1, callback=finite)] = 80,
-    only: Annotated[
-        list[str] | None, Option(help="One of the choices that the method compares; may be repeated. Default: all.")
-    ] = None,
-    bench: Annotated[
-        Path | None, Option(help="FILE of `mmdistill bench engine --out FILE` on such a GPU, to estimate hours.")
-    ] = None,
-    as_json: Annotated[bool, Option("--json", help="Print the plan as JSON.")] = False,
+    gpus: int = Option(8, help="Number of GPUs, with one worker each.", min=1),
+    gpu_memory: float = Option(80, help="Memory of each GPU in GiB.", min=0.1, callback=finite),
+    only: list[str] | None = Option(
+        None, help="One of the choices that the method compares; may be repeated. Default: all."
+    ),
+    bench: Path | None = Option(
+        None, help="FILE of `mmdistill bench engine --out FILE` on such a GPU, to estimate hours."
+    ),
+    as_json: bool = Option(False, "--json", help="Print the plan as JSON."),
 ) -> None:
     """Estimate what a recipe costs: memory, batches that fit, network evaluations, hours. Nothing is run."""
     from workflows.plan.plan import run_plan
@@ -252,28 +233,20 @@ def recipes() -> None:
 
 @command(app)
 def sample(
-    model: Annotated[
-        str, Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder.")
-    ],
-    n: Annotated[int, Option(help="Number of images.", min=1)] = 64,
-    labels: Annotated[
-        str | None,
-        Option(help="Classes to draw: numbers such as 3,5, or names if the data had names; default: all in turn."),
-    ] = None,
-    seed: Annotated[
-        int, Option(help="Seed. Image i depends on the seed, on i and on its class.", min=0, max=2**63 - 1)
-    ] = 0,
-    steps: Annotated[int | None, Option(help="Sampling steps; default: the model's own.", min=1, max=2**24)] = None,
-    out: Annotated[
-        str, Option(help="Output: a .png for a grid, a .npy for the images, or FOLDER/ for a .png of each.")
-    ] = "grid.png",
-    columns: Annotated[int | None, Option(help="Images in a row of the grid.", min=1)] = None,
-    guidance: Annotated[
-        float | None,
-        Option(
-            help="Strength of classifier-free guidance, 0 for none; default: the model's own.", min=0, callback=finite
-        ),
-    ] = None,
+    model: str = Argument(..., help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, runs:/..., or a model folder."),
+    n: int = Option(64, help="Number of images.", min=1),
+    labels: str | None = Option(
+        None, help="Classes to draw: numbers such as 3,5, or names if the data had names; default: all in turn."
+    ),
+    seed: int = Option(0, help="Seed. Image i depends on the seed, on i and on its class.", min=0, max=2**63 - 1),
+    steps: int | None = Option(None, help="Sampling steps; default: the model's own.", min=1, max=2**24),
+    out: str = Option(
+        "grid.png", help="Output: a .png for a grid, a .npy for the images, or FOLDER/ for a .png of each."
+    ),
+    columns: int | None = Option(None, help="Images in a row of the grid.", min=1),
+    guidance: float | None = Option(
+        None, help="Strength of classifier-free guidance, 0 for none; default: the model's own.", min=0, callback=finite
+    ),
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
 ) -> None:
@@ -289,9 +262,9 @@ def sample(
 def doctor(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    cluster: Annotated[
-        Path | None, Option(metavar="FILE", help="Check only this file for `ray up`, before it costs anything.")
-    ] = None,
+    cluster: Path | None = Option(
+        None, metavar="FILE", help="Check only this file for `ray up`, before it costs anything."
+    ),
 ) -> None:
     """Check this machine: packages, devices, Ray, the tracking store, the object store."""
     from workflows.tools.doctor import examine
@@ -302,7 +275,7 @@ def doctor(
 @command(app)
 def ui(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
-    port: Annotated[int, Option(help="Port on this machine.")] = 5000,
+    port: int = Option(5000, help="Port on this machine."),
 ) -> None:
     """Open MLflow's web page for the workspace's own tracking store, on this machine only."""
     from workflows.storage.workspace import Workspace
@@ -317,14 +290,14 @@ def ui(
 
 @command(app)
 def bench(
-    what: Annotated[
-        str, Argument(help="Benchmark: engine, sampler, start, ray, scaling, tracking, memory, data, or all.")
-    ] = "all",
+    what: str = Argument(
+        "all", help="Benchmark: engine, sampler, start, ray, scaling, tracking, memory, data, or all."
+    ),
     recipe: Recipe = "digits",
-    repeats: Annotated[int, Option(help="Rounds; the systems take turns in each.", min=3)] = 15,
-    out: Annotated[Path | None, Option(help="File for the figures as JSON.")] = None,
-    place: Annotated[str | None, Option(help="For data: s3://BUCKET/PREFIX to read from as well.")] = None,
-    workers: Annotated[str, Option(help="For scaling: numbers of workers, each with one thread.")] = "1,2",
+    repeats: int = Option(15, help="Rounds; the systems take turns in each.", min=3),
+    out: Path | None = Option(None, help="File for the figures as JSON."),
+    place: str | None = Option(None, help="For data: s3://BUCKET/PREFIX to read from as well."),
+    workers: str = Option("1,2", help="For scaling: numbers of workers, each with one thread."),
 ) -> None:
     """Benchmark this machine: an update against its floor, samples/s against diffusers, Ray's overhead, memory, reading images."""
     checked()

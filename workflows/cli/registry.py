@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -18,10 +17,10 @@ app = typer.Typer()
 
 @command(app)
 def lineage(
-    model: Annotated[str, Argument(help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions.")],
+    model: str = Argument(..., help="Model: models:/NAME/VERSION, models:/NAME@ALIAS, or NAME for all versions."),
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
-    as_json: Annotated[bool, Option("--json", help="Print the lineage as JSON.")] = False,
+    as_json: bool = Option(False, "--json", help="Print the lineage as JSON."),
 ) -> None:
     """Show where a model came from: data, teacher, students, evaluations, exports, and who moved its aliases."""
     from rich.console import Console
@@ -38,9 +37,9 @@ def lineage(
 @command(app)
 def promote(
     model: Model,
-    alias: Annotated[str, Option(help="Alias to move, such as k8-champion.")],
-    why: Annotated[str, Option(help="Reason, recorded with the move.")] = "",
-    force: Annotated[bool, Option("--force", help="Move it even if the gate refuses; recorded with the move.")] = False,
+    alias: str = Option(..., help="Alias to move, such as k8-champion."),
+    why: str = Option("", help="Reason, recorded with the move."),
+    force: bool = Option(False, "--force", help="Move it even if the gate refuses; recorded with the move."),
     who: Who = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
@@ -56,7 +55,7 @@ def promote(
 @command(app)
 def export(
     model: Model,
-    destination: Annotated[Path, Argument(help="New or empty folder.")],
+    destination: Path = Argument(..., help="New or empty folder."),
     who: Who = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
@@ -70,15 +69,13 @@ def export(
 
 @command(app)
 def gc(
-    yes: Annotated[bool, Option("--yes", "-y", help="Remove without asking.")] = False,
-    keep_days: Annotated[
-        float | None,
-        Option(
-            help="Keep what changed in the last N days, and count only configurations that ran in them; default: all count.",
-            min=0,
-            max=1_000_000,
-        ),
-    ] = None,
+    yes: bool = Option(False, "--yes", "-y", help="Remove without asking."),
+    keep_days: float | None = Option(
+        None,
+        help="Keep what changed in the last N days, and count only configurations that ran in them; default: all count.",
+        min=0,
+        max=1_000_000,
+    ),
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import typer
 from typer import Argument, Option
@@ -30,42 +29,34 @@ app = typer.Typer()
 def sweep(
     recipe: Recipe = "digits",
     set_: Set = None,
-    space: Annotated[
-        list[str] | None,
-        Option(
-            help="Values to try: a space's name, a YAML file, or a field of distill: pairing=uniform,grid, "
-            "optimiser.lr=loguniform(1e-4,1e-2), seed=0,1. May be repeated."
-        ),
-    ] = None,
-    k: Annotated[
-        list[int] | None,
-        Option("-k", help="Steps of the students; may be repeated. Default: the space's, or the recipe's.", min=1),
-    ] = None,
-    trials: Annotated[
-        int, Option(help="Trials in all, shared evenly by the ks; a grid tries everything.", min=1, max=100_000)
-    ] = 16,
-    search: Annotated[
-        str | None, Option(help="Search: grid, random or tpe; default: grid, or random if a field is not a list.")
-    ] = None,
-    scheduler: Annotated[
-        str, Option(help="Scheduler: none, or asha, which stops trials whose distance lags.")
-    ] = "none",
-    warm_start: Annotated[bool, Option(help="Start students of k steps from the best of 2k steps.")] = False,
-    register: Annotated[
-        bool, Option("--register/--no-register", help="Register the best student of each k, through the recipe's gate.")
-    ] = True,
-    at_once: Annotated[int | None, Option(help="Trials at once; default: as many as fit.", min=1)] = None,
-    cpus: Annotated[float, Option("--cpus-per-trial", help="CPUs of each trial.", min=0.01, callback=finite)] = 1,
-    gpus: Annotated[
-        float, Option("--gpus-per-trial", help="GPUs of each trial: 0.25 puts four on one.", min=0, callback=finite)
-    ] = 0,
-    hours: Annotated[
-        float | None,
-        Option(
-            help="Hours after which the sweep stops; unfinished trials wait for the next one.", min=0, callback=finite
-        ),
-    ] = None,
-    out: Annotated[Path | None, Option(help="File for the rows and their means, as JSON.")] = None,
+    space: list[str] | None = Option(
+        None,
+        help="Values to try: a space's name, a YAML file, or a field of distill: pairing=uniform,grid, "
+        "optimiser.lr=loguniform(1e-4,1e-2), seed=0,1. May be repeated.",
+    ),
+    k: list[int] | None = Option(
+        None, "-k", help="Steps of the students; may be repeated. Default: the space's, or the recipe's.", min=1
+    ),
+    trials: int = Option(
+        16, help="Trials in all, shared evenly by the ks; a grid tries everything.", min=1, max=100_000
+    ),
+    search: str | None = Option(
+        None, help="Search: grid, random or tpe; default: grid, or random if a field is not a list."
+    ),
+    scheduler: str = Option("none", help="Scheduler: none, or asha, which stops trials whose distance lags."),
+    warm_start: bool = Option(False, help="Start students of k steps from the best of 2k steps."),
+    register: bool = Option(
+        True, "--register/--no-register", help="Register the best student of each k, through the recipe's gate."
+    ),
+    at_once: int | None = Option(None, help="Trials at once; default: as many as fit.", min=1),
+    cpus: float = Option(1, "--cpus-per-trial", help="CPUs of each trial.", min=0.01, callback=finite),
+    gpus: float = Option(
+        0, "--gpus-per-trial", help="GPUs of each trial: 0.25 puts four on one.", min=0, callback=finite
+    ),
+    hours: float | None = Option(
+        None, help="Hours after which the sweep stops; unfinished trials wait for the next one.", min=0, callback=finite
+    ),
+    out: Path | None = Option(None, help="File for the rows and their means, as JSON."),
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     tracking_wait: TrackingWait = None,
@@ -96,14 +87,14 @@ def sweep(
 
 @command(app, continues=True)
 def ablate(
-    recipe: Annotated[list[str] | None, Argument(help="Recipes: gmm, digits, or both (default).")] = None,
-    page: Annotated[
-        Path,
-        Option(help="Page whose tables are rewritten. The rows are kept beside it, except those of another teacher."),
-    ] = Path("ablation.md"),
-    only: Annotated[list[str] | None, Option(help="Setting to run; may be repeated. Default: all.")] = None,
-    k: Annotated[list[int] | None, Option("-k", help="Steps; may be repeated. Default: 1, 2, 4, 8.")] = None,
-    seeds: Annotated[int, Option(help="Trainings of each setting.", min=1)] = 3,
+    recipe: list[str] | None = Argument(None, help="Recipes: gmm, digits, or both (default)."),
+    page: Path = Option(
+        Path("ablation.md"),
+        help="Page whose tables are rewritten. The rows are kept beside it, except those of another teacher.",
+    ),
+    only: list[str] | None = Option(None, help="Setting to run; may be repeated. Default: all."),
+    k: list[int] | None = Option(None, "-k", help="Steps; may be repeated. Default: 1, 2, 4, 8."),
+    seeds: int = Option(3, help="Trainings of each setting.", min=1),
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
 ) -> None:

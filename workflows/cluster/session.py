@@ -151,7 +151,9 @@ def let_go(names: set[str]) -> None:
 
 
 def fits_a_machine(needs: dict[str, float], room: dict[str, float]) -> bool:
-    """Whether one machine can have all of `needs`. Ray does not report the size of machines still to come: one of them may."""
+    """Whether one machine can have all of `needs`. Ray does not report the size of machines that the autoscaler may still add, so
+    while there may be more, the answer is yes.
+    """
     import ray
 
     there = ray.cluster_resources()

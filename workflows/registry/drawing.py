@@ -64,18 +64,18 @@ def _wrapped(column: int, lines: list[str]) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, most, break_on_hyphens=False)]
 
 
-def draw(found: dict[str, Any]) -> str:
+def draw(graph: dict[str, Any]) -> str:
     """The result of `lineage_of` as an <svg> element."""
     sheet = Sheet()
     heads = "".join(
         f'<text x="{sheet.left(i)}" y="13" fill="#68707a">{name}</text>' for i, (name, _) in enumerate(COLUMNS)
     )
-    for data in found["data"]:
+    for data in graph["data"]:
         count = [f"{int(data['count']):,} images {data['shape'] or ''}".rstrip()] if data["count"] else []
-        own = _wrapped(0, [data["source"] or "data", data["fingerprint"], *count])
+        lines = _wrapped(0, [data["source"] or "data", data["fingerprint"], *count])
         top, middles = sheet.y, [_teacher(sheet, teacher) for teacher in data["teachers"]]
-        here = _beside(sheet, own, top, middles)
-        sheet.box(0, own, here)
+        here = _beside(sheet, lines, top, middles)
+        sheet.box(0, lines, here)
         for middle in middles:
             sheet.join(0, here, middle)
     label = "Lineage: data, teacher, students, evaluations, exports"

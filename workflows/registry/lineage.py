@@ -158,10 +158,10 @@ def measured(node: dict[str, Any]) -> list[str]:
     return [*lines, f"{e.get('samples', 0):,} samples{seeds}, reference {e.get('reference', '?')}{images}"]
 
 
-def tree(found: dict[str, Any]) -> Tree:
+def tree(graph: dict[str, Any]) -> Tree:
     """The result of `lineage_of` as a tree for the terminal."""
-    root = Tree(f"[dim]registry {escape(found['tracking'])}[/]")
-    for data in found["data"]:
+    root = Tree(f"[dim]registry {escape(graph['tracking'])}[/]")
+    for data in graph["data"]:
         count = f"  {int(data['count']):,} images" if data["count"] else ""
         source = f"  {escape(data['source'])}" if data["source"] else ""
         images = root.add(f"[bold]data {data['fingerprint']}[/]{source}{count}")
@@ -172,15 +172,15 @@ def tree(found: dict[str, Any]) -> Tree:
             _details(node, teacher)
             for student in teacher["students"]:
                 _details(node.add(_label("student", student)), student)
-    if found["moves"]:
+    if graph["moves"]:
         history = root.add("[bold]aliases[/]")
-        for m in found["moves"]:
+        for m in graph["moves"]:
             state = "" if m["done"] else "  [yellow]not known to have completed[/]"
             forced = "[yellow]forced[/]" if m["by"] == "forced" else m["by"]
             arrow = f"{m['before'] or 'none'} → {m['version']}"
             text = f"{m['when']}  {escape(m['model'])}@{m['alias']}  {arrow}  {escape(m['who'])}, {forced}"
             history.add(f"{text}  [dim]{escape(m['why'])}[/]{state}")
-    for note in found["notes"]:
+    for note in graph["notes"]:
         root.add(f"[yellow]{escape(note)}[/]")
     return root
 

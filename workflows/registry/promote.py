@@ -44,8 +44,8 @@ def judge(new: Version, champion: Version | None, alias: str, *, better: bool = 
 
     better  True: the distance must be lower than the champion's. False: it may be higher by `spreads` times the seeds' spread
     """
-    own = _figures(new)
-    if own.get("frechet") is None or "gate" not in new.tags:
+    figures = _figures(new)
+    if figures.get("frechet") is None or "gate" not in new.tags:
         return Verdict("", ("it has no metrics to judge: register it again with `mmdistill run`",))
     try:
         gate, refusals = Gate.model_validate_json(new.tags["gate"]), []
@@ -53,17 +53,18 @@ def judge(new: Version, champion: Version | None, alias: str, *, better: bool = 
         return Verdict(
             "", ("its gate can't be read (another mmdistill wrote it): register it again with `mmdistill run`",)
         )
-    shown, distance = [f"distance {own['frechet']:.4g}"], own["frechet"]
+    distance = figures["frechet"]
+    shown = [f"distance {distance:.4g}"]
     if gate.frechet is not None and not distance <= gate.frechet:
         refusals.append(f"distance {distance:.4g} is above {gate.frechet:g}")
     if gate.teacher_ratio is not None:
-        teacher = own.get("teacher_frechet", math.nan)
+        teacher = figures.get("teacher_frechet", math.nan)
         ratio, at = distance / teacher if teacher else math.inf, f"its teacher's {teacher:.4g} at {new.tags['k']} steps"
         shown.append(f"{ratio:.3g} of {at}")
         if not ratio <= gate.teacher_ratio:
             refusals.append(f"distance {distance:.4g} is {ratio:.3g} of {at}, at most {gate.teacher_ratio:g} passes")
     if gate.recall:
-        recall = own.get("recall", math.nan)
+        recall = figures.get("recall", math.nan)
         shown.append(f"recall {recall:.3g}")
         if not recall >= gate.recall:
             refusals.append(f"recall {recall:.3g} is below {gate.recall:g}")
@@ -76,7 +77,7 @@ def judge(new: Version, champion: Version | None, alias: str, *, better: bool = 
 
 
 def _against(new: Version, champion: Version, gate: Gate, better: bool) -> list[str]:
-    own, old = _figures(new), _figures(champion)
+    figures, old = _figures(new), _figures(champion)
     unlike = [
         f"{word} {new.tags.get(tag, '?')} against {champion.tags.get(tag, '?')}"
         for tag, word in ALIKE.items()
@@ -86,9 +87,9 @@ def _against(new: Version, champion: Version, gate: Gate, better: bool) -> list[
         return [
             f"it can't be compared with version {champion.version}: {', '.join(unlike) or 'that one has no distance'}"
         ]
-    spread = gate.spreads * math.hypot(own.get("frechet_spread", 0.0), old.get("frechet_spread", 0.0))
-    worse = own["frechet"] - old["frechet"]
-    pair = f"distance {own['frechet']:.4g} against {old['frechet']:.4g} of version {champion.version}"
+    spread = gate.spreads * math.hypot(figures.get("frechet_spread", 0.0), old.get("frechet_spread", 0.0))
+    worse = figures["frechet"] - old["frechet"]
+    pair = f"distance {figures['frechet']:.4g} against {old['frechet']:.4g} of version {champion.version}"
     if better:
         return [] if worse < 0 else [f"{pair} is not lower"]
     return [] if worse <= spread else [f"{pair} is higher by more than the seeds' spread {spread:.2g}"]

@@ -68,32 +68,32 @@ class Delivery:
             raise Refused(f"the store has no run {run}", stays=False)
         return self._runs.get(run, run)
 
-    def find(self, own: str) -> bool:
+    def find(self, our_id: str) -> bool:
         """Whether the store has the run with our id, whichever machine created it."""
-        twins = self._twins(own)
+        twins = self._twins(our_id)
         if twins:
-            self._note_run(own, twins[0])
+            self._note_run(our_id, twins[0])
         return bool(twins)
 
-    def _twins(self, own: str) -> list[str]:
+    def _twins(self, our_id: str) -> list[str]:
         """The runs that carry our id, the oldest first."""
-        found = self.client.search_runs(
-            [self.experiment], f"tags.`{OWN_ID}` = '{own}'", order_by=["attributes.start_time ASC"], max_results=10
+        runs = self.client.search_runs(
+            [self.experiment], f"tags.`{OWN_ID}` = '{our_id}'", order_by=["attributes.start_time ASC"], max_results=10
         )
-        return [run.info.run_id for run in found]
+        return [run.info.run_id for run in runs]
 
     def run(self, operation: Operation) -> None:
         """Creates a run, once. An earlier attempt whose answer was lost may have created it already, even twice."""
-        own, tags = operation["run"], dict(operation["tags"])
+        our_id, tags = operation["run"], dict(operation["tags"])
         if parent := operation.get("parent"):
             tags["mlflow.parentRunId"] = self.run_id(parent)
-        twins = self._twins(own)
+        twins = self._twins(our_id)
         if not twins:
-            self.client.create_run(self.experiment, start_time=operation["time"], tags=tags | {OWN_ID: own})
-            twins = self._twins(own)
+            self.client.create_run(self.experiment, start_time=operation["time"], tags=tags | {OWN_ID: our_id})
+            twins = self._twins(our_id)
         for twin in twins[1:]:
             self.client.delete_run(twin)
-        self._note_run(own, twins[0])
+        self._note_run(our_id, twins[0])
 
     def resume(self, operation: Operation) -> None:
         self.client.update_run(self.run_id(operation["run"]), status="RUNNING")

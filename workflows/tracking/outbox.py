@@ -78,7 +78,7 @@ class Outbox:
     def _open(self) -> None:
         """Goes on where an earlier process stopped: cuts off half a line at the end, and removes files that no operation has."""
         self._delivered = self._written = _delivered(self.folder)
-        self._at = self._end = self._synced = 0
+        self._at = self._end = 0
         kept = {row.get("token") for row in _rows(self.folder / REFUSED)}
         with (self.folder / JOURNAL).open("rb") as journal:
             for line in journal:
@@ -210,9 +210,7 @@ class Outbox:
         """The operations to deliver together, and the journal's offset after them."""
         with self._changed:
             at, end = self._at, self._end
-        if self._synced < end:
-            os.fsync(self._journal)
-            self._synced = end
+        os.fsync(self._journal)
         operations: list[Operation] = []
         values = 0
         with (self.folder / JOURNAL).open("rb") as journal:
@@ -261,7 +259,7 @@ class Outbox:
     def _compact(self, more_than: int) -> None:
         if self._at == self._end and self._end > more_than:
             os.ftruncate(self._journal, 0)
-            self._at = self._end = self._synced = 0
+            self._at = self._end = 0
 
     def _note_outage(self, reason: str) -> None:
         with self._changed:

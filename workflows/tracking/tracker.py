@@ -45,8 +45,8 @@ T = TypeVar("T")
 class Tracker:
     """A tracking store; `uri` is its address without user and password.
 
-    If the store does not answer, the constructor and the registry's methods raise UserError; the others only without an outbox.
-    With one they raise it if the store refuses.
+    The constructor and the registry's methods raise UserError if the store does not answer. With an outbox, the other methods
+    raise it only if the store refuses.
     """
 
     def __init__(
@@ -86,14 +86,14 @@ class Tracker:
             self._address = _with_credentials_aside(uri)
             self.make_current()
             self.client = MlflowClient(tracking_uri=self._address, registry_uri=self._address)
-            found = self.client.get_experiment_by_name(experiment)
-            if found is None and looks:
+            existing = self.client.get_experiment_by_name(experiment)
+            if existing is not None:
+                self.experiment = existing.experiment_id
+            elif looks:
                 self.experiment = ""
-            elif found is None:
+            else:
                 location = artifacts.as_uri() if artifacts is not None and not uri.startswith("http") else None
                 self.experiment = self.client.create_experiment(experiment, artifact_location=location)
-            else:
-                self.experiment = found.experiment_id
         self._delivery = Delivery(
             self.client, self.experiment, runs=self._runs, note_run=self._note_run, kept=self._kept, hide=self._hide
         )
@@ -170,12 +170,12 @@ class Tracker:
             self._delivery.deliver([operation])
             return 0
 
-    def _note_run(self, own: str, run_id: str) -> None:
+    def _note_run(self, our_id: str, run_id: str) -> None:
         """Notes the store's id of a run for later processes, before anything else is delivered to the run."""
-        self._runs[own] = run_id
+        self._runs[our_id] = run_id
         if self._outbox is not None:
             with (self._folder / "runs.jsonl").open("a") as file:
-                file.write("\n" + json.dumps({own: run_id}) + "\n")  # ends half a line that a kill may have left
+                file.write("\n" + json.dumps({our_id: run_id}) + "\n")  # ends half a line that a kill may have left
                 file.flush()
                 os.fsync(file.fileno())
 
@@ -370,8 +370,8 @@ def _valid_address(uri: str) -> Iterator[None]:
 
 def _secrets(uri: str) -> list[str]:
     """Texts that must not be shown, the longest first."""
-    found = {form for text in secrets(uri) for form in (text, unquote(text), unquote_plus(text)) if text.strip("@")}
-    return sorted(found, key=lambda text: (-len(text), text))
+    forms = {form for text in secrets(uri) for form in (text, unquote(text), unquote_plus(text)) if text.strip("@")}
+    return sorted(forms, key=lambda text: (-len(text), text))
 
 
 def _with_credentials_aside(uri: str) -> str:
