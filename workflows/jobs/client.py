@@ -164,8 +164,8 @@ class Head:
     def jobs(self) -> list[Job]:
         """All submitted jobs, oldest first."""
         with self._translated_errors():
-            found = [_job(details) for details in self._client.list_jobs() if details.submission_id]
-        return sorted(found, key=lambda job: job.began or 0)
+            jobs = [_job(details) for details in self._client.list_jobs() if details.submission_id]
+        return sorted(jobs, key=lambda job: job.began or 0)
 
     def job(self, name: str) -> Job:
         with self._translated_errors():
@@ -181,12 +181,12 @@ class Head:
 
     def newest(self, name: str) -> Job:
         """The last attempt of a job. NAME-1 names the first attempt. Raises UserError if there is no such job."""
-        found = self.attempts(name) or self.attempts(name.removesuffix("-1"))[:1]
-        if not found:
+        attempts = self.attempts(name) or self.attempts(name.removesuffix("-1"))[:1]
+        if not attempts:
             raise UserError(
                 f"{name}: the head at {self.address} knows no such job", hint="mmdistill jobs list shows those it knows"
             )
-        return found[-1]
+        return attempts[-1]
 
     def submit(
         self, name: str, *, entrypoint: str, folder: Path | None, env: dict[str, str], metadata: dict[str, str]
@@ -219,29 +219,30 @@ class Head:
         Reconnects if the connection drops, and shows no text twice. `say` gets messages about lost and restored connections.
         Raises Unreachable if the head does not answer for PATIENCE seconds.
         """
-        seen, here, since, pause, away = 0, 0, time.monotonic(), 1.0, False
+        printed = received = 0  # characters shown, and characters that came over this connection
+        last_answer, pause, away = time.monotonic(), 1.0, False
 
-        def take(text: str) -> None:
-            nonlocal seen, here, pause, away
+        def receive(text: str) -> None:
+            nonlocal printed, received, pause, away
             if away:
                 say("the head answers again")
-            here, away = here + len(text), False
-            if here > seen:
-                show(text[len(text) - (here - seen) :])
-                seen, pause = here, 1.0
+            received, away = received + len(text), False
+            if received > printed:
+                show(text[len(text) - (received - printed) :])
+                printed, pause = received, 1.0
 
         while True:
-            here = 0
-            whole = asyncio.run(self._tail(name, take))
+            received = 0
+            complete = asyncio.run(self._tail(name, receive))
             try:
-                job, since = self.job(name), time.monotonic()
-                if not whole:  # cut off, or a proxy that lets no websocket through
-                    here = 0
-                    take(self.log(name))
+                job, last_answer = self.job(name), time.monotonic()
+                if not complete:  # cut off, or a proxy that lets no websocket through
+                    received = 0
+                    receive(self.log(name))
                 if job.ended:
                     return job
             except Unreachable as error:
-                if time.monotonic() - since > PATIENCE:
+                if time.monotonic() - last_answer > PATIENCE:
                     raise Unreachable(
                         f"head: it has not answered at {self.address} for {PATIENCE:.0f} s; the job may still be running",
                         hint=f"to follow it again: mmdistill jobs logs {name} --follow --address {self.address}",
@@ -252,8 +253,8 @@ class Head:
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
 
-    async def _tail(self, name: str, take: Callable[[str], None]) -> bool:
-        """Passes the log from its beginning to `take`. Returns False if the connection drops before the end of the log."""
+    async def _tail(self, name: str, receive: Callable[[str], None]) -> bool:
+        """Passes the log from its beginning to `receive`. Returns False if the connection drops before the end of the log."""
         import aiohttp
 
         url = f"{self.address}/api/jobs/{name}/logs/tail"
@@ -262,7 +263,7 @@ class Head:
             async with session, session.ws_connect(url, heartbeat=HEARTBEAT) as socket:
                 async for message in socket:
                     if message.type == aiohttp.WSMsgType.TEXT:
-                        take(message.data)
+                        receive(message.data)
                 return socket.close_code == aiohttp.WSCloseCode.OK
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False

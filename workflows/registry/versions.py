@@ -190,14 +190,16 @@ class Registry:
                 f"{model}: there is no model {name}", hint=f"{guess}models in {self.uri}: {', '.join(names) or 'none'}"
             )
         versions, aliases = self.versions(name), self.aliases(name)
-        wanted = aliases.get(alias) if alias else number
-        found = versions if wanted is None and not alias else [v for v in versions if v.version == wanted]
-        if not found:
-            have = ", ".join(v.version for v in versions[-20:]) or "none"
-            marks = ", ".join(f"{a} (version {v})" for a, v in sorted(aliases.items())) or "none"
-            lacks = f"alias {alias}" if alias else f"version {number}" if number else "versions"
-            raise UserError(f"{model}: {name} has no {lacks}", hint=f"its versions: {have}; its aliases: {marks}")
-        return found
+        matches = versions
+        if alias or number:
+            wanted = aliases.get(alias) if alias else number
+            matches = [v for v in versions if v.version == wanted]
+        if not matches:
+            newest = ", ".join(v.version for v in versions[-20:]) or "none"
+            targets = ", ".join(f"{a} (version {v})" for a, v in sorted(aliases.items())) or "none"
+            missing = f"alias {alias}" if alias else f"version {number}" if number else "versions"
+            raise UserError(f"{model}: {name} has no {missing}", hint=f"its versions: {newest}; its aliases: {targets}")
+        return matches
 
     def one(self, model: str) -> Version:
         """The single version that `model` names (see `resolve`). Raises UserError for a bare name with several versions."""
@@ -237,7 +239,7 @@ class Registry:
     def _check_weights(self, model_uri: str, folder: Path) -> None:
         """Raises UserError if the hash of the weights differs from the one in the version's tag."""
         if not model_uri.startswith("models:/") or model_uri.count("/") + model_uri.count("@") == 1:
-            return
+            return  # a run's artifact, or models:/ID of a logged model: no version's tag describes it
         version, weights = self.one(model_uri), folder / WEIGHTS_FILE
         if WEIGHTS in version.tags and not (weights.exists() and sha256_of(weights) == version.tags[WEIGHTS]):
             raise UserError(
