@@ -218,13 +218,12 @@ def check_token() -> None:
     if env.get("RAY_AUTH_MODE", "token").lower() != "token" or env.get("RAY_AUTH_TOKEN"):
         return
     hint = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file with a token, any 32 letters"
-    if named := env.get("RAY_AUTH_TOKEN_PATH"):
-        if not os.access(named, os.R_OK):
-            raise UserError(f"ray: RAY_AUTH_TOKEN_PATH: {named} is not a readable file", hint=hint)
-        return
-    token = home() / ".ray" / "auth_token"
+    named = env.get("RAY_AUTH_TOKEN_PATH")
+    token = Path(named) if named else home() / ".ray" / "auth_token"
     if os.access(token, os.R_OK):
         return
+    if named:
+        raise UserError(f"ray: RAY_AUTH_TOKEN_PATH: {named} is not a readable file", hint=hint)
     try:
         token.parent.mkdir(parents=True, exist_ok=True)
         if token.exists() or not os.access(token.parent, os.W_OK | os.X_OK):
