@@ -20,25 +20,68 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, StrictInt, ValidationError, model_validator
 
 from workflows.config.assembly import config_of
 from workflows.config.loading import exists, read_mapping
+from workflows.config.messages import one_line
 from workflows.config.schema import Distill, RunConfig
-from workflows.config.section import LARGEST, MOST_STEPS, SEEDS
+from workflows.config.section import MOST_STEPS, SEEDS, Section
 from workflows.config.values import merge, nested, parsed
 from workflows.errors import ConfigError, brief
 
 SPACES = Path(__file__).parents[1] / "config" / "spaces"
-CHOICES = ("choice", "grid")
-LAWS = {"uniform": 2, "loguniform": 2, "quniform": 3, "randint": 2}
-"""The distributions, and how many numbers each takes."""
 CALL = re.compile(r"^(\w+)\(([^()]*)\)$")
-BESIDE = ("seed", "setting")
-"""Fields that are not in the distill section. `setting` is several of its fields at once, named by their "choice"."""
+SECTIONS = [name for name, info in Distill.model_fields.items() if hasattr(info.annotation, "model_fields")]
+"""The sections within the distill section."""
+BESIDE = ("k", "seed", "setting", "choice")
+"""Names in a point that are not fields of the distill section. `setting` is several of its fields at once, and their "choice" is
+the setting's name.
+"""
 
 Point = dict[str, Any]
 """A trial's k and its value for each field."""
+
+Number = float | int
+Positive = Annotated[Number, Field(gt=0)]
+
+
+class Uniform(Section):
+    """The numbers of a distribution, in the order in which they are written."""
+
+    low: Number
+    high: Number
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Uniform:
+        if not self.low < self.high:
+            raise ValueError("low should be below high")
+        return self
+
+
+class LogUniform(Uniform):
+    low: Positive
+
+
+class QUniform(Uniform):
+    step: Positive
+
+
+class RandInt(Uniform):
+    """Whole numbers from low to below high."""
+
+    low: StrictInt
+    high: StrictInt
+
+
+LAWS: dict[str, type[Uniform]] = {
+    "uniform": Uniform,
+    "loguniform": LogUniform,
+    "quniform": QUniform,
+    "randint": RandInt,
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +99,7 @@ class Domain:
             return rng.randrange(low, high)
         if self.law == "loguniform":
             return math.exp(rng.uniform(math.log(low), math.log(high)))
-        if step:
-            return self._step(rng.randint(0, self._steps))
-        return rng.uniform(low, high)
+        return self._step(rng.randint(0, self._steps)) if step else rng.uniform(low, high)
 
     @property
     def _steps(self) -> int:
@@ -71,7 +112,7 @@ class Domain:
         return min(high, float(f"{low + step * i:.12g}"))  # .3, and not .30000000000000004
 
     @property
-    def tried(self) -> tuple[Any, ...]:
+    def checked(self) -> tuple[Any, ...]:
         """The values to validate on behalf of all."""
         if self.law == "choice":
             return self.values
@@ -145,15 +186,15 @@ def with_points(config: RunConfig, points: dict[int, Point]) -> RunConfig:
     distill = config.distill.model_dump() | {"k": list(points), "overrides": {}}
     for k, point in points.items():
         values = dict(config.distill.overrides.get(k, {}))
-        for field, value in ({f: v for f, v in point.items() if f not in BESIDE} | point.get("setting", {})).items():
-            if field not in ("k", "choice"):
+        for field, value in (point | point.get("setting", {})).items():
+            if field not in BESIDE:
                 values = merge(values, nested(field, value))
         distill["overrides"][k] = values
     try:
         return config_of(config.model_dump() | {"distill": distill})
     except ConfigError as error:
-        said = re.sub(r"^distill\.overrides\.(\d+)\.", r"k = \1: ", str(error))
-        raise ConfigError(f"--space: {said}") from None
+        message = re.sub(r"^distill\.overrides\.(\d+)\.", r"k = \1: ", str(error))
+        raise ConfigError(f"--space: {message}") from None
 
 
 # Reading
@@ -166,7 +207,7 @@ def read_space(texts: list[str], config: RunConfig) -> Space:
     """
     raw: dict[str, Any] = {}
     for text in sorted(texts, key=lambda text: "=" in text):
-        raw = {**raw, **(_written(text) if "=" in text else _read_file(text))}
+        raw = {**raw, **(_parsed_option(text) if "=" in text else _read_file(text))}
     return space_of(raw, config)
 
 
@@ -210,70 +251,56 @@ def _read_file(text: str) -> dict[str, Any]:
     return read_mapping(path, "--space", "fields")
 
 
-def _written(text: str) -> dict[str, Any]:
+def _parsed_option(text: str) -> dict[str, Any]:
     """ "optimiser.lr=loguniform(1e-4,1e-2)" or "pairing=uniform,grid" as a mapping like a file's."""
     field, _, values = text.replace(" ", "").partition("=")
     if not field or not values:
         raise ConfigError(f"--space: {text!r} should read field=a,b,c or field=loguniform(low,high)")
-    found = CALL.match(values)
+    call = CALL.match(values)
     try:
-        listed = parsed(f"[{found[2] if found else values}]")
+        listed = parsed(f"[{call[2] if call else values}]")
     except ValueError as error:
         raise ConfigError(f"--space: the values of {brief(text)} are {error}") from None
-    return {field: {found[1]: listed} if found else listed}
+    return {field: {call[1]: listed} if call else listed}
 
 
 def _domains(raw: dict[str, Any], above: str = "") -> Iterator[tuple[str, Domain]]:
     """(field, domain) pairs of a mapping. Fields of a nested section may be nested or dotted."""
     for key, value in raw.items():
         field = f"{above}{key}"
-        if isinstance(value, dict) and field in _sections():
+        if isinstance(value, dict) and field in SECTIONS:
             yield from _domains(value, f"{field}.")
         else:
             yield field, _domain(field, value)
 
 
-def _sections() -> list[str]:
-    """The names of the sections within the distill section."""
-    return [name for name, info in Distill.model_fields.items() if hasattr(info.annotation, "model_fields")]
-
-
 def _domain(field: str, value: Any) -> Domain:
     if not isinstance(value, dict) or field == "setting":
-        values = value if isinstance(value, list) else [value]
-        return _choice(field, values)
-    kinds = (*CHOICES, *LAWS)
-    if len(value) != 1 or (law := next(iter(value))) not in kinds:
-        near = difflib.get_close_matches(str(next(iter(value), "")), kinds, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"--space: {field}: {brief(value)} should be a list, or one of {', '.join(kinds)}; {hint}".rstrip("; ")
-        )
-    numbers = value[law]
-    if law in CHOICES:
-        return _choice(field, numbers if isinstance(numbers, list) else [numbers])
-    numbers = [_number(n) for n in numbers] if isinstance(numbers, list) else []
-    said = f"--space: {field}: {law}({', '.join(map(brief, numbers))})"
-    if len(numbers) != LAWS[law] or not all(_is_number(n) for n in numbers):
-        raise ConfigError(f"{said} takes {'low, high, step' if LAWS[law] == 3 else 'low, high'}")
-    if not numbers[0] < numbers[1] or (law == "quniform" and numbers[2] <= 0):
-        raise ConfigError(f"{said}: low should be below high" + (", and step above 0" if law == "quniform" else ""))
-    if law == "loguniform" and numbers[0] <= 0:
-        raise ConfigError(f"{said}: {numbers[0]} should be greater than 0")
-    if law == "randint" and not all(isinstance(n, int) for n in numbers):
-        raise ConfigError(f"{said}: takes whole numbers")
-    return Domain(law, tuple(numbers))
+        return _choice(field, value)
+    kinds, kind = ("choice", "grid", *LAWS), str(next(iter(value), ""))
+    if len(value) != 1 or kind not in kinds:
+        near = difflib.get_close_matches(kind, kinds, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"--space: {field}: {brief(value)} should be a list, or one of {', '.join(kinds)}{hint}")
+    if kind not in LAWS:
+        return _choice(field, value[kind])
+    law, numbers = LAWS[kind], [_number(n) for n in value[kind]] if isinstance(value[kind], list) else []
+    where = f"--space: {field}: {kind}({', '.join(map(brief, numbers))})"
+    if len(numbers) != len(law.model_fields):
+        raise ConfigError(f"{where} takes {', '.join(law.model_fields)}")
+    try:
+        valid = law.model_validate(dict(zip(law.model_fields, numbers, strict=True)))
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {one_line(error, law)}") from None
+    return Domain(kind, tuple(valid.model_dump().values()))
 
 
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite number. An int must fit 64 bits, and a boolean is not a number."""
-    whole = type(value) is int and abs(value) <= LARGEST
-    return whole or (isinstance(value, float) and math.isfinite(value))
-
-
-def _choice(field: str, values: list[Any]) -> Domain:
+def _choice(field: str, value: Any) -> Domain:
+    values = value if isinstance(value, list) else [value]
     if not values:
         raise ConfigError(f"--space: {field}: no value is given")
+    if field == "setting" and not all(isinstance(v, dict) for v in values):
+        raise ConfigError("--space: setting: should hold fields, such as {choice: NAME, pairing: grid}")
     return Domain("choice", tuple(_number(v) for v in values))
 
 
@@ -287,13 +314,15 @@ def _number(value: Any) -> Any:
 
 def _check(config: RunConfig, k: int, fields: dict[str, Domain]) -> None:
     """Validates every value by itself, together with the fields that have only one. Raises ConfigError."""
+    if "k" in fields:
+        raise ConfigError(f"--space: overrides: k: can't differ for one k, as it does for {k}")
     fixed = {f: d.values[0] for f, d in fields.items() if d.law == "choice" and len(d.values) == 1}
     for field, domain in fields.items():
-        for value in domain.tried:
+        for value in domain.checked:
             if field == "seed" and not (type(value) is int and 0 <= value <= SEEDS):
                 raise ConfigError(
                     f"--space: seed: {brief(value)} should be a whole number, at least 0 and at most {SEEDS}"
                 )
-            own = section(config, k, fixed | {"k": k, field: value})
-            if own.warm_start and field in ("warm_start", "setting"):
+            trial = section(config, k, fixed | {"k": k, field: value})
+            if trial.warm_start and field in ("warm_start", "setting"):
                 raise ConfigError("--space: warm_start: is an option of the sweep itself: --warm-start")

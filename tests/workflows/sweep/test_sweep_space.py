@@ -116,8 +116,8 @@ def test_a_trial_wins_over_the_recipes_own_setting_for_its_k():
 def test_steps_stay_within_their_bounds_and_reach_them(low, high, step, values):
     domain, rng = Domain("quniform", (low, high, step)), random.Random(0)
     assert sorted({domain.draw(rng) for _ in range(200)}) == pytest.approx(values)
-    assert domain.tried == pytest.approx((values[0], values[-1]))
-    assert max(domain.tried) <= high
+    assert domain.checked == pytest.approx((values[0], values[-1]))
+    assert max(domain.checked) <= high
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,15 @@ def test_steps_stay_within_their_bounds_and_reach_them(low, high, step, values):
         ("pairin=grid", "pairin: no such option; did you mean pairing"),
         ("pairing=grid,both", "pairing: 'both' is not one of"),
         ("optimiser.lrr=1", "optimiser.lrr: no such option; did you mean lr"),
-        ("optimiser.lr=loguniform(-1,1)", "optimiser.lr: loguniform(-1, 1): -1 should be greater than 0"),
+        ("optimiser.lr=loguniform(-1,1)", "optimiser.lr: loguniform(-1, 1): low: -1 should be greater than 0"),
         ("optimiser.lr=loguniform(1)", "optimiser.lr: loguniform(1) takes low, high"),
         ("optimiser.lr=loguniforn(1,2)", "did you mean loguniform?"),
         ("optimiser.lr=uniform(2,1)", "low should be below high"),
         ("auxiliary_updates=uniform(1,3)", "auxiliary_updates: 1.6366197723675815 should be a valid integer"),
-        ("auxiliary_updates=randint(1,2.5)", "takes whole numbers"),
+        ("optimiser.lr=quniform(1,2,0)", "quniform(1, 2, 0): step: 0 should be greater than 0"),
+        ("optimiser.lr=uniform(1,2,3)", "uniform(1, 2, 3) takes low, high"),
+        ("setting=mine", "setting: should hold fields, such as"),
+        ("auxiliary_updates=randint(1,2.5)", "randint(1, 2.5): high: 2.5 should be a valid integer"),
         ("pairing", "'pairing' is neither a space"),
         ("steps-and-weigths", "did you mean steps-and-weights?"),
         ("nowhere.yaml", "no such file nowhere.yaml"),
@@ -144,9 +147,9 @@ def test_steps_stay_within_their_bounds_and_reach_them(low, high, step, values):
         ("k=true", "k: [True] should be different whole numbers"),
         ("k=100000000", "k: [100000000] should be different whole numbers, at least 1 and at most"),
         ("optimiser.lr=.nan,1", "optimiser.lr: nan should be a finite number"),
-        ("optimiser.lr=uniform(0.1,.inf)", "uniform(0.1, inf) takes low, high"),
-        ("images=uniform(1,true)", "uniform(1, True) takes low, high"),
-        (f"images=randint(1,{10**400})", "takes low, high"),
+        ("optimiser.lr=uniform(0.1,.inf)", "uniform(0.1, inf): high: inf should be a finite number"),
+        ("images=uniform(1,true)", "uniform(1, True): high: true should be a number"),
+        (f"images=randint(1,{10**400})", "is more than a whole number of 64 bits holds"),
         ("images=true", "images: true should be a number"),
         ("images=" + "[" * 1500, "are nested deeper than 20 levels"),
         ("guidance=1", "never learns the null label"),
@@ -166,6 +169,7 @@ def test_mistakes_are_one_line(text, said):
         ("pairin: [grid]", "pairin: no such option; did you mean pairing"),
         ("optimiser: {lrr: 1}", "optimiser.lrr: no such option; did you mean lr"),
         ("overrides: {3: {pairing: grid}}", "overrides: 3 is not one of k"),
+        ("overrides: {8: {k: 4}}", "overrides: k: can't differ for one k"),
         ("overrides: [1]", "overrides: should hold fields by k"),
         ("pairing: []", "pairing: no value is given"),
         ("- pairing", "should hold fields, not a list"),
