@@ -87,10 +87,17 @@ def _memory(t: Training, name: str, batch: int, gpus: int, gib: float) -> dict[s
     """The memory of a training on the GPU with the largest part of the batch. `micro_batch` is the largest that fits and divides
     that part, or None if not even one image fits.
     """
-    # Gradients are exchanged in buckets, which hold a copy of them.
-    fixed = t.fixed | {"buckets between GPUs": t.fixed["gradients"] if gpus > 1 else 0}
-    free, part = gib * GIB * (1 - RESERVE) - sum(fixed.values()), -(-batch // (gpus * t.halves))
-    micro = next((m for m in range(part, 0, -1) if part % m == 0 and m * t.per_image <= free), None)
+    part = -(-batch // (gpus * t.halves))
+
+    def fixed_with(micro: int) -> dict[str, int]:
+        # Gradients lie in the buckets in which GPUs exchange them. While they accumulate, the buckets are a second copy.
+        return t.fixed | {"buckets between GPUs": t.fixed["gradients"] if gpus > 1 and micro < part else 0}
+
+    def fits(micro: int) -> bool:
+        return sum(fixed_with(micro).values()) + micro * t.per_image <= gib * GIB * (1 - RESERVE)
+
+    micro = next((m for m in range(part, 0, -1) if part % m == 0 and fits(m)), None)
+    fixed = fixed_with(micro or 1)
     return {
         "rounds": name,
         "bytes": fixed,

@@ -27,15 +27,26 @@ def test_parameters_and_fixed_bytes_are_those_of_the_networks(cifar):
     count = sum(p.numel() for p in network.parameters())
     figures = plan(*cifar, gpus=4, gib=2)
     assert figures["parameters"] == count
-    sizes = {  # in units of one network: weights, gradients, moments, averages, Lambda and nu, buckets
-        "teacher": (1, 1, 2, 1, 0, 1),
-        "alternating": (3, 2, 4, 1, 0, 2),
-        "joint": (3, 2, 4, 1, 0, 2),
-        "instant": (2, 1, 2, 1, 2, 1),
+    sizes = {  # in units of one network: weights, gradients, moments, averages, Lambda and nu
+        "teacher": (1, 1, 2, 1, 0),
+        "alternating": (3, 2, 4, 1, 0),
+        "joint": (3, 2, 4, 1, 0),
+        "instant": (2, 1, 2, 1, 2),
     }
     for name, wanted in sizes.items():
-        found = [b / 4 / count for b in figures["memory"][name]["bytes"].values()]
+        *found, buckets = [b / 4 / count for b in figures["memory"][name]["bytes"].values()]
         assert found == pytest.approx(wanted, rel=0.01), name
+        assert buckets == 0, name
+
+
+def test_buckets_between_gpus_are_a_second_copy_of_the_gradients_only_while_these_accumulate(cifar):
+    """DDP's gradients are views into its buckets, but those of a part that is not exchanged yet lie beside them."""
+    for gpus, gib in ((4, 2), (4, 0.25), (1, 0.25)):
+        for name, m in plan(*cifar, gpus=gpus, gib=gib)["memory"].items():
+            accumulates = m["accumulate"] > (2 if name == "instant" else 1)
+            assert accumulates == (gib < 1), name
+            copies = m["bytes"]["buckets between GPUs"] / m["bytes"]["gradients"]
+            assert copies == (1 if gpus > 1 and accumulates else 0), name
 
 
 def test_deep_networks_cost_what_two_shallow_ones_tell(monkeypatch):
