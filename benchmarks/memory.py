@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -15,13 +16,15 @@ BATCH = 4
 
 
 def bench_memory(config: RunConfig, repeats: int) -> dict[str, Any]:
-    """Peak bytes of two rounds of updates above what the process held before, also in copies of the network's weights. On a CPU it
-    is the resident memory of the process, on a GPU the allocator's peak.
+    """Peak bytes of two rounds of updates above what the process held before, also in copies of the network's weights. Each is the
+    median of `repeats` processes. On a CPU it is the resident memory of the process, on a GPU the allocator's peak.
     """
+    rows = {}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        rows = {update: pool.submit(peak, update).result() for update in UPDATES}
-    for row in rows.values():
-        row["copies"] = row["bytes"] / row["bytes_of_weights"]
+        for update in UPDATES:
+            runs = [pool.submit(peak, update).result() for _ in range(repeats)]
+            median = statistics.median(run["bytes"] for run in runs)
+            rows[update] = runs[0] | {"bytes": median, "copies": median / runs[0]["bytes_of_weights"]}
     return {"network": NETWORK, "batch": BATCH, "updates": rows}
 
 

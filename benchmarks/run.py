@@ -41,14 +41,15 @@ def run_bench(
     config, console = load_config(recipe), Console(stderr=True, highlight=False)
     if config.data.source == "folder" and config.data.path is None:
         config = load_config(recipe, ["data.source=made"])  # costs do not depend on what the images show
+    processes = max(3, repeats // 5)
     measure: dict[str, Callable[..., dict[str, Any]]] = {
         "engine": bench_engine,
         "sampler": bench_sampler,
-        "start": lambda config, repeats: bench_start(config, max(3, repeats // 5)),
+        "start": lambda config, _: bench_start(config, processes),
         "ray": bench_ray,
-        "scaling": lambda config, repeats: bench_scaling(joint(config), max(3, repeats // 5), workers=numbers),
+        "scaling": lambda config, _: bench_scaling(joint(config), processes, workers=numbers),
         "tracking": bench_tracking,
-        "memory": bench_memory,
+        "memory": lambda config, _: bench_memory(config, processes),
     }
     figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
     for part in PARTS if what == "all" else (what,):
