@@ -28,7 +28,7 @@ from workflows.storage.workspace import RESULT
 from workflows.sweep.options import SweepOptions
 from workflows.sweep.space import Point, Space, section
 from workflows.sweep.table import described
-from workflows.sweep.trial import MEASURED, WORST, Trial, seed_of
+from workflows.sweep.trial import WORST, Trial, seed_of
 
 CODE = (*evaluate.CODE, "workflows/sweep/space.py", "workflows/sweep/shelf.py", "workflows/sweep/trial.py")
 ENDED = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -51,7 +51,8 @@ class Open:
 
 class Ledger:
     """`rows` and `done` hold the trials that ended, by name. `order` holds the names of all, in the order in which they began.
-    `error` is set if an error ended trials. Tune's thread opens trials, and the driver's finishes them. `progress` is called after
+    A trial that diverges has failed, and has a row. A trial that an error ended has crashed: it has no row, `crash` is set, and the
+    next run of the sweep tries it again. Tune's thread opens trials, and the driver's finishes them. `progress` is called after
     every change, `found` with the row of a trial that ended in an earlier run.
     """
 
@@ -62,7 +63,7 @@ class Ledger:
         self.running: dict[str, Open] = {}
         self.order: list[str] = []
         self.closed = False
-        self.error: UserError | None = None
+        self.crash: UserError | None = None
         self.progress: Callable[[], None] = lambda: None
         self.found: Callable[[Row], None] = lambda row: None
         self._note = f"pipelines/{context.pipeline}.json"
@@ -185,7 +186,7 @@ class Ledger:
         opened = self.running.get(name)
         if opened is None:
             return
-        if "broken" in row:
+        if "crashed" in row:
             opened.run.abandon(RuntimeError())
             self._forget(name)
         elif "done" in row:
@@ -201,9 +202,8 @@ class Ledger:
         """The scheduler stopped the trial."""
         self._push(name, {"done": {"outcome": "stopped"}})
 
-    def broke(self, name: str) -> None:
-        """An error ended the trial. The next run of the sweep tries it again."""
-        self._push(name, {"broken": True})
+    def crashed(self, name: str) -> None:
+        self._push(name, {"crashed": True})
 
     def _push(self, name: str, row: Row) -> None:
         """Called in Tune's thread. The row goes through the mailbox, behind all rows of the trial itself."""
@@ -211,15 +211,15 @@ class Ledger:
 
         ray.get(self.context.monitor.actor.push.remote(name, row))
 
-    def _finish(self, opened: Open, told: Row) -> None:
+    def _finish(self, opened: Open, end: Row) -> None:
         run, trial, tracker = opened.run, opened.trial, self.context.tracker
         history = read_metrics(run.path)
         scores, identity = [m["score"] for _, m in history if "score" in m], ""
         row: Row = {"point": trial.point, "name": trial.name, "run_id": run.run_id, "seconds": run.seconds}
-        row |= {"images": history[-1][0] if history else 0} | ({"score": min(scores)} if scores else {}) | told
+        row |= {"images": history[-1][0] if history else 0} | ({"score": min(scores)} if scores else {}) | end
         if row["outcome"] == "finished":
             run.folder.collect("model")
-            run.log_at(row["images"], {name: row[name] for name in (*MEASURED, "seconds") if name in row})
+            run.log_at(row["images"], {name: row[name] for name in (*evaluate.MEASURES, "seconds") if name in row})
             identity = identity_of(run.path / "model" / "weights.safetensors", run.path / "model" / "model.json")
         tracker.set_tags(run.run_id, {"mmdistill.outcome": row["outcome"]})
         result = {"identity": identity, "summary": described(row, self.space.fields), "row": row}

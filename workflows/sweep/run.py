@@ -9,8 +9,6 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +43,7 @@ def sweep(
     context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions, at_once: int | None
 ) -> Ledger:
     """Runs the trials that are left, `at_once` in parallel, by default as many as fit. A trial that diverges is a row like others.
-    One that an error ended is not, and sets `ledger.error`. Raises ConfigError for an invalid combination of values.
+    One that an error ended is not, and sets `ledger.crash`. Raises ConfigError for an invalid combination of values.
     """
     from workflows.sweep.search import Search
 
@@ -53,8 +51,8 @@ def sweep(
     at_once = at_once or _fit_at_once(context.resources, options)
     sources, total = sources_of(ledger)
     _introduce(ledger, total, at_once)
-    search = Search(sources, offer=ledger.offer, may_begin=ledger.may_begin, broken=ledger.broke)
-    with context.screen.bars() as screen, _guarded(ledger, total):
+    search = Search(sources, offer=ledger.offer, may_begin=ledger.may_begin, crashed=ledger.crashed)
+    with context.screen.bars() as screen:
         bar = screen.bar("sweep", total, unit="trials")
 
         def progress() -> None:
@@ -62,9 +60,14 @@ def sweep(
             bar.update(ledger.completed, f"best so far: {described(leader, space.fields)}" if leader else "")
 
         ledger.progress, scheduler = progress, _scheduler(ledger)
-        if search.begin():
-            shared = _share(context, prepared, taught, options)
-            _tune(ledger, search, scheduler, shared, total=total, at_once=at_once)
+        try:
+            if search.begin():
+                shared = _share(context, prepared, taught, options)
+                _tune(ledger, search, scheduler, shared, total=total, at_once=at_once)
+        except BaseException as error:
+            ledger.abandon(error)
+            screen.line(f"  sweep: {_kept(ledger, total)}")
+            raise
         ledger.abandon(KeyboardInterrupt())
     if ledger.running:
         context.screen.line(
@@ -188,7 +191,7 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
             raise
     if errors := found[0].errors:
         trials = f"{len(errors)} trials" if len(errors) > 1 else "a trial"
-        ledger.error = UserError(f"{trials} failed: {root_cause(errors[0])}", hint="the same command tries again")
+        ledger.crash = UserError(f"{trials} failed: {root_cause(errors[0])}", hint="the same command tries again")
         ledger.context.tick()
 
 
@@ -238,17 +241,6 @@ def _kept(ledger: Ledger, total: int) -> str:
     return f"{len(ledger.rows)} of {total} trials are kept{going}"
 
 
-@contextmanager
-def _guarded(ledger: Ledger, total: int) -> Iterator[None]:
-    """On an error or Ctrl-C, ends every running trial in the tracking store, tells what is kept, and raises the error again."""
-    try:
-        yield
-    except BaseException as error:
-        ledger.abandon(error)
-        ledger.context.screen.line(f"  sweep: {_kept(ledger, total)}")
-        raise
-
-
 def run_sweep(
     config: RunConfig,
     options: RunOptions,
@@ -283,6 +275,6 @@ def run_sweep(
             shutil.copyfile(context.workspace.report(f"{config.recipe}-{name}") / "trials.json", out)
         show(rows_of(ledger), screen)
         screen.line(f"Report: [bold]{escape(where)}[/]" if where else "No trial has ended yet.")
-        if ledger.error:
-            raise ledger.error
+        if ledger.crash:
+            raise ledger.crash
     return summarise(rows_of(ledger))

@@ -13,11 +13,11 @@ Config = dict[str, Any]
 
 
 class Source(Protocol):
-    """The points of one k. Each comes with a ticket, under which its distance is reported back."""
+    """The points of one k. Each comes with a ticket, under which its distance is reported back, or None if it has none."""
 
-    def next(self) -> tuple[str, Point] | None: ...
+    def next(self) -> tuple[Any, Point] | None: ...
 
-    def told(self, ticket: str, distance: float | None) -> None: ...
+    def report(self, ticket: Any, distance: float | None) -> None: ...
 
 
 class Listed:
@@ -26,10 +26,10 @@ class Listed:
     def __init__(self, points: list[Point]) -> None:
         self._points = iter(points)
 
-    def next(self) -> tuple[str, Point] | None:
-        return next((("", point) for point in self._points), None)
+    def next(self) -> tuple[Any, Point] | None:
+        return next(((None, point) for point in self._points), None)
 
-    def told(self, ticket: str, distance: float | None) -> None:
+    def report(self, ticket: Any, distance: float | None) -> None:
         pass
 
 
@@ -40,33 +40,29 @@ class Tpe:
 
     def __init__(self, k: int, fields: dict[str, Domain], trials: int, *, seed: int, begun: list[Point]) -> None:
         import optuna
-        from ray.tune.search.optuna import OptunaSearch
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._k, self._left, self._asked = k, trials, 0
+        self._k, self._left = k, trials
         self._fixed = {name: d.values[0] for name, d in fields.items() if len(d.values) == 1}
         self._fields = {name: d for name, d in fields.items() if name not in self._fixed}
+        self._distributions = {name: _distribution(d) for name, d in self._fields.items()}
         first = max(2, min(10, trials // 3))
-        self._optuna = OptunaSearch(
-            {name: _distribution(d) for name, d in self._fields.items()},
-            metric="score",
-            mode="min",
-            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=first),
-            points_to_evaluate=[
-                {name: _inward(d, point[name]) for name, d in self._fields.items()} for point in begun[:trials]
-            ],
-        )
+        self._study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=first))
+        for point in begun[:trials]:
+            self._study.enqueue_trial({name: _inward(d, point[name]) for name, d in self._fields.items()})
 
-    def next(self) -> tuple[str, Point] | None:
+    def next(self) -> tuple[Any, Point] | None:
         if not self._left:
             return None
-        self._left, self._asked, ticket = self._left - 1, self._asked + 1, str(self._asked)
-        drawn = self._optuna.suggest(ticket) or {}
-        return ticket, {"k": self._k} | self._fixed | {n: _outward(self._fields[n], v) for n, v in drawn.items()}
+        self._left -= 1
+        trial = self._study.ask(self._distributions)
+        drawn = {name: _outward(self._fields[name], value) for name, value in trial.params.items()}
+        return trial, {"k": self._k} | self._fixed | drawn
 
-    def told(self, ticket: str, distance: float | None) -> None:
-        result = None if distance is None else {"score": distance}
-        self._optuna.on_trial_complete(ticket, result, error=distance is None)
+    def report(self, ticket: Any, distance: float | None) -> None:
+        from optuna.trial import TrialState
+
+        self._study.tell(ticket, distance, state=TrialState.FAIL if distance is None else TrialState.COMPLETE)
 
 
 def _distribution(domain: Domain) -> Any:
@@ -93,7 +89,7 @@ class Search(Searcher):
     """
     offer     point -> the configuration of a new trial; for an existing trial its distance, or None while it has none
     may_begin k -> whether trials of that k may begin
-    broken    takes the name of a trial that an error ended
+    crashed   takes the name of a trial that an error ended
     """
 
     def __init__(
@@ -102,13 +98,14 @@ class Search(Searcher):
         *,
         offer: Callable[[Point], Config | float | None],
         may_begin: Callable[[int], bool],
-        broken: Callable[[str], None],
+        crashed: Callable[[str], None],
     ) -> None:
         super().__init__(metric="score", mode="min")
-        self._sources, self._offer, self._may_begin, self._broken = sources, offer, may_begin, broken
+        self._sources, self._offer, self._may_begin, self._crashed = sources, offer, may_begin, crashed
         self._configs = self._all()
         self._first: Config | None = None
-        self._tickets: dict[str, tuple[int, str, str]] = {}
+        self._tickets: dict[str, Any] = {}  # by the trial's name
+        self._running: dict[str, Config] = {}
 
     def begin(self) -> bool:
         """Whether there is anything to run."""
@@ -120,13 +117,14 @@ class Search(Searcher):
         for k, source in self._sources.items():
             while not self._may_begin(k):
                 yield None
-            while (found := source.next()) is not None:
-                ticket, point = found
+            while (following := source.next()) is not None:
+                ticket, point = following
                 offered = self._offer(point)
                 if isinstance(offered, dict):
-                    yield offered | {"ticket": ticket}
+                    self._tickets[offered["name"]] = ticket
+                    yield offered
                 else:
-                    source.told(ticket, offered)
+                    source.report(ticket, offered)
 
     def suggest(self, trial_id: str) -> Config | None:
         config, self._first = (self._first, None) if self._first else (next(self._configs, {}), None)
@@ -134,14 +132,15 @@ class Search(Searcher):
             return None
         if not config:
             return Searcher.FINISHED  # type: ignore[return-value]  # Ray's convention
-        self._tickets[trial_id] = config["k"], config["ticket"], config["name"]
+        self._running[trial_id] = config
         return config
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        k, ticket, name = self._tickets.pop(trial_id)
+        config = self._running.pop(trial_id)
         if error:
-            self._broken(name)
-        self._sources[k].told(ticket, None if error or not result else result["score"])
+            self._crashed(config["name"])
+        ticket = self._tickets.pop(config["name"])
+        self._sources[config["k"]].report(ticket, None if error or not result else result["score"])
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         pass

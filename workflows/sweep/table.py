@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from workflows.rendering.screen import Screen, show_table
-from workflows.sweep.trial import MEASURED
+from workflows.stages.evaluate import MEASURES
 
 SHOWN = {"frechet": "distance", "frechet_pixels": "in pixels", "recall": "recall"}
 
@@ -23,7 +23,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for text, members in groups.items():
         line: dict[str, Any] = {"point": json.loads(text), "seeds": len(members)}
-        for name in (n for n in (*MEASURED, "seconds") if n in members[0]):
+        for name in (n for n in (*MEASURES, "seconds") if n in members[0]):
             values = [m[name] for m in members]
             line[name] = {"mean": statistics.mean(values), "spread": statistics.pstdev(values)}
         out.append(line)

@@ -1,5 +1,5 @@
-"""Runs a trial of a sweep on a Ray Tune worker: trains one student in one process and measures it by the protocol of `evaluate`. It
-resumes from its newest checkpoint, and reports to the driver and to Tune's scheduler.
+"""Runs a trial of a sweep on a Ray Tune worker: trains one student in one process, as a worker of a run does, and measures it by
+the protocol of `evaluate`. It resumes from its newest checkpoint, and reports to the driver and to Tune's scheduler.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from workflows.storage.uri import join
 from workflows.sweep.shelf import Shelf, tensor
 from workflows.sweep.space import Point, section
 from workflows.training.checkpoints import Checkpoints
-from workflows.training.job import Job, Validator, export, model_of
+from workflows.training.job import Job, Place, Validator, export, model_of
 
-MEASURED = ("frechet", "frechet_pixels", "kid", "inception_score", "accuracy", "precision", "recall")
 DIVERGED = "the samples of the student are not finite, or nearly so"
 WORST = 1e9
 """The distance of a failed trial, for the scheduler and the search."""
@@ -44,6 +43,10 @@ class Shared:
     mailbox: Any
     cpus: float = 1
     use_gpu: bool = False
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.use_gpu else "cpu"
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,18 @@ class Diary:
         self.rows: list[dict[str, float]] = []
         self._spent, self._before, self._began = 0.0, 0.0, time.perf_counter()
 
-    def begin(self, before_it: int, checkpoint: dict[str, Any] | None) -> None:
-        """Begins the next round, after `before_it` images of earlier ones. `checkpoint` is the round's, if it resumes from one."""
+    def begin(self, before_it: int, n_images: int, checkpoint: dict[str, Any] | None) -> None:
+        """Begins the next round, after `before_it` images of earlier ones and `n_images` of its own. From a `checkpoint` it repeats
+        all rows: the driver or Tune may have been restarted.
+        """
         self._before = float(before_it)
-        if checkpoint:
-            self.rows, self._spent = list(checkpoint["reported"]), checkpoint["seconds"]
-            self._began = time.perf_counter()
+        if checkpoint is None:
+            return
+        self.rows, self._spent = list(checkpoint["reported"]), checkpoint["seconds"]
+        self._began = time.perf_counter()
+        for row in self.rows:
+            self.tell(row)
+        self.push({"resumed": self._before + n_images})
 
     @property
     def seconds(self) -> float:
@@ -143,12 +152,6 @@ class Diary:
         self.rows.append(timed(metrics | {"n_images": metrics["n_images"] + self._before}))
         self.tell(self.rows[-1])
 
-    def go_on(self, n_images: int) -> None:
-        """Repeats all rows after a checkpoint was loaded: the driver or Tune may have been restarted."""
-        for row in self.rows:
-            self.tell(row)
-        self.push({"resumed": float(n_images)})
-
     def end(self, outcome: str, score: float, **row: Any) -> None:
         from ray import tune
 
@@ -175,72 +178,58 @@ def run_trial(trial: Trial, shared: Shared) -> None:
         diary.end("failed", WORST, why=why, images=int(diary.rows[-1]["n_images"]) if diary.rows else seen)
         return
     assert state is not None
-    job, device = jobs[-1][0], device_of(shared)
-    seconds, config = diary.seconds, config_of(shared.config)
-    values = measured(config, job, trial.k, state.best_network(), shared, device)
+    job, seconds = jobs[-1][0], diary.seconds
+    values = measured(job, trial.k, state.best_network(), shared)
     export(job, state)
     counts = {"images": seen, "forwards": state.forwards, "kept_at": state.best.n_images}
     diary.end("finished", values["frechet"], **counts, **values | {"seconds": seconds})
 
 
-def device_of(shared: Shared) -> str:
-    return "cuda" if shared.use_gpu else "cpu"
-
-
 def train_round(job: Job, taught: Taught, shared: Shared, diary: Diary, seen: int) -> TrainState:
     """Trains a round from its newest checkpoint, or from the beginning. Exports the model of a round before the last."""
-    from mmdistill_core.engine import FitOptions, fit
+    import ray
+    import torch
+
+    from mmdistill_core.engine import fit
+    from workflows.training.worker import fit_options, restored
 
     checkpoints = Checkpoints(job.storage, lambda text: shared.mailbox.note.remote(f"{job.name}: {text}"))
     before = (checkpoints.newest() or (0, None))[1]
-    state, batches, labels = build(shared, job, taught, before)
-    diary.begin(seen, before)
-    if before:
-        diary.go_on(seen + state.n_images)
+    batches, labels = batches_of(job, shared)
+    first = taught.at == Taught.of(shared.taught).at
+    held = {"teacher": Shelf.take(ray.get(shared.teacher))} if first else {}
+    state = restored(job, Place(batches), before, torch.device(shared.device), held)
+    diary.begin(seen, state.n_images, before)
 
     def save(state: Any) -> None:
-        held = {"state": state.state_dict(), "reported": diary.rows, "seconds": diary.seconds}
-        checkpoints.save(state.n_images, held)
+        checkpoints.save(
+            state.n_images, {"state": state.state_dict(), "reported": diary.rows, "seconds": diary.seconds}
+        )
         checkpoints.settle()  # before the next report to Tune, which may stop the trial
 
-    options = FitOptions(log_every=job.log_every, validate_every=job.validate["every"] if job.validate else 0,
-                         checkpoint_every=job.checkpoint_every, seed=job.seed)  # fmt: skip
-    validate = Validator(job, labels, device_of(shared)) if job.validate else None
-    fit(state=state, batches=batches, options=options, report=diary.report, save=save, validate=validate,
+    validate = Validator(job, labels, shared.device) if job.validate else None
+    fit(state=state, batches=batches, options=fit_options(job), report=diary.report, save=save, validate=validate,
         judge=validate.judge if validate else None)  # fmt: skip
     if job.output.startswith(job.storage):
         export(job, state)
     return state
 
 
-def build(shared: Shared, job: Job, taught: Taught, before: dict[str, Any] | None) -> tuple[TrainState, Any, Any]:
-    """(state, batches, labels), from the checkpoint or at the start. Images and teacher are copied only to a GPU."""
+def batches_of(job: Job, shared: Shared) -> tuple[Any, Any]:
+    """The batches, and the labels that validation draws from. Images are copied only to a GPU."""
     import ray
-    import torch
 
     from mmdistill_core.engine import InMemoryBatches
-    from workflows.training.job import Place, build_state
-    from workflows.training.parallelize import Compute, parallelize
 
-    device = device_of(shared)
     images, labels, _, columns = ray.get(shared.data)
-    needs = job.made.needs
-    batches = InMemoryBatches(x=tensor(images) if "x" in needs else None, count=len(images),
+    batches = InMemoryBatches(x=tensor(images) if "x" in job.made.needs else None, count=len(images),
                               label=tensor(labels) if job.network["num_classes"] else None,
                               columns={name: tensor(array) for name, array in columns.items()},
-                              global_batch=job.batch, seed=job.seed, device=device)  # fmt: skip
-    own = taught.at == Taught.of(shared.taught).at
-    held = {"teacher": Shelf.take(ray.get(shared.teacher))} if own else {}
-    state = build_state(job, Place(batches), kept=before and before["state"]["kept"], held=held)
-    for network in state.networks.values():
-        network.to(device)
-    parallelize(state, Compute(**job.compute), world=1, device=torch.device(device))
-    if before:
-        state.load_state_dict(before["state"])
-    return state, batches, tensor(labels)
+                              global_batch=job.batch, seed=job.seed, device=shared.device)  # fmt: skip
+    return batches, tensor(labels)
 
 
-def measured(config: RunConfig, job: Job, k: int, network: Any, shared: Shared, device: str) -> dict[str, float]:
+def measured(job: Job, k: int, network: Any, shared: Shared) -> dict[str, float]:
     """Measures the kept student with the counts, seeds, labels and reference of `evaluate`. Returns means over seeds."""
     import ray
 
@@ -249,14 +238,14 @@ def measured(config: RunConfig, job: Job, k: int, network: Any, shared: Shared, 
     from workflows.dataset.reference import check_reference, load_reference
     from workflows.stages.evaluate import measure, sample_statistics
 
-    options, model, prepared = config.evaluate, model_of(job, network), shared.prepared
-    labels = tensor(ray.get(shared.data)[2])
-    extractor = load_extractor(fetch(prepared.at("extractor"))).to(device)
+    config, prepared, model = config_of(shared.config), shared.prepared, model_of(job, network)
+    options, labels = config.evaluate, tensor(ray.get(shared.data)[2])
+    extractor = load_extractor(fetch(prepared.at("extractor"))).to(shared.device)
     real = load_reference(check_reference(config, prepared.at("statistics"), prepared.result)).statistics
     values = []
     for seed in range(options.seeds):
         label = data_labels(labels, options.samples, config.seed, 3, seed)
         fake = sample_statistics(model, extractor, {}, k, label, seed, 0, options.neighbour_samples)
         values.append(measure(real, fake, label, options, seed))
-    means = {name: statistics.mean(v[name] for v in values) for name in MEASURED if name in values[0]}
+    means = {name: statistics.mean(v[name] for v in values) for name in values[0]}
     return means | {"frechet_spread": statistics.pstdev(v["frechet"] for v in values)}

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mmdistill_core.engine import FitOptions, TrainState
 
 from workflows.errors import UserError, in_a_line
 from workflows.storage.uri import join
@@ -126,8 +131,7 @@ def set_up(config: dict[str, Any]) -> Training:
     import ray.train.torch
     import torch
 
-    from mmdistill_core.engine import FitOptions
-    from workflows.training.parallelize import Compute, cut_like, gathered, parallelize
+    from workflows.training.parallelize import Compute, gathered
 
     job, mailbox = Job(**config["job"]), config["mailbox"]
     context = ray.train.get_context()
@@ -164,16 +168,10 @@ def set_up(config: dict[str, Any]) -> Training:
     checkpoints = Checkpoints(join(job.storage, job.name), note, written)
     before = _resumed(checkpoints, rank, world, device)
     place = Place(batches, rank, world, averaged)
-    state = build_state(job, place, kept=before and before["state"]["kept"])
-    for network in state.networks.values():
-        network.to(device)
-    state.averaged_over_workers = averaged
+    state, compute = restored(job, place, before, device, {}), Compute(**job.compute)
     poll = StopPoll(job, mailbox, seen=lambda: state.n_images, rank=rank, world=world, device=device)
-    parallelize(state, compute := Compute(**job.compute), world=world, device=device)
     # A checkpoint carries all metrics before it: the driver may have died before it read them.
     reported: list[dict[str, float]] = list(before["reported"]) if before else []
-    if before:
-        state.load_state_dict(cut_like(before["state"], state) if compute.shard else before["state"])
     if state.n_images and rank == 0:
         for row in reported:
             mailbox.push.remote(job.name, row)
@@ -195,7 +193,33 @@ def set_up(config: dict[str, Any]) -> Training:
         if rank == 0:
             checkpoints.save(state.n_images, {"state": values, "reported": reported}, since=began)
 
-    options = FitOptions(
+    validate = Validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
+    options = fit_options(job, rank, world)
+    return Training(job, state, batches, options, report, save, validate, poll, tell, checkpoints, rank)
+
+
+def restored(
+    job: Job, place: Place, before: dict[str, Any] | None, device: Any, held: Mapping[str, nn.Module]
+) -> TrainState:
+    """The training's state on this worker's device, parallelised: that of the checkpoint `before`, or the one at the start. `held`
+    as in `build_state`.
+    """
+    from workflows.training.parallelize import Compute, cut_like, parallelize
+
+    state, compute = build_state(job, place, kept=before and before["state"]["kept"], held=held), Compute(**job.compute)
+    for network in state.networks.values():
+        network.to(device)
+    state.averaged_over_workers = place.averaged
+    parallelize(state, compute, world=place.world, device=device)
+    if before:
+        state.load_state_dict(cut_like(before["state"], state) if compute.shard else before["state"])
+    return state
+
+
+def fit_options(job: Job, rank: int = 0, world: int = 1) -> FitOptions:
+    from mmdistill_core.engine import FitOptions
+
+    return FitOptions(
         log_every=job.log_every,
         validate_every=job.validate["every"] if job.validate else 0,
         checkpoint_every=job.checkpoint_every,
@@ -203,8 +227,6 @@ def set_up(config: dict[str, Any]) -> Training:
         rank=rank,
         world=world,
     )
-    validate = Validator(job, labels, device, rank=rank, world=world, summed=summed) if job.validate else None
-    return Training(job, state, batches, options, report, save, validate, poll, tell, checkpoints, rank)
 
 
 def timed(metrics: dict[str, float]) -> dict[str, float]:

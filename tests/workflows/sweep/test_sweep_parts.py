@@ -22,7 +22,7 @@ FINISHED = "FINISHED"
 # Searches
 
 
-def search_of(sources, *, known=(), may_begin=lambda k: True, broken=lambda name: None):
+def search_of(sources, *, known=(), may_begin=lambda k: True, crashed=lambda name: None):
     """A Search, and the points that it offered; those known have the distance 1."""
     offered = []
 
@@ -30,7 +30,7 @@ def search_of(sources, *, known=(), may_begin=lambda k: True, broken=lambda name
         offered.append(point)
         return 1.0 if point["p"] in known else {"k": point["k"], "name": f"{point['p']}"}
 
-    return Search(sources, offer=offer, may_begin=may_begin, broken=broken), offered
+    return Search(sources, offer=offer, may_begin=may_begin, crashed=crashed), offered
 
 
 def points(k, *names):
@@ -41,8 +41,8 @@ def test_the_largest_k_comes_first_and_what_is_known_is_not_run_again():
     search, offered = search_of({8: Listed(points(8, "a", "b")), 4: Listed(points(4, "c"))}, known=("a",))
     assert search.begin()
     assert [search.suggest(str(i)) for i in range(3)] == [
-        {"k": 8, "name": "b", "ticket": ""},
-        {"k": 4, "name": "c", "ticket": ""},
+        {"k": 8, "name": "b"},
+        {"k": 4, "name": "c"},
         FINISHED,
     ]
     assert [p["p"] for p in offered] == ["a", "b", "c"]
@@ -75,7 +75,7 @@ def asked(tpe, n, distance):
     for _ in range(n):
         ticket, point = tpe.next()
         out.append(point)
-        tpe.told(ticket, distance(point))
+        tpe.report(ticket, distance(point))
     return out
 
 
