@@ -183,8 +183,6 @@ class Files:
 def _files(folder: Path, workers: int) -> Iterator[Any]:
     from torch.utils.data import DataLoader
 
-    from mmdistill_core.engine.batches import centred
-
     loader: Any = DataLoader(
         Files(folder),  # type: ignore[arg-type]
         BATCH,
@@ -193,6 +191,12 @@ def _files(folder: Path, workers: int) -> Iterator[Any]:
         drop_last=True,
         persistent_workers=workers > 0,
     )
+    yield from _endless(loader)
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    from mmdistill_core.engine.batches import centred
+
     while True:
         for x, label in loader:
             yield centred(x), label
@@ -220,8 +224,6 @@ def _mds(root: Path, workers: int) -> Iterator[Any]:
     from streaming import StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    from mmdistill_core.engine.batches import centred
-
     class Images(StreamingDataset):
         def __getitem__(self, at: int) -> tuple[Any, int]:
             row = super().__getitem__(at)
@@ -232,9 +234,7 @@ def _mds(root: Path, workers: int) -> Iterator[Any]:
     loader: Any = torch.utils.data.DataLoader(
         data, BATCH, num_workers=workers, drop_last=True, persistent_workers=workers > 0
     )
-    while True:
-        for x, label in loader:
-            yield centred(x), label
+    yield from _endless(loader)
 
 
 def _streamed(root: str, batch: int, *, labelled: bool = True) -> Any:

@@ -32,10 +32,11 @@ def interleaved(systems: dict[str, Callable[[], None]], *, rounds: int) -> dict[
             call()
             if number:
                 seconds[name].append(time.perf_counter() - began)
-    return {
-        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        for name, values in seconds.items()
-    }
+    return {name: spread(values) for name, values in seconds.items()}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratio(times: dict[str, dict[str, float]], over: str, under: str) -> float:
@@ -77,6 +78,16 @@ def job_of(config: RunConfig, folder: Path, k: int) -> Job:
         checkpoint_every=own.checkpoint_every,
         ks=(k,),
     )
+
+
+def write_data(config: RunConfig, folder: Path) -> None:
+    """The data of `job_of`: the recipe's own images, as a data set."""
+    from workflows.dataset.shards import write_shards
+
+    source = source_of(config.data)
+    images, labels = loaded(source)
+    write_shards(folder / "data", source="bench", images=images, labels=labels, num_classes=source.num_classes,
+                 holdout=0.2, rows=512)  # fmt: skip
 
 
 def floor_of(state: Any, batches: Any) -> Callable[[], None]:

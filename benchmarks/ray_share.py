@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine import STEPS, K, floor_of, interleaved, job_of, joint, loaded
+from benchmarks.engine import STEPS, K, floor_of, interleaved, job_of, joint, write_data
 from workflows.config.schema import RunConfig
-from workflows.dataset.sources import source_of
 
 
 def ray_loop(config: dict[str, Any], rounds: int) -> dict[str, Any]:
@@ -50,17 +49,13 @@ def ray_loop(config: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 def bench_ray(config: RunConfig, repeats: int) -> dict[str, Any]:
     from workflows.cluster.session import Workers, ray_session
-    from workflows.dataset.shards import write_shards
     from workflows.training.crew import train
     from workflows.training.mailbox import Monitor
 
-    source = source_of(config.data)
-    images, labels = loaded(source)
     with tempfile.TemporaryDirectory() as scratch, ray_session():
         folder = Path(scratch)
         job = job_of(joint(config), folder, k=K)
-        write_shards(folder / "data", source="bench", images=images, labels=labels, num_classes=source.num_classes,
-                     holdout=0.2, rows=512)  # fmt: skip
+        write_data(config, folder)
         began = time.perf_counter()
         found = train(
             job,

@@ -42,24 +42,25 @@ def run_bench(
     if config.data.source == "folder" and config.data.path is None:
         config = load_config(recipe, ["data.source=made"])  # costs do not depend on what the images show
     processes = max(3, repeats // 5)
-    measure: dict[str, Callable[..., dict[str, Any]]] = {
-        "engine": bench_engine,
-        "sampler": bench_sampler,
-        "start": lambda config, _: bench_start(config, processes),
-        "ray": bench_ray,
-        "scaling": lambda config, _: bench_scaling(joint(config), processes, workers=numbers),
-        "tracking": bench_tracking,
-        "memory": lambda config, _: bench_memory(config, processes),
-    }
-    figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
-    for part in PARTS if what == "all" else (what,):
-        with console.status(f"measuring: {part}") as status:
-            if part == "data":
-                figures[part] = bench_data(
-                    config, repeats, place=place, say=lambda text: status.update(f"measuring: {text}")
-                )
-            else:
-                figures[part] = measure[part](config, repeats)
+    with console.status("measuring") as status:
+
+        def say(text: str) -> None:
+            status.update(f"measuring: {text}")
+
+        measure: dict[str, Callable[..., dict[str, Any]]] = {
+            "engine": bench_engine,
+            "sampler": bench_sampler,
+            "start": lambda config, _: bench_start(config, processes),
+            "ray": bench_ray,
+            "scaling": lambda config, _: bench_scaling(joint(config), processes, workers=numbers),
+            "tracking": bench_tracking,
+            "memory": lambda config, _: bench_memory(config, processes),
+            "data": lambda config, repeats: bench_data(config, repeats, place=place, say=say),
+        }
+        figures: dict[str, Any] = {"machine": machine(), "recipe": config.recipe, "rounds": repeats}
+        for part in PARTS if what == "all" else (what,):
+            say(part)
+            figures[part] = measure[part](config, repeats)
     show_table(console, _table(figures))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ def _table(figures: dict[str, Any]) -> Table:
             table.add_row(f"samples/s at k = {s['k']}, {name}", f"{rate:,.0f}", "")
         table.add_row("  mmdistill / diffusers", f"{s['mmdistill_over_diffusers']:.2f}", "")
     if b := figures.get("start"):
-        for name, said in (
+        for name, title in (
             ("to_the_first_update", "from the command to the first update"),
             ("to_a_further_training", "to that of a further training"),
             ("to_the_end", "a whole smoke run"),
@@ -97,7 +98,7 @@ def _table(figures: dict[str, Any]) -> Table:
             ("cpu_to_the_first_update", "  of these to the first update"),
         ):
             goal = f"{b['targets'][name]:.0f} s" if name in b["targets"] else ""
-            table.add_row(said, f"{b[name]['median']:.1f} s", goal)
+            table.add_row(title, f"{b[name]['median']:.1f} s", goal)
     if r := figures.get("ray"):
         table.add_row("under Ray, over the floor", f"{r['ray_over_floor']:.3f}", f"{r['target']:.2f}")
         table.add_row("  lost to data", f"{r['share_of_data']:.2%}", "")

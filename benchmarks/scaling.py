@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from workflows.config.schema import RunConfig
-from workflows.dataset.sources import source_of
 
 STEPS, MANY = 10, 20
 """Updates timed together. MANY take longer than writing a checkpoint."""
@@ -27,20 +26,16 @@ def bench_scaling(config: RunConfig, repeats: int, *, workers: tuple[int, ...] =
     """The figures over `repeats` starts of each number of workers, in turns, with the recipe's batch and a larger one. Every worker
     has one thread.
     """
-    from benchmarks.engine import K, job_of, loaded
+    from benchmarks.engine import K, job_of, write_data
     from workflows.cluster.session import Workers, ray_session, require
-    from workflows.dataset.shards import write_shards
     from workflows.training.crew import train
     from workflows.training.mailbox import Monitor
 
-    source = source_of(config.data)
-    images, labels = loaded(source)
     with tempfile.TemporaryDirectory() as scratch, ray_session() as resources:
         require(resources, cpus=max(workers))
         folder = Path(scratch)
         job = job_of(config, folder, k=K)
-        write_shards(folder / "data", source="bench", images=images, labels=labels, num_classes=source.num_classes,
-                     holdout=0.2, rows=512)  # fmt: skip
+        write_data(config, folder)
         batches = (job.batch, LARGER * job.batch)
         together: dict[tuple[int, int], list[dict[str, list[float]]]] = {(b, n): [] for b in batches for n in workers}
         starts: dict[int, list[float]] = {n: [] for n in workers}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engine import spread
 from workflows.config.schema import RunConfig
 from workflows.errors import UserError, in_a_line
 from workflows.session.metrics import METRICS
@@ -26,11 +26,7 @@ def bench_start(config: RunConfig, repeats: int) -> dict[str, Any]:
     the first update.
     """
     runs = [_smoke(config.recipe) for _ in range(repeats)]
-    return {
-        name: {"median": statistics.median(of), "min": min(of), "max": max(of)}
-        for name in runs[0]
-        for of in ([run[name] for run in runs],)
-    } | {"targets": TARGETS, "runs": repeats}
+    return {name: spread([run[name] for run in runs]) for name in runs[0]} | {"targets": TARGETS, "runs": repeats}
 
 
 def _smoke(recipe: str) -> dict[str, float]:

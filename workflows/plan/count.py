@@ -7,7 +7,7 @@ of any depth: exactly, and faster than the paper's networks themselves.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
@@ -86,18 +86,9 @@ def with_choice(config: RunConfig, choice: str) -> tuple[Distill, tuple[Round, .
 
 def count(config: RunConfig, choices: Sequence[str] | None = None) -> Counted:
     """Counts a recipe's teacher, and its students with each of `choices`, by default all. Raises ConfigError."""
-    from mmdistill_core.engine.cost import forward_flops
-
-    def of_network(config: RunConfig) -> dict[Any, Any]:
-        network = _denoiser(config)
-        return {
-            "forward": forward_flops(network, source_of(config.data).shape),
-            "parameters": sum(p.numel() for p in network.parameters()),
-        }
-
     with _fake():
-        network = _of_its_depth(config, of_network)
-        trainings = {"teacher": {"teacher": _teacher(config)}}
+        network = _of_its_depth(config, _network)
+        trainings = {"teacher": {"teacher": _training(config, method_of(config.teacher, schedule_of(config)))}}
         for choice in choices or choices_of(config):
             trainings[choice] = _rounds(config, *with_choice(config, choice))
         return Counted(network["forward"], network["parameters"], trainings)
@@ -107,15 +98,20 @@ def round_flops(config: RunConfig, k: int) -> tuple[float, float]:
     """FLOPs of a forward of one image, and of an update from a whole batch, mean over a cycle: what `bench` measures."""
     own = config.distill.for_k(k)
     with _fake():
-        network = _of_its_depth(config, lambda c: {"forward": _forward(c)})
+        network = _of_its_depth(config, _network)
         (training,) = _rounds(config, own, rounds_of(own, schedule_of(config))).values()
     return network["forward"], network["forward"] * training.evaluations * own.batch
 
 
-def _forward(config: RunConfig) -> float:
+def _network(config: RunConfig) -> dict[str, float]:
+    """The FLOPs of a forward of one image, and the number of parameters."""
     from mmdistill_core.engine.cost import forward_flops
 
-    return forward_flops(_denoiser(config), source_of(config.data).shape)
+    network = _denoiser(config)
+    return {
+        "forward": forward_flops(network, source_of(config.data).shape),
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
 
 
 @contextmanager
@@ -127,7 +123,7 @@ def _fake() -> Iterator[None]:
         yield
 
 
-def _of_its_depth(config: RunConfig, counted: Callable[[RunConfig], dict[Any, Any]]) -> dict[Any, Any]:
+def _of_its_depth(config: RunConfig, counted: Callable[[RunConfig], Mapping[Any, Any]]) -> Mapping[Any, Any]:
     """The result of `counted` for a network with as many blocks as the recipe's, extrapolated from FEW and MORE blocks."""
     from mmdistill_core.networks.config import network_class
 
@@ -153,10 +149,6 @@ def _denoiser(config: RunConfig, dropout: float | None = None) -> Any:
         if dropout is not None and isinstance(module, torch.nn.Dropout):
             module.p = dropout
     return denoiser
-
-
-def _teacher(config: RunConfig) -> Training:
-    return _training(config, method_of(config.teacher, schedule_of(config)))
 
 
 def _rounds(config: RunConfig, distill: Distill, rounds: Sequence[Round]) -> dict[str, Training]:

@@ -39,6 +39,6 @@ def best_recipe(ledger: Ledger) -> str:
     if not ledger.best():
         return "# No trial finished.\n"
     seeds = [f"k = {k}: seed {row['point']['seed']}" for k, row in ledger.best().items() if row["point"].get("seed")]
-    said = "# The best settings that a sweep has found for each k, by measured distance.\n"
-    said += f"# Its trials had other seeds than a run has: {', '.join(seeds)}.\n" if seeds else ""
-    return said + best_config(ledger).yaml()
+    comment = "# The best settings that a sweep has found for each k, by measured distance.\n"
+    comment += f"# Its trials had other seeds than a run has: {', '.join(seeds)}.\n" if seeds else ""
+    return comment + best_config(ledger).yaml()

@@ -53,7 +53,7 @@ class Ledger:
     """`rows` and `done` hold the trials that ended, by name. `order` holds the names of all, in the order in which they began.
     A trial that diverges has failed, and has a row. A trial that an error ended has crashed: it has no row, `crash` is set, and the
     next run of the sweep tries it again. Tune's thread opens trials, and the driver's finishes them. `progress` is called after
-    every change, `found` with the row of a trial that ended in an earlier run.
+    every change, `reused` with the row of a trial that ended in an earlier run.
     """
 
     def __init__(self, context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions) -> None:
@@ -65,7 +65,7 @@ class Ledger:
         self.closed = False
         self.crash: UserError | None = None
         self.progress: Callable[[], None] = lambda: None
-        self.found: Callable[[Row], None] = lambda row: None
+        self.reused: Callable[[Row], None] = lambda row: None
         self._note = f"pipelines/{context.pipeline}.json"
         self._prepared, self._taught = prepared, distill.Taught.of(taught)
         self._common = self._depends(prepared, taught)
@@ -140,12 +140,12 @@ class Ledger:
 
     def best(self) -> dict[int, Row]:
         """k -> the finished trial with the lowest distance."""
-        found: dict[int, Row] = {}
+        best: dict[int, Row] = {}
         for row in list(self.rows.values()):
             k = row["point"]["k"]
-            if row["outcome"] == "finished" and (k not in found or row["frechet"] < found[k]["frechet"]):
-                found[k] = row
-        return dict(sorted(found.items()))
+            if row["outcome"] == "finished" and (k not in best or row["frechet"] < best[k]["frechet"]):
+                best[k] = row
+        return dict(sorted(best.items()))
 
     # Progress
 
@@ -171,7 +171,7 @@ class Ledger:
         if isinstance(opened, Done):
             self._remove_checkpoints(opened.folder.name)  # a killed run may have left them
             self._end(opened)
-            self.found(opened.result["row"])
+            self.reused(opened.result["row"])
             return _distance(opened.result["row"])
         self.running[trial.name] = Open(trial, opened, self.images_of(point))
         self.context.listeners[trial.name] = lambda row: self._listen(trial.name, row)

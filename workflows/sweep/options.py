@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from workflows.cluster.session import fits_a_machine
-from workflows.config.schema import RunConfig
 from workflows.errors import ConfigError, UserError
 from workflows.sweep.space import Space
 
@@ -69,8 +68,3 @@ def check_room(options: SweepOptions, resources: dict[str, float]) -> None:
             f"--cpus-per-trial: a trial asks for {options.cpus:g} CPUs{gpus} of one machine, and none has them",
             hint="ask for fewer, or start a cluster of larger machines and name it in RAY_ADDRESS",
         )
-
-
-def warmed(config: RunConfig, start: bool) -> RunConfig:
-    """The recipe with `distill.warm_start` set to `start`."""
-    return config.model_copy(update={"distill": config.distill.model_copy(update={"warm_start": start})})

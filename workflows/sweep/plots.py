@@ -50,17 +50,7 @@ def _teacher(axis: Any, beside: dict[int, float], teacher: dict[int, float]) -> 
     look: dict[str, Any] = {"color": TEACHER, "linestyle": "--", "marker": "o", "zorder": 4}
     axis.plot(list(beside), list(beside.values()), label="teacher, same steps", **look)
     k = min(teacher, key=lambda k: teacher[k])
-    axis.axhline(teacher[k], color=TEACHER, linewidth=1, linestyle=(0, (2, 3)))
-    axis.annotate(
-        f"teacher, {k} steps",
-        (1, teacher[k]),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 4),
-        textcoords="offset points",
-        ha="right",
-        color=TEACHER,
-        fontsize=8.5,
-    )
+    axis.axhline(teacher[k], color=TEACHER, linewidth=1, linestyle=(0, (2, 3)), label=f"teacher, {k} steps")
 
 
 def by_field(rows: list[dict[str, Any]], fields: list[str]) -> str:

@@ -27,7 +27,7 @@ from workflows.session.options import RunOptions
 from workflows.stages.teacher import data_uri
 from workflows.storage.store import fetch
 from workflows.sweep.ledger import Ledger
-from workflows.sweep.options import SweepOptions
+from workflows.sweep.options import SweepOptions, check_room, check_sweep
 from workflows.sweep.space import Point, Space, section, shares
 from workflows.sweep.table import described
 from workflows.sweep.trial import Shared, Trial, run_trial
@@ -49,8 +49,8 @@ def sweep(
 
     ledger = Ledger(context, prepared, taught, space, options)
     at_once = at_once or _fit_at_once(context.resources, options)
-    sources, total = sources_of(ledger)
-    _introduce(ledger, total, at_once)
+    sources, total, known = sources_of(ledger)
+    _introduce(ledger, total, at_once, sum(map(ledger.is_done, known)))
     search = Search(sources, offer=ledger.offer, may_begin=ledger.may_begin, crashed=ledger.crashed)
     with context.screen.bars() as screen:
         bar = screen.bar("sweep", total, unit="trials")
@@ -94,14 +94,15 @@ def points_of(ledger: Ledger) -> dict[int, list[Point]]:
     return points
 
 
-def sources_of(ledger: Ledger) -> tuple[dict[int, Source], int]:
-    """The source of points for each k, in the order to try them, and the number of points in all."""
+def sources_of(ledger: Ledger) -> tuple[dict[int, Source], int, list[Point]]:
+    """The source of points for each k, in the order to try them; the number of points in all; and those known in advance."""
     from workflows.sweep.search import Listed, Tpe
 
     space, options, seed = ledger.space, ledger.options, ledger.context.config.seed
     if options.search != "tpe":
         listed = points_of(ledger)
-        return {k: Listed(points) for k, points in listed.items()}, sum(map(len, listed.values()))
+        known = [point for points in listed.values() for point in points]
+        return {k: Listed(points) for k, points in listed.items()}, len(known), known
     sources, total = dict[int, "Source"](), 0
     for k, n in shares(space.ks, options.trials).items():
         if len(space.grid(k)) == 1:  # nothing to search
@@ -109,14 +110,12 @@ def sources_of(ledger: Ledger) -> tuple[dict[int, Source], int]:
         else:
             sources[k] = Tpe(k, space.of_k[k], n, seed=(1000 * seed + k) % 2**32, begun=ledger.begun(k))
         total += n
-    return sources, total
+    return sources, total, ledger.begun()
 
 
-def _introduce(ledger: Ledger, total: int, at_once: int) -> None:
-    """Tells the user what is to run, and what is kept from before."""
+def _introduce(ledger: Ledger, total: int, at_once: int, done: int) -> None:
+    """Tells the user what is to run, and how many trials are `done`."""
     options, ks = ledger.options, ledger.space.ks
-    known = ledger.begun() if options.search == "tpe" else [p for own in points_of(ledger).values() for p in own]
-    done = sum(ledger.is_done(point) for point in known)
     words = [
         f"{total} trials over k = {', '.join(map(str, ks))}",
         str(options.search),
@@ -175,11 +174,11 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
                 failure_config=tune.FailureConfig(max_failures=RETRIES),
             ),
         )
-        found: list[Any] = []
+        results: list[Any] = []
 
         def fit() -> None:
             try:
-                found.append(tuner.fit())
+                results.append(tuner.fit())
             finally:
                 ended.set()
 
@@ -189,7 +188,7 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
             End.asked = True
             ended.wait(30)
             raise
-    if errors := found[0].errors:
+    if errors := results[0].errors:
         trials = f"{len(errors)} trials" if len(errors) > 1 else "a trial"
         ledger.crash = UserError(f"{trials} failed: {root_cause(errors[0])}", hint="the same command tries again")
         ledger.context.tick()
@@ -202,7 +201,7 @@ def _scheduler(ledger: Ledger) -> Any:
     if ledger.options.scheduler == "none":
         return None
     asha = Asha(ledger.stopped)
-    ledger.found = lambda row: asha.remember(row["point"]["k"], row["name"], ledger.curve(row))
+    ledger.reused = lambda row: asha.remember(row["point"]["k"], row["name"], ledger.curve(row))
     return asha
 
 
@@ -247,7 +246,7 @@ def run_sweep(
     screen: Screen,
     *,
     space: Space,
-    how: SweepOptions | None = None,
+    how: SweepOptions,
     out: Path | None = None,
     name: str = "sweep",
 ) -> list[dict[str, Any]]:
@@ -255,12 +254,12 @@ def run_sweep(
     is in reports/<recipe>-<name>, and `out` gets a copy of its trials.json. Raises ConfigError and UserError.
     """
     from workflows.sweep.best import register_best
-    from workflows.sweep.options import SweepOptions, check_room, check_sweep, warmed
     from workflows.sweep.report import rows_of, write_report
     from workflows.sweep.table import show, summarise
 
-    how = check_sweep(space, how or SweepOptions())
-    config = warmed(config, how.warm_start)
+    how = check_sweep(space, how)
+    distill = config.distill.model_copy(update={"warm_start": how.warm_start})
+    config = config.model_copy(update={"distill": distill})
     check_inputs(config)
     apart = (space.described, how.search, how.scheduler, how.warm_start)
     with open_context(config, options, screen, kind=name, apart=apart) as context:

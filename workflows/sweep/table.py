@@ -88,6 +88,6 @@ def show(rows: list[dict[str, Any]], screen: Screen) -> None:
             table.add_row(mark, str(line["point"]["k"]), settings, *cells)
         show_table(screen.console, table)
         screen.line("[green]●[/] the Pareto front: nearer to the data than all with as many steps or fewer")
-    for outcome, said in (("stopped", "stopped early, for a distance that lagged"), ("failed", "failed")):
+    for outcome, words in (("stopped", "stopped early, for a distance that lagged"), ("failed", "failed")):
         if n := sum(row.get("outcome") == outcome for row in rows):
-            screen.line(f"of {len(rows)} trials {n} {said}")
+            screen.line(f"of {len(rows)} trials {n} {words}")

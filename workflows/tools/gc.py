@@ -11,8 +11,8 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 
@@ -226,12 +226,10 @@ def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:
     why = {"run": "a run that was deleted", "model": "a model without a registered version"}
     for found in leftovers(registry, older_than_days=keep_days):
         here = found.folder if found.folder and space.root in found.folder.parents and found.folder.exists() else None
-
-        def forget_it(it: Any = found) -> None:
-            forget(registry, it)
-
         size, path = (size_of(here), here.relative_to(space.root)) if here else (0, None)
-        plan.items.append(Item(f"{found.kind} {found.id}", why[found.kind], size, path, forget_it))
+        plan.items.append(
+            Item(f"{found.kind} {found.id}", why[found.kind], size, path, partial(forget, registry, found))
+        )
 
 
 def _copies(days: float, plan: Plan) -> None:

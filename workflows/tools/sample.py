@@ -72,13 +72,14 @@ def draw(model: str, wanted: Wanted, *, out: str, workspace: str, tracking_uri: 
     classes = [_class(name, diffusion, screen) for name in names] or list(range(diffusion.network.num_classes))
     steps = wanted.steps or diffusion.k
     ending = f"of {steps} step{'s' if steps > 1 else ''}: {out}"
+    if not folder and place.suffix == ".png":
+        return _grid(place, diffusion, wanted, classes, screen) + ending
+    batches, network = _batches(diffusion, wanted, wanted.n, classes, screen), diffusion.network
     if folder:
-        _separate(place, _batches(diffusion, wanted, wanted.n, classes, screen), wanted.n)
-        return f"{wanted.n} samples {ending}"
-    if place.suffix == ".npy":
-        _save(place, _batches(diffusion, wanted, wanted.n, classes, screen), _shape(diffusion, wanted.n))
-        return f"{wanted.n} samples {ending}"
-    return _grid(place, diffusion, wanted, classes, screen) + ending
+        _separate(place, batches, wanted.n)
+    else:
+        _save(place, batches, (wanted.n, network.channels, network.image_size, network.image_size))
+    return f"{wanted.n} samples {ending}"
 
 
 def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | None) -> Path:
@@ -97,7 +98,7 @@ def fetch_model(model: str, scratch: Path, workspace: str, tracking_uri: str | N
 def _parts(text: str | None) -> list[str]:
     """Splits --labels into class numbers or names. Raises ConfigError for empty parts."""
     parts = [] if text is None else [part.strip() for part in text.split(",")]
-    if not all(parts) or (text is not None and not parts):
+    if not all(parts):  # "".split(",") has one part, an empty one
         raise ConfigError(f"--labels: {brief(text)} should be classes with commas between, such as 3,5")
     return parts
 
@@ -153,11 +154,6 @@ def _batches(model: DiffusionModel, wanted: Wanted, n: int, classes: list[int], 
             bar.update(first + b)
 
 
-def _shape(model: DiffusionModel, n: int) -> tuple[int, int, int, int]:
-    c = model.network
-    return n, c.channels, c.image_size, c.image_size
-
-
 def _save(out: Path, batches: Iterator[np.ndarray], shape: tuple[int, ...]) -> None:
     """Writes a .npy file batch by batch, because the images may not fit in memory."""
     import numpy as np
@@ -167,16 +163,11 @@ def _save(out: Path, batches: Iterator[np.ndarray], shape: tuple[int, ...]) -> N
         raise UserError(
             f"--out: {out}: {shape[0]:,} images take {size / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free"
         )
-
-    def write(partial: Path) -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": shape}
-        with partial.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for images in batches:
-                file.write(images.astype("<f4", order="C").tobytes())
-
-    with atomic(out) as partial:
-        write(partial)
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype("<f4")), "fortran_order": False, "shape": shape}
+    with atomic(out) as partial, partial.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for images in batches:
+            file.write(images.astype("<f4", order="C").tobytes())
 
 
 def _separate(out: Path, batches: Iterator[np.ndarray], n: int) -> None:
