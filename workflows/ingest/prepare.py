@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -37,8 +38,8 @@ from workflows.ingest.summary import UNLABELLED, kind_of, summarise
 from workflows.rendering.screen import Screen, short
 from workflows.storage import s3, store
 from workflows.storage.code import git_commit
-from workflows.storage.s3 import explained, retry
-from workflows.storage.uri import join, resolved, shown
+from workflows.storage.s3 import explained
+from workflows.storage.uri import is_remote, join, resolved, shown
 
 UNIT = 2**20
 """Target bytes of a unit, the smallest piece of the source that is read at once."""
@@ -46,8 +47,10 @@ PARTS, SMALL = 16, 1000
 """A small source is still cut into about PARTS parts, of at least SMALL images each, so that tasks run in parallel."""
 GUESSED_BYTES = 100_000
 """Assumed bytes of an image, if the source does not state its number of images."""
-WRITE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM))
-"""Errors from writing, which the command line explains."""
+WRITE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+"""Errors from writing the data set, which the command line explains."""
+NO_PERMISSION = frozenset((errno.EACCES, errno.EPERM))
+"""Errors from reading a store, or from writing to a local folder. Local images without permission are skipped and counted."""
 READERS = 8
 """Units that are read concurrently to compare contents."""
 LISTED = 1000
@@ -159,7 +162,7 @@ def listing_of(p: Preparation) -> Listing:
         caption_column=p.caption_column,
         unit_bytes=UNIT,
         limit=p.limit,
-        filesystem=s3.filesystem(p.source)[0],
+        filesystem=s3.reading_filesystem(p.source),
     )
 
 
@@ -181,15 +184,31 @@ def _is_same(p: Preparation, listing: Listing, columns: dict[str, Any], there: M
 
 def content_of(p: Preparation, listing: Listing) -> str:
     """The same hash as `Tally.content`, computed by reading the source. Nothing is decoded."""
-    fs, total = s3.filesystem(p.source)[0], Sum()
+    fs, total = s3.reading_filesystem(p.source), Sum()
 
     def digests_of(unit: Unit) -> list[bytes]:
-        return retry(lambda: [digest_of(item) for item in read_unit(listing, unit, fs)], p.source)
+        with explained_reading(p.source):
+            return [digest_of(item) for item in read_unit(listing, unit, fs)]
 
     with ThreadPoolExecutor(READERS) as pool:
         for digests in pool.map(digests_of, listing.units):
             total.add(digests)
     return total.hex()
+
+
+@contextmanager
+def explained_reading(source: str) -> Iterator[None]:
+    """Raises UserError for errors of reading the source. Those of writing the data set are raised as they are."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        of_source = (
+            number not in WRITE_ERRORS if is_remote(source) else number not in {None, *WRITE_ERRORS, *NO_PERMISSION}
+        )
+        if isinstance(error, UserError) or not of_source:
+            raise
+        raise explained(error, source) from error
 
 
 def digest_of(item: Item) -> bytes:
@@ -251,12 +270,9 @@ def _write_parts(p: Preparation, listing: Listing, plan: str, screen: Screen) ->
 
     def work(item: tuple[int, Sequence[Unit]]) -> Iterator[dict[str, Any]]:
         number, units = item
-        try:
-            yield retry(lambda: write_part(p, bare, plan, number, units, device), p.source)
-        except OSError as error:
-            if error.errno in WRITE_ERRORS:
-                raise
-            raise explained(error, p.source) from error
+        with explained_reading(p.source):
+            part = write_part(p, bare, plan, number, units, device)
+        yield part
 
     with screen.bars():
         bar = screen.bar("prepare", listing.count or len(groups), unit="images" if listing.count else "parts")
@@ -317,7 +333,7 @@ def write_part(
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=may_have, encoders=encoders)
     denied, captioned, listed = 0, 0, list[dict[str, str]]()
     reasons, left_out, content = Counter[str](), LeftOut(), Sum()
-    fs = s3.filesystem(p.source)[0]
+    fs = s3.reading_filesystem(p.source)
     for unit in units:
         for item in read_unit(listing, unit, fs, left_out):
             content.add([digest_of(item)])

@@ -27,6 +27,10 @@ PART = 50 * 1024**2
 """Bytes of a part of a multipart upload. Objects of less than two parts go in one request."""
 TRIES = 14
 """Calls that `retry` makes before it gives up. Their pauses add up to about a minute."""
+TRIES_OF_A_REQUEST = 8
+"""For calls of many requests, such as reading an archive: retrying them as a whole would fail again at another request. s3fs
+counts the request and the reading of its answer apart, so a store that is down is given up after about 80 seconds.
+"""
 
 SHARED = (
     "AWS_ENDPOINT_URL",
@@ -64,7 +68,9 @@ class S3Settings:
     addressing: str
     timeout: float
     attempts: int = 1
-    """Of botocore for each request. One, as `retry` is above it: layers of retries would multiply."""
+    """botocore's tries of each request. One, since layers of retries would multiply."""
+    tries: int = 1
+    """s3fs's tries of each request. One if `retry` is above it."""
 
     @staticmethod
     def of_environment() -> S3Settings:
@@ -117,6 +123,9 @@ def _filesystem(protocol: str, s3: S3Settings | None) -> Any:
     try:
         if s3 is None:
             return fsspec.filesystem(protocol)
+        from s3fs.core import set_custom_error_handler
+
+        set_custom_error_handler(_is_transient)
         client = {"region_name": s3.region, "verify": s3.ca}
         fs = fsspec.filesystem(
             "s3",
@@ -125,13 +134,19 @@ def _filesystem(protocol: str, s3: S3Settings | None) -> Any:
             config_kwargs=s3.config(),
             use_listings_cache=False,
             default_block_size=PART,
+            skip_instance_cache=True,  # fsspec would share one among all values of `tries`
         )
-        fs.retries = 1  # `retry` is above it
+        fs.retries = s3.tries
         return fs
     except (ValueError, ImportError, TypeError, OSError) as error:
         raise UserError(
             f"{protocol}://: {str(error).splitlines()[0]}", hint="file paths and s3:// are always there"
         ) from error
+
+
+def reading_filesystem(uri: str | Path) -> Any:
+    """fsspec's file system for calls of many requests. It retries each request, so `retry` is not needed."""
+    return filesystem(uri, tries=TRIES_OF_A_REQUEST)[0]
 
 
 def arrow_filesystem(uri: str | Path) -> tuple[Any, str]:

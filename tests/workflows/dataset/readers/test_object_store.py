@@ -6,6 +6,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from faults import Faults
 from pictures import errors, good, load, png, read
 from stores import moto, use
 from test_tars import samples, tarred
@@ -85,7 +86,7 @@ def test_tars_zips_and_tables(bucket, moto_server, tmp_path, monkeypatch):
     """By the filesystem that everything else here reads stores with."""
     filesystem, name = bucket
     use(monkeypatch, moto_server)
-    ours, _ = s3.filesystem(f"s3://{name}")
+    ours = s3.reading_filesystem(f"s3://{name}")
     tarred(tmp_path / "x.tar.gz", samples(0, 20), "w:gz")
     pq.write_table(pa.table({"image": [png(i) for i in range(20)]}), tmp_path / "x.parquet", row_group_size=7)
     shutil.make_archive(str(tmp_path / "x"), "zip", root_dir=_images(tmp_path / "plain"))
@@ -94,6 +95,23 @@ def test_tars_zips_and_tables(bucket, moto_server, tmp_path, monkeypatch):
         _, items = load(f"s3://{name}/{file}", ours, unit_bytes=2000)
         assert sorted(item.image for item in good(items).values()) == sorted(png(i) for i in range(20)), file
     assert sorted(item.key for item in load(f"s3://{name}/*.zip", filesystem)[1])[0] == "x.zip#0.png"
+
+
+def test_a_bad_network_loses_nothing(bucket, moto_server, tmp_path, monkeypatch):
+    """Reading one unit takes many requests. Each is retried by itself."""
+    filesystem, name = bucket
+    for i in range(60):
+        filesystem.pipe(f"{name}/folder/{i}.png", png(i))
+    pq.write_table(pa.table({"image": [png(i) for i in range(20)]}), tmp_path / "x.parquet", row_group_size=2)
+    filesystem.put(str(tmp_path / "x.parquet"), f"{name}/x.parquet")
+    with Faults(moto_server, refused=0.1, cut=0.05, lost=0.02) as faults:
+        use(monkeypatch, faults.url)
+        patient = s3.reading_filesystem(f"s3://{name}")
+        for source, n in (("folder", 60), ("x.parquet", 20)):
+            _, items = load(f"s3://{name}/{source}", patient)
+            assert sorted(item.image for item in good(items).values()) == sorted(png(i) for i in range(n)), source
+    assert faults.counts["refused"] > 3, faults.counts
+    assert faults.counts["cut"] + faults.counts["lost"] > 2, faults.counts
 
 
 def _images(folder):
