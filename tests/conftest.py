@@ -52,7 +52,7 @@ def _own_tracking_store(monkeypatch):
 @pytest.fixture(autouse=True)
 def _nothing_is_left_running():
     """A test that failed half way must not take the machine from those after it."""
-    from disturbed import STARTED
+    from interruptions import STARTED
 
     yield
     while STARTED:

@@ -10,7 +10,7 @@ from trainings import MAKE, make_batches, make_state
 
 from mmdistill_core.engine import train_step
 from mmdistill_core.engine.checkpoint import load_checkpoint, save_checkpoint
-from workflows.training.parallelize import Compute, cut_like, gathered, parallelize
+from workflows.training.parallelize import Compute, gathered, parallelize, sharded_like
 
 STEPS = 3
 
@@ -37,7 +37,7 @@ def train(name, fields, rank, world, folder, before=None):
         )
     if before:
         values = load_checkpoint(before)
-        state.load_state_dict(cut_like(values, state) if compute.shard and world > 1 else values)
+        state.load_state_dict(sharded_like(values, state) if compute.shard and world > 1 else values)
     batches = make_batches(rank, world)
     for _ in range(STEPS):
         train_step(state=state, batches=batches, seed=0, rank=rank, world=world)

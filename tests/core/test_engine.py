@@ -510,14 +510,14 @@ class TestLogWindow:
 
     @pytest.mark.parametrize("name", MAKE)
     def test_it_goes_on_after_a_stop_as_if_there_had_been_none(self, name, tmp_path):
-        undisturbed = self.rows(make_state(MAKE[name]()))
+        uninterrupted = self.rows(make_state(MAKE[name]()))
         first = make_state(MAKE[name]())
         before = self.rows(first, stop_at=64 * 9)
         save_checkpoint(tmp_path / "c", first.state_dict())
         second = make_state(MAKE[name]())
         second.load_state_dict(load_checkpoint(tmp_path / "c"))
-        assert (len(before), len(undisturbed)) == (1, 4)
-        assert before + self.rows(second) == undisturbed
+        assert (len(before), len(uninterrupted)) == (1, 4)
+        assert before + self.rows(second) == uninterrupted
 
     def test_the_rate_is_of_the_whole_window(self):
         state = make_state(MAKE["denoising"]())

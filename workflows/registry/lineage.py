@@ -30,14 +30,14 @@ def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
     from workflows.tracking.tracker import Tracker
 
     if uri := tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        return Registry(Tracker(uri, looks=True))
-    space = Workspace(workspace, looks=True)
+        return Registry(Tracker(uri, read_only=True))
+    space = Workspace(workspace, read_only=True)
     if not space.remote and not (space.root / "mlflow.db").exists():
         raise UserError(
             f"{workspace}: nothing is registered in this workspace",
             hint="name the store with --tracking-uri, or another --workspace, or run `mmdistill run` first",
         )
-    return Registry(Tracker(space.default_tracking_uri, looks=True))
+    return Registry(Tracker(space.default_tracking_uri, read_only=True))
 
 
 def lineage(registry: Registry, model: str) -> dict[str, Any]:

@@ -142,8 +142,8 @@ class Workspace:
     or the disk is full.
     """
 
-    def __init__(self, root: str | Path, *, minimum_free: int | None = None, looks: bool = False) -> None:
-        """`minimum_free`: bytes that must be free on its disk; by default what a run may need. `looks`: read-only. Nothing is
+    def __init__(self, root: str | Path, *, minimum_free: int | None = None, read_only: bool = False) -> None:
+        """`minimum_free`: bytes that must be free on its disk; by default what a run may need. `read_only`: nothing is
         created, and whether anything could be written is not checked.
         """
         check_name("workspace", root)
@@ -152,7 +152,7 @@ class Workspace:
             raise ConfigError(f"workspace: {shown(root)} should be a folder, or s3://BUCKET/PREFIX")
         if self.remote:
             self.uri = str(root).rstrip("/")
-            if not looks:
+            if not read_only:
                 store.check(self.uri)
             self.root = store.cache_folder() / "workspaces" / hashlib.sha256(self.uri.encode()).hexdigest()[:16]
         else:
@@ -160,7 +160,7 @@ class Workspace:
             self.uri = str(self.root)
             check_name("workspace", self.uri)  # a relative path has the current folder's name in it now
         self._lease: Lease | None = None
-        if looks:
+        if read_only:
             return
         try:
             for folder in ("stages", "reports", "ray"):

@@ -125,7 +125,7 @@ def _tracking(workspace: str, given: str | None) -> Iterator[Line]:
         if uri == space.default_tracking_uri and not store_exists(uri):
             yield None, "tracking", f"{uri}: not there yet; the first run makes it"
             return
-        yield True, "tracking", f"{Tracker(uri, looks=True).uri}{origin(uri)} answers"
+        yield True, "tracking", f"{Tracker(uri, read_only=True).uri}{origin(uri)} answers"
     except (ConfigError, UserError) as error:
         yield False, "tracking", _message(error)
 

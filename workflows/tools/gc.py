@@ -71,7 +71,7 @@ def run_gc(
 
     Raises UserError if `workspace` is not a workspace, or while a run holds it.
     """
-    existing = Workspace(workspace, looks=True)
+    existing = Workspace(workspace, read_only=True)
     if not (listing(join(existing.uri, "pipelines")) if existing.remote else (existing.root / "stages").is_dir()):
         raise UserError(f"{workspace}: not a workspace", hint="name one with --workspace or MMDISTILL_HOME")
     space = Workspace(workspace, minimum_free=0)  # gc has to work on a full disk
@@ -201,7 +201,7 @@ def _registered(uri: str, runs: set[str]) -> set[str]:
     """
     from workflows.tracking.tracker import Tracker
 
-    tracker = Tracker(uri, looks=True)
+    tracker = Tracker(uri, read_only=True)
     if uri.startswith("sqlite") and any(not tracker.knows(run) for run in runs):
         raise UserError(f"{shown(uri)}: is the store of another machine")
     return {v.tags[tag] for v in Registry(tracker).versions() for tag in ("identity", "evaluation") if tag in v.tags}

@@ -57,11 +57,11 @@ class Tracker:
         experiment: str = EXPERIMENT,
         outbox: Path | None = None,
         say: Callable[[str], None] = lambda text: None,
-        looks: bool = False,
+        read_only: bool = False,
     ) -> None:
         """`artifacts`: where a store without a server keeps files; a server decides for itself. `outbox`: the folder of a
-        workspace's outboxes, one for each store; only the holder of the workspace may pass it. `say` shows a line. `looks`: only to
-        read the registry. Nothing is created, and no run can be started.
+        workspace's outboxes, one for each store; only the holder of the workspace may pass it. `say` shows a line. `read_only`:
+        only reads the registry. Nothing is created, and no run can be started.
         """
         import logging
 
@@ -78,7 +78,7 @@ class Tracker:
         self._outbox: Outbox | None = None
         self._runs: dict[str, str] = {}
         with self.reachable(), _valid_address(self._label):
-            if looks and not store_exists(uri):
+            if read_only and not store_exists(uri):
                 raise UserError(
                     f"tracking: {self._label}: {NO_STORE[_file(uri) is None]}",
                     hint="name the store with --tracking-uri",
@@ -89,7 +89,7 @@ class Tracker:
             existing = self.client.get_experiment_by_name(experiment)
             if existing is not None:
                 self.experiment = existing.experiment_id
-            elif looks:
+            elif read_only:
                 self.experiment = ""
             else:
                 location = artifacts.as_uri() if artifacts is not None and not uri.startswith("http") else None

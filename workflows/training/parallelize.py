@@ -117,7 +117,7 @@ def gathered(value: Any, *, keep: bool) -> Any:
     return value
 
 
-def cut_like(values: dict[str, Any], state: Any) -> dict[str, Any]:
+def sharded_like(values: dict[str, Any], state: Any) -> dict[str, Any]:
     """A TrainState's state_dict, with its tensors sharded like those of `state`."""
 
     def like(value: Any, own: Any) -> Any:

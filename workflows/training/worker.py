@@ -204,7 +204,7 @@ def restored(
     """The training's state on this worker's device, parallelised: that of the checkpoint `before`, or the one at the start. `held`
     as in `build_state`.
     """
-    from workflows.training.parallelize import Compute, cut_like, parallelize
+    from workflows.training.parallelize import Compute, parallelize, sharded_like
 
     state, compute = build_state(job, place, kept=before and before["state"]["kept"], held=held), Compute(**job.compute)
     for network in state.networks.values():
@@ -212,7 +212,7 @@ def restored(
     state.averaged_over_workers = place.averaged
     parallelize(state, compute, world=place.world, device=device)
     if before:
-        state.load_state_dict(cut_like(before["state"], state) if compute.shard else before["state"])
+        state.load_state_dict(sharded_like(before["state"], state) if compute.shard else before["state"])
     return state
 
 

@@ -105,7 +105,7 @@ def test_a_schema_that_is_out_of_date_is_told_with_its_command(tmp_path):
             store.execute(f"create table {table} (version_num text)")
         store.execute("insert into alembic_version values ('451aebb31d03')")
     with pytest.raises(UserError) as caught:
-        Tracker(uri, looks=True)
+        Tracker(uri, read_only=True)
     assert "out-of-date database schema" in str(caught.value)
     assert "mlflow db upgrade" in str(caught.value)
     assert str(caught.value).endswith(".")
@@ -115,7 +115,7 @@ def test_a_damaged_store_is_not_one_that_is_away(tmp_path):
     """There is nothing to wait for."""
     (tmp_path / "mlflow.db").write_bytes(b"no database" * 1000)
     with pytest.raises(UserError, match="file is not a database") as caught:
-        Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", looks=True)
+        Tracker(f"sqlite:///{tmp_path / 'mlflow.db'}", read_only=True)
     assert "when that is fixed" in caught.value.hint
 
 

@@ -74,12 +74,12 @@ def tracked(stack, name, metric):
 
 def test_a_driver_killed_on_one_machine_is_gone_on_with_on_another(stack, here, place, tmp_path):
     """SIGKILL of the driver and of all that it started; from another machine the run ends with the very weights and metrics of an
-    undisturbed one, and from a third nothing is left to do.
+    uninterrupted one, and from a third nothing is left to do.
     """
     from workflows.storage import store as storage
 
-    undisturbed = Machine(stack, tmp_path / "quiet")
-    undisturbed.run(f"{place}/quiet", *LONG, until="distill")
+    uninterrupted = Machine(stack, tmp_path / "quiet")
+    uninterrupted.run(f"{place}/quiet", *LONG, until="distill")
     first = Machine(stack, tmp_path / "first")
     driver = first.run(f"{place}/killed", *LONG, start=True)
     until = time.monotonic() + 600

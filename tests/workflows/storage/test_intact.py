@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from stores import bucket, use
-from tracked import history
+from tracking_reads import history
 
 from workflows.errors import UserError
 from workflows.rendering.screen import Screen

@@ -64,9 +64,9 @@ def test_a_name_that_cannot_be_shown_is_refused_at_the_start(tmp_path, monkeypat
 
 @pytest.mark.parametrize("name", ["a?b", "a#b", "runs[v2]", "a*"])
 def test_a_prefix_that_would_lead_elsewhere_is_refused_before_the_store_is_asked(name):
-    for looks in (True, False):
+    for read_only in (True, False):
         with pytest.raises(ConfigError, match="a prefix in an object store can't have"):
-            Workspace(f"s3://bucket/{name}", looks=looks)
+            Workspace(f"s3://bucket/{name}", read_only=read_only)
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_a_prefix_that_would_lead_elsewhere_is_refused_before_the_store_is_asked
 )
 def test_a_place_that_is_none_is_refused_and_nothing_is_made(tmp_path, monkeypatch, place, said):
     monkeypatch.chdir(tmp_path)
-    for looks in (True, False):
+    for read_only in (True, False):
         with pytest.raises(ConfigError, match=said):
-            Workspace(place, looks=looks)
+            Workspace(place, read_only=read_only)
     assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 
 import pytest
-from disturbed import Command, wait_until_gone
+from interruptions import Command, wait_until_gone
 from rich.console import Console
 from small import SMALL
 from stores import PLANTED, bucket, use
@@ -286,16 +286,18 @@ class Sweep(Command):
 
 @pytest.mark.slow
 def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
-    """It ends with the very rows of a sweep that nobody disturbed, no trial is run twice, and none is tracked twice."""
-    for name in ("undisturbed", "disturbed"):  # both with the teacher of the other sweep
+    """It ends with the very rows of a sweep that nobody interrupted, no trial is run twice, and none is tracked twice."""
+    for name in ("uninterrupted", "interrupted"):  # both with the teacher of the other sweep
         for stage in ("prepare", "teacher"):
             (folder,) = (swept[0].workspace / "stages").glob(f"{stage}-*")
             shutil.copytree(folder, tmp_path / name / "stages" / folder.name)
-    undisturbed = Swept(tmp_path / "undisturbed", *SPACE, overrides=LONG, trials=6, register=False)
-    undisturbed()
+    uninterrupted = Swept(tmp_path / "uninterrupted", *SPACE, overrides=LONG, trials=6, register=False)
+    uninterrupted()
 
-    command = Sweep(tmp_path / "disturbed")
-    code, shown = command.disturb(lambda: command.ended() and command.halfway(), lambda p: p.send_signal(signal.SIGINT))
+    command = Sweep(tmp_path / "interrupted")
+    code, shown = command.interrupt(
+        lambda: command.ended() and command.halfway(), lambda p: p.send_signal(signal.SIGINT)
+    )
     assert code == 130, shown
     assert "of 6 trials are kept" in shown
     assert "to go on: mmdistill sweep --workspace" in shown
@@ -304,7 +306,7 @@ def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
 
     first = {name: (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns for name in command.ended()}
     assert 1 <= len(first) < 6
-    code, _ = command.disturb(lambda: len(command.ended()) > len(first) and command.halfway(), lambda p: p.kill())
+    code, _ = command.interrupt(lambda: len(command.ended()) > len(first) and command.halfway(), lambda p: p.kill())
     assert code == -signal.SIGKILL
     wait_until_gone(command.pid, b"ImplicitFunc")
     assert len(command.ended()) < 6
@@ -313,8 +315,8 @@ def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
     assert "goes on from" in shown
     for name, written in first.items():
         assert (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns == written, "run again"
-    assert without_times(trials(command.workspace)) == without_times(trials(undisturbed.workspace))
-    found, expected = tracked(command.workspace), tracked(undisturbed.workspace)
+    assert without_times(trials(command.workspace)) == without_times(trials(uninterrupted.workspace))
+    found, expected = tracked(command.workspace), tracked(uninterrupted.workspace)
     assert found == expected
     assert all(steps == list(range(1280, 12801, 1280)) for _, _, steps in found.values())
     assert not list((command.workspace / "ray").glob("trial-*"))

@@ -274,7 +274,7 @@ def test_a_workspace_is_only_read(tmp_path, monkeypatch):
         monkeypatch.setattr(f"workflows.storage.store.{name}", refuse)
     monkeypatch.setenv("MMDISTILL_CACHE", str(tmp_path / "cache"))
     for root in ("s3://bucket/runs", str(tmp_path / "none")):
-        assert Workspace(root, looks=True).default_tracking_uri.startswith("sqlite:///")
+        assert Workspace(root, read_only=True).default_tracking_uri.startswith("sqlite:///")
         with pytest.raises(UserError, match=r"nothing is registered|the file does not exist"):
             stage.fetch_model("models:/any/1", tmp_path / "scratch", root, None)
     assert not list(tmp_path.iterdir())

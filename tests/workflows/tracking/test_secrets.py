@@ -4,7 +4,7 @@ import os
 
 import pytest
 from small import Runner
-from tracked import log_steps
+from tracking_reads import log_steps
 
 from workflows.errors import UserError
 from workflows.registry.versions import Registry

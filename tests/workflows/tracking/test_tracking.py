@@ -10,7 +10,7 @@ import sys
 import pytest
 from rich.console import Console
 from small import ROOT
-from tracked import history, log_steps, text_of
+from tracking_reads import history, log_steps, text_of
 
 from workflows.errors import UserError
 from workflows.rendering.screen import Screen

@@ -140,11 +140,11 @@ def test_a_lost_worker_takes_nothing_from_the_training_beside_it(tmp_path, ray_c
                      log_every=800)
         for seed, name in enumerate(("dies", "stays"))
     }  # fmt: skip
-    undisturbed = {}
+    uninterrupted = {}
     for name, job in jobs.items():
         plain = job_of(tmp_path, **{**vars(job), "name": f"{name}-plain", "output": str(tmp_path / f"{name}-plain")})
         train(plain, monitor)
-        undisturbed[name] = weights_of(plain)
+        uninterrupted[name] = weights_of(plain)
     monitor.drain()
     threads = [
         threading.Thread(target=train, args=(job, monitor), kwargs={"loop": dying if name == "dies" else train_worker})
@@ -155,7 +155,7 @@ def test_a_lost_worker_takes_nothing_from_the_training_beside_it(tmp_path, ray_c
     for thread in threads:
         thread.join(300)
     events = [(topic, row) for topic, row in monitor.drain()[0] if "event" in row]
-    assert {name: weights_of(job) for name, job in jobs.items()} == undisturbed
+    assert {name: weights_of(job) for name, job in jobs.items()} == uninterrupted
     begun = [row["n_images"] for topic, row in events if topic == "dies" and row["event"] == "begun"]
     assert len(begun) == 2
     assert begun[1] >= 800

@@ -9,7 +9,9 @@ import time
 
 import pytest
 from clusters import LocalCluster, temporary_folder
-from disturbed import (
+from faults import Faults
+from heads import Shown
+from interruptions import (
     Training,
     assert_alike,
     events,
@@ -20,8 +22,6 @@ from disturbed import (
     wait_for,
     wait_for_event,
 )
-from faults import Faults
-from heads import Shown
 from stores import KEYS, bucket
 
 from workflows.session.metrics import read_metrics
@@ -59,7 +59,7 @@ def alone(cluster, tmp_path_factory):
 
 def test_a_stopped_training_ends_with_a_checkpoint_and_goes_on_with_more_workers(cluster, alone, tmp_path):
     first = command(cluster, tmp_path, "--workers", "1", "--checkpoint-every", "1000000")
-    code, shown = first.disturb_at(30_000, lambda process: process.send_signal(signal.SIGTERM), of=IMAGES)
+    code, shown = first.interrupt_at(30_000, lambda process: process.send_signal(signal.SIGTERM), of=IMAGES)
     assert code == 143, shown
     assert "stopping: each training writes a checkpoint first" in shown
     assert "Traceback" not in shown

@@ -3,15 +3,15 @@
 import time
 
 import pytest
-from disturbed import Training, assert_same, wait_for
+from interruptions import Training, assert_same, wait_for
 from servers import PostgreSQL, TrackingServer
-from test_recovery import undisturbed  # noqa: F401
+from test_recovery import uninterrupted  # noqa: F401
 
 pytestmark = [pytest.mark.ray, pytest.mark.services]
 
 
 @pytest.mark.parametrize("what", ["server", "database"])
-def test_a_minute_without(tmp_path, undisturbed, what):  # noqa: F811
+def test_a_minute_without(tmp_path, uninterrupted, what):  # noqa: F811
     database = PostgreSQL()
     server = TrackingServer(tmp_path, database.uri)
     command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
@@ -27,7 +27,7 @@ def test_a_minute_without(tmp_path, undisturbed, what):  # noqa: F811
         assert shown.count(f"tracking: {server.uri} does not answer") == 1
         assert shown.count("answers again, and everything that was queued was delivered") == 1
         assert "queued in the workspace" not in shown
-        assert_same(command.workspace, undisturbed, server.uri)
+        assert_same(command.workspace, uninterrupted, server.uri)
     finally:
         server.kill()
         database.close()

@@ -1,5 +1,5 @@
 """Killed for real: a worker, the driver by Ctrl-C and by SIGKILL, a checkpoint on disk, the disk's space, the tracking server.
-Each time the run ends with the very weights and metrics of an undisturbed one.
+Each time the run ends with the very weights and metrics of an uninterrupted one.
 """
 
 import os
@@ -8,7 +8,7 @@ import signal
 import threading
 
 import pytest
-from disturbed import (
+from interruptions import (
     LONG,
     TRAIN,
     Training,
@@ -30,13 +30,13 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, ray_cluster):
-    runner = Runner(tmp_path_factory.mktemp("undisturbed"))
+def uninterrupted(tmp_path_factory, ray_cluster):
+    runner = Runner(tmp_path_factory.mktemp("uninterrupted"))
     runner(*LONG, until="teacher")
     return outcome(runner.workspace)
 
 
-def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, monkeypatch):
+def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, uninterrupted, monkeypatch):
     """Some of what it had sent is lost on the way, as when the driver dies first: the checkpoint brings it again."""
     drain = Monitor.drain
 
@@ -69,7 +69,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, undisturbed, 
     assert not errors
     assert len(seen) == 4
     assert "goes on from" in runner.text
-    assert_same(runner.workspace, undisturbed)
+    assert_same(runner.workspace, uninterrupted)
 
 
 def test_losses_that_are_no_numbers_end_the_run(tmp_path):
@@ -91,16 +91,16 @@ def test_a_lost_connection_stops_it_as_sigterm_does(tmp_path):
         for pid in [*processes_of(process.pid, b"gcs_server", b"raylet", *TRAIN), process.pid]:
             os.kill(pid, signal.SIGHUP)
 
-    code, shown = command.disturb_at(40_000, hang_up)
+    code, shown = command.interrupt_at(40_000, hang_up)
     assert code == 129
     assert "stopping: each training writes a checkpoint first" in shown
     assert "interrupted: finished stages and the last checkpoints are kept" in shown
     assert newest_checkpoint(command.workspace) >= 40_000
 
 
-def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
+def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, uninterrupted):
     command = Training(tmp_path / "workspace")
-    code, shown = command.disturb_at(40_000, lambda process: process.send_signal(signal.SIGINT))
+    code, shown = command.interrupt_at(40_000, lambda process: process.send_signal(signal.SIGINT))
     assert code == 130
     assert "stopping: each training writes a checkpoint first" in shown
     assert "interrupted: finished stages and the last checkpoints are kept; run the same command again" in shown
@@ -108,7 +108,7 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     stopped = newest_checkpoint(command.workspace)
     assert stopped >= 40_000  # where it was told to, and not at the checkpoint before
 
-    code, _ = command.disturb_at(100_000, lambda process: process.kill())
+    code, _ = command.interrupt_at(100_000, lambda process: process.kill())
     assert code == -signal.SIGKILL
     wait_until_gone(command.pid, *TRAIN)
 
@@ -123,10 +123,10 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, undisturbed):
     assert "reused" in shown  # prepare
     assert "is damaged" in shown
     assert "goes on from" in shown
-    assert_same(command.workspace, undisturbed, stopped=stopped)
+    assert_same(command.workspace, uninterrupted, stopped=stopped)
 
 
-def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
+def test_a_full_disk_in_the_middle(tmp_path, uninterrupted):
     """The kernel's own "no space left on device", from /dev/full in the place of the metrics' file."""
     command = Training(tmp_path / "workspace")
 
@@ -135,7 +135,7 @@ def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
         metrics.rename(metrics.with_suffix(".kept"))
         metrics.symlink_to("/dev/full")
 
-    code, shown = command.disturb_at(60_000, fill)
+    code, shown = command.interrupt_at(60_000, fill)
     assert code == 1
     assert "the disk is full" in shown
     assert "kept" in shown
@@ -144,10 +144,10 @@ def test_a_full_disk_in_the_middle(tmp_path, undisturbed):
     metrics = teacher_folder(command.workspace) / METRICS
     metrics.with_suffix(".kept").replace(metrics)
     assert "goes on from" in command.finish()
-    assert_same(command.workspace, undisturbed)
+    assert_same(command.workspace, uninterrupted)
 
 
-def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undisturbed):
+def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, uninterrupted):
     """The training goes on without it, and it has every step once when the run ends."""
     server = TrackingServer(tmp_path)
     command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
@@ -163,18 +163,18 @@ def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, undi
         assert shown.count(f"tracking: {server.uri} does not answer") == 1
         assert shown.count("answers again, and everything that was queued was delivered") == 1
         assert "goes on from" not in shown
-        assert_same(command.workspace, undisturbed, server.uri)
+        assert_same(command.workspace, uninterrupted, server.uri)
     finally:
         server.kill()
 
 
-def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_delivers(tmp_path, undisturbed, monkeypatch):
+def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_delivers(tmp_path, uninterrupted, monkeypatch):
     monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", "2")
     server = TrackingServer(tmp_path)
     command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
     try:
-        code, shown = command.disturb_at(60_000, lambda _: server.kill(), timeout=900)
+        code, shown = command.interrupt_at(60_000, lambda _: server.kill(), timeout=900)
         assert code == 0, shown
         assert "are queued in the workspace; its next run delivers them, or: mmdistill deliver" in shown
         refused = command.start()
@@ -185,6 +185,6 @@ def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_deliver
         shown = command.finish()
         assert "entries that an earlier run had queued" in shown
         assert shown.count("reused") == 2
-        assert_same(command.workspace, undisturbed, server.uri)
+        assert_same(command.workspace, uninterrupted, server.uri)
     finally:
         server.kill()

@@ -52,7 +52,7 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
     def a_kill(controllers):
         os.kill(controllers[0]["Pid"], signal.SIGKILL)
 
-    def ticking(disturb):
+    def ticking(interrupt):
         begun = [time.monotonic()]
 
         def tick(self):
@@ -60,7 +60,7 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
             if not controllers():
                 begun[0] = time.monotonic()
             elif time.monotonic() > begun[0] + 6:
-                disturb(controllers())
+                interrupt(controllers())
 
         return tick
 
@@ -69,7 +69,7 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
 
     runner(until="teacher")
     before, ticks = threading.active_count(), Context.tick
-    for own, room, disturb, said in (
+    for own, room, interrupt, said in (
         (True, True, an_error, "an error of the run"),
         (False, True, an_error, "an error of the run"),
         (False, True, a_kill, "the process that leads its workers died"),
@@ -78,7 +78,7 @@ def test_the_others_are_ended_before_the_run(runner, monkeypatch, ray_cluster):
         wait_for_cpus(2)
         # As on a cluster: a crew for each training at once, which holds its CPU.
         monkeypatch.setattr(crew, "own_ray", lambda own=own: own)
-        monkeypatch.setattr(Context, "tick", ticking(disturb))
+        monkeypatch.setattr(Context, "tick", ticking(interrupt))
         taken = None if room else ray.remote(num_cpus=2)(Holder).remote()
         assert room or ray.get(taken.there.remote())
         with pytest.raises(UserError, match=said):

@@ -1,4 +1,4 @@
-"""What a tracking store has of a run."""
+"""Reads of a tracking store: what it holds of a run."""
 
 
 def history(tracker, run_id, name):

@@ -1,4 +1,4 @@
-"""A training long enough to be disturbed, what came of it, and the means to disturb it."""
+"""A training long enough to interrupt, the means to interrupt it, and what is left afterwards."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def has_logged(workspace, images, of=IMAGES):
     rows = read_metrics(teacher_folder(workspace))
     if not rows or rows[-1][0] < images:
         return False
-    assert rows[-1][0] < of, "the training ended before it could be disturbed"
+    assert rows[-1][0] < of, "the training ended before it could be interrupted"
     return True
 
 
@@ -69,24 +69,24 @@ def wait_for_event(workspace, wanted, process, timeout=600):
         time.sleep(0.05)
 
 
-def assert_same(workspace, undisturbed, tracking_uri=None, *, stopped=None, images=IMAGES):
-    """Each step is there once, and the weights and figures are those of an undisturbed training, bit for bit. `stopped`: the images
+def assert_same(workspace, uninterrupted, tracking_uri=None, *, stopped=None, images=IMAGES):
+    """Each step is there once. The weights and figures are those of an uninterrupted training, bit for bit. `stopped`: the images
     at which it was stopped; the losses of several workers are added in another order in that row, which agrees to rounding.
     """
     identity, rows = outcome(workspace)
     assert_each_step_once(workspace, tracking_uri, images)
-    for (step, row), (also, expected) in zip(rows, undisturbed[1], strict=True):
+    for (step, row), (also, expected) in zip(rows, uninterrupted[1], strict=True):
         cut = stopped is not None and step - LOG_EVERY < stopped <= step
         assert (step, row) == (also, pytest.approx(expected, rel=1e-6) if cut else expected)
-    assert identity == undisturbed[0]
+    assert identity == uninterrupted[0]
 
 
-def assert_alike(workspace, undisturbed, tracking_uri=None, *, images=IMAGES):
+def assert_alike(workspace, uninterrupted, tracking_uri=None, *, images=IMAGES):
     """As `assert_same`, where another number of workers had a part in it: the same but for rounding, which grows on the way."""
     _, rows = outcome(workspace)
     assert_each_step_once(workspace, tracking_uri, images)
     apart = [
-        abs(a["loss/teacher"] / b["loss/teacher"] - 1) for (_, a), (_, b) in zip(rows, undisturbed[1], strict=True)
+        abs(a["loss/teacher"] / b["loss/teacher"] - 1) for (_, a), (_, b) in zip(rows, uninterrupted[1], strict=True)
     ]
     assert max(apart) < 0.03
     assert sum(apart) / len(apart) < 0.005
@@ -154,7 +154,7 @@ class Command:
         self.pid = process.pid
         return process
 
-    def disturb(self, when, how, timeout=600):
+    def interrupt(self, when, how, timeout=600):
         """`how(process)` as soon as `when()`: (exit code, what it said)."""
         process, end = self.start(), time.monotonic() + 600
         while not when():
@@ -180,6 +180,6 @@ class Training(Command):
         super().__init__(*words, settings=[*SMALL, *settings], **environment)
         self.workspace = workspace
 
-    def disturb_at(self, images, how, timeout=600, of=IMAGES):
+    def interrupt_at(self, images, how, timeout=600, of=IMAGES):
         """`how(process)` once that many images are logged."""
-        return self.disturb(lambda: has_logged(self.workspace, images, of), how, timeout)
+        return self.interrupt(lambda: has_logged(self.workspace, images, of), how, timeout)
