@@ -38,6 +38,19 @@ def test_frechet_of_one_dimensional_gaussians():
     assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("n", "m"), [(2, 3), (5, 9), (9, 5), (7, 400), (300, 8)])
+def test_frechet_of_few_samples_is_that_of_their_covariances(n, m):
+    """Against the singular values of A B^T, where C_a = A^T A and C_b = B^T B, in 20 dimensions of very different scales."""
+    rng = torch.Generator().manual_seed(n)
+    scale = torch.logspace(-3, 2, 20, dtype=torch.float64)
+    a, b = (scale * torch.randn(k, 20, generator=rng, dtype=torch.float64) + shift for k, shift in ((n, 0), (m, 1)))
+    roots = [(f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (a, b)]
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + sum(root.square().sum() for root in roots) - 2 * cross
+    assert frechet_distance(moments(a), moments(b)) == pytest.approx(expected.item(), rel=1e-8)
+    assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-4)
+
+
 def test_frechet_to_itself_is_zero_even_where_covariance_is_singular():
     a = features(10, 32, 0)
     assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6)

@@ -132,7 +132,7 @@ def train_classifier(
     from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
     from mmdistill_core.rng import generator
 
-    x, y = images, torch.from_numpy(labels)
+    x, y = images, torch.tensor(labels)
     known, held = y >= 0, torch.from_numpy(holdout)
     train_x, train_y, held_x, held_y = x[known & ~held], y[known & ~held], x[known & held], y[known & held]
     if not len(train_x):

@@ -77,7 +77,7 @@ def test_statistics_by_tasks_or_at_once_are_those_of_all_images_and_are_kept(
 ):
     by_tasks, spread = [], reference._spread
     monkeypatch.setattr(reference, "AT_HAND", at_hand)
-    monkeypatch.setattr(reference, "_spread", lambda *how, **at_once: (by_tasks.append(1), spread(*how, **at_once)))
+    monkeypatch.setattr(reference, "_spread", lambda *how, **at_once: by_tasks.append(1) or spread(*how, **at_once))
     threads = torch.get_num_threads()
     built(tmp_path, Pixels())
     assert bool(by_tasks) == (at_hand == 0)
