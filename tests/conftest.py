@@ -23,18 +23,13 @@ from services import in_stack, server, stack  # noqa: F401  the fixtures of the 
 from small import Runner
 from stores import KEYS, PLANTED, moto
 
-# By their minutes in the tiers `slow` and `services`: the order in which streams of files end together.
+# By their minutes, of all tiers: the order in which streams of files end together.
 LONGEST = [
-    "test_team",
-    "test_nodes",
-    "test_ray_up",
-    "test_stack",
-    "test_jobs",
-    "test_recovery",
-    "test_outage",
-    "test_terraform",
-]
-LONGEST += ["test_parallel", "test_backup", "test_sweep", "test_upgrade"]
+    "test_nodes", "test_team", "test_recovery", "test_upgrade", "test_ray_up", "test_sweep", "test_outage",
+    "test_backup", "test_terraform", "test_cluster", "test_jobs", "test_moment_matching", "test_stack", "test_crew",
+    "test_outside_method", "test_prepare", "test_compose", "test_together", "test_recipes", "test_plan",
+    "test_promote", "test_tracking", "test_pipeline", "test_remote", "test_reference", "test_storage",
+]  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
