@@ -6,6 +6,8 @@ TORCH  ?= torch
 
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
+# Modules are compiled when they are first imported: compiling all of them would take half of the install's time.
+PIP  := $(BIN)/python -m pip install -qq --no-compile --constraint infra/constraints.txt
 
 .PHONY: demo test test-all lint types docs lock clean install
 demo: $(DONE)
@@ -25,8 +27,8 @@ $(DONE): pyproject.toml infra/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed; name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing what mmdistill needs into $(VENV): about 2 GB, some minutes ..."
-	$(BIN)/python -m pip install -qq --constraint infra/constraints.txt $(TORCH)
-	$(BIN)/python -m pip install -qq --constraint infra/constraints.txt --editable '.[dev]'
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[dev]'
 	@touch $(DONE)
 
 lint: $(DONE)

@@ -257,7 +257,7 @@ def save_beside(directory: str | Path, name: str, tensors: dict[str, Tensor]) ->
     save_file(own, directory / f"{name}.safetensors", metadata={"weights": sha256_of(directory / WEIGHTS)})
 
 
-def beside(directory: str | Path) -> frozenset[str]:
+def extra_names(directory: str | Path) -> frozenset[str]:
     """The names of the tensors beside a model's weights that belong to these weights."""
     directory, found = Path(directory), set()
     weights = sha256_of(directory / WEIGHTS)
@@ -274,7 +274,7 @@ def load_beside(directory: str | Path, name: str) -> dict[str, Tensor]:
     path = Path(directory) / f"{name}.safetensors"
     if not path.is_file():
         raise NotAModel(f"{path}: the model has none")
-    if name not in beside(directory):
+    if name not in extra_names(directory):
         raise NotAModel(f"{path}: of other weights than {WEIGHTS} beside it")
     return load_file(path)
 

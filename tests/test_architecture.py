@@ -135,7 +135,7 @@ def test_the_workflow_names_no_method_s_options_roles_or_samplers():
 
     names = {*METHODS, *SAMPLERS, *NETWORKS}
     for method in METHODS.values():
-        names |= {*method.learners, *method.beside, *(role.name for role in method(schedule=Cosine()).roles)}
+        names |= {*method.learners, *method.extra_names, *(role.name for role in method(schedule=Cosine()).roles)}
         names |= {option.name for option in options_of(method)}
     names |= {option.name for kind in NETWORKS for option in options_of(network_class(kind))}
     names -= {"teacher", "student", "guidance", "dropout"}

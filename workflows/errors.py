@@ -30,7 +30,7 @@ def training_failed(name: str, why: str) -> UserError:
     """The error of a training that failed. Its checkpoints are kept."""
     return UserError(
         f"{name}: training failed: {why}",
-        hint="the last checkpoint is kept; run the same command again to go on from it, or --debug to see all",
+        hint="the last checkpoint is kept; run the same command again to continue from it, or --debug to see all",
     )
 
 
@@ -76,10 +76,10 @@ FOREIGN = {
     ),
     "OutOfDiskError": ("the disk for Ray's objects is full", "free space, or set RAY_TMPDIR"),
     "RuntimeEnvSetupError": ("a process could not be given its environment", "Ray's logs on that machine say why"),
-    "GetTimeoutError": ("the cluster did not answer in time", "run the same command again: it goes on where it was"),
+    "GetTimeoutError": ("the cluster did not answer in time", "run the same command again: it continues where it was"),
     "RayError": (
         "a process or a machine of the cluster was lost",
-        "run the same command again: it goes on where it was",
+        "run the same command again: it continues where it was",
     ),
     "MlflowException": (
         "the tracking store refuses",

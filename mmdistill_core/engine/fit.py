@@ -1,4 +1,4 @@
-"""The training loop: steps, log windows, validation, checkpoints. It reports through three callables and knows no Ray."""
+"""The training loop: steps, log windows, validation, checkpoints. It calls back through functions, and needs no Ray."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def fit(
 
     report    takes the metrics of a log window. Losses, gradient norms and means by noise level are those of the window. n_images,
               images_per_second, lr and forwards (network evaluations so far, summed over samples and networks) are added
-    validate  -> metrics; the best role's weights are kept when "score" among them is the lowest so far
-    judge     a network -> its score on draws that chose no weights. At the end it compares the kept weights with the last ones,
-              which replace them if they are no worse
+    validate  -> metrics; if their "score" is the lowest so far, the best role's weights are kept
+    judge     a network -> its score on draws that `validate` does not use. At the end it scores the kept weights and the last ones,
+              and the last ones replace the kept ones if they are no worse
     save      called every checkpoint_every images and at the end
     poll      called after every step: "" to go on, "save" for a checkpoint, "stop" for a checkpoint and the end of this run
     """
@@ -156,8 +156,8 @@ def fit(
 
 
 def _judged(state: TrainState, score: float, judge: Callable[[nn.Module], float]) -> dict[str, float]:
-    """Compares the kept weights with the last ones on new draws. The lowest of many validation scores is partly luck and the last
-    score is not, so neither counts here. `score`: the last weights' validation score.
+    """Compares the kept weights with the last ones on new draws. The lowest of many validation scores is biased low, and the last
+    score is not, so a comparison of the two would be unfair. `score`: the last weights' validation score.
     """
     if not state.best.weights or state.best.n_images == state.n_images:
         return {}

@@ -71,7 +71,7 @@ class Preparation:
     collect: Callable[[nn.Module, Method, int], dict[str, Tensor]] = _nothing
     kept: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def beside(self, role: str, name: str) -> dict[str, Tensor]:
+    def extra(self, role: str, name: str) -> dict[str, Tensor]:
         return self.load(role, name)
 
     def training_of(self, role: str) -> Method:

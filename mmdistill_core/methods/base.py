@@ -5,7 +5,7 @@
 - phases   which roles learn from which loss, and when
 - rounds   the trainings in order, each with its numbers of steps k, its teacher and its start
 - sampler  how a student of k steps is sampled
-- needs, prepare, validate, curves, leaves: its inputs and outputs
+- needs, prepare, validate, curves, extras: its inputs and outputs
 
 docs/methods.md shows all of it on one method.
 """
@@ -201,8 +201,8 @@ PhaseLoss = Callable[..., Losses]
 class Phase:
     """One update: the roles that it trains (nearly always one), and their loss.
 
-    statistic  (nets, batch, rng, progress) -> name -> a mean over the batch, for a loss with a product of two expectations. It is
-               the mean over every other image of the batch, and over all workers. `loss` gets it with the rest of the images
+    statistic  (nets, batch, rng, progress) -> named means, for a loss with a product of two expectations. They are taken over half
+               of the global batch, every other image. `loss` gets them with the other half
     """
 
     trains: tuple[str, ...]
@@ -243,7 +243,7 @@ class Round:
     method   with the options of this round
     teacher  the round whose student is the teacher; None: the run's teacher
     starts   role -> the round whose student replaces its origin
-    like     the k whose settings it has (images, batch, optimisers). By default its own k, if it has just one
+    like     the k whose settings (images, batch, optimisers) it uses. By default its own k, if it has just one
     """
 
     name: str
@@ -255,7 +255,7 @@ class Round:
 
     @property
     def settings_of(self) -> int | None:
-        """The k whose settings it has; None: the settings common to all."""
+        """The k whose settings it uses; None: the settings common to all."""
         return self.ks[0] if self.like is None and len(self.ks) == 1 else self.like
 
 
@@ -265,23 +265,23 @@ class Round:
 @dataclass(frozen=True)
 class About:
     """The facts about a round's teacher before it is loaded: its number of classes, 0 if it is unconditional; whether it can be
-    guided; the names of the tensors beside its weights (`Method.leaves`).
+    guided; the names of the tensors beside its weights (`Method.extras`).
     """
 
     num_classes: int
     guidable: bool
-    beside: frozenset[str]
+    extras: frozenset[str]
 
 
 class Preparation(Protocol):
-    """The means of `Method.prepare`."""
+    """What `Method.prepare` may use."""
 
     @property
     def networks(self) -> Networks:
         """The given, copied and new networks, by role."""
         ...
 
-    def beside(self, role: str, name: str) -> dict[str, Tensor]:
+    def extra(self, role: str, name: str) -> dict[str, Tensor]:
         """Tensors beside a given model's weights."""
         ...
 
@@ -297,13 +297,13 @@ class Preparation(Protocol):
 
 
 class Finished(Protocol):
-    """A training at its end, for `Method.leaves`."""
+    """A training at its end, for `Method.extras`."""
 
     @property
     def networks(self) -> Networks: ...
 
     def second_moments(self, role: str) -> dict[str, Tensor]:
-        """The second moments of the role's optimiser, by parameter, with the bias of their start at 0 corrected."""
+        """The second moments of the role's optimiser, by parameter, bias-corrected as in Adam."""
         ...
 
 
@@ -335,7 +335,7 @@ class Method(ABC):
     name      in METHODS
     needs     columns of the batch. Labels are added if the data have them
     learners  the roles that it may train, whatever its options
-    beside    names of the results of `leaves`
+    extra_names  names of the results of `extras`
     compared  the option whose choices `mmdistill plan` compares
     small     options of a training that takes seconds, for `--smoke`
     """
@@ -345,7 +345,7 @@ class Method(ABC):
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ("x",)
     learners: ClassVar[tuple[str, ...]]
-    beside: ClassVar[tuple[str, ...]] = ()
+    extra_names: ClassVar[tuple[str, ...]] = ()
     compared: ClassVar[str | None] = None
     small: ClassVar[Mapping[str, Any]] = {}
 
@@ -358,7 +358,7 @@ class Method(ABC):
 
     @abstractmethod
     def phases(self, progress: Progress) -> tuple[Phase, ...]:
-        """The updates of this engine step, each on its own batch. All turn-taking and all curricula are here."""
+        """The updates of this engine step, each on its own batch. Alternation and curricula are defined here."""
 
     @property
     @abstractmethod
@@ -402,7 +402,7 @@ class Method(ABC):
                 if own != other:
                     raise ValueError(
                         f"warm_start: the student of {k} steps is conditioned on {', '.join(own) or 'nothing'}, that of {2 * k} on "
-                        f"{', '.join(other) or 'nothing'}, so that it can't start the other"
+                        f"{', '.join(other) or 'nothing'}, so it can't be its start"
                     )
             rounds.append(Round(f"k{k}", (k,), replace(method, k=k), starts=starts))
         return tuple(rounds)
@@ -411,15 +411,15 @@ class Method(ABC):
         return Sampler()
 
     def validate(self, ks: Sequence[int]) -> tuple[int, ...]:
-        """The numbers of steps whose samples choose the kept weights, by their distance; none: the last weights are kept."""
+        """The numbers of steps at which validations sample. They choose the weights to keep by distance; none: the last ones."""
         return tuple(ks)
 
     def prepare(self, context: Preparation) -> dict[str, nn.Module]:
         """Makes the networks of the roles whose origin is Prepared."""
         return {}
 
-    def leaves(self, finished: Finished) -> dict[str, dict[str, Tensor]]:
-        """Tensors that are saved beside the result's weights, by name. Other methods prepare from them."""
+    def extras(self, finished: Finished) -> dict[str, dict[str, Tensor]]:
+        """Tensors to save beside the result's weights, by name. A later `prepare` can load them."""
         return {}
 
     @property

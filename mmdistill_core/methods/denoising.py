@@ -37,7 +37,7 @@ class Denoising(Method):
     label_dropout: float = option(0.0, "share of labels hidden, so that the network can be guided", ge=0, lt=1)
     name: ClassVar[str] = "denoising"
     learners: ClassVar[tuple[str, ...]] = ("teacher",)
-    beside: ClassVar[tuple[str, ...]] = ("second_moments",)
+    extra_names: ClassVar[tuple[str, ...]] = ("second_moments",)
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -54,7 +54,7 @@ class Denoising(Method):
     def validate(self, ks: Sequence[int]) -> tuple[int, ...]:
         return ()
 
-    def leaves(self, finished: Finished) -> dict[str, dict[str, Tensor]]:
+    def extras(self, finished: Finished) -> dict[str, dict[str, Tensor]]:
         return {"second_moments": finished.second_moments("teacher")}
 
     def phases(self, progress: Progress) -> tuple[Phase, ...]:

@@ -177,7 +177,7 @@ class MomentMatching(Method):
         return Sampler("ancestral", options={} if self.eta == 1 else {"eta": self.eta}, ranges=ranges)
 
     def check_teacher(self, teacher: About) -> None:
-        if self.update == "instant" and self.preconditioner == "adam" and "second_moments" not in teacher.beside:
+        if self.update == "instant" and self.preconditioner == "adam" and "second_moments" not in teacher.extras:
             raise ValueError(
                 "preconditioner: adam needs the second moments of the teacher's optimiser, and it has none; take collected"
             )
@@ -197,7 +197,7 @@ class MomentMatching(Method):
         if self.preconditioner == "identity":
             return {"preconditioner": Preconditioner.identity(teacher)}
         if self.preconditioner == "adam":
-            moments = context.beside("teacher", "second_moments")
+            moments = context.extra("teacher", "second_moments")
         else:
             training = context.training_of("teacher")
             moments = context.squared_gradients(teacher, training, steps=self.collect_batches)

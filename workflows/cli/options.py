@@ -107,7 +107,7 @@ def errors(debug: bool, continues: bool = False) -> Iterator[None]:
     except KeyboardInterrupt as stopped:
         say(
             "interrupted: finished stages and the last checkpoints are kept"
-            + ("; run the same command again to go on from there" if continues else "")
+            + ("; run the same command again to continue from there" if continues else "")
         )
         raise typer.Exit(128 + getattr(stopped, "number", signal.SIGINT)) from None
     except Exception as error:

@@ -81,7 +81,7 @@ def sweep(
     try:
         run_sweep(config, options, Screen(), space=fields, how=how, out=out)
     except KeyboardInterrupt:
-        say(f"to go on: mmdistill {shown(shlex.join(sys.argv[1:]))}")
+        say(f"to continue: mmdistill {shown(shlex.join(sys.argv[1:]))}")
         raise
 
 

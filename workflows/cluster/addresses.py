@@ -1,7 +1,7 @@
 """Finds the Ray cluster that a run uses, before Ray is called. Ray itself tries for minutes where nobody answers, and fails on what
 an earlier cluster left behind.
 
-RAY_ADDRESS names a cluster (HOST:PORT of its head node, or auto), or is "local". Without it, a cluster that `ray start` began on
+RAY_ADDRESS names a cluster (HOST:PORT of its head node, or auto), or is "local". Without it, a cluster that `ray start` started on
 this machine is joined if it answers; otherwise one is started for the length of the run.
 """
 
@@ -82,7 +82,7 @@ def _place_at(address: str) -> Place:
 
 
 def _place_here() -> Place:
-    """Joins what `ray start` began on this machine, if it answers. Ray notes its address in a file, which outlives a killed Ray."""
+    """Joins the Ray that `ray start` started here, if it answers. Ray notes its address in a file, which outlives a killed Ray."""
     address = _started_here()
     if address is None:
         return Place(OWN)
@@ -90,7 +90,9 @@ def _place_here() -> Place:
 
     load_token()
     if why := refusal(address):
-        notice = f"the one that was started on this machine does not answer at {address} ({why}): starts its own"
+        notice = (
+            f"the one that was started on this machine does not answer at {address} ({why}): this run starts its own"
+        )
         return Place(OWN, notice)
     return Place("auto", f"joins the one that was started on this machine, at {address}; {LOCAL}")
 
@@ -170,7 +172,7 @@ def refusal(address: str, *, patience: float | None = None) -> str | None:
 
 
 def _has_node() -> bool:
-    """Whether a node of some cluster runs on this machine. One that was just started may take a moment."""
+    """Whether a node of some cluster runs on this machine. A node that was just started may take a moment to appear."""
     from workflows.private.ray import nodes_on_this_machine
 
     end = time.monotonic() + PATIENCE

@@ -19,7 +19,7 @@ PROVIDER_KEYS = {"key_pair", "aws_credentials", "coordinator_address", "foregrou
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` puts the completed file on the head node, on which the drivers of jobs run."""
 ROOM = "MMDISTILL_ROOM"
-"""Without such a file, as on Kubernetes, this variable of the head node gives the same figures: {"CPU": 160, "GPU": 16}."""
+"""Variable of a head node without such a file, as on Kubernetes: what `possible` returns, such as {"CPU": 160, "GPU": 16}."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -113,7 +113,7 @@ def _node_configs(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _aws(where: str, given: dict[str, Any]) -> Iterator[str]:
-    """Checks against the parameters of EC2's RunInstances. SubnetIds is a key of Ray's, which also fills in the counts."""
+    """Checks against the parameters of EC2's RunInstances. SubnetIds is a key of Ray's own. Ray also fills in the counts."""
     from botocore.validate import ParamValidator
 
     wanted = {key: value for key, value in given.items() if key != "SubnetIds"} | {"MinCount": 1, "MaxCount": 1}

@@ -1,6 +1,6 @@
-"""Ends what a Ray of this program leaves when its driver is killed: agents and workers only check now and then whether it lives.
+"""Ends the Ray processes that a killed driver of this program leaves: agents and workers only check now and then whether it lives.
 
-A process of this program writes a note beside Ray's sessions before it begins one, and removes it when the session ends normally.
+A process of this program writes a note next to Ray's sessions before it begins one, and removes the note when that ends normally.
 The next run on this machine ends what is left of sessions whose driver is dead, and of no others.
 """
 
@@ -53,7 +53,7 @@ def end_orphans(folder: Path) -> int:
 
 
 def _orphans(folder: Path, path: Path) -> Iterator[Path]:
-    """The sessions of a note whose process is gone; the note is removed. The process id may belong to another process by now, or
+    """The sessions of a note whose process is gone. Removes the note. The process id may belong to another process by now, or
     have belonged to one before.
     """
     try:

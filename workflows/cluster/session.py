@@ -39,7 +39,7 @@ QUIET = {
 
 
 OWN = "mmdistill"
-"""A resource of a Ray that we start. Workers that hold no CPU request it, as Ray Train wants them to request something."""
+"""A resource of a Ray that we start. Workers that hold no CPU request it, because Ray Train wants them to request something."""
 _own = False
 
 
@@ -52,8 +52,8 @@ def own_ray() -> bool:
 def ray_session(
     *, cpus: int | None = None, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[dict[str, float]]:
-    """Ray for the length of the block; yields its resources (`room`). A cluster that ran before is left running. `cpus`: start a
-    Ray with so many CPUs in any case. `say` shows a line if it may be another cluster than the user expects.
+    """Ray for the length of the block; yields its resources (`room`). A cluster that ran before is left running. `cpus`:
+    always start a Ray, with that many CPUs. `say` shows a line if the cluster may not be the one that the user expects.
 
     Raises ConfigError or UserError if there is no usable Ray.
     """
@@ -117,7 +117,7 @@ def room() -> dict[str, float]:
 
     from workflows.private.ray import most_resources
 
-    # On a cluster of `ray up` Ray does not report the latter; the cluster's file does.
+    # On a cluster started by `ray up`, Ray does not report the latter; the cluster's file has it.
     there, most = ray.cluster_resources(), most_resources() or possible()
     return {name: max(there.get(name, 0.0), float(most.get(name, 0))) for name in {*there, *most}}
 
@@ -165,7 +165,7 @@ def fits_a_machine(needs: dict[str, float], room: dict[str, float]) -> bool:
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers of one training. It can begin and go on with `fewest`, and grows to `most` as there is room."""
+    """The workers of one training. It can begin and continue with `fewest`, and grows to `most` as there is room."""
 
     fewest: int
     most: int
@@ -188,7 +188,7 @@ class Workers:
 
 
 def require(resources: dict[str, float], *, cpus: float, gpus: float = 0) -> None:
-    """Raises UserError if the cluster can't have so many CPUs and GPUs: Ray would wait for them for ever."""
+    """Raises UserError if the cluster can't have that many CPUs and GPUs: Ray would wait for them for ever."""
     for name, need, less in (("CPU", cpus, "fewer --workers"), ("GPU", gpus, "fewer --workers, or --no-gpu")):
         if need > resources.get(name, 0):
             raise UserError(
@@ -201,8 +201,8 @@ def task_options(*, use_gpu: bool) -> dict[str, Any]:
     """Ray's options for a task that computes: one CPU, and with `use_gpu` one GPU.
 
     Processes are reused, and so keep their models; by default a process with a GPU would end with its task. Its next task may get
-    another GPU than its CUDA was initialised with. So Ray is told to leave CUDA_VISIBLE_DEVICES alone, and `device_of_task` gives
-    the GPU.
+    another GPU than the one that its CUDA was initialised with. So Ray is told to leave CUDA_VISIBLE_DEVICES alone, and
+    `device_of_task` gives the GPU.
     """
     options: dict[str, Any] = {"num_cpus": 1, "max_retries": 3}
     if use_gpu:

@@ -76,7 +76,7 @@ def listening() -> Iterator[Stopping]:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Handles a signal that comes within the block at its end: for short work that must not be interrupted."""
+    """Postpones a signal to the end of the block: for short work that must not be interrupted."""
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in SIGNALS}
     if threading.current_thread() is not threading.main_thread():

@@ -148,8 +148,8 @@ def about_teacher(config: RunConfig, num_classes: int) -> About:
 
     method = method_of(config.teacher, schedule_of(config))
     if config.teacher.kind == "exact":
-        return About(num_classes, guidable=True, beside=frozenset())
-    return About(num_classes, guidable=method.guidable, beside=frozenset(method.beside))
+        return About(num_classes, guidable=True, extras=frozenset())
+    return About(num_classes, guidable=method.guidable, extras=frozenset(method.extra_names))
 
 
 def schedule_of(config: RunConfig) -> Schedule:

@@ -36,7 +36,7 @@ Tick = Callable[[int, float, float | None], None]
 
 
 def progress_text(loss: float, accuracy: float | None) -> str:
-    """The text beside the progress bar of a classifier's training."""
+    """The text next to the progress bar of a classifier's training."""
     return f"loss {loss:.3g}" + (f", held-out accuracy {accuracy:.1%}" if accuracy is not None else "")
 
 

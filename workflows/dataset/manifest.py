@@ -135,9 +135,9 @@ _known: dict[str, tuple[Any, Manifest]] = {}
 
 
 def known_manifest(root: str | Path) -> Manifest:
-    """As `read_manifest`, but cached in this process: a configuration asks for it several times, a sweep once per point.
+    """Like `read_manifest`, but cached in this process: a configuration asks for it several times, a sweep once per point.
 
-    The cache holds for a local manifest until its file changes, and for one in an object store for KNOWN seconds.
+    A local manifest is cached until its file changes, and one in an object store for KNOWN seconds.
     """
     uri = join(str(root).removesuffix(f"/{MANIFEST}"), MANIFEST)
     mark = _mark(uri)

@@ -48,7 +48,7 @@ AT_HAND = 4 * 2**20
 class Reference:
     """
     fingerprint  data, rows, count, resolution, preprocessing, extractor, weights
-    floor        Frechet distance between the two halves of `near`: no sampler does much better with so few samples
+    floor        Frechet distance between random halves of `near`: no sampler does much better with so few samples
     """
 
     statistics: Statistics
@@ -109,7 +109,7 @@ def reference_folder(config: RunConfig, statistics: str) -> Path:
 def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) -> Path:
     """Returns `reference_folder` if its fingerprint matches `result`, which the stage `prepare` returned.
 
-    Raises UserError that names the fields that differ, or where too few features are kept for `evaluate.neighbours`.
+    Raises a UserError that names the fields that differ, or if too few features are kept for `evaluate.neighbours`.
     """
     folder, own = reference_folder(config, statistics), result["statistics"][config.data.reference]["fingerprint"]
     about, neighbours = read_about(folder), config.evaluate.neighbours
@@ -184,10 +184,10 @@ def build_reference(
     task: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> Reference:
-    """Computes the statistics of the rows `which` of a data set, and keeps the features of `near` random ones.
+    """Computes the statistics of the rows `which` of a data set, and keeps the features of `near` random rows.
 
-    Each shard is a Ray task, of which `cpus` + 2 run at once; a small data set is done in this process instead. task: the options
-    of a Ray task. device: where it computes. tick: called with the number of images done.
+    Each shard is a Ray task, and at most `cpus` + 2 run at once. A small data set is processed in this process instead. task: the
+    options of a Ray task. device: where it computes. tick: called with the number of images done.
     """
     import ray
     import torch
@@ -225,7 +225,7 @@ def _here(calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
 
 
 def _spread(calls: Sequence[tuple[Any, ...]], options: dict[str, Any], *, at_once: int) -> Iterator[tuple[int, Any]]:
-    """As `_here`, but by Ray tasks with these options, and in the order in which the results arrive."""
+    """Like `_here`, but in Ray tasks with these options, and in the order in which the results arrive."""
     import ray
 
     remote = ray.remote(**options)(statistics_of)
@@ -243,8 +243,8 @@ def statistics_of(
 ) -> tuple[Any, Any]:
     """The body of a Ray task, on one thread: the statistics of a shard, with the extractor loaded from its folder.
 
-    Logits and predictions are dropped, as only samples need them. Also returns the images [len(near), c, h, w] of the kept
-    features, or None where pixels are not compared.
+    Logits and predictions are dropped, because only samples need them. Also returns the images [len(near), c, h, w] whose features
+    are kept, or None if pixels are not compared.
     """
     import torch
 

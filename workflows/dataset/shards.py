@@ -55,7 +55,7 @@ class Rows:
 
 
 def encode(rows: Rows, encoding: str) -> bytes:
-    """Returns the rows as the bytes of a Parquet file. encoding: "png", or the images as they are."""
+    """Returns the rows as the bytes of a Parquet file. encoding: "png"; any other stores the images as they are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""All use of Ray Data: spreading work over a cluster, and streaming the images of a training that do not fit in memory."""
+"""The only user of Ray Data: spreads work over a cluster, and streams training images that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workflows.dataset.shards import read_shards
 from workflows.errors import UserError
 
 AHEAD = 2
-"""Windows that are decoded at once for a worker."""
+"""Number of windows that are decoded concurrently for a worker."""
 BLOCK = 4096
 """Images per block that a decoding task sends to its worker."""
 PASS = 64
@@ -40,7 +40,7 @@ def _context() -> None:
 def _numbers(n: int) -> Any:
     """A Ray Dataset of the numbers 0 to n - 1, one per block, already in memory.
 
-    A read task would ask for a CPU, and would wait for ever where the workers of a training hold all of them.
+    A read task would ask for a CPU, and would wait for ever if the workers of a training hold all of them.
     """
     import ray.data
 
@@ -56,7 +56,7 @@ def spread(
 ) -> Iterator[dict[str, Any]]:
     """Runs `work(item)` on each item as a Ray task, and yields its rows (plain JSON) as they arrive, in no fixed order.
 
-    At most `at_once` tasks run at a time; `options` are Ray's for a task. Raises the UserError of a task as one.
+    At most `at_once` tasks run at a time. `options` are Ray's options for a task. A UserError of a task is raised as a UserError.
     """
     import ray.data
 
@@ -69,7 +69,7 @@ def spread(
     def do(batch: Any) -> Iterator[Any]:
         for i in batch["id"]:
             for row in work(ray.get(held[int(i)])):
-                yield {"row": [json.dumps(row)]}  # JSON, as a table would merge the fields of all rows
+                yield {"row": [json.dumps(row)]}  # JSON, because a table would merge the fields of all rows
 
     done = _numbers(len(items)).map_batches(do, batch_size=1, concurrency=min(at_once, len(items)), **options)
     try:
@@ -93,7 +93,7 @@ class Window:
 
 
 class Plan:
-    """Which rows a worker sees, and when. It depends on the seed, the rank and the number of workers alone.
+    """Which rows a worker sees, and when. It depends only on the seed, the rank and the number of workers.
 
     Each epoch shuffles the shards and takes `window` of them at a time; the rows within a window are shuffled as well. Window
     number g of the run goes to worker g mod world. So the workers together see every image once per epoch, even if the number of
@@ -139,9 +139,9 @@ def length_of(block: Block) -> int:
 class StreamedBatches:
     """Batches of a data set that is streamed during training. Implements engine.batches.BatchSource.
 
-    A batch is a function of n_images, like those of images in memory. A run resumed from a checkpoint with the same number of
+    A batch is a function of n_images, like a batch of images in memory. A run resumed from a checkpoint with the same number of
     workers sees exactly the rows that it would have seen. With another number of workers it starts at the same n_images, but the
-    windows go to other workers: at most (workers before + workers now) windows of images come twice in that epoch, and as many
+    windows go to other workers: in that epoch, at most (workers before + workers now) windows of images come twice, and as many
     not at all.
     """
 
@@ -235,7 +235,7 @@ class StreamedBatches:
                 rows = read_window(root, about, windows[int(i)], which, columns)
                 for start in range(0, length_of(rows), BLOCK):
                     part = {name: values[start : start + BLOCK] for name, values in rows.items()}
-                    # Flattened, as Ray Data would copy a tensor column in transit.
+                    # Flattened, because Ray Data would copy a tensor column in transit.
                     yield {name: v.reshape(len(v), -1) if v.ndim > 1 else v for name, v in part.items()}
 
             # num_cpus=0: on a small machine the training's workers hold all CPUs.

@@ -76,7 +76,7 @@ class Latents:
 class TextEmbeddings:
     """The last hidden states of a transformers CLIP text model or T5 encoder, for captions padded to `length` tokens.
 
-    length: default: the tokenizer's maximum (77 for CLIP). Raises UserError if the folder holds no such model or tokenizer.
+    length: by default the tokenizer's maximum (77 for CLIP). Raises UserError if the folder holds no such model or tokenizer.
     """
 
     def __init__(self, folder: str, *, length: int | None = None, device: str = "cpu") -> None:

@@ -50,7 +50,7 @@ GUESSED_BYTES = 100_000
 WRITE_ERRORS = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 """Errors from writing the data set, which the command line explains."""
 NO_PERMISSION = frozenset((errno.EACCES, errno.EPERM))
-"""Errors from reading a store, or from writing to a local folder. Local images without permission are skipped and counted."""
+"""Errors from reading a remote source. With a local one they are from writing: its unreadable images are skipped and counted."""
 READERS = 8
 """Units that are read concurrently to compare contents."""
 LISTED = 1000
@@ -328,7 +328,7 @@ def write_part(
 ) -> dict[str, Any]:
     """Reads these units, writes their shards and then the record of the part, and returns that record. Runs as a Ray task."""
     encoders = _encoders(p.latents, p.text_encoder, p.size, device_of_task(device)) if p.encoded else None
-    # For tars this is known only when they are read.
+    # Whether tars have captions is known only when they are read.
     may_have = bool(listing.captioned or (listing.kind == "webdataset" and listing.caption_columns))
     shards = Shards(p, f"shards/{plan[:8]}-{number:05d}", captioned=may_have, encoders=encoders)
     denied, captioned, listed = 0, 0, list[dict[str, str]]()

@@ -23,7 +23,7 @@ from workflows.storage.store import publish
 from workflows.storage.uri import join
 
 FEWEST_ROWS = 4
-"""Minimum number of rows for the statistics of a part."""
+"""Minimum number of rows for the statistics of "holdout" or "rest"."""
 
 
 def _enough(manifest: Manifest, which: str) -> bool:

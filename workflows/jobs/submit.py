@@ -42,7 +42,7 @@ NOT_IN_ID = {"as_json", "debug", "tracking_wait"}
 SENT_SUFFIXES = {".yaml", ".yml", ".json", ".csv"}
 LARGEST_SENT = 2**20
 COMMAND, CODE = "mmdistill.command", "mmdistill.code"
-"""Metadata keys of a job, beside NAME: the id of its command, and the version of its code."""
+"""Metadata keys of a job, besides NAME: the id of its command, and the version of its code."""
 TRACKING = "MLFLOW_TRACKING_URI"
 STOP_SECONDS = "120"
 """Seconds that a stop waits for the last checkpoint before the job is killed."""
@@ -75,7 +75,7 @@ class Submission:
 
 
 def given_parameters(command: Any, context: Any) -> list[Parameter]:
-    """The parameters of a parsed command that were set on the command line or in the environment, and all that name places."""
+    """The parameters of a parsed command that were set on the command line or in the environment, and all in PLACES."""
     found = []
     for parameter in command.params:
         value, source = context.params.get(parameter.name), context.get_parameter_source(parameter.name)

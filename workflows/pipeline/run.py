@@ -43,7 +43,7 @@ def check_options(config: RunConfig, options: RunOptions) -> None:
         for name, (batch, images) in batches.items():
             if batch < workers.most * images:
                 raise ConfigError(
-                    f"--workers: {workers.most} is more than {name} {batch} has images for, {images} each"
+                    f"--workers: {workers.most} workers need {name} of at least {workers.most * images}; it is {batch}"
                 )
 
 
@@ -85,16 +85,16 @@ def stages_of(context: Context) -> Iterator[tuple[str, list[Done]]]:
     prepared = prepare(context)
     check_reference(context.config, str(prepared.folder / "statistics"), prepared.result)
     yield "prepare", [prepared]
-    taught = teacher(context, prepared)
-    yield "teacher", [taught]
-    distilled = distill(context, prepared, taught)
+    trained = teacher(context, prepared)
+    yield "teacher", [trained]
+    distilled = distill(context, prepared, trained)
     students = distilled.students
     yield "distill", list(distilled.rounds.values())
-    measured = evaluate(context, prepared, taught, students)
+    measured = evaluate(context, prepared, trained, students)
     yield "evaluate", [measured]
-    registered = register(context, prepared, taught, students, measured)
+    registered = register(context, prepared, trained, students, measured)
     yield "register", [registered]
-    yield "report", [report(context, prepared, taught, distilled, measured, registered)]
+    yield "report", [report(context, prepared, trained, distilled, measured, registered)]
 
 
 def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Counts what trainings cost, by running their code on fake tensors (mmdistill_core/engine/cost.py).
 
 Every count is linear in the depth of the network, since all blocks cost the same. So the counts of two and three blocks give that
-of any depth: exactly, and faster than the paper's networks themselves.
+of any depth: exactly, and faster than counting the paper's networks themselves.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Training:
     fixed        bytes by kind, whatever the batch
     per_image    further bytes for each image
     evaluations  forwards of the network for one image of a batch, mean over a cycle of the method's phases
-    updates      of the method's learner, in a step
+    updates      updates of the method's learner per step
     halves       parts that the method cuts a batch into
     """
 
@@ -176,7 +176,7 @@ def _training(config: RunConfig, made: Method, *, dropout: float | None = None) 
     labelled = source.num_classes > 0
 
     def of_state(config: RunConfig) -> dict[Any, Any]:
-        # Every network is built, as a fake one can't be copied.
+        # Every network is built, because a fake one can't be copied.
         fresh = {r.name: _denoiser(config, dropout) for r in made.roles if not isinstance(r.origin, Prepared)}
         others = {r.name for r in made.roles if isinstance(r.origin, (Copy, Average))}
         state = TrainState.create(
@@ -222,11 +222,11 @@ def _training(config: RunConfig, made: Method, *, dropout: float | None = None) 
 
 @dataclass(frozen=True)
 class Counting:
-    """A `methods.base.Preparation` for counting: tensors that would be read or collected are ones of each parameter's shape."""
+    """A `methods.base.Preparation` for counting: ones of each parameter's shape replace what would be read or collected."""
 
     networks: Any
 
-    def beside(self, role: str, name: str) -> dict[str, Any]:
+    def extra(self, role: str, name: str) -> dict[str, Any]:
         return self.squared_gradients(self.networks[role], None, steps=0)
 
     def training_of(self, role: str) -> Any:

@@ -39,7 +39,7 @@ def plan(
         for name, training in trainings.items():
             if batches[name] < gpus * training.halves:
                 raise ConfigError(
-                    f"--gpus: {gpus} is more than the batch {batches[name]} of {name} has images for, {training.halves} each"
+                    f"--gpus: {gpus} GPUs need a batch of at least {gpus * training.halves}; that of {name} is {batches[name]}"
                 )
     memory = {
         choice: _most([_memory(t, name, batches[name], gpus, gib) for name, t in trainings.items()])
@@ -90,7 +90,7 @@ def _memory(t: Training, name: str, batch: int, gpus: int, gib: float) -> dict[s
     part = -(-batch // (gpus * t.halves))
 
     def fixed_with(micro: int) -> dict[str, int]:
-        # Gradients lie in the buckets in which GPUs exchange them. While they accumulate, the buckets are a second copy.
+        # Gradients are stored in the buckets in which GPUs exchange them. While they accumulate, the buckets are a second copy.
         return t.fixed | {"buckets between GPUs": t.fixed["gradients"] if gpus > 1 and micro < part else 0}
 
     def fits(micro: int) -> bool:
@@ -113,14 +113,14 @@ def _memory(t: Training, name: str, batch: int, gpus: int, gib: float) -> dict[s
 
 
 def _evaluations(config: RunConfig, trainings: dict[str, Training]) -> dict[str, float]:
-    """Forwards, or the same number of FLOPs, of each round's training and of all validations."""
+    """Forwards of each round's training and of all validations. Other work counts as the forwards with as many FLOPs."""
     from mmdistill_core.samplers.samplers import evaluations
 
     sections, validation = sections_of(config), 0.0
     for one in rounds_of(config.distill, schedule_of(config)):
         own = sections[one.name]
         if own.validate_every:
-            # The last state is measured too, and at most two networks are judged at the end.
+            # The last state is measured too. At the end, at most two networks are judged on JUDGED draws each.
             times = math.ceil(own.images / own.validate_every) + 2 * JUDGED
             steps = sum(evaluations(one.method.sampler(k).name, k) for k in one.method.validate(one.ks))
             validation += times * own.validate_samples * steps
@@ -138,7 +138,7 @@ def _evaluate(config: RunConfig) -> dict[str, float]:
 
 
 def _hours(evaluations: dict[str, dict[str, float]], flops: float, gpus: int, bench: dict[str, Any]) -> dict[str, Any]:
-    """Hours at the FLOP/s of the pair of updates that was measured with the network and batch of the bench file."""
+    """Hours at the measured rate: the FLOP/s of a pair of updates, with the network and batch of the bench file."""
     engine = bench["engine"]
     rate = engine["flops_per_pair"] / engine["seconds_per_pair"]["engine"]
     return {
@@ -154,7 +154,7 @@ def _hours(evaluations: dict[str, dict[str, float]], flops: float, gpus: int, be
 
 
 def read_bench(path: Path | None) -> dict[str, Any] | None:
-    """The figures that `mmdistill bench --out` wrote to `path`; by default those in docs/bench of this machine's GPU, else None.
+    """The figures that `mmdistill bench --out` wrote to `path`; by default those in docs/bench for this machine's GPU, or None.
 
     Raises ConfigError if `path` does not hold such figures.
     """

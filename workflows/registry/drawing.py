@@ -122,7 +122,7 @@ def _aliases(node: dict[str, Any]) -> list[str]:
 
 
 def _beside(sheet: Sheet, lines: list[str], top: float, middles: list[float]) -> float:
-    """The middle of a box that is placed beside `middles` and not above `top`. Moves the next row below it."""
+    """The middle of a box that is placed next to `middles` and not above `top`. Moves the next row below the box."""
     half = height_of(lines) / 2
     here = max((middles[0] + middles[-1]) / 2 if middles else 0.0, top + half)
     sheet.y = max(sheet.y, here + half + BETWEEN)

@@ -26,7 +26,7 @@ def run_export(registry: Registry, model: str, destination: Path, *, who: str | 
     version = registry.one(model)
     check_here("FOLDER", destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination} is there already", hint="name a folder that is new or empty")
+        raise UserError(f"{destination} exists and is not an empty folder", hint="name a folder that is new or empty")
     try:
         destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -24,7 +24,7 @@ class Leftover:
 
 def leftovers(registry: Registry, *, older_than_days: float = 0) -> list[Leftover]:
     """The deleted runs that no registered version refers to, and the logged models of this project's experiment that no version
-    needs. MLflow's copy of a version uses the files of the original model, so it counts as well.
+    needs. A copy that MLflow makes of a version uses the files of the original model, so they are needed too.
     """
     store, age = store_at(registry.tracker.uri), int(older_than_days * DAY)
     versions = registry.versions()

@@ -43,8 +43,8 @@ def open_registry(workspace: str | Path, tracking_uri: str | None) -> Registry:
 def lineage(registry: Registry, model: str) -> dict[str, Any]:
     """The lineage of the versions that `model` names (Registry.resolve). A teacher comes with all its students in the registry."""
     versions = registry.resolve(model)
-    taught = [s for v in versions for s in registry.versions(teacher_name=v.name, teacher_version=v.version)]
-    return lineage_of(registry, list({v.uri: v for v in [*versions, *taught]}.values()))
+    students = [s for v in versions for s in registry.versions(teacher_name=v.name, teacher_version=v.version)]
+    return lineage_of(registry, list({v.uri: v for v in [*versions, *students]}.values()))
 
 
 def lineage_of(registry: Registry, versions: list[Version]) -> dict[str, Any]:

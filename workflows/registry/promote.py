@@ -32,7 +32,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`refused`: the alias was not moved, and does not point to the version already."""
+    """`refused`: the gate refused the move. False if the alias points to the version already."""
 
     moved: bool
     text: str
@@ -96,7 +96,7 @@ def _against(new: Version, champion: Version, gate: Gate, better: bool) -> list[
 
 
 def _figures(version: Version) -> dict[str, float]:
-    """The metrics that a gate reads from the version's tags, as far as they are finite numbers."""
+    """The metrics that a gate reads from the version's tags; only finite numbers."""
     out = {}
     for name in ("frechet", "frechet_spread", "recall", "teacher_frechet"):
         try:
@@ -118,7 +118,7 @@ def promote(
     """
     state = registry.alias_state(new.name, alias)
     if state.version == new.version:
-        return Outcome(False, f"{alias}: {new.title} is that already")
+        return Outcome(False, f"{alias} already points to {new.title}")
     verdict = judge(new, _version(registry, new.name, state.version), alias, better=better)
     if verdict.refusals and not force:
         return Outcome(False, _refused(new, alias, verdict), refused=True)

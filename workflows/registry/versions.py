@@ -354,7 +354,7 @@ def _read(tags: dict[str, str], prefix: str, kind: Any) -> dict[str, Any]:
 
 
 def pages(search: Callable[[Any], Any]) -> list[Any]:
-    """Everything that a search of MLflow's finds. `search` takes the token of a page."""
+    """Everything that a search in MLflow finds. `search` takes the token of a page."""
     results, token = [], None
     while True:
         page = search(token)
@@ -364,7 +364,7 @@ def pages(search: Callable[[Any], Any]) -> list[Any]:
 
 
 def _version(entity: Any) -> Version:
-    """Of MLflow's ModelVersion."""
+    """The Version of an MLflow ModelVersion."""
     created = datetime.fromtimestamp((entity.creation_timestamp or 0) / 1000, timezone.utc)
     return Version(
         name=entity.name,
@@ -380,7 +380,7 @@ def _version(entity: Any) -> Version:
 def _silent() -> Iterator[None]:
     """Turns off MLflow's warnings."""
     with warnings.catch_warnings():
-        warnings.showwarning = lambda *_, **__: None  # MLflow sets filters of its own, so "ignore" is not enough
+        warnings.showwarning = lambda *_, **__: None  # MLflow sets its own filters, so "ignore" is not enough
         logger = logging.getLogger("mlflow")
         level = logger.level
         logger.setLevel(logging.CRITICAL)

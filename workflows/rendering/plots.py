@@ -164,7 +164,7 @@ def curve_in_training(histories: dict[str, History], curve: Curve) -> str:
 
 
 def distance_in_training(histories: dict[str, History], teacher: float, most: int) -> str:
-    """A panel for each training: the distance of the student as training goes on, a ring at its lowest point, and the distance of
+    """A panel for each training: the distance of the student as training continues, a ring at its lowest point, and the distance of
     the teacher with its `most` steps.
     """
 

@@ -31,10 +31,10 @@ from workflows.training.mailbox import Monitor
 
 @contextmanager
 def open_context(
-    config: RunConfig, options: RunOptions, screen: Screen, *, kind: str = "pipeline", apart: tuple[Any, ...] = ()
+    config: RunConfig, options: RunOptions, screen: Screen, *, kind: str = "pipeline", extra_key: tuple[Any, ...] = ()
 ) -> Iterator[Context]:
     """For the length of the block, locks the workspace, opens the tracking store with a parent run of this `kind`, and starts Ray.
-    `apart` holds what distinguishes the run, besides its configuration. Raises ConfigError and UserError.
+    `extra_key`: what identifies the run, besides its configuration. Raises ConfigError and UserError.
     """
     check_environment()
     wait = wait_of(options)
@@ -50,7 +50,7 @@ def open_context(
         def open_store(closing: ExitStack) -> Opened:
             tracker = closing.enter_context(open_tracker(workspace, uri, screen))
             queued = tracker.pending
-            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *apart])}"
+            pipeline = f"{config.recipe}-{digest([config.model_dump(mode='json'), tracker.uri, kind, *extra_key])}"
             return queued, tracker, _parent_run(config, workspace, tracker, kind, pipeline), pipeline
 
         opening = stack.enter_context(_tracked(open_store, options, screen))
@@ -91,8 +91,8 @@ Opened = tuple[int, Tracker, str, str]
 def _tracked(
     open_store: Callable[[ExitStack], Opened], options: RunOptions, screen: Screen
 ) -> Iterator[Future[Opened]]:
-    """Opens the tracking store in a thread while the block starts Ray, which takes as long. Yields the future. At the end of the
-    block the parent run gets its status, what is queued is delivered, and the store is closed.
+    """Opens the tracking store in a thread while the block starts Ray, which takes as long. Yields the future. After the
+    block, sets the parent run's status, delivers what is queued, and closes the store.
     """
     with ExitStack() as closing, ThreadPoolExecutor(1, thread_name_prefix="tracking") as thread:
         opening = thread.submit(open_store, closing)

@@ -310,4 +310,4 @@ def _event_text(event: dict[str, Any]) -> str:
     workers = f"{event['workers']} worker{'s' * (event['workers'] > 1)}"
     again = f", {short(event['again'])} images again" if event["again"] else ""
     away = f", {event['away']:.0f} s without training" if event["cause"] not in ("stopped", "driver") else ""
-    return f"goes on from {short(event['n_images'])} images with {workers} ({CAUSES[event['cause']]}{again}{away})"
+    return f"continues from {short(event['n_images'])} images with {workers} ({CAUSES[event['cause']]}{again}{away})"

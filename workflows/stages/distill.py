@@ -1,4 +1,4 @@
-"""distill: trains the rounds of the recipe's method, which end in a student for each k. Rounds train together if there is room."""
+"""distill: runs the rounds (trainings) of the recipe's method, for a student of each k. Independent rounds may run in parallel."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ VALIDATION = ("mmdistill_core.metrics.frechet", "mmdistill_core.samplers.labels"
 
 
 @dataclass(frozen=True)
-class Taught:
-    """The teacher of a round. `folder` is its model folder on this machine, `at` that folder's URI for workers, `model` the content
-    of its model.json.
+class Teacher:
+    """The teacher of a round. `folder` is its model folder on this machine, `uri` its URI for workers, `model` the content of its
+    model.json.
     """
 
     folder: Path
-    at: str
+    uri: str
     identity: str
     model: dict[str, Any]
 
     @classmethod
-    def of(cls, done: Done) -> Taught:
+    def of(cls, done: Done) -> Teacher:
         return cls(done.folder / "model", done.at("model"), done.identity, done.model_description)
 
     @property
@@ -76,30 +76,32 @@ class Distilled:
     students: dict[int, Done]
 
 
-def distill(context: Context, prepared: Done, taught: Done) -> Distilled:
+def distill(context: Context, prepared: Done, trained: Done) -> Distilled:
     """Trains each round as a stage of its own, distill-NAME, which is finished and tracked as soon as it is trained. A round waits
     for the rounds that give its teacher or its start.
     """
-    rounds = rounds_of(context.config.distill, Taught.of(taught).schedule)
+    rounds = rounds_of(context.config.distill, Teacher.of(trained).schedule)
     done: dict[str, Done] = {}
     waiting = list(rounds)
     while waiting:
         ready = [r for r in waiting if {*r.starts.values(), *filter(None, [r.teacher])} <= done.keys()]
         assert ready, [r.name for r in waiting]
         waiting = [r for r in waiting if r not in ready]
-        _train_together(context, prepared, taught, ready, done)
+        _train_together(context, prepared, trained, ready, done)
     students = {k: done[r.name] for r in rounds for k in r.ks}
     in_order = sorted(rounds, key=lambda r: (r.ks or (r.settings_of or 0,), len(r.ks)))
     return Distilled({r.name: done[r.name] for r in in_order}, dict(sorted(students.items())))
 
 
-def _train_together(context: Context, prepared: Done, taught: Done, rounds: list[Round], done: dict[str, Done]) -> None:
+def _train_together(
+    context: Context, prepared: Done, trained: Done, rounds: list[Round], done: dict[str, Done]
+) -> None:
     """Trains those of the rounds that are not finished yet. Adds all of them to `done`."""
     config, trainings = context.config, list[tuple[Job, StageRun]]()
     sections = {r.name: config.distill.for_round(r) for r in rounds}
-    # The longest first, so that the last ones to end are short.
+    # Longest first, so that no long one starts last.
     for round_ in sorted(rounds, key=lambda r: -sections[r.name].images):
-        section, teacher = sections[round_.name], Taught.of(done[round_.teacher] if round_.teacher else taught)
+        section, teacher = sections[round_.name], Teacher.of(done[round_.teacher] if round_.teacher else trained)
         start_from = {role: done[name] for role, name in round_.starts.items()}
         opened = open_stage(
             context,
@@ -115,12 +117,12 @@ def _train_together(context: Context, prepared: Done, taught: Done, rounds: list
             section,
             round_,
             prepared=prepared,
-            taught=teacher,
+            teacher=teacher,
             seed=seed_of(config, round_),
             name=f"distill-{round_.name}-{opened.folder.key}",
             output=opened.folder.at("model"),
             storage=context.workspace.training_storage,
-            starts=fitted_starts(round_.method, taught) | {role: s.at("model") for role, s in start_from.items()},
+            starts=fitted_starts(round_.method, trained) | {role: s.at("model") for role, s in start_from.items()},
         )
         trainings.append((job, opened))
     if not trainings:
@@ -141,20 +143,20 @@ def _train_together(context: Context, prepared: Done, taught: Done, rounds: list
 
 
 def round_depends(
-    config: RunConfig, section: Distill, round_: Round, prepared: Done, taught: Taught, start_from: Mapping[str, Done]
+    config: RunConfig, section: Distill, round_: Round, prepared: Done, teacher: Teacher, start_from: Mapping[str, Done]
 ) -> dict[str, Any]:
     """What the result of a round depends on, apart from its seed. `start_from`: role -> the student that it starts from."""
     return {
         "prepare": prepared.identity,
         "window": window_of(config, prepared.result),
         "extractor": prepared.result["extractor"],
-        "teacher": taught.identity,
+        "teacher": teacher.identity,
         "starts": {role: start.identity for role, start in start_from.items()},
         "given": section.given,
         "round": [round_.name, list(round_.ks)],
         "distill": section.model_dump(exclude={"k", "overrides", "warm_start", "given"}),
         "precision": config.compute.precision,
-        "code": training_code(section.method, *CODE, networks=taught.networks, modules=VALIDATION),
+        "code": training_code(section.method, *CODE, networks=teacher.networks, modules=VALIDATION),
     }
 
 
@@ -176,7 +178,7 @@ def job_of(
     round_: Round,
     *,
     prepared: Done,
-    taught: Taught,
+    teacher: Teacher,
     seed: int,
     name: str,
     output: str,
@@ -190,7 +192,7 @@ def job_of(
     """
     method = round_.method
     try:
-        method.check_teacher(about_model(taught.folder))
+        method.check_teacher(about_model(teacher.folder))
     except ValueError as error:
         raise UserError(f"distill.{error}") from None
     validate = None
@@ -207,11 +209,11 @@ def job_of(
         storage=storage,
         seed=seed,
         arguments=arguments_of(method),
-        given=given_of(section, method, teacher=taught.at, extractor=prepared.at("extractor")),
+        given=given_of(section, method, teacher=teacher.uri, extractor=prepared.at("extractor")),
         starts=starts,
-        network=taught.model["network"],
-        schedule=taught.model["schedule"],
-        prediction=taught.model["prediction"],
+        network=teacher.model["network"],
+        schedule=teacher.model["schedule"],
+        prediction=teacher.model["prediction"],
         options=optimiser_options(section, method),
         dropout=section.dropout,
         ks=round_.ks or (method.k,),
@@ -221,7 +223,7 @@ def job_of(
             "recipe": config.recipe,
             "method": section.method,
             "k": round_.ks[0] if len(round_.ks) == 1 else list(round_.ks),
-            "teacher": taught.identity,
+            "teacher": teacher.identity,
             **data_provenance(prepared.result),
         },
         **common_fields(config, section, prepared),
@@ -234,7 +236,7 @@ def arguments_of(method: Method) -> dict[str, Any]:
 
 
 def given_of(section: Distill, method: Method, **known: str) -> dict[str, str]:
-    """The folder or URI of each model that the method's roles are given, by name: one of `known`, or one that the recipe names.
+    """name -> folder or URI of each model that the method's roles are given, from `known` or from the recipe.
 
     Raises UserError for a model that is neither.
     """
@@ -250,17 +252,17 @@ def given_of(section: Distill, method: Method, **known: str) -> dict[str, str]:
     return {name: places[name] for name in names}
 
 
-def fitted_starts(method: Method, taught: Done) -> dict[str, str]:
+def fitted_starts(method: Method, trained: Done) -> dict[str, str]:
     """The model folder of each trained role that would start as a copy of an exact teacher. Such a teacher has no weights, so the
     role starts from the fitted network beside it. {} for any other teacher.
     """
     from mmdistill_core.methods.base import Copy, Given
 
-    if not (taught.folder / FITTED).is_dir():
+    if not (trained.folder / FITTED).is_dir():
         return {}
     origins = {role.name: role.origin for role in method.roles}
     return {
-        role.name: taught.at(FITTED)
+        role.name: trained.at(FITTED)
         for role in method.roles
         if role.trained and isinstance(role.origin, Copy) and origins[role.origin.role] == Given("teacher")
     }

@@ -88,26 +88,26 @@ class Row:
         return evaluations(self.sampler.name, self.k) * (2 if twice else 1)
 
 
-def evaluate(context: Context, prepared: Done, taught: Done, students: dict[int, Done]) -> Done:
+def evaluate(context: Context, prepared: Done, trained: Done, students: dict[int, Done]) -> Done:
     params = {"evaluate": context.config.evaluate.model_dump()}
     reference = check_reference(context.config, str(prepared.folder / "statistics"), prepared.result)
     depends = {
         "prepare": prepared.identity,
         "reference": identity_of(reference / TENSORS, reference / ABOUT),
-        "teacher": taught.identity,
+        "teacher": trained.identity,
         "students": {k: s.identity for k, s in students.items()},
         "seed": context.config.seed,
-        "code": measuring_code(context.config, taught, students),
+        "code": measuring_code(context.config, trained, students),
         **params,
     }
 
     def body(run: StageRun) -> dict[str, Any]:
-        return _evaluate(run, load_reference(reference), prepared, taught, students)
+        return _evaluate(run, load_reference(reference), prepared, trained, students)
 
     return run_stage(context, "evaluate", depends=depends, params=params, body=body)
 
 
-def measuring_code(config: RunConfig, taught: Done, students: dict[int, Done]) -> str:
+def measuring_code(config: RunConfig, trained: Done, students: dict[int, Done]) -> str:
     """The version of the code that samples these models and measures the samples."""
     from mmdistill_core.artifact import extractor_class
     from mmdistill_core.networks.config import network_config
@@ -115,7 +115,7 @@ def measuring_code(config: RunConfig, taught: Done, students: dict[int, Done]) -
 
     modules = {*MODULES, extractor_class(config.data.extractor).__module__}
     samplers = {*config.evaluate.samplers}
-    for done in (taught, *students.values()):
+    for done in (trained, *students.values()):
         description = done.model_description
         modules.add(type(network_config(description["network"])).__module__)
         samplers |= {sampler["name"] for sampler in description["samplers"].values()}
@@ -147,13 +147,13 @@ def rows_of(config: RunConfig, teacher: str, students: dict[int, str], samplers:
 
 
 def _evaluate(
-    run: StageRun, reference: Reference, prepared: Done, taught: Done, students: dict[int, Done]
+    run: StageRun, reference: Reference, prepared: Done, trained: Done, students: dict[int, Done]
 ) -> dict[str, Any]:
     from mmdistill_core.artifact import samplers_in
 
     config, tracker = run.context.config, run.context.tracker
     samplers = {k: samplers_in(student.model_description)[k] for k, student in students.items()}
-    rows = rows_of(config, taught.at("model"), {k: s.at("model") for k, s in students.items()}, samplers)
+    rows = rows_of(config, trained.at("model"), {k: s.at("model") for k, s in students.items()}, samplers)
     with run.context.screen.bars():
         _measure_rows(run, rows, reference, prepared)
     table = [_summarise(row, [json.loads(file.read_text()) for file in _files(run, row)]) for row in rows]

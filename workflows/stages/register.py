@@ -29,9 +29,9 @@ CODE = (
 )
 
 
-def register(context: Context, prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> Done:
+def register(context: Context, prepared: Done, trained: Done, students: dict[int, Done], measured: Done) -> Done:
     depends = {
-        "teacher": taught.identity,
+        "teacher": trained.identity,
         "students": {k: s.identity for k, s in students.items()},
         "evaluate": measured.identity,
         "gate": context.config.gate.model_dump(),
@@ -43,17 +43,17 @@ def register(context: Context, prepared: Done, taught: Done, students: dict[int,
         "register",
         depends=depends,
         params={"tracking": context.tracker.uri},
-        body=lambda run: _register(run, prepared, taught, students, measured),
-        missing=lambda result: _missing(context, result, taught, students),
+        body=lambda run: _register(run, prepared, trained, students, measured),
+        missing=lambda result: _missing(context, result, trained, students),
     )
 
 
-def _missing(context: Context, result: dict[str, Any], taught: Done, students: dict[int, Done]) -> str | None:
+def _missing(context: Context, result: dict[str, Any], trained: Done, students: dict[int, Done]) -> str | None:
     """The first version of `result` that the registry no longer has, in words, or None. A store that was set up anew has none of
     them. If the store is away, returns None.
     """
     registry = Registry(context.tracker)
-    models = [(result["teacher"], taught)] + [(result["students"].get(str(k)), done) for k, done in students.items()]
+    models = [(result["teacher"], trained)] + [(result["students"].get(str(k)), done) for k, done in students.items()]
     for uri, done in models:
         name, _, number = str(uri).removeprefix("models:/").rpartition("/")
         try:
@@ -65,7 +65,9 @@ def _missing(context: Context, result: dict[str, Any], taught: Done, students: d
     return None
 
 
-def _register(run: StageRun, prepared: Done, taught: Done, students: dict[int, Done], measured: Done) -> dict[str, Any]:
+def _register(
+    run: StageRun, prepared: Done, trained: Done, students: dict[int, Done], measured: Done
+) -> dict[str, Any]:
     context, config = run.context, run.context.config
     context.settle()  # the registry must answer, and must know the runs that the models come from
     registry, results = Registry(context.tracker), Results.of(measured.result)
@@ -75,8 +77,8 @@ def _register(run: StageRun, prepared: Done, taught: Done, students: dict[int, D
         bar = screen.bar("register", 1 + len(students), unit="models")
         row = results.longest
         no_gate = Gate(teacher_ratio=None, recall=0)  # the recipe's gate is for students
-        tags = common | {"role": "teacher", "k": str(row["k"]), "method": method_in(taught)} | _figures(row)
-        teacher = _version(registry, f"mmdistill-{config.recipe}-teacher", taught, tags, no_gate)
+        tags = common | {"role": "teacher", "k": str(row["k"]), "method": method_in(trained)} | _figures(row)
+        teacher = _version(registry, f"mmdistill-{config.recipe}-teacher", trained, tags, no_gate)
         bar.update(1)
         versions: dict[int, Version] = {}
         for k, student in students.items():
@@ -110,9 +112,9 @@ def _register(run: StageRun, prepared: Done, taught: Done, students: dict[int, D
     }
 
 
-def method_in(taught: Done) -> str:
+def method_in(trained: Done) -> str:
     """The method by which a teacher was trained, or "unknown" if its model.json does not say."""
-    return str(taught.model_description["provenance"].get("training", {}).get("method", "unknown"))
+    return str(trained.model_description["provenance"].get("training", {}).get("method", "unknown"))
 
 
 def starts_of(config: RunConfig) -> dict[int, int]:

@@ -47,7 +47,7 @@ TITLES = {
 def report(
     context: Context,
     prepared: Done,
-    taught: Done,
+    trained: Done,
     distilled: Distilled,
     measured: Done,
     registered: Done,
@@ -63,12 +63,12 @@ def report(
         "report",
         depends=depends,
         params={"recipe": context.config.recipe},
-        body=lambda run: _write(run, prepared, taught, distilled, measured, registered),
+        body=lambda run: _write(run, prepared, trained, distilled, measured, registered),
     )
 
 
 def _write(
-    run: StageRun, prepared: Done, taught: Done, distilled: Distilled, measured: Done, registered: Done
+    run: StageRun, prepared: Done, trained: Done, distilled: Distilled, measured: Done, registered: Done
 ) -> dict[str, Any]:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -78,7 +78,7 @@ def _write(
     from workflows.rendering import plots
 
     config, tracker, table = run.context.config, run.context.tracker, measured.result
-    results, ks, trainings = Results.of(table), sorted(distilled.students), [taught, *distilled.rounds.values()]
+    results, ks, trainings = Results.of(table), sorted(distilled.students), [trained, *distilled.rounds.values()]
     rounds = [r for r in rounds_of(config.distill, schedule_of(config)) if r.name in distilled.rounds]
     rounds.sort(key=lambda r: (r.ks or (0,), r.name))
     histories = {_title(r): read_metrics(distilled.rounds[r.name].folder) for r in rounds}
@@ -163,7 +163,7 @@ def _costs(prepared: Done, trainings: list[Done], measured: Done) -> list[dict[s
 
 
 def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, tracking_uri: str | None) -> None:
-    """Shows the students' distances, the path of the report, and commands to go on with."""
+    """Shows the students' distances, the path of the report, and commands to continue with."""
     from rich.markup import escape
     from rich.table import Table
 

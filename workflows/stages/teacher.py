@@ -174,11 +174,11 @@ def _check_fits(config: RunConfig, prepared: Done, description: dict[str, Any], 
 
 def about_model(folder: Path) -> About:
     """What a method may know of a teacher, from its model folder."""
-    from mmdistill_core.artifact import beside
+    from mmdistill_core.artifact import extra_names
     from mmdistill_core.methods.base import About
 
     description = json.loads((folder / "model.json").read_text())
-    return About(description["network"]["num_classes"], bool(description["null_label"]), beside(folder))
+    return About(description["network"]["num_classes"], bool(description["null_label"]), extra_names(folder))
 
 
 # What the trainings of teachers and students share

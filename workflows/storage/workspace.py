@@ -294,7 +294,7 @@ class Workspace:
         if self._lease and self._lease.lost:
             raise UserError(
                 f"workspace: {self.uri} was taken over by another run: this one could not renew its lease",
-                hint="what it had saved is kept, and the other run goes on from it",
+                hint="what it had saved is kept, and the other run continues from it",
             )
 
     @contextlib.contextmanager

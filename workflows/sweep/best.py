@@ -23,15 +23,15 @@ def best_config(ledger: Ledger) -> RunConfig:
     return with_points(ledger.context.config, {k: row["point"] for k, row in ledger.best().items()})
 
 
-def register_best(ledger: Ledger, prepared: Done, taught: Done) -> Registered:
+def register_best(ledger: Ledger, prepared: Done, trained: Done) -> Registered:
     """Evaluates the best trial of each k beside the teacher, registers it, and promotes it if it passes the gate."""
     from workflows.stages.evaluate import evaluate
     from workflows.stages.register import register
 
     context: Context = replace(ledger.context, config=best_config(ledger))
     students = {k: ledger.done[row["name"]] for k, row in ledger.best().items()}
-    measured = evaluate(context, prepared, taught, students)
-    return Registered(measured, register(context, prepared, taught, students, measured))
+    measured = evaluate(context, prepared, trained, students)
+    return Registered(measured, register(context, prepared, trained, students, measured))
 
 
 def best_recipe(ledger: Ledger) -> str:

@@ -56,7 +56,7 @@ class Ledger:
     every change, `reused` with the row of a trial that ended in an earlier run.
     """
 
-    def __init__(self, context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions) -> None:
+    def __init__(self, context: Context, prepared: Done, trained: Done, space: Space, options: SweepOptions) -> None:
         self.context, self.space, self.options = context, space, options
         self.rows: dict[str, Row] = {}
         self.done: dict[str, Done] = {}
@@ -67,12 +67,12 @@ class Ledger:
         self.progress: Callable[[], None] = lambda: None
         self.reused: Callable[[Row], None] = lambda row: None
         self._note = f"pipelines/{context.pipeline}.json"
-        self._prepared, self._taught = prepared, distill.Taught.of(taught)
-        self._common = self._depends(prepared, taught)
+        self._prepared, self._teacher = prepared, distill.Teacher.of(trained)
+        self._common = self._depends(prepared, trained)
 
     # Keys and points
 
-    def _depends(self, prepared: Done, taught: Done) -> dict[str, Any]:
+    def _depends(self, prepared: Done, trained: Done) -> dict[str, Any]:
         """What the result of every trial depends on, apart from its own point."""
         c, o = self.context.config, self.options
         folder = check_reference(c, str(prepared.folder / "statistics"), prepared.result)
@@ -81,7 +81,7 @@ class Ledger:
             "extractor": prepared.result["extractor"],
             "reference": identity_of(folder / TENSORS, folder / ABOUT),
             "evaluate": c.evaluate.model_dump(),
-            "teacher": taught.identity,
+            "teacher": trained.identity,
             "code": code_version(*CODE, modules=evaluate.MODULES),
             # With a scheduler, whether a trial is stopped depends on the others.
             "others": [self.space.described, o.search, o.scheduler, o.warm_start] if o.scheduler != "none" else None,
@@ -90,11 +90,11 @@ class Ledger:
     def depends(self, point: Point, start: Done | None) -> dict[str, Any]:
         config, k = self.context.config, point["k"]
         own = section(config, k, point)
-        rounds = rounds_of(own, self._taught.schedule)
+        rounds = rounds_of(own, self._teacher.schedule)
         return {
             **self._common,
             "k": k,
-            "rounds": [distill.round_depends(config, own, one, self._prepared, self._taught, {}) for one in rounds],
+            "rounds": [distill.round_depends(config, own, one, self._prepared, self._teacher, {}) for one in rounds],
             "seed": seed_of(config, point),
             "start": start.identity if start else None,
         }
@@ -192,7 +192,7 @@ class Ledger:
         elif "done" in row:
             self._finish(opened, row["done"])
         elif "resumed" in row:
-            self.context.screen.line(f"  {name}: goes on from {int(row['resumed']):,} images")
+            self.context.screen.line(f"  {name}: continues from {int(row['resumed']):,} images")
         else:
             opened.run.log(int(row["n_images"]), row)
             opened.share = min(1.0, row["n_images"] / opened.images)
@@ -249,7 +249,7 @@ class Ledger:
     def images_of(self, point: Point) -> int:
         """The images of all rounds that lead to the student."""
         own = section(self.context.config, point["k"], point)
-        return own.images * len(rounds_of(own, self._taught.schedule))
+        return own.images * len(rounds_of(own, self._teacher.schedule))
 
     def curve(self, row: Row) -> list[tuple[float, float]]:
         """(per cent of its images, distance) pairs from the training of a trial that ended."""

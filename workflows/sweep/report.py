@@ -15,7 +15,7 @@ from workflows.sweep.ledger import Ledger
 from workflows.sweep.table import front, short_value, summarise, varied
 
 
-def write_report(ledger: Ledger, prepared: Done, taught: Done, made: Registered | None, name: str) -> str:
+def write_report(ledger: Ledger, prepared: Done, trained: Done, made: Registered | None, name: str) -> str:
     """Writes report.html, best.yaml and trials.json to reports/<recipe>-<name> in the workspace, and to the sweep's run. Returns
     the URI of report.html.
     """
@@ -24,7 +24,7 @@ def write_report(ledger: Ledger, prepared: Done, taught: Done, made: Registered 
     folder = context.workspace.report(name)
     (folder / "report.html").write_text(render(ledger, rows, prepared, made))
     (folder / "best.yaml").write_text(best_recipe(ledger))
-    write_json(folder / "trials.json", as_json(ledger, taught))
+    write_json(folder / "trials.json", as_json(ledger, trained))
     context.workspace.share_report(name)
     for file in ("report.html", "best.yaml", "trials.json"):
         context.tracker.log_artifact(context.parent_run, folder / file)
@@ -36,12 +36,12 @@ def rows_of(ledger: Ledger) -> list[dict[str, Any]]:
     return [ledger.rows[name] for name in ledger.order if name in ledger.rows]
 
 
-def as_json(ledger: Ledger, taught: Done) -> dict[str, Any]:
+def as_json(ledger: Ledger, trained: Done) -> dict[str, Any]:
     """trials.json: the sweep's settings, the rows, and their means over seeds."""
     rows = rows_of(ledger)
     return {
         "recipe": ledger.context.config.recipe,
-        "teacher": taught.identity,
+        "teacher": trained.identity,
         "search": ledger.options.search,
         "scheduler": ledger.options.scheduler,
         "space": ledger.space.described,

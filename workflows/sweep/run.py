@@ -40,14 +40,14 @@ RETRIES = 3
 
 
 def sweep(
-    context: Context, prepared: Done, taught: Done, space: Space, options: SweepOptions, at_once: int | None
+    context: Context, prepared: Done, trained: Done, space: Space, options: SweepOptions, at_once: int | None
 ) -> Ledger:
     """Runs the trials that are left, `at_once` in parallel, by default as many as fit. A trial that diverges is a row like others.
     One that an error ended is not, and sets `ledger.crash`. Raises ConfigError for an invalid combination of values.
     """
     from workflows.sweep.search import Search
 
-    ledger = Ledger(context, prepared, taught, space, options)
+    ledger = Ledger(context, prepared, trained, space, options)
     at_once = at_once or _fit_at_once(context.resources, options)
     sources, total, known = sources_of(ledger)
     _introduce(ledger, total, at_once, sum(map(ledger.is_done, known)))
@@ -62,7 +62,7 @@ def sweep(
         ledger.progress, scheduler = progress, _scheduler(ledger)
         try:
             if search.begin():
-                shared = _share(context, prepared, taught, options)
+                shared = _share(context, prepared, trained, options)
                 _tune(ledger, search, scheduler, shared, total=total, at_once=at_once)
         except BaseException as error:
             ledger.abandon(error)
@@ -71,7 +71,7 @@ def sweep(
         ledger.abandon(KeyboardInterrupt())
     if ledger.running:
         context.screen.line(
-            f"  sweep: --hours {options.hours:g} are over: {_kept(ledger, total)}; the same command goes on"
+            f"  sweep: --hours {options.hours:g} are over: {_kept(ledger, total)}; the same command continues"
         )
     return ledger
 
@@ -205,7 +205,7 @@ def _scheduler(ledger: Ledger) -> Any:
     return asha
 
 
-def _share(context: Context, prepared: Done, taught: Done, options: SweepOptions) -> Shared:
+def _share(context: Context, prepared: Done, trained: Done, options: SweepOptions) -> Shared:
     """Puts images and teacher into Ray's object store, once. Raises UserError for images larger than data.memory_gib."""
     import ray
 
@@ -221,13 +221,13 @@ def _share(context: Context, prepared: Done, taught: Done, options: SweepOptions
         )
     needs = method_of(config.distill, schedule_of(config)).needs
     images = read_all(data_uri(prepared), columns=[name for name in needs if name != "x"])
-    trained, reference = images.rows(config.data.trained), images.rows(config.data.reference)
-    teacher = load_model(fetch(taught.at("model"))).denoiser
+    rows, reference = images.rows(config.data.trained), images.rows(config.data.reference)
+    teacher = load_model(fetch(trained.at("model"))).denoiser
     return Shared(
         config=config.model_dump(),
         prepared=prepared,
-        taught=taught,
-        data=ray.put((trained.images, trained.labels, reference.labels, trained.columns)),
+        trained=trained,
+        data=ray.put((rows.images, rows.labels, reference.labels, rows.columns)),
         teacher=ray.put(Shelf.of(teacher)),
         mailbox=context.monitor.actor,
         cpus=options.cpus,
@@ -236,7 +236,7 @@ def _share(context: Context, prepared: Done, taught: Done, options: SweepOptions
 
 
 def _kept(ledger: Ledger, total: int) -> str:
-    going = f", {len(ledger.running)} go on from their last checkpoints" if ledger.running else ""
+    going = f", {len(ledger.running)} continue from their last checkpoints" if ledger.running else ""
     return f"{len(ledger.rows)} of {total} trials are kept{going}"
 
 
@@ -261,14 +261,14 @@ def run_sweep(
     distill = config.distill.model_copy(update={"warm_start": how.warm_start})
     config = config.model_copy(update={"distill": distill})
     check_inputs(config)
-    apart = (space.described, how.search, how.scheduler, how.warm_start)
-    with open_context(config, options, screen, kind=name, apart=apart) as context:
+    extra_key = (space.described, how.search, how.scheduler, how.warm_start)
+    with open_context(config, options, screen, kind=name, extra_key=extra_key) as context:
         check_room(how, context.resources)
         stages = stages_of(context)
-        (_, [prepared]), (_, [taught]) = next(stages), next(stages)
-        ledger = sweep(context, prepared, taught, space, how, options.at_once)
-        made = register_best(ledger, prepared, taught) if how.register and ledger.best() else None
-        where = write_report(ledger, prepared, taught, made, name) if ledger.rows else ""
+        (_, [prepared]), (_, [trained]) = next(stages), next(stages)
+        ledger = sweep(context, prepared, trained, space, how, options.at_once)
+        made = register_best(ledger, prepared, trained) if how.register and ledger.best() else None
+        where = write_report(ledger, prepared, trained, made, name) if ledger.rows else ""
         if where and out:
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(context.workspace.report(f"{config.recipe}-{name}") / "trials.json", out)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 from workflows.config.assembly import config_of, rounds_of
 from workflows.config.schema import RunConfig
 from workflows.session.context import Done
-from workflows.stages.distill import Taught
+from workflows.stages.distill import Teacher
 from workflows.storage.store import exists, fetch
 from workflows.storage.uri import join
 from workflows.sweep.shelf import Shelf, tensor
@@ -37,7 +37,7 @@ class Shared:
 
     config: dict[str, Any]
     prepared: Done
-    taught: Done
+    trained: Done
     data: Any
     teacher: Any
     mailbox: Any
@@ -74,24 +74,24 @@ class Trial:
         return join(self.storage, name)
 
 
-def jobs_of_trial(shared: Shared, trial: Trial) -> list[tuple[Job, Taught]]:
+def jobs_of_trial(shared: Shared, trial: Trial) -> list[tuple[Job, Teacher]]:
     """The trainings of a trial, as in a run but with the point's seed. There is one (job, its teacher) for each round up to the
     student of k steps. A teacher from an earlier round may not exist yet.
     """
     from workflows.stages.distill import fitted_starts, job_of
 
-    config, taught = config_of(shared.config), Taught.of(shared.taught)
+    config, teacher = config_of(shared.config), Teacher.of(shared.trained)
     own, seed = section(config, trial.k, trial.point), seed_of(config, trial.point)
     jobs = []
-    for one in rounds_of(own, taught.schedule):
+    for one in rounds_of(own, teacher.schedule):
         last = trial.k in one.ks
         folders = {role: join(trial.folder_of(name), "model") for role, name in one.starts.items()}
         if last and trial.start:
             folders[one.method.learner] = trial.start
-        by = taught if one.teacher is None else replace(taught, at=join(trial.folder_of(one.teacher), "model"))
-        job = job_of(config, own, one, prepared=shared.prepared, taught=by, seed=seed, name=trial.name,
+        by = teacher if one.teacher is None else replace(teacher, uri=join(trial.folder_of(one.teacher), "model"))
+        job = job_of(config, own, one, prepared=shared.prepared, teacher=by, seed=seed, name=trial.name,
                      output=trial.output if last else join(trial.folder_of(one.name), "model"),
-                     storage=trial.folder_of(one.name), starts=fitted_starts(one.method, shared.taught) | folders)  # fmt: skip
+                     storage=trial.folder_of(one.name), starts=fitted_starts(one.method, shared.trained) | folders)  # fmt: skip
         every = min(job.checkpoint_every, own.validate_every or job.checkpoint_every)
         jobs.append((replace(job, checkpoint_every=every, threads=max(1, int(shared.cpus))), by))
         if last:
@@ -169,9 +169,9 @@ def run_trial(trial: Trial, shared: Shared) -> None:
     torch.set_num_threads(jobs[0][0].threads)
     diary, seen, state = Diary(trial, sum(job.images for job, _ in jobs), shared.mailbox), 0, None
     try:
-        for job, taught in jobs:
+        for job, teacher in jobs:
             if job is jobs[-1][0] or not exists(join(job.output, "model.json")):
-                state = train_round(job, taught, shared, diary, seen)
+                state = train_round(job, teacher, shared, diary, seen)
             seen += job.images
     except (NonFiniteError, torch.linalg.LinAlgError) as error:
         why = str(error) if isinstance(error, NonFiniteError) else DIVERGED
@@ -185,7 +185,7 @@ def run_trial(trial: Trial, shared: Shared) -> None:
     diary.end("finished", values["frechet"], **counts, **values | {"seconds": seconds})
 
 
-def train_round(job: Job, taught: Taught, shared: Shared, diary: Diary, seen: int) -> TrainState:
+def train_round(job: Job, teacher: Teacher, shared: Shared, diary: Diary, seen: int) -> TrainState:
     """Trains a round from its newest checkpoint, or from the beginning. Exports the model of a round before the last."""
     import ray
     import torch
@@ -196,7 +196,7 @@ def train_round(job: Job, taught: Taught, shared: Shared, diary: Diary, seen: in
     checkpoints = Checkpoints(job.storage, lambda text: shared.mailbox.note.remote(f"{job.name}: {text}"))
     before = (checkpoints.newest() or (0, None))[1]
     batches, labels = batches_of(job, shared)
-    first = taught.at == Taught.of(shared.taught).at
+    first = teacher.uri == Teacher.of(shared.trained).uri
     held = {"teacher": Shelf.take(ray.get(shared.teacher))} if first else {}
     state = restored(job, Place(batches), before, torch.device(shared.device), held)
     diary.begin(seen, state.n_images, before)

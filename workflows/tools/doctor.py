@@ -123,7 +123,7 @@ def _tracking(workspace: str, given: str | None) -> Iterator[Line]:
         space = Workspace(workspace)
         uri = address_of(given, space.default_tracking_uri)
         if uri == space.default_tracking_uri and not store_exists(uri):
-            yield None, "tracking", f"{uri}: not there yet; the first run makes it"
+            yield None, "tracking", f"{uri}: does not exist yet; the first run creates it"
             return
         yield True, "tracking", f"{Tracker(uri, read_only=True).uri}{origin(uri)} answers"
     except (ConfigError, UserError) as error:

@@ -81,7 +81,7 @@ def run_gc(
             _tracking(space, keep_days or 0, plan)
             _copies(COPIES if keep_days is None else max(1.0, keep_days), plan)
         show(plan, screen)
-        if plan.items and agree(f"Remove these {len(plan.items)}, {_size(plan.bytes)}?"):
+        if plan.items and agree(f"Remove these {len(plan.items)} items ({_size(plan.bytes)})?"):
             for item in plan.items:
                 space.check_held()
                 if item.path:

@@ -17,14 +17,14 @@ from workflows.tracking.outbox import MOST, Away, Operation, Refused
 
 OWN_ID = "mmdistill.run"
 QUEUED = "queued-"
-"""The prefix of our own id of a run, which stands in until the store has the run."""
+"""The prefix of our own ids. Such an id stands for a run until the store has the run."""
 CREDENTIALS = {401, 403}
 RETRYABLE = {404, 408, 425, 429}
-"""Statuses below 500 after which the same request may succeed. A 404 that is not MLflow's comes from a proxy without its server."""
+"""Statuses below 500 after which a retry may succeed. A 404 that is not MLflow's comes from a proxy whose server is away."""
 UNREACHABLE = ("ConnectionError", "Timeout", "RetryError", "ChunkedEncodingError", "TimeoutError")
 """Error classes of requests and of Python: no answer, or half of one."""
 REASON_LENGTH = 500
-"""Characters of a reason. Some of MLflow's, as of an outdated schema, end with the command that helps."""
+"""Maximum characters of a reason. Some of MLflow's, such as for an outdated schema, end with the command that helps."""
 MISCONFIGURED = ("InvalidURL", "InvalidSchema", "MissingSchema", "NoCredentialsError")
 DATABASE = re.compile(
     r"^\((psycopg2?|sqlite3|pymysql|MySQLdb)[\w.]*\.(OperationalError|InterfaceError|DatabaseError)\)"
@@ -154,7 +154,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 def meaning(error: BaseException) -> str | None:
     """Classifies an error of a call to the store: "away" (retry later), "denied" (wrong credentials, an address or a file that
-    can't work), "refused" (this one request), or None (not the store's error, but this machine's or our own).
+    can't work), "refused" (only this request), or None (not the store's error, but this machine's or our own).
     """
     chain = chain_of(error)
     names = {kind.__name__ for part in chain for kind in type(part).__mro__}

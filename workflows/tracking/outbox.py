@@ -7,7 +7,7 @@
     refused.jsonl      operations that the receiver refused, with the reason
 
 `put` writes a line and returns: a killed process loses nothing that was put. The thread syncs the journal to the disk before each
-delivery: a power loss costs what was put since. An operation may be delivered twice (if its answer, or the note of its arrival, was
+delivery: a power loss loses what was put since. An operation may be delivered twice (if its answer, or the note of its arrival, was
 lost), so `deliver` has to be idempotent. Only one process at a time may use an outbox.
 """
 
@@ -49,8 +49,8 @@ class Refused(Exception):
 class Outbox:
     """`deliver` takes operations in order, and raises Away or Refused; `say` shows a line.
 
-    An error of the delivery, other than Away, is raised by the next `put` or `wait` and all later ones; `put` has written its
-    operation by then. If the receiver refuses what an earlier process left, the operation is set aside, and a line says so.
+    An error of the delivery, other than Away, is raised by the next `put` or `wait` and all later ones; `put` writes its
+    operation first. If the receiver refuses what an earlier process left, the operation is set aside, and a line says so.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Outbox:
     # The journal
 
     def _open(self) -> None:
-        """Goes on where an earlier process stopped: cuts off half a line at the end, and removes files that no operation has."""
+        """Continues where an earlier process stopped: cuts off half a line at the end, removes files that no operation needs."""
         self._delivered = self._written = _delivered(self.folder)
         self._at = self._end = 0
         kept = {row.get("token") for row in _rows(self.folder / REFUSED)}
@@ -123,7 +123,7 @@ class Outbox:
                 while done < len(line):
                     done += os.write(self._journal, line[done:])
             except OSError:
-                os.ftruncate(self._journal, self._end)  # leave no half line for others to follow
+                os.ftruncate(self._journal, self._end)  # leave no half line before the next one
                 raise
             self._written, self._end = number, self._end + len(line)
             self._changed.notify_all()
@@ -141,7 +141,7 @@ class Outbox:
         return self._written - self._delivered
 
     def wait(self, number: int | None = None, *, seconds: float, patient: bool = True) -> bool:
-        """Waits until the operation of that number, or every one, was delivered, for `seconds` at most. Returns whether it was.
+        """Waits at most `seconds` until operation `number`, or every one, is delivered. Returns whether it is.
         Unless `patient`, it does not wait while the receiver is away. Raises the delivery's error.
         """
         with self._changed:
@@ -174,7 +174,7 @@ class Outbox:
     def _run(self) -> None:
         try:
             self._work()
-        except Exception as error:  # of the delivery, or of writing and showing here
+        except Exception as error:  # of the delivery, or of writing files or showing lines
             self._fail(error, halt=True)
 
     def _work(self) -> None:
@@ -266,7 +266,7 @@ class Outbox:
             first, self._outage, self.away = not self._outage, True, reason
             self._changed.notify_all()
         if first:
-            self._say(f"{self._name} does not answer ({reason}): the run goes on, what it logs is queued on disk")
+            self._say(f"{self._name} does not answer ({reason}): the run continues, what it logs is queued on disk")
 
     def _set_aside(self, operation: Operation, refusal: Refused) -> None:
         with (self.folder / REFUSED).open("a") as file:

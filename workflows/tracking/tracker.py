@@ -38,7 +38,7 @@ URI_VARIABLE = "MLFLOW_TRACKING_URI"
 DATABASES = ("postgresql", "mysql", "mssql")
 NO_STORE = ("the file does not exist, or is empty", "the database has no MLflow tables")
 A_MOMENT = 5.0
-"""Seconds that a new run waits for the store's id, before it goes on with one of its own."""
+"""Seconds that a new run waits for the store's id, before it continues with an id of our own."""
 T = TypeVar("T")
 
 
@@ -106,8 +106,8 @@ class Tracker:
             self._outbox = Outbox(self._folder, self._delivery.deliver, name=f"tracking: {self.uri}", say=say)
 
     def make_current(self) -> None:
-        """Points MLflow at this store. MLflow also sets the environment variable, which the next run of this process would find, so
-        that is restored.
+        """Points MLflow at this store. MLflow also sets an environment variable, which the next run of this process would find. So
+        the variable is restored.
         """
         before = os.environ.get("MLFLOW_TRACKING_URI")
         self._mlflow.set_tracking_uri(self._address)
@@ -137,7 +137,7 @@ class Tracker:
         return UserError(
             f"tracking: {self._label} failed: {reason}",
             hint=f"finished stages and the last checkpoints are kept in the workspace: when {when}, "
-            "run the same command again (or give another --tracking-uri); it goes on where it was",
+            "run the same command again (or give another --tracking-uri); it continues where it was",
         )
 
     def _ask(self, question: Callable[[], T], *, refused: T | None = None, away: T | None = None) -> T:
@@ -207,7 +207,7 @@ class Tracker:
             return self._outbox is None or self._outbox.wait(seconds=seconds)
 
     def unreachable(self) -> UserError:
-        """The error for a stage that can't go on without the store's answer."""
+        """The error for a stage that can't continue without the store's answer."""
         reason = (self._outbox and self._outbox.away) or f"{self.pending} entries are not delivered yet"
         return self._failure(reason, is_away=True)
 
@@ -261,7 +261,7 @@ class Tracker:
         return self._ask(lambda: bool(find(run_id)), refused=False)
 
     def log_params(self, run_id: str, params: dict[str, Any]) -> None:
-        """Nested dictionaries become dotted names. Parameters that the run already has are left as they are."""
+        """Logs parameters. Nested dictionaries become dotted names. Parameters that the run already has are left as they are."""
         flat = {key: str(value)[:6000] for key, value in _flatten(params).items()}
         self._put({"kind": "params", "run": run_id, "params": flat})
 
@@ -289,7 +289,7 @@ class Tracker:
         return self._ask(lambda: {metric.step for name in names for metric in history(run_id, name)}, away=set())
 
     def log_artifact(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """Logs a file or folder as it is now: it may change or go afterwards."""
+        """Logs a file or folder as it is now: it may change or be removed afterwards."""
         kept = {"path": str(path)} if self._outbox is None else self._outbox.keep(path)
         self._put({"kind": "artifact", "run": run_id, "folder": folder} | kept)
 
@@ -328,7 +328,7 @@ def address_of(given: str | None, default: str) -> str:
 
 
 def origin(uri: str) -> str:
-    """A suffix for an address that comes from the environment, where it may be by accident; else ""."""
+    """A suffix that tells that an address comes from the environment, where it may be set by accident; else ""."""
     return f" (of {URI_VARIABLE})" if uri == os.environ.get(URI_VARIABLE) else ""
 
 

@@ -30,7 +30,7 @@ from workflows.training.mailbox import CLOSED, Order
 from workflows.training.worker import root_cause, train_worker
 
 FAILURES = 3
-"""Losses of workers without a checkpoint in between, after which a training is given up."""
+"""Restarts after lost workers, without a new checkpoint in between. The next loss ends the training."""
 RESIZED_EVERY = 60.0
 """Seconds between checks for more nodes, for a training that may grow. MMDISTILL_RESIZED_EVERY overrides it."""
 PAUSES = (*[0.05] * 40, 0.2)
@@ -64,9 +64,9 @@ class Shape:
 
 
 class Crew:
-    def __init__(self, shape: Shape, desk: Any) -> None:
-        """`desk` is the mailbox with the crew's orders."""
-        self.shape, self.desk, self.name = shape, desk, f"crew-{uuid.uuid4().hex[:12]}"
+    def __init__(self, shape: Shape, orders: Any) -> None:
+        """`orders` is the mailbox through which the workers get them."""
+        self.shape, self.orders, self.name = shape, orders, f"crew-{uuid.uuid4().hex[:12]}"
         self.busy: set[int | None] = set()
         """The ranks of workers that run an order alone. None: all run one together."""
         self._why = "its workers ended before it"
@@ -83,7 +83,7 @@ class Crew:
         return not self._thread.is_alive()
 
     def seat(self, *, together: bool) -> tuple[int | None] | None:
-        """(rank,) of a free worker, or (None,) for all of them `together`. None if they are busy."""
+        """Where an order can run: (rank,) of a free worker, or (None,) for all workers `together`. None if they are busy."""
         if together:
             return None if self.busy else (None,)
         free = [rank for rank in range(self.shape.workers.most) if not self.busy & {rank, None}]
@@ -99,10 +99,10 @@ class Crew:
         storage, number = join(job.storage, job.name), next(self._numbers)
         self._storage[job.name] = storage, Checkpoints(storage).images()
         try:
-            self.desk.post.remote(self.name, Order(number, rank, job.name, mailbox, [ray.put((loop, settings))]))
+            self.orders.post.remote(self.name, Order(number, rank, job.name, mailbox, [ray.put((loop, settings))]))
             for pause in itertools.chain(PAUSES, itertools.repeat(PAUSES[-1])):
                 ended = self.ended  # read before the answer, which may arrive as the crew ends
-                if answer := ray.get(self.desk.answer.remote(self.name, number)):
+                if answer := ray.get(self.orders.answer.remote(self.name, number)):
                     self._finished += 1
                     return answer[0]
                 if ended:
@@ -110,11 +110,11 @@ class Crew:
                 time.sleep(pause)
         finally:
             del self._storage[job.name]
-            self.desk.withdraw.remote(self.name, number)
+            self.orders.withdraw.remote(self.name, number)
 
     def close(self) -> None:
         """Ends the workers once their orders are done."""
-        self.desk.close.remote(self.name)
+        self.orders.close.remote(self.name)
         self._thread.join()
         if self.shape.holds:
             with suppress(UserError):
@@ -146,18 +146,18 @@ class Crew:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
         from workflows.private.ray_train import LocalTrainer, Trainer, WorkersGone
-        from workflows.training.trainer import Losses
+        from workflows.training.trainer import LostWorkers
 
-        desk, name, shape = self.desk, self.name, self.shape
+        orders, name, shape = self.orders, self.name, self.shape
 
         def tell(*what: Any) -> None:
-            desk.tell.remote(name, *what)
+            orders.tell.remote(name, *what)
 
         remote, workers = is_remote(shape.storage), shape.workers
         filesystem, path = arrow_filesystem(shape.storage) if remote else (None, shape.storage)
         return (LocalTrainer if own_ray() else Trainer)(
             serve,
-            train_loop_config={"crew": name, "desk": desk},
+            train_loop_config={"crew": name, "orders": orders},
             scaling_config=ScalingConfig(
                 num_workers=workers.most if workers.fixed else (workers.fewest, workers.most),  # type: ignore[arg-type]
                 use_gpu=shape.use_gpu,
@@ -169,7 +169,7 @@ class Crew:
                 storage_path=path,
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=FAILURES),
-                callbacks=[Losses(tell), WorkersGone(lambda: tell(event(DOWN)))],  # type: ignore[list-item]
+                callbacks=[LostWorkers(tell), WorkersGone(lambda: tell(event(DOWN)))],  # type: ignore[list-item]
             ),
         )
 
@@ -181,17 +181,17 @@ def serve(config: dict[str, Any]) -> None:
     import ray
     import ray.train
 
-    crew, desk = config["crew"], config["desk"]
+    crew, orders = config["crew"], config["orders"]
     rank, number = ray.train.get_context().get_world_rank(), 0
     since = time.monotonic()
-    while (order := ray.get(desk.order.remote(crew, rank, number))) != CLOSED:
+    while (order := ray.get(orders.order.remote(crew, rank, number))) != CLOSED:
         if order is None:
             time.sleep(SOON if time.monotonic() < since + AWAKE else LATER)
             continue
         loop, settings = ray.get(order.what[0])
         answer = loop(settings)
         if order.rank is not None or rank == 0:
-            ray.get(desk.done.remote(crew, order.number, answer))
+            ray.get(orders.done.remote(crew, order.number, answer))
         number, since = order.number, time.monotonic()
         del loop, settings, answer
         gc.collect()
@@ -262,7 +262,7 @@ class Crews:
         self._crews = [crew for crew in self._crews if not crew.ended]
         return self._crews
 
-    def _crew(self, desk: Any, workers: Workers, threads: int, storage: str, use_gpu: bool, at_once: int) -> Crew:
+    def _crew(self, orders: Any, workers: Workers, threads: int, storage: str, use_gpu: bool, at_once: int) -> Crew:
         """A crew with free workers for such a training, or a new one."""
         own = own_ray()
         holds, together = use_gpu or not own, workers.most > 1 or not own
@@ -275,7 +275,7 @@ class Crews:
             enough = has == workers if together else has.fixed and has.most >= at_once
             if enough and crew.shape == replace(new, workers=has) and crew.seat(together=together) is not None:
                 return crew
-        crew = Crew(new, desk)
+        crew = Crew(new, orders)
         self._crews.append(crew)
         before_shutdown(self.dismiss)
         return crew
@@ -286,8 +286,8 @@ train = CREWS.train
 
 
 def abort(*, kill: bool = False) -> None:
-    """Ends the trainings of this driver at once: `train` raises in its threads. A controller that is asked ends its workers first.
-    `kill` is for one that does not answer, because it waits for resources. Ray has no public call for either.
+    """Ends the trainings of this driver at once: `train` raises in its threads. By default a controller ends its workers first.
+    `kill` is for one that hangs because it waits for resources. Ray has no public call for either.
     """
     import ray
 

@@ -233,7 +233,7 @@ def export(job: Job, state: TrainState, *, rank: int = 0) -> None:
     from mmdistill_core.artifact import save_beside, save_model
     from mmdistill_core.engine.preparation import Finished
 
-    network, leaves = state.best_network(), state.method.leaves(Finished(state))
+    network, extras = state.best_network(), state.method.extras(Finished(state))
     if rank:
         return
     figures = {
@@ -248,7 +248,7 @@ def export(job: Job, state: TrainState, *, rank: int = 0) -> None:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) if is_remote(job.output) else Path(job.output)
         save_model(folder, model_of(job, network, (job.provenance or {}) | figures))
-        for name, tensors in leaves.items():
+        for name, tensors in extras.items():
             save_beside(folder, name, tensors)
         if is_remote(job.output):
             publish(folder, job.output)

@@ -11,8 +11,8 @@ from workflows.training.events import FAILURE, LOST, event
 from workflows.training.worker import BROKEN, root_cause
 
 
-class Losses(ray.train.UserCallback):
-    """Reports a lost worker as soon as Ray Train notices it. If only its effect shows, it reports another worker's error."""
+class LostWorkers(ray.train.UserCallback):
+    """Reports a lost worker as soon as Ray Train notices it. If only errors of its peers show, it reports one of those."""
 
     def __init__(self, tell: Callable[..., None]) -> None:
         self.tell = tell

@@ -45,7 +45,7 @@ BAD = [
     (("run", "-s", "distill.lrr=3"), 2, "distill.lrr: no such option"),
     (("run", "--force", "taecher"), 2, "--force: 'taecher' is not a stage"),
     (("run", "--until", "end"), 2, "--until: 'end' is not a stage"),
-    (("run", "--workers", "300"), 2, "is more than teacher.batch 128 has images for"),
+    (("run", "--workers", "300"), 2, "300 workers need teacher.batch of at least 300; it is 128"),
     (("run", "--workers", "3:2"), 2, "should be a number, or fewest:most such as 2:8"),
     (("run", "--checkpoint-every", "10h"), 2, "should be images, such as 64000, or minutes, such as 10m"),
     (("run", "--workers", "0"), 2, "should be a number, or fewest:most"),

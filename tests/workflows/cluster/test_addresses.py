@@ -183,7 +183,7 @@ def test_one_that_was_killed_is_not_waited_for(monkeypatch, tmp_path):
     noted(monkeypatch, tmp_path, "127.0.0.1:9")
     place = find_place()
     assert place.own
-    assert "does not answer at 127.0.0.1:9 (Connection refused): starts its own" in place.notice
+    assert "does not answer at 127.0.0.1:9 (Connection refused): this run starts its own" in place.notice
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     with pytest.raises(
         UserError, match=r"RAY_ADDRESS=auto: what was started on this machine, at 127\.0\.0\.1:9, is gone"

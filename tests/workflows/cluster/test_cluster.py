@@ -108,7 +108,7 @@ def test_a_ray_of_this_machine_is_joined_and_one_that_was_killed_is_not_waited_f
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     line = doctor()
-    assert f"does not answer at {address} (Connection refused): starts its own" in line
+    assert f"does not answer at {address} (Connection refused): this run starts its own" in line
     assert line.startswith("OK")
 
 

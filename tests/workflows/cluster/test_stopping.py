@@ -110,7 +110,7 @@ def test_a_command_hears_from_its_beginning_to_its_end(capsys, number):
         with pytest.raises(typer.Exit) as caught:
             work(ended)
         assert caught.value.exit_code == 128 + number
-        assert "run the same command again to go on from there" in capsys.readouterr().err
+        assert "run the same command again to continue from there" in capsys.readouterr().err
         assert signal.getsignal(number) == before
 
 

@@ -45,7 +45,7 @@ BAD = [
     (("run", *PLACE, "--recpie", "digits"), 2, "No such option"),
     (("run", *PLACE, "-s", "distill.lrr=3"), 2, "distill.lrr: no such option"),
     (("run", *PLACE, "--recipe", "digit"), 2, "there are: cifar10, digits"),
-    (("run", *PLACE, "--workers", "300"), 2, "is more than teacher.batch"),
+    (("run", *PLACE, "--workers", "300"), 2, "need teacher.batch of at least 300"),
     (("run", *PLACE, "--force", "taecher"), 2, "'taecher' is not a stage"),
     (("sweep", *PLACE, "--space", "pairng=grid"), 2, "pairng"),
     (("prepare", "s3://a/b", "s3://c/d"), 2, "--size"),

@@ -104,7 +104,7 @@ def test_a_k_with_options_of_its_own_is_counted_with_them():
     assert [line.split(",")[0] for line in said] == [
         f"Memory and batch of {u} are those of k1" for u in ("joint", "instant")
     ]
-    with pytest.raises(ConfigError, match=r"--gpus: 192 is more than the batch 128 of k8 has images for, 1 each"):
+    with pytest.raises(ConfigError, match=r"--gpus: 192 GPUs need a batch of at least 192; that of k8 is 128"):
         plan(
             load_config("digits", [*small, "teacher.batch=192", f"distill.overrides={{1: {own}}}"]),
             counted,
@@ -159,7 +159,7 @@ def test_what_can_not_be_is_a_line(cifar):
     with pytest.raises(UserError, match=r"cifar10: nothing fits in 0\.001 GiB; .* needs GPUs of") as caught:
         plan(*cifar, gpus=4, gib=0.001)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"--gpus: 513 is more than the batch 512 of teacher has images for, 1 each"):
+    with pytest.raises(ConfigError, match=r"--gpus: 513 GPUs need a batch of at least 513; that of teacher is 512"):
         plan(*cifar, gpus=513, gib=2)
 
 

@@ -238,7 +238,7 @@ def test_an_export_is_whole_hashed_and_recorded(shelf, tmp_path, capsys):
         with pytest.raises(SystemExit) as caught:
             main(["export", uri, str(there), "--tracking-uri", shelf.uri, "--who", "ada"])
         assert caught.value.code == code
-    assert "is there already" in capsys.readouterr().err
+    assert "exists and is not an empty folder" in capsys.readouterr().err
     assert sorted(p.name for p in there.iterdir()) == ["SHA256SUMS", "model.json", "weights.safetensors"]
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=there, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr

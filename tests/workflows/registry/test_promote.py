@@ -267,9 +267,8 @@ def test_a_version_whose_champion_was_deleted_is_judged_by_the_gate_alone(shelf)
     move(shelf, first)
     shelf.tracker.client.delete_model_version(first.name, first.version)
     assert move(shelf, second).moved
-    assert run_promote(shelf.registry, second.uri, alias=ALIAS, why="", who=None, force=False).endswith(
-        "is that already"
-    )
+    said = run_promote(shelf.registry, second.uri, alias=ALIAS, why="", who=None, force=False)
+    assert said.endswith(f"{ALIAS} already points to {second.title}")
 
 
 def test_a_champion_without_a_distance_is_not_compared():

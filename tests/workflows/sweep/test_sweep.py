@@ -300,7 +300,7 @@ def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
     )
     assert code == 130, shown
     assert "of 6 trials are kept" in shown
-    assert "to go on: mmdistill sweep --workspace" in shown
+    assert "to continue: mmdistill sweep --workspace" in shown
     assert "Traceback" not in shown
     wait_until_gone(command.pid, b"ImplicitFunc")
 
@@ -312,7 +312,7 @@ def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
     assert len(command.ended()) < 6
 
     shown = command.finish()
-    assert "goes on from" in shown
+    assert "continues from" in shown
     for name, written in first.items():
         assert (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns == written, "run again"
     assert without_times(trials(command.workspace)) == without_times(trials(uninterrupted.workspace))

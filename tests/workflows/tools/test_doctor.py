@@ -18,7 +18,7 @@ def test_a_store_that_is_not_there_is_not_made(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     fine, said = line(tmp_path / "w")
     assert fine is None
-    assert said.endswith("mlflow.db: not there yet; the first run makes it")
+    assert said.endswith("mlflow.db: does not exist yet; the first run creates it")
     (tmp_path / "empty.db").touch()
     for name in ("none.db", "empty.db"):
         fine, said = line(tmp_path / "w", f"sqlite:///{tmp_path}/{name}")

@@ -164,7 +164,7 @@ def test_an_interrupted_training_resumes_and_the_rest_is_reused(workspace):
     screen = io.StringIO()
     config = load_config("digits", SETTINGS, smoke=True)
     again = run_pipeline(config, RunOptions(workspace=workspace), Screen(Console(file=screen, width=200)))
-    assert "teacher: goes on from 24 images" in screen.getvalue()
+    assert "teacher: continues from 24 images" in screen.getvalue()
     reused = {s["name"]: s["reused"] for s in again["stages"]}
     assert not reused.pop("teacher")
     assert reused.pop("prepare")

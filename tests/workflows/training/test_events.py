@@ -121,5 +121,5 @@ def test_the_screen_tells_of_it_whatever_gloo_has_to_say(events):
         "workers were lost: [/__w/pytorch/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.3]:1"
     )
     assert second.endswith(
-        "goes on from 1k images with 2 workers (workers were lost, 700 images again, 9 s without training)"
+        "continues from 1k images with 2 workers (workers were lost, 700 images again, 9 s without training)"
     )

@@ -1,6 +1,6 @@
-"""A cluster of several nodes whose machines go away: the run goes on with what is left, and nothing is lost.
+"""A cluster that loses and gains nodes: the run continues on those that remain, and nothing is lost.
 
-The training is the same on however many workers, so that every curve is compared with one of a worker alone.
+Training does not depend on the number of workers, so its curves are compared with those of a run with one worker.
 """
 
 import os
@@ -51,7 +51,7 @@ def command(cluster, workspace, *more, images=IMAGES, **environment):
 
 @pytest.fixture(scope="module")
 def alone(cluster, tmp_path_factory):
-    """What a single worker makes of it."""
+    """The outcome of a run with one worker."""
     workspace = tmp_path_factory.mktemp("alone")
     command(cluster, workspace, "--workers", "1").finish()
     return outcome(workspace)
@@ -66,12 +66,12 @@ def test_a_stopped_training_ends_with_a_checkpoint_and_goes_on_with_more_workers
     stopped = newest_checkpoint(tmp_path)
     assert stopped >= 30_000
     shown = command(cluster, tmp_path, "--workers", "2").finish()
-    assert "goes on from" in shown
+    assert "continues from" in shown
     assert_alike(tmp_path, alone, images=IMAGES)
 
 
 def test_a_node_is_lost(cluster, alone, tmp_path):
-    """It goes on with what is left, and ends."""
+    """The run finishes on what remains."""
     spot = cluster.add(cpus=1, noticed=True)
     try:
         run = command(cluster, tmp_path, "--workers", "1:3")
@@ -95,8 +95,8 @@ def test_a_node_is_lost(cluster, alone, tmp_path):
     assert f"{sums['again']:,} images trained again" in shown
 
 
-def test_a_node_comes(cluster, tmp_path):
-    """In a training of such a length that it can't end first: it goes on with a worker more."""
+def test_a_node_joins(cluster, tmp_path):
+    """In a training too long to end first: it continues with one more worker."""
     run = command(cluster, tmp_path, "--workers", "1:3", images=ENDLESS, MMDISTILL_RESIZED_EVERY="5")
     process = run.start()
     wait_for(tmp_path, 20_000, of=ENDLESS)
@@ -118,8 +118,8 @@ def test_a_node_comes(cluster, tmp_path):
         cluster.kill(spot)
 
 
-def test_a_node_is_announced_to_go(cluster, tmp_path):
-    """By SIGTERM, as a machine hears that it is taken away: there is a checkpoint before it goes, though none was due."""
+def test_a_node_is_preempted_with_notice(cluster, tmp_path):
+    """By SIGTERM, as a notice of preemption: a checkpoint is written before the node goes, though none was due."""
     spot = cluster.add(cpus=1, noticed=True)
     run = command(cluster, tmp_path, "--workers", "1:3", "--checkpoint-every", f"{ENDLESS}", images=ENDLESS)
     try:
@@ -142,7 +142,7 @@ def test_a_node_is_announced_to_go(cluster, tmp_path):
 
 @pytest.mark.parametrize("announced", [False, True])
 def test_without_room_it_says_so_and_can_be_stopped(cluster, tmp_path, announced):
-    """It wants three workers, no more and no fewer, and a node goes."""
+    """It needs exactly three workers, and a node is lost."""
     spot = cluster.add(cpus=1)
     try:
         process = command(cluster, tmp_path, "--workers", "3", images=ENDLESS).start()
@@ -173,12 +173,12 @@ def test_a_worker_is_killed_while_a_checkpoint_is_written(cluster, alone, tmp_pa
         os.kill(worker, signal.SIGKILL)
     _, shown = process.communicate(timeout=900)
     assert process.returncode == 0, shown
-    assert "goes on from" in shown
+    assert "continues from" in shown
     assert_alike(tmp_path, alone, images=IMAGES)
 
 
 def test_the_store_is_away_while_a_checkpoint_is_due(cluster, alone, tmp_path, moto_server):
-    """For half a minute; training goes on until its next checkpoint but one, and its next checkpoints are there."""
+    """For half a minute. The run still finishes, with the curve of an uninterrupted one."""
     place = bucket(moto_server, "nodes")
     with Faults(moto_server) as faults:
         store = {"AWS_ENDPOINT_URL": faults.url, "MMDISTILL_CACHE": str(tmp_path / "cache")}

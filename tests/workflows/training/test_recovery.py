@@ -68,7 +68,7 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, uninterrupted
     assert not thread.is_alive()
     assert not errors
     assert len(seen) == 4
-    assert "goes on from" in runner.text
+    assert "continues from" in runner.text
     assert_same(runner.workspace, uninterrupted)
 
 
@@ -122,7 +122,7 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, uninterrupted):
     shown = command.finish()
     assert "reused" in shown  # prepare
     assert "is damaged" in shown
-    assert "goes on from" in shown
+    assert "continues from" in shown
     assert_same(command.workspace, uninterrupted, stopped=stopped)
 
 
@@ -143,12 +143,12 @@ def test_a_full_disk_in_the_middle(tmp_path, uninterrupted):
     wait_until_gone(command.pid, *TRAIN)
     metrics = teacher_folder(command.workspace) / METRICS
     metrics.with_suffix(".kept").replace(metrics)
-    assert "goes on from" in command.finish()
+    assert "continues from" in command.finish()
     assert_same(command.workspace, uninterrupted)
 
 
 def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, uninterrupted):
-    """The training goes on without it, and it has every step once when the run ends."""
+    """The training continues without it, and it has every step once when the run ends."""
     server = TrackingServer(tmp_path)
     command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
@@ -162,7 +162,7 @@ def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, unin
         assert process.returncode == 0, shown
         assert shown.count(f"tracking: {server.uri} does not answer") == 1
         assert shown.count("answers again, and everything that was queued was delivered") == 1
-        assert "goes on from" not in shown
+        assert "continues from" not in shown
         assert_same(command.workspace, uninterrupted, server.uri)
     finally:
         server.kill()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def list_arrow(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str, tuple[str, ...]]) -> Tables:
-    """Lists Arrow files, one per unit, as streams have no index.
+    """Lists Arrow files, one per unit, because streams have no index.
 
     names: class names by column. Raises UserError for files with different columns, for labels that are names without a class
     list, or if no file can be read.

@@ -43,8 +43,8 @@ class Columns:
 def columns_of(where: str, schema: pa.Schema, ask: Ask, names: dict[str, tuple[str, ...]]) -> Columns:
     """Chooses the columns: those that the user named, else by Hugging Face's features in the schema, else by their usual names.
 
-    where: the file, for errors. names: class names by column, from files beside the table. Raises UserError if a column is missing,
-    ambiguous or of a wrong type.
+    where: the file, for errors. names: class names by column, from files next to the table. Raises UserError if a column is
+    missing, ambiguous or of a wrong type.
     """
     features = features_of(schema)
     for option, name in (("image", ask.image_column), ("label", ask.label_column), ("caption", ask.caption_column)):
@@ -71,7 +71,7 @@ def find_columns(
     files: Files, schemas: Sequence[tuple[str, pa.Schema]], ask: Ask, names: dict[str, tuple[str, ...]]
 ) -> tuple[Columns, bytes]:
     """Returns (the columns of files with these schemas, given as (name, schema); the content of the file that the user named for
-    labels). The class list in that file comes before the one of the source.
+    labels). The class list in that file takes precedence over that of the source.
 
     Raises UserError as `columns_of` does, for files that differ, or if the options do not fit tables.
     """
@@ -148,7 +148,7 @@ def _check_same(schemas: Sequence[tuple[str, pa.Schema]], columns: Columns) -> N
 
 
 def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """Returns the class names by column that the schema has in its metadata."""
+    """Returns the class names by column, from the metadata of the schema."""
     features = features_of(schema).items()
     return {name: tuple(f["names"]) for name, f in features if f.get("_type") == "ClassLabel" and "names" in f}
 

@@ -85,8 +85,8 @@ def decode(
     or grey (1), crops it to its largest square, and scales that by `square`. The square is in the centre, or (crop="random") at a
     place that depends only on `rng_key`. Smaller images are enlarged. Colour profiles are not applied.
 
-    name: of the file, as some formats are known only by suffix. Raises BadImage for bytes that are not an image, are truncated, or
-    have more than 8 bits per channel, more than MAX_PIXELS, or extreme sides.
+    name: the file's name, because some formats are known only by suffix. Raises BadImage for bytes that are not an image, are
+    truncated, or have more than 8 bits per channel, more than MAX_PIXELS, or extreme sides.
     """
     import numpy as np
     from PIL import ImageOps

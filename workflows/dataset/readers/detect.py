@@ -109,7 +109,7 @@ def read_unit(
 
 
 def _writable(item: Item) -> Item:
-    """Makes the caption encodable as UTF-8. A lone surrogate, as JSON has it for a cut emoji, becomes a question mark."""
+    """Makes the caption encodable as UTF-8. A lone surrogate, such as JSON has for a cut emoji, becomes a question mark."""
     return replace(item, caption=item.caption.encode("utf-8", "replace").decode()) if item.caption else item
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BLOCK = 8 * 2**20
 """Bytes read ahead when a file is streamed from a store. The default of fsspec for S3 is 50 MiB."""
 AT_ONCE, FILES_AT_ONCE = 4 * 2**20, 32
-"""Bytes and files per concurrent request to a store, when each image is a file."""
+"""Maximum bytes and files that are requested from a store concurrently, if each image is a file."""
 NO_SUFFIX = "no suffix"
 SYSTEMS = words("__macosx thumbs.db ehthumbs.db desktop.ini @eadir #recycle $recycle.bin lost+found").union(
     ["system volume information"]
@@ -214,8 +214,8 @@ def walk(folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterat
 
 
 def fingerprint(files: Sequence[File], *, versions: bool = True, contents: Sequence[bytes] = ()) -> str:
-    """Returns a hash of the names, sizes and, unless `versions` is False, versions of the files, extended by the `contents` of
-    further files. An empty content is that of no file.
+    """Returns a hash of the names, sizes and (unless `versions` is False) versions of the files, and of the `contents` of further
+    files. An empty content stands for no file.
     """
     lines = "".join(f"{file.name!r} {file.size} {file.version if versions else ''}\n" for file in files)
     parts = [hashlib.sha256(lines.encode()).hexdigest()[:16]]

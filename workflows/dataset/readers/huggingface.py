@@ -60,7 +60,7 @@ def one_split(files: Files, chosen: Sequence[File]) -> None:
 
 
 def arrow_files(files: Files, found: Sequence[File], chosen: Sequence[File]) -> list[File]:
-    """Returns the .arrow files that a state.json lists, as `datasets` leaves caches beside them. Without state.json, all of them.
+    """Returns the .arrow files that state.json lists, because `datasets` leaves caches next to them; without it, all of them.
 
     Raises UserError if a listed file is missing.
     """

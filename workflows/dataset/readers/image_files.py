@@ -14,7 +14,7 @@ from workflows.dataset.readers.spread import evenly, grouped
 from workflows.dataset.readers.text import NotText, are_boxes
 
 MOST = 10_000
-"""Files per unit."""
+"""Maximum number of files per unit."""
 OTHER = words(
     """
     .txt .caption .text .prompt .cls .label .class .json .jsonl .csv .tsv .xml

@@ -44,7 +44,7 @@ class Named:
 
     images   their names
     others   names of the other files, which `read` reads
-    zips     whether there are several zip files, and all names begin with that of the zip file
+    zips     whether there are several zip files; then each name begins with that of its zip file
     """
 
     images: list[str]
@@ -68,7 +68,7 @@ def label_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
 
 
 def caption_table(files: Files, ask: Ask) -> tuple[Table | None, bytes]:
-    """As `label_table`, for the file that `ask.captions` names."""
+    """Like `label_table`, for the file that `ask.captions` names."""
     if ask.captions is None or ask.captions == "none":
         return None, b""
     name, content = open_table(files, ask.captions)
@@ -234,8 +234,8 @@ def class_depth(files: Files, names: Sequence[str], *, must: bool) -> tuple[int 
 
 
 def _depth_in_zips(files: Files, names: Sequence[str], *, must: bool) -> tuple[int | None, tuple[str, ...]]:
-    """As `class_depth`, for names that begin with that of the zip file. The zip files are the classes if folders `must` be but none
-    differ.
+    """Like `class_depth`, for names that begin with that of their zip file. If folders `must` be the classes but none differ, the
+    zip files are the classes.
     """
     depth, notes = class_depth(files, _within(names), must=False)
     if depth is not None:

@@ -52,7 +52,7 @@ def list_parquet(files: Files, chosen: Sequence[File], ask: Ask, names: dict[str
     """Lists Parquet files in units of whole row groups.
 
     A file that can't be read becomes a unit of about as many broken items as it should have rows. Class names come from the file
-    that `ask.labels` names, the schema, or `names` (by column); without any, the label column is read for them. Raises UserError
+    that `ask.labels` names, the schema, or `names` (by column); else the label column is read to find them. Raises UserError
     for files with different columns, or if no file can be read.
     """
     with ThreadPoolExecutor(READERS) as pool:
@@ -180,9 +180,9 @@ def _footer(files: Files, name: str) -> Footer:
 
 
 def _distinct(files: Files, name: str, column: str) -> set[str | int | None]:
-    """Returns the distinct labels in a column; it stops once there are more than MOST_CLASSES.
+    """Returns the distinct labels in a column. Stops once there are more than MOST_CLASSES.
 
-    Broken files are ignored here, as read_parquet reports them. Raises UserError for values that are not labels.
+    Broken files are ignored here, because read_parquet reports them. Raises UserError for values that are not labels.
     """
     import pyarrow as pa
     import pyarrow.types as t

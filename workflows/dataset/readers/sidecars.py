@@ -1,4 +1,4 @@
-"""Sidecar files: a file beside an image that holds its label or caption, such as 0001.txt for 0001.png."""
+"""Sidecar files: each holds the label or caption of the image next to it, such as 0001.txt for 0001.png."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Sidecars:
-    """What the sidecar files give for each image; () where no image has any.
+    """What the sidecar files give for each image; () if no image has any.
 
     labels           the label, from `label_files`; `labelled` says where labels come from, as text
     caption_files    the name of the file that holds the caption; `captioned` likewise
@@ -107,8 +107,8 @@ def _ends(column: str | None, usual: tuple[str, ...], there: set[str]) -> tuple[
 def _sidecar(
     by_end: dict[tuple[str, str], str], image: str, ends: Sequence[str], of_json: set[str] | None = None
 ) -> str | None:
-    """Returns the first sidecar file of an image with one of these suffixes, 0.txt or 0.png.txt. JSON files must be in `of_json`,
-    if that is given.
+    """Returns the first sidecar file of an image with one of these suffixes, such as 0.txt or 0.png.txt. JSON files must be in
+    `of_json`, if that is given.
     """
     for end in ends:
         for stem in (os.path.splitext(image)[0], image):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def evenly(n: int, limit: int | None, *, first: int = 0, last: int | None = None) -> np.ndarray:
-    """Returns at most `limit` of n indices, spread evenly (i n / limit for i < limit), and of these the ones in [first, last)."""
+    """Spreads at most `limit` indices evenly over n (i n / limit for i < limit), and returns those in [first, last)."""
     import numpy as np
 
     last = n if last is None else last

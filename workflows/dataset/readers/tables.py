@@ -23,7 +23,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 MISSING = ("nan", "NaN", "NA", "<NA>", "null", "NULL", "None")
 """What programs write for a missing number."""
 MOST_NAMES = 20
-"""Column names that an error lists at most."""
+"""The largest number of column names that an error lists."""
 DELIMITERS = ",;\t|"
 What = Literal["label", "caption"]
 Value = str | int | None
@@ -47,7 +47,7 @@ class Table:
 
 
 def open_table(files: Files, where: str) -> tuple[str, bytes]:
-    """Finds and reads a file that the user names: below the root of the source, or at a path or address of its own.
+    """Finds and reads a file that the user names: below the root of the source, or at a separate path or address.
 
     Returns (name, content). Raises UserError if it does not exist, can't be read, is too large, or has another suffix.
     """
@@ -80,7 +80,7 @@ def parse_table(
     text         a class per line
 
     The values are in `column`; without it, in the first of `defaults` that exists, else in the only other column. Labels become
-    names or whole numbers. Captions are kept as they are; of several for an image the first is used.
+    names or whole numbers. Captions are kept as they are; if an image has several, the first is used.
 
     Raises UserError for a file that can't be parsed, has no such column, or has two labels for an image.
     """
@@ -174,14 +174,14 @@ def _table(name: str, pairs: list[Any], classes: tuple[str, ...], what: What, *,
 
 
 def _written(text: str, *, numbers: bool) -> Value:
-    """Converts the text of a CSV cell to a label. -1 means no label, among names as well."""
+    """Converts the text of a CSV cell to a label. -1 means no label, even if the other labels are names."""
     if numbers:
         return None if text in MISSING else written_label(text)
     return None if text == "-1" else text
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first MOST_NAMES names as text. An object whose fields are paths has as many names as images."""
+    """The first MOST_NAMES names as text. There may be one for each image, if paths are the keys."""
     return clean(", ".join(names[:MOST_NAMES])) + (
         f", and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
     )
@@ -204,7 +204,7 @@ def _json_rows(text: str) -> list[Any]:
 
 
 def _csv_rows(text: str) -> list[Any]:
-    """Returns lists of cells, or dicts if there is a header. Raises NotText for an open quote, or a cell without a column."""
+    """Returns lists of cells, or dicts if there is a header. Raises NotText for an unclosed quote, or more cells than columns."""
     csv.field_size_limit(MAX_TABLE)
     mark = _delimiter(re.split(r"[\r\n]", text, maxsplit=1)[0])
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)

@@ -1,4 +1,4 @@
-"""Reader of images in tar files in the layout of WebDataset: adjacent members with the same key are a sample. Tars are streamed."""
+"""Reader of images in tar files in the layout of WebDataset: adjacent members with one key form a sample. Tars are streamed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PACKED: dict[bytes, Callable[[Any], Any]] = {
 }
 """First bytes of a compressed tar -> its decompressor."""
 LOOKED = 100
-"""Samples in which labels and captions are looked for."""
+"""Number of samples in which labels and captions are looked for."""
 HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -73,7 +73,7 @@ class BrokenTar(tarfile.ReadError):
 
 
 class Header(tarfile.TarInfo):
-    """A tar header that raises BrokenTar. tarfile itself takes a broken header, after the first one, for the end of the tar."""
+    """A tar header that raises BrokenTar. tarfile itself takes a broken header, unless it is the first, for the end of the tar."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
@@ -110,7 +110,7 @@ class Sample:
 
     def parts(self) -> list[Sample]:
         """Splits the sample if its key is too short: all names have a further word before their suffix, as in dr.no.png, dr.no.txt,
-        dr.who.png. Each word then makes a sample. Several words without any text file are several images of one sample.
+        dr.who.png. Each word then makes a sample. Without any text file, several words are several images of one sample.
         """
         words = list(dict.fromkeys(extension.rpartition(".")[0] for extension in (*self.images, *self.texts)))
         if self.error or not all(words) or not self.images or (len(words) > 1 and not self.texts):
@@ -125,7 +125,7 @@ class Sample:
         return list(out.values())
 
     def whole(self, word: str) -> bool:
-        """Whether the members with this word before their suffix are a sample of their own, with an image and a text."""
+        """Whether the members with this word before their suffix are a complete sample, with an image and a text."""
         return all(
             any(e.rpartition(".")[0] == word for e in held) and all(e.rpartition(".")[0] for e in held)
             for held in (self.images, self.texts)
@@ -147,7 +147,7 @@ class Unpacked:
 def _opened(files: Files, name: str) -> Iterator[tuple[tarfile.TarFile, bool]]:
     """Yields (the tar, opened for forward reading; whether it is compressed).
 
-    The decompressors of tarfile are not used: they stop after the first of several streams, as pbzip2, bgzip and cat write them.
+    The decompressors of tarfile are not used: they stop after the first of several streams, which pbzip2, bgzip and cat write.
     """
     with files.open(name) as stream:
         start = stream.read(3)
@@ -209,7 +209,7 @@ def _split_sample(sample: Sample, image: str) -> list[Sample]:
 
 
 def _is_complete(sample: Sample, extension: str, image: str) -> bool:
-    """Whether a sample ends before a member with the same key, whose extension begins with another word."""
+    """Whether the sample ends before the next member, though that has the same key: `extension` begins with another word."""
     word = extension.rpartition(".")[0]
     last = next(reversed((*sample.images, *sample.texts)), "").rpartition(".")[0]
     return bool(word and last and word != last and image not in sample.images and sample.whole(last))
@@ -393,7 +393,7 @@ def _item(
     captions: Table | None,
     files: Files,
 ) -> Item:
-    """Makes the item of a sample. Its key does not have the name of the tar yet."""
+    """Makes the item of a sample. Its key does not begin with the name of the tar yet."""
     plain = [extension for extension in sample.images if "." not in extension]
     fit = [wanted] if wanted in sample.images else plain or list(sample.images) if not wanted else []
     key, image = sample.images[fit[0]] if fit else (sample.key or "~end", None)

@@ -14,7 +14,7 @@ from typing import Any
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, as it begins with that mark
+    (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark is the beginning of this one
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
@@ -80,7 +80,7 @@ def label_of(value: Any) -> str | int | None:
 
 
 def written_label(text: str) -> str | int | None:
-    """As `label_of`, for text: it is a number if it looks like one as programs write it."""
+    """Like `label_of`, for text: a label is a number if it looks like one as programs write it (NUMBER)."""
     text = text.strip()
     return int(text.partition(".")[0]) if NUMBER.fullmatch(text) else text or None
 

@@ -22,7 +22,7 @@ from workflows.dataset.readers.tables import MAX_TABLE
 from workflows.errors import UserError
 
 MAX_RATIO = 200
-"""A zip file is taken for a zip bomb if its declared bytes over its size exceed this: images are already compressed."""
+"""A zip file is taken for a zip bomb if its declared bytes divided by its size exceed this: images are already compressed."""
 BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
@@ -38,7 +38,7 @@ BROKEN = (
 
 @dataclass(frozen=True)
 class Member:
-    """An image in an archive. key: its name there, made safe and unique. error: why it must not be read, if so."""
+    """An image in an archive. key: its name there, made safe and unique. error: why it must not be read, or None."""
 
     key: str
     info: zipfile.ZipInfo
@@ -58,7 +58,7 @@ def list_zips(files: Files, chosen: Sequence[File], ask: Ask) -> tuple[tuple[Uni
     """Returns (units, number of images in the whole source, labels and captions).
 
     dataset.json and metadata files in the archives give labels and captions as well. Raises UserError for a file that is not a
-    readable zip, looks like a zip bomb, or for a source without images.
+    readable zip or looks like a zip bomb, and for a source without images.
     """
     names: list[str] = []
     spans: list[tuple[File, str, list[int], int]] = []
@@ -151,7 +151,7 @@ def _content(file: zipfile.ZipFile, info: zipfile.ZipInfo, files: Files) -> byte
 
 @lru_cache(maxsize=1)
 def _cached(fs: Any, source: str, root: str, name: str, version: str) -> Archive:
-    """Returns the last archive again: reading the directory of a million members takes seconds. version: the fingerprint of the
+    """The last archive is cached: reading the directory of a million members takes seconds. version: the fingerprint of the
     source. An archive is not closed, as another iterator may still be reading it.
     """
     return _opened(Files(source, fs, root), name)

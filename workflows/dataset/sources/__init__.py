@@ -78,7 +78,7 @@ SHAPED: dict[str, Callable[[Data], Source]] = {"folder": _folder, "made": _made,
 
 
 def source_of(data: Data) -> Source:
-    """Returns the source that the section `data` names. `load` gives at most `limit` images."""
+    """Returns the source that the section `data` names. Its `load` returns at most `data.limit` images."""
     source = SOURCES[data.source] if data.source in SOURCES else SHAPED[data.source](data)
     limit, whole = data.limit, source.load
     if limit is None or whole is None:

@@ -40,10 +40,10 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def photos(*, size: int, each: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `each` square crops of every photograph; the label is the photograph.
+    """Returns `each` square crops of every photograph; the label is the number of the photograph.
 
-    The side of a crop lies between a quarter of the photograph's shorter side and all of it, so that a crop shows something. None
-    is enlarged. Raises UserError if scikit-image is not installed.
+    The side of a crop lies between a quarter of the photograph's shorter side and all of it, so that a crop shows something. No
+    crop is enlarged. Raises UserError if scikit-image is not installed.
     """
     import numpy as np
     from PIL import Image
