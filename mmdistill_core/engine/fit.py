@@ -22,7 +22,7 @@ LEVEL_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class FitOptions:
-    """The intervals are in images. Each takes effect at the first step that reaches it, and 0 switches it off."""
+    """The intervals are in images. Each acts at the first step to reach a multiple of it, and at the end. 0 switches it off."""
 
     log_every: int
     validate_every: int = 0
@@ -35,8 +35,8 @@ class FitOptions:
 class LogWindow:
     """Means over the steps since the last flush, and over all workers. Values stay on the device until the flush.
 
-    `held` is the `partial` of a window that a stopped training had begun. Adding continues from it, so that the row is the same. On
-    one worker it is the same to the last bit, as values are added in the same order.
+    `held` is what `partial` returned when a training stopped within a window. Adding continues from it, so the row is that of a
+    training without the stop; on one worker to the last bit, as values are added in the same order.
     """
 
     def __init__(self, held: Mapping[str, Any] | None = None, device: torch.device | str = "cpu") -> None:
@@ -104,8 +104,8 @@ def fit(
 ) -> TrainState:
     """Trains until state.total_images.
 
-    report    takes the metrics of a log window. Losses, gradient norms and means by noise level are those of the window. n_images,
-              images_per_second, lr and forwards (network evaluations so far, summed over samples and networks) are added
+    report    takes the losses, gradient norms and means by noise level of a log window, what `validate` returned, and n_images,
+              images_per_second, lr, forwards (network evaluations so far, over samples and networks), skipped (phases so far)
     validate  -> metrics; if their "score" is the lowest so far, the best role's weights are kept
     judge     a network -> its score on draws that `validate` does not use. At the end it scores the kept weights and the last ones,
               and the last ones replace the kept ones if they are no worse

@@ -16,7 +16,7 @@ from mmdistill_core.methods.base import Batch, Losses, Networks, Phase, Statisti
 from mmdistill_core.rng import Draws, derive_seed
 
 PATIENCE = 20
-"""Training stops after so many updates of a role in a row without a finite gradient."""
+"""Training stops when this many updates of a role in a row were skipped for a gradient that was not finite."""
 
 
 class NonFiniteError(RuntimeError):
@@ -27,7 +27,7 @@ class NonFiniteError(RuntimeError):
 class PhaseLog:
     """A phase's values for the log: its losses (detached), and the gradient norms before clipping, by role.
 
-    share  the weight of this worker's means in those of all workers: its images over the mean number of images
+    share  this worker's images over the mean number per worker. Its means are multiplied by it before they are averaged
     """
 
     losses: Losses
@@ -139,7 +139,7 @@ def _run_phase(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world:
 
 
 def _skip(state: TrainState, phase: Phase) -> None:
-    """Counts by role, since the good steps of one role say nothing about another."""
+    """Counts the skip for every role of the phase. Good steps of other phases do not reset these counts."""
     state.skipped += 1
     for role in phase.trains:
         state.skipped_in_a_row[role] = state.skipped_in_a_row.get(role, 0) + 1

@@ -67,7 +67,7 @@ class StageRun:
                 "git_commit": git_commit(),
             }
             own = own_id()
-            # Noted before the run is started: a kill in between then leaves no run without a stage.
+            # The id is written before the run starts. If killed in between, a retry finds it, and no run is without a stage.
             write_json(self.path / RUNS, runs | {tracker.uri: own})
             run_id = tracker.start_run(self.folder.name, parent=self.context.parent_run, tags=tags, own=own)
             write_json(self.path / RUNS, runs | {tracker.uri: run_id})
@@ -105,8 +105,8 @@ class StageRun:
             self.flush()
 
     def record_event(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """Records an event of the training, and uploads it if another machine needs it. Returns the event as recorded, or None if
-        it is not an event or repeats the last one.
+        """Records an event of the training, and uploads it if another machine needs it. Returns the row as recorded, or None for
+        DOWN and for a failure that repeats the last event.
         """
         if row["event"] in (DOWN, *FAILED):
             self._without_workers_since = self._without_workers_since or time.monotonic()
@@ -121,8 +121,8 @@ class StageRun:
         return row
 
     def log_at(self, step: int, metrics: dict[str, float]) -> None:
-        """Logs metrics whose step is not a time, such as a number of sampling steps, in any order. They are dated at the stage's
-        beginning, so an interrupted stage that measures them again stores them once.
+        """Logs metrics whose step is no progress in time, such as a number of sampling steps, in any order. They are dated at the
+        stage's beginning, so if an interrupted stage measures them again, the tracking store keeps them once.
         """
         jsonl.append(self.path / FIGURES, {"step": step} | metrics)
         self._send_figures(step, metrics)
@@ -149,7 +149,7 @@ class StageRun:
         self.flush()
         self.context.workspace.check_held()
         seconds = self.seconds
-        # Before the folder is finished: a finished stage is not run again, so a kill in between must leave both to be repeated.
+        # The run ends before the folder is finished. A finished stage is not run again, so a kill in between must repeat both.
         self.context.tracker.end_run(self.run_id, status)
         self.folder.finish(result | {"seconds": seconds, "files": files_of(self.path, skip=_is_unhashed)})
         summary = escape(result.get("summary", ""))
@@ -244,7 +244,7 @@ def check_files(folder: StageFolder, result: dict[str, Any]) -> None:
     if why:
         raise UserError(
             f"{folder.name}: {why}",
-            hint=f"put it back, or make it anew: --force {folder.name}, or remove {folder.uri}",
+            hint=f"restore it, or make it again: --force {folder.name}, or remove {folder.uri}",
         )
 
 

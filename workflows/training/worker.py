@@ -1,7 +1,7 @@
 """What every worker of a training runs. `train_worker` builds the networks, parallelises them, restores the newest checkpoint, and
 calls `engine.fit`.
 
-Only this file, crew.py and trainer.py know Ray Train.
+Of this package, only this file, crew.py and trainer.py import Ray Train; private/ray_train.py has its private parts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from workflows.training.events import AT, event
 from workflows.training.job import Job, Place, Validator, build_state, export
 
 POLL_EVERY = 0.5
-"""Seconds between two questions to the driver."""
+"""Least seconds between two messages to the driver. Each also asks whether to stop."""
 
 BROKEN = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|remote process exited", re.IGNORECASE)
 """What gloo and NCCL report on the workers that survive another one."""
@@ -52,8 +52,8 @@ def _resumed(checkpoints: Checkpoints, rank: int, world: int, device: Any) -> di
 class StopPoll:
     """Called after every step: does the training go on, save a checkpoint ("save"), or save one and end ("stop")?
 
-    A checkpoint is due when the recipe's interval has passed, or when a node announces that it will leave. All workers get the same
-    answer.
+    A checkpoint is due `checkpoint_minutes` after the last one, or when a node announces that it will leave. All workers get the
+    same answer.
     """
 
     ORDERS = ("", "save", "stop")
@@ -103,7 +103,7 @@ class StopPoll:
 
 @dataclass
 class Training:
-    """The arguments of `engine.fit` on a worker."""
+    """What `set_up` builds on a worker: the arguments of `engine.fit`, and what is needed after it."""
 
     job: Job
     state: Any

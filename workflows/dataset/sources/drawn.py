@@ -1,4 +1,4 @@
-"""Synthetic data: points of a Gaussian mixture with a known density, and coloured blocks of any image shape."""
+"""Synthetic data: points of a Gaussian mixture with a known density, and square images of coloured blocks."""
 
 from __future__ import annotations
 
