@@ -6,8 +6,7 @@ TORCH  ?= torch
 
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
-# Modules are compiled when they are first imported: compiling all of them would take half of the install's time.
-PIP  := $(BIN)/python -m pip install -qq --no-compile --constraint infra/constraints.txt
+PIP  := $(BIN)/python -m pip install -qq --constraint infra/constraints.txt
 
 .PHONY: demo test test-all lint types docs lock clean install
 demo: $(DONE)
