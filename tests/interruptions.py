@@ -15,8 +15,13 @@ from workflows.storage import jsonl as lines
 from workflows.storage.workspace import Workspace
 from workflows.training.events import EVENTS
 
-IMAGES, LOG_EVERY = 140_800, 2560
-LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", f"teacher.log_every={LOG_EVERY}"]
+IMAGES, LOG_EVERY = 102_400, 2560
+LONG = [
+    "data.extractor=pixels",  # no classifier to train first
+    f"teacher.images={IMAGES}",
+    "teacher.checkpoint_every=12800",
+    f"teacher.log_every={LOG_EVERY}",
+]
 
 
 def teacher_folder(workspace):

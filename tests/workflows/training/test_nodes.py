@@ -12,6 +12,8 @@ from clusters import LocalCluster, temporary_folder
 from faults import Faults
 from heads import Shown
 from interruptions import (
+    IMAGES,
+    LONG,
     Training,
     assert_alike,
     events,
@@ -28,7 +30,6 @@ from workflows.session.metrics import read_metrics
 from workflows.training.events import interruptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
-IMAGES = 102_400
 ENDLESS = 100_000_000
 WAITS = r"teacher: its workers \(3\) have not begun for 30 s"
 
@@ -45,7 +46,7 @@ def cluster():
 
 
 def command(cluster, workspace, *more, images=IMAGES, **environment):
-    settings = [f"teacher.images={images}", "teacher.checkpoint_every=12800", "teacher.log_every=2560"]
+    settings = [*LONG, f"teacher.images={images}"]
     return Training(workspace, *more, settings=settings, **cluster.environment, **environment)
 
 
@@ -140,24 +141,28 @@ def test_a_node_is_preempted_with_notice(cluster, tmp_path):
     assert process.returncode == 143, shown
 
 
-@pytest.mark.parametrize("announced", [False, True])
-def test_without_room_it_says_so_and_can_be_stopped(cluster, tmp_path, announced):
-    """It needs exactly three workers, and a node is lost."""
-    spot = cluster.add(cpus=1)
+def test_without_room_it_says_so_goes_on_with_room_and_can_be_stopped(cluster, tmp_path):
+    """It needs exactly three workers. A node is announced to go, another comes, and is lost without notice."""
+    spots = [cluster.add(cpus=1)]
     try:
         process = command(cluster, tmp_path, "--workers", "3", images=ENDLESS).start()
         wait_for(tmp_path, 20_000, of=ENDLESS)
         shown = Shown(process)
-        if announced:
-            cluster.nodes[spot].send_signal(signal.SIGTERM)
-            shown.until(WAITS, 300)
+        cluster.nodes[spots[0]].send_signal(signal.SIGTERM)
+        shown.until(WAITS, 300)
+        cluster.kill(spots[0])
+        kept = newest_checkpoint(tmp_path)
+        spots.append(cluster.add(cpus=1))
+        wait_for(tmp_path, kept + 30_000, of=ENDLESS)
+        cluster.kill(spots[1])
+        shown.until(f"{WAITS}(.|\n)*{WAITS}", 300)
+        process.send_signal(signal.SIGTERM)
+        assert shown.wait(120) == 143, shown.err
     finally:
-        cluster.kill(spot)
-    shown.until(WAITS, 300)
-    process.send_signal(signal.SIGTERM)
-    assert shown.wait(120) == 143, shown.err
+        for spot in spots:
+            cluster.kill(spot)
     assert "Traceback" not in shown.err
-    assert newest_checkpoint(tmp_path) >= 12_800
+    assert newest_checkpoint(tmp_path) > kept
 
 
 def test_a_worker_is_killed_while_a_checkpoint_is_written(cluster, alone, tmp_path):

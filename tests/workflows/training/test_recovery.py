@@ -5,7 +5,7 @@ Each time the run ends with the very weights and metrics of an uninterrupted one
 import os
 import re
 import signal
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from interruptions import (
@@ -14,26 +14,20 @@ from interruptions import (
     Training,
     assert_same,
     newest_checkpoint,
-    outcome,
     processes_of,
     teacher_folder,
     wait_for,
     wait_until_gone,
 )
 from servers import TrackingServer
-from small import Runner
+from small import SMALL
 
+from workflows.cli.main import main
+from workflows.errors import UserError
 from workflows.session.metrics import METRICS
 from workflows.training.mailbox import Monitor
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, ray_cluster):
-    runner = Runner(tmp_path_factory.mktemp("uninterrupted"))
-    runner(*LONG, until="teacher")
-    return outcome(runner.workspace)
 
 
 def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, uninterrupted, monkeypatch):
@@ -50,33 +44,25 @@ def test_a_killed_worker_is_replaced_and_the_curve_goes_on(runner, uninterrupted
     seen: set[float] = set()
     monkeypatch.setattr(Monitor, "drain", lossy)
 
-    errors = []
-
-    def work():
-        try:
-            runner(*LONG, until="teacher")
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    wait_for(runner.workspace, 60_000)
-    workers = processes_of(os.getpid(), b"RayTrainWorker")
-    assert len(workers) == 2
-    os.kill(workers[-1], signal.SIGKILL)
-    thread.join(timeout=900)
-    assert not thread.is_alive()
-    assert not errors
+    with ThreadPoolExecutor(1) as beside:
+        run = beside.submit(runner, *LONG, until="teacher")
+        wait_for(runner.workspace, 40_000)
+        workers = processes_of(os.getpid(), b"RayTrainWorker")
+        assert len(workers) == 2
+        os.kill(workers[-1], signal.SIGKILL)
+        run.result(timeout=900)
     assert len(seen) == 4
     assert "continues from" in runner.text
     assert_same(runner.workspace, uninterrupted)
 
 
-def test_losses_that_are_no_numbers_end_the_run(tmp_path):
+def test_losses_that_are_no_numbers_end_the_run(tmp_path, ray_cluster, capsys):
     """At once: another try would come to the same."""
-    process = Training(tmp_path, settings=["teacher.optimiser.lr=1e30"]).start()
-    _, shown = process.communicate(timeout=300)
-    assert process.returncode == 1
+    sets = [word for text in (*SMALL, "teacher.optimiser.lr=1e30") for word in ("--set", text)]
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--workspace", str(tmp_path), "--until", "teacher", *sets])
+    shown = capsys.readouterr().err
+    assert caught.value.code == 1
     assert re.search(r"error: teacher-\w+: training failed: .* was not finite in 20 updates in a row", shown)
     assert "the last checkpoint is kept" in shown
     assert shown.count("a worker failed") == 1
@@ -98,8 +84,8 @@ def test_a_lost_connection_stops_it_as_sigterm_does(tmp_path):
     assert newest_checkpoint(command.workspace) >= 40_000
 
 
-def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, uninterrupted):
-    command = Training(tmp_path / "workspace")
+def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(runner, uninterrupted):
+    command = Training(runner.workspace)
     code, shown = command.interrupt_at(40_000, lambda process: process.send_signal(signal.SIGINT))
     assert code == 130
     assert "stopping: each training writes a checkpoint first" in shown
@@ -108,7 +94,7 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, uninterrupted):
     stopped = newest_checkpoint(command.workspace)
     assert stopped >= 40_000  # where it was told to, and not at the checkpoint before
 
-    code, _ = command.interrupt_at(100_000, lambda process: process.kill())
+    code, _ = command.interrupt_at(80_000, lambda process: process.kill())
     assert code == -signal.SIGKILL
     wait_until_gone(command.pid, *TRAIN)
 
@@ -119,23 +105,23 @@ def test_ctrl_c_then_sigkill_then_a_damaged_checkpoint(tmp_path, uninterrupted):
     data[len(data) // 2] ^= 255
     damaged.write_bytes(data)
 
-    shown = command.finish()
-    assert "reused" in shown  # prepare
-    assert "is damaged" in shown
-    assert "continues from" in shown
+    runner(*LONG, until="teacher")
+    assert "reused" in runner.text  # prepare
+    assert "is damaged" in runner.text
+    assert "continues from" in runner.text
     assert_same(command.workspace, uninterrupted, stopped=stopped)
 
 
-def test_a_full_disk_in_the_middle(tmp_path, uninterrupted):
+def test_a_full_disk_in_the_middle(runner, uninterrupted):
     """The kernel's own "no space left on device", from /dev/full in the place of the metrics' file."""
-    command = Training(tmp_path / "workspace")
+    command = Training(runner.workspace)
 
     def fill(_):
         metrics = teacher_folder(command.workspace) / METRICS
         metrics.rename(metrics.with_suffix(".kept"))
         metrics.symlink_to("/dev/full")
 
-    code, shown = command.interrupt_at(60_000, fill)
+    code, shown = command.interrupt_at(40_000, fill)
     assert code == 1
     assert "the disk is full" in shown
     assert "kept" in shown
@@ -143,48 +129,50 @@ def test_a_full_disk_in_the_middle(tmp_path, uninterrupted):
     wait_until_gone(command.pid, *TRAIN)
     metrics = teacher_folder(command.workspace) / METRICS
     metrics.with_suffix(".kept").replace(metrics)
-    assert "continues from" in command.finish()
+    runner(*LONG, until="teacher")
+    assert "continues from" in runner.text
     assert_same(command.workspace, uninterrupted)
 
 
-def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(tmp_path, uninterrupted):
+def test_a_tracking_server_that_dies_in_the_middle_and_comes_back(runner, uninterrupted, tmp_path):
     """The training continues without it, and it has every step once when the run ends."""
     server = TrackingServer(tmp_path)
-    command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
     try:
-        process = command.start()
-        wait_for(command.workspace, 60_000)
-        server.kill()
-        wait_for(command.workspace, 120_000)
-        server.start()
-        _, shown = process.communicate(timeout=900)
-        assert process.returncode == 0, shown
-        assert shown.count(f"tracking: {server.uri} does not answer") == 1
-        assert shown.count("answers again, and everything that was queued was delivered") == 1
-        assert "continues from" not in shown
-        assert_same(command.workspace, uninterrupted, server.uri)
+        with ThreadPoolExecutor(1) as beside:
+            run = beside.submit(runner, *LONG, until="teacher", tracking_uri=server.uri)
+            wait_for(runner.workspace, 40_000)
+            server.kill()
+            wait_for(runner.workspace, 80_000)
+            server.start()
+            run.result(timeout=900)
+        assert runner.text.count(f"tracking: {server.uri} does not answer") == 1
+        assert runner.text.count("answers again, and everything that was queued was delivered") == 1
+        assert "continues from" not in runner.text
+        assert_same(runner.workspace, uninterrupted, server.uri)
     finally:
         server.kill()
 
 
-def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_delivers(tmp_path, uninterrupted, monkeypatch):
+def test_a_tracking_server_that_stays_away_fails_no_run_and_the_next_run_delivers(
+    runner, uninterrupted, tmp_path, monkeypatch
+):
     monkeypatch.setenv("MMDISTILL_TRACKING_WAIT", "2")
     server = TrackingServer(tmp_path)
-    command = Training(tmp_path / "workspace", "--tracking-uri", server.uri)
     server.start()
     try:
-        code, shown = command.interrupt_at(60_000, lambda _: server.kill(), timeout=900)
-        assert code == 0, shown
-        assert "are queued in the workspace; its next run delivers them, or: mmdistill deliver" in shown
-        refused = command.start()
-        _, shown = refused.communicate(timeout=600)
-        assert refused.returncode == 1
-        assert f"tracking: {server.uri} failed: Connection refused" in shown
+        with ThreadPoolExecutor(1) as beside:
+            run = beside.submit(runner, *LONG, until="teacher", tracking_uri=server.uri)
+            wait_for(runner.workspace, 40_000)
+            server.kill()
+            run.result(timeout=900)
+        assert "are queued in the workspace; its next run delivers them, or: mmdistill deliver" in runner.text
+        with pytest.raises(UserError, match=f"tracking: {server.uri} failed: Connection refused"):
+            runner(*LONG, until="teacher", tracking_uri=server.uri)
         server.start()
-        shown = command.finish()
-        assert "entries that an earlier run had queued" in shown
-        assert shown.count("reused") == 2
-        assert_same(command.workspace, uninterrupted, server.uri)
+        runner(*LONG, until="teacher", tracking_uri=server.uri)
+        assert "entries that an earlier run had queued" in runner.text
+        assert runner.text.count("reused") == 2
+        assert_same(runner.workspace, uninterrupted, server.uri)
     finally:
         server.kill()
