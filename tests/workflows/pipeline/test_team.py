@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import interruptions
 import numpy as np
 import pytest
 from faults import Faults
@@ -17,8 +18,7 @@ from services import clean_environment
 from small import ROOT, SMALL
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(1800)]
-IMAGES = 102_400
-LONG = [f"teacher.images={IMAGES}", "teacher.checkpoint_every=12800", "teacher.log_every=2560", "distill.k=[1]"]
+LONG = [*interruptions.LONG, "distill.k=[1]"]
 names = itertools.count()
 
 
@@ -72,14 +72,12 @@ def tracked(stack, name, metric):
     return [(run.info.run_id, [m.step for m in client.get_metric_history(run.info.run_id, metric)]) for run in found]
 
 
-def test_a_driver_killed_on_one_machine_is_gone_on_with_on_another(stack, here, place, tmp_path):
+def test_a_driver_killed_on_one_machine_is_gone_on_with_on_another(runner, stack, here, place, tmp_path):
     """SIGKILL of the driver and of all that it started; from another machine the run ends with the very weights and metrics of an
     uninterrupted one, and from a third nothing is left to do.
     """
     from workflows.storage import store as storage
 
-    uninterrupted = Machine(stack, tmp_path / "quiet")
-    uninterrupted.run(f"{place}/quiet", *LONG, until="distill")
     first = Machine(stack, tmp_path / "first")
     driver = first.run(f"{place}/killed", *LONG, start=True)
     until = time.monotonic() + 600
@@ -89,12 +87,8 @@ def test_a_driver_killed_on_one_machine_is_gone_on_with_on_another(stack, here, 
         time.sleep(0.2)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
-    second = Machine(stack, tmp_path / "second")
-    process = second.run(f"{place}/killed", *LONG, start=True)
-    text, _ = process.communicate(timeout=1200)
-    if process.returncode and "is in use by another run" in text:  # the dead driver's hold has not run out
-        time.sleep(65)
-        text = second.run(f"{place}/killed", *LONG)
+    runner(*LONG, until="distill", workers=2)  # the uninterrupted one, while the dead driver's lease runs out
+    text = Machine(stack, tmp_path / "second", MMDISTILL_LEASE_WAIT="1").run(f"{place}/killed", *LONG)
     assert "continues from" in text, text[-2000:]
 
     def results(workspace):
@@ -107,11 +101,11 @@ def test_a_driver_killed_on_one_machine_is_gone_on_with_on_another(stack, here, 
             name: identity for name, identity in found.items() if name.startswith(("prepare", "teacher", "distill"))
         }
 
-    assert results(f"{place}/killed") == results(f"{place}/quiet")
+    assert results(f"{place}/killed") == results(str(runner.workspace))
     runs = tracked(stack, "teacher", "loss/teacher")
     assert len(runs) == 2
     for _, steps in runs:
-        assert sorted(steps) == list(range(2560, IMAGES + 1, 2560)), "a step is missing or doubled"
+        assert sorted(steps) == list(range(2560, interruptions.IMAGES + 1, 2560)), "a step is missing or doubled"
     third = Machine(stack, tmp_path / "third")
     assert third.run(f"{place}/killed", *LONG).count("reused") == 6
     text = third("lineage", "mmdistill-digits-student")
@@ -125,7 +119,7 @@ def pictures(n):
         yield f"class{i % 3}/{i:04d}.png", sink.getvalue()
 
 
-def test_a_bad_network_loses_nothing_and_doubles_nothing(stack, here, place, tmp_path):
+def test_a_bad_network_loses_nothing_and_doubles_nothing(runner, stack, here, place, tmp_path):
     """A tenth of the requests refused, some answers cut or lost, one in a hundred slower than a request may be: the data set is
     that of a quiet network, and a training on it, streamed, with its checkpoints in the bucket, has the same weights.
     """
@@ -135,12 +129,12 @@ def test_a_bad_network_loses_nothing_and_doubles_nothing(stack, here, place, tmp
 
     for name, content in pictures(600):
         storage.write(f"{place}/raw/{name}", content)
-    quiet = Machine(stack, tmp_path / "quiet")
     how = ["--size", "16", "--channels", "1", "--shard-mb", "0.1", "--encoding", "uint8"]
-    quiet("prepare", f"{place}/raw", f"{place}/set", *how)
+    quiet = str(tmp_path / "set")
+    Machine(stack, tmp_path / "quiet")("prepare", f"{place}/raw", quiet, *how)
     train = ["data.extractor=pixels", "teacher.images=19200", "teacher.checkpoint_every=3840", "data.memory_gib=0",
              "distill.k=[1]", "distill.images=1280", "distill.validate_every=1280", "network.patch=4"]  # fmt: skip
-    quiet.run(f"{place}/good", f"data.source=dataset://{place}/set", *train, until="teacher")
+    runner(f"data.source=dataset://{quiet}", *train, until="teacher", workers=2)
     with Faults(stack["AWS_ENDPOINT_URL"], refused=0.10, cut=0.02, lost=0.01, delayed=0.01, delay=6.0) as faults:
         bad = Machine(stack, tmp_path / "bad", AWS_ENDPOINT_URL=faults.url, MMDISTILL_S3_TIMEOUT="3")
         bad("prepare", f"{place}/raw", f"{place}/set-bad", *how)
@@ -148,9 +142,9 @@ def test_a_bad_network_loses_nothing_and_doubles_nothing(stack, here, place, tmp
     counts = dict(faults.counts)
     assert counts["refused"] > 50, counts
     assert min(counts[kind] for kind in ("cut", "lost", "delayed")) >= 1, counts
-    good, other = read_manifest(f"{place}/set"), read_manifest(f"{place}/set-bad")
+    good, other = read_manifest(quiet), read_manifest(f"{place}/set-bad")
     assert (other.count, other.fingerprint, other.skipped) == (600, good.fingerprint, {"count": 0, "listed": []})
-    assert np.array_equal(read_all(f"{place}/set-bad").images, read_all(f"{place}/set").images)
+    assert np.array_equal(read_all(f"{place}/set-bad").images, read_all(quiet).images)
 
     def teacher(workspace):
         (name,) = (
@@ -158,4 +152,4 @@ def test_a_bad_network_loses_nothing_and_doubles_nothing(stack, here, place, tmp
         )
         return json.loads(storage.read(f"{workspace}/stages/{name}"))["identity"]
 
-    assert teacher(f"{place}/bad") == teacher(f"{place}/good")
+    assert teacher(f"{place}/bad") == teacher(str(runner.workspace))
