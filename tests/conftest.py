@@ -25,8 +25,8 @@ from stores import KEYS, PLANTED, moto
 
 # By their minutes, of all tiers: the order in which streams of files end together.
 LONGEST = [
-    "test_nodes", "test_team", "test_recovery", "test_upgrade", "test_ray_up", "test_sweep", "test_outage",
-    "test_backup", "test_terraform", "test_cluster", "test_jobs", "test_moment_matching", "test_stack", "test_crew",
+    "test_nodes", "test_ray_up", "test_team", "test_sweep", "test_recovery", "test_outage", "test_upgrade",
+    "test_jobs", "test_terraform", "test_cluster", "test_backup", "test_moment_matching", "test_stack", "test_crew",
     "test_outside_method", "test_prepare", "test_compose", "test_together", "test_recipes", "test_plan",
     "test_promote", "test_tracking", "test_pipeline", "test_remote", "test_reference", "test_storage",
 ]  # fmt: skip

@@ -311,8 +311,9 @@ def test_ctrl_c_then_sigkill_of_the_driver(swept, tmp_path):
     wait_until_gone(command.pid, b"ImplicitFunc")
     assert len(command.ended()) < 6
 
-    shown = command.finish()
-    assert "continues from" in shown
+    finished = Swept(command.workspace, *SPACE, overrides=LONG, trials=6, register=False)
+    finished()
+    assert "continues from" in finished.text
     for name, written in first.items():
         assert (command.workspace / "stages" / name / "result.json").stat().st_mtime_ns == written, "run again"
     assert without_times(trials(command.workspace)) == without_times(trials(uninterrupted.workspace))
