@@ -31,9 +31,12 @@ def squared_gradients(
     micro_batch: int | None = None,
     averaged_over_workers: Callable[[Statistic], Statistic] = lambda statistic: statistic,
 ) -> dict[str, Tensor]:
-    """Mean over `steps` batches of the squared gradient of the method's first phase, by parameter, at learning rate 0."""
+    """Mean over `steps` batches of the squared gradient of the method's only phase, by parameter, at learning rate 0."""
     own = copy.deepcopy(network).requires_grad_(True)
-    (phase,) = method.phases(Progress(0, 0, steps * global_batch))
+    phases = method.phases(Progress(0, 0, steps * global_batch))
+    if len(phases) != 1 or len(phases[0].trains) != 1:
+        raise ValueError(f"{method.name}: squared gradients are of a training of one network in one phase")
+    (phase,) = phases
     (role,) = phase.trains
     rows = share_of(global_batch, rank=rank, world=world)
     total = {name: torch.zeros_like(p) for name, p in own.named_parameters()}
@@ -96,5 +99,11 @@ class Finished:
     def second_moments(self, role: str) -> dict[str, Tensor]:
         optimiser = self.state.optimisers[role]
         beta2 = optimiser.param_groups[0]["betas"][1]
-        states = {name: optimiser.state[p] for name, p in self.state.networks[role].named_parameters()}
-        return {name: full_tensor(s["exp_avg_sq"]) / (1 - beta2 ** float(s["step"])) for name, s in states.items()}
+        moments = {}
+        for name, p in self.state.networks[role].named_parameters():
+            seen = optimiser.state.get(p)
+            if seen:
+                moments[name] = full_tensor(seen["exp_avg_sq"]) / (1 - beta2 ** float(seen["step"]))
+            else:  # it never had a gradient
+                moments[name] = torch.zeros_like(full_tensor(p.detach()))
+        return moments

@@ -373,7 +373,8 @@ class Method(ABC):
     @property
     def halves(self) -> int:
         """2 if every batch is divided into halves, one for a statistic and one for the loss; else 1."""
-        return 2 if any(phase.statistic for phase in self.phases(Progress(0, 0, 1))) else 1
+        phases = [phase for step in range(self.cycle) for phase in self.phases(Progress(step, 0, self.cycle))]
+        return 2 if any(phase.statistic for phase in phases) else 1
 
     @property
     def guidable(self) -> bool:

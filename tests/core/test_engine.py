@@ -583,6 +583,20 @@ def test_second_moments_collected_are_adams_at_learning_rate_zero():
         torch.testing.assert_close(adams[name], value, rtol=1e-2, atol=1e-12)
 
 
+def test_second_moments_of_a_parameter_without_gradient_are_zero():
+    network = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(3, 1)})
+    adam = torch.optim.Adam(network.parameters(), lr=0.0)
+    network["used"](torch.ones(1, 2)).sum().backward()
+    adam.step()
+    found = Finished(SimpleNamespace(networks={"teacher": network}, optimisers={"teacher": adam})).second_moments(
+        "teacher"
+    )
+    assert found.keys() == dict(network.named_parameters()).keys()
+    assert found["unused.weight"].shape == (1, 3)
+    assert not found["unused.weight"].any()
+    assert found["used.weight"].all()
+
+
 def test_a_student_with_dropout_resumes_as_if_it_had_not_stopped(tmp_path):
     """Other draws from torch's own generator do not matter. Every worker has its own masks."""
 

@@ -54,7 +54,10 @@ def sweep(
         0, "--gpus-per-trial", help="GPUs of each trial: 0.25 puts four on one.", min=0, callback=finite
     ),
     hours: float | None = Option(
-        None, help="Hours after which the sweep stops; unfinished trials wait for the next one.", min=0, callback=finite
+        None,
+        help="Hours after which the sweep stops; unfinished trials wait for the next one.",
+        min=0.001,
+        callback=finite,
     ),
     out: Path | None = Option(None, help="File for the rows and their means, as JSON."),
     workspace: Workspace_ = DEFAULT_WORKSPACE,

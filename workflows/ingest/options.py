@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from mmdistill_core.files import sha256_of
 from workflows.config.schema import Data
 from workflows.config.values import digest
 from workflows.dataset.readers import Listing
@@ -88,7 +88,7 @@ class Preparation:
     def features(self) -> dict[str, Any]:
         """The options that determine the features of the reference statistics."""
         weights = self.extractor_weights
-        content = hashlib.sha256(expanded(weights).read_bytes()).hexdigest() if weights else None
+        content = sha256_of(expanded(weights)) if weights else None
         return {"extractor": self.extractor, "weights": content, "seed": self.seed}
 
     @property

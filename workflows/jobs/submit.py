@@ -17,6 +17,7 @@ from typing import Any
 from rich.markup import escape
 
 from workflows.config.loading import exists, sendable
+from workflows.config.places import local_places
 from workflows.config.schema import RunConfig
 from workflows.config.values import digest
 from workflows.errors import ConfigError, UserError
@@ -33,8 +34,6 @@ PLACES = {"workspace", "source", "dest", "place", "out", "page", "latents", "tex
 """Parameters that name a path or URI. On a cluster all machines must be able to reach it."""
 FILE_PLACES = {"out", "page"}
 """The places that are written as local files, so they can't be in an object store."""
-PLACE_FIELDS = (("data", "path"), ("data", "extractor_weights"), ("evaluate", "reference"))
-"""Fields of the configuration that name a path or URI."""
 SHARED = "an absolute path that all machines see"
 CONFIG_PARAMETERS = {"recipe", "set_", "smoke"}
 NOT_IN_ID = {"as_json", "debug", "tracking_wait"}
@@ -130,10 +129,9 @@ def _check_places(given: list[Parameter], config: RunConfig | None) -> None:
             raise ConfigError(
                 f"--tracking-uri: {part.values[0]} is a file on this machine; for a cluster give a server's address"
             )
-    for section, name in PLACE_FIELDS if config else ():
-        value = str(getattr(getattr(config, section), name) or "/")
-        if not is_remote(value) and not value.startswith("/"):
-            raise ConfigError(f"{section}.{name}: {value} is a place on this machine; for a cluster give {SHARED}")
+    for field_, value in local_places(config).items() if config else ():
+        if not value.startswith("/"):
+            raise ConfigError(f"{field_}: {value} is a place on this machine; for a cluster give {SHARED}")
 
 
 def _attach(parameter: str, word: str, files: dict[str, bytes]) -> str:

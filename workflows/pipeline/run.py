@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from workflows.config.assembly import rounds_of, schedule_of
+from workflows.config.places import with_absolute_places
 from workflows.config.schema import RunConfig
 from workflows.dataset.reference import check_inputs, check_reference
 from workflows.errors import ConfigError
@@ -53,6 +54,7 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
     Raises UserError or ConfigError for what the user can fix.
     """
     check_options(config, options)
+    config = with_absolute_places(config)
     check_inputs(config)
     began, done = time.monotonic(), []
     with open_context(config, options, screen) as context:

@@ -183,7 +183,7 @@ def open_stage(
     """
     folder = context.workspace.stage(name, digest(depends))
     context.workspace.refer(context.pipeline, folder)
-    if name in context.force or name.rsplit("-", 1)[0] in context.force:
+    if name in context.force or name.partition("-")[0] in context.force:
         context.workspace.discard(folder)
     result = folder.result
     if result is not None and missing and (why := missing(result)):

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from workflows.config.assembly import rounds_of
 from workflows.config.schema import Distill, RunConfig
-from workflows.config.values import merge
 from workflows.errors import UserError
 from workflows.session.context import Context, Done
 from workflows.session.stage import StageRun, open_stage
@@ -20,12 +19,15 @@ from workflows.stages.teacher import (
     about_model,
     common_fields,
     data_provenance,
+    optimiser_options,
     run_trainings,
     training_code,
     training_result,
     window_of,
 )
+from workflows.storage.integrity import model_identity
 from workflows.storage.local import read_json
+from workflows.storage.store import fetch
 from workflows.training.job import Job
 
 if TYPE_CHECKING:
@@ -152,12 +154,27 @@ def round_depends(
         "extractor": prepared.result["extractor"],
         "teacher": teacher.identity,
         "starts": {role: start.identity for role, start in start_from.items()},
-        "given": section.given,
+        "given": {name: model_identity(fetch(place)) for name, place in section.given.items()},
         "round": [round_.name, list(round_.ks)],
         "distill": section.model_dump(exclude={"k", "overrides", "warm_start", "given"}),
         "precision": config.compute.precision,
-        "code": training_code(section.method, *CODE, networks=teacher.networks, modules=VALIDATION),
+        "code": training_code(
+            section.method, *CODE, networks=teacher.networks, modules=(*VALIDATION, *_named_modules(config, round_))
+        ),
     }
+
+
+def _named_modules(config: RunConfig, round_: Round) -> list[str]:
+    """The modules that a training finds by name: of its new networks, of its samplers and of the extractor."""
+    from mmdistill_core.artifact import extractor_class
+    from mmdistill_core.methods.base import New
+    from mmdistill_core.networks.config import network_class
+    from mmdistill_core.samplers.samplers import sampler_function
+
+    origins = [role.origin for role in round_.method.roles]
+    found = {network_class(o.network).__module__ for o in origins if isinstance(o, New) and o.network}
+    found |= {sampler_function(round_.method.sampler(k).name).__module__ for k in round_.ks or (round_.method.k,)}
+    return sorted(found | {extractor_class(config.data.extractor).__module__})
 
 
 def _summary(run: StageRun) -> str:
@@ -265,16 +282,4 @@ def fitted_starts(method: Method, trained: Done) -> dict[str, str]:
         role.name: trained.at(FITTED)
         for role in method.roles
         if role.trained and isinstance(role.origin, Copy) and origins[role.origin.role] == Given("teacher")
-    }
-
-
-def optimiser_options(section: Distill, method: Method) -> dict[str, dict[str, Any]]:
-    """The optimiser's options for each trained role. The method's options for the role override the recipe's common ones, and the
-    recipe's for the role override both.
-    """
-    common = section.optimiser.model_dump()
-    return {
-        role.name: merge(common | dict(role.optimiser), section.optimisers.get(role.name, {}))
-        for role in method.roles
-        if role.trained
     }

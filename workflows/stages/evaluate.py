@@ -109,7 +109,7 @@ def evaluate(context: Context, prepared: Done, trained: Done, students: dict[int
 
 def measuring_code(config: RunConfig, trained: Done, students: dict[int, Done]) -> str:
     """The version of the code that samples these models and measures the samples."""
-    from mmdistill_core.artifact import extractor_class
+    from mmdistill_core.artifact import extractor_class, samplers_in
     from mmdistill_core.networks.config import network_config
     from mmdistill_core.samplers.samplers import sampler_function
 
@@ -118,7 +118,7 @@ def measuring_code(config: RunConfig, trained: Done, students: dict[int, Done]) 
     for done in (trained, *students.values()):
         description = done.model_description
         modules.add(type(network_config(description["network"])).__module__)
-        samplers |= {sampler["name"] for sampler in description["samplers"].values()}
+        samplers |= {sampler.name for sampler in samplers_in(description).values()}
     modules |= {sampler_function(name).__module__ for name in samplers}
     return code_version(*CODE, modules=tuple(sorted(modules)))
 

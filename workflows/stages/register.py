@@ -5,7 +5,12 @@ Lineage and metrics are tags of the versions, so `mmdistill lineage` and `promot
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.markup import escape
@@ -20,6 +25,7 @@ from workflows.session.context import Context, Done
 from workflows.session.results import Results
 from workflows.session.stage import StageRun, run_stage
 from workflows.storage.code import code_version, git_commit
+from workflows.storage.local import write_json
 
 CODE = (
     "workflows/stages/register.py",
@@ -156,12 +162,27 @@ def _figures(row: dict[str, Any]) -> dict[str, str]:
 def _version(registry: Registry, name: str, source: Done, tags: dict[str, str], gate: Gate) -> Version:
     """The version of this model with this measurement: the one that an interrupted run registered, or a new one."""
     tags = tags | {"identity": source.identity, "gate": gate_tag(gate)}
-    version = registry.find_version(name, {tag: tags[tag] for tag in ("identity", "config_hash", "evaluation")})
+    version = registry.find_version(name, {tag: tags[tag] for tag in ("identity", "config_hash", "evaluation", "k")})
     if version is None:
         run_id = registry.tracker.resolve(source.run_id)
-        return registry.register(run_id=run_id, name=name, folder=source.folder / "model", tags=tags)
+        with _sampled_in(int(tags["k"]), source) as folder:
+            return registry.register(run_id=run_id, name=name, folder=folder, tags=tags)
     registry.set_tags(version, {"gate": tags["gate"]})
     return replace(version, tags=version.tags | {"gate": tags["gate"]})
+
+
+@contextmanager
+def _sampled_in(k: int, source: Done) -> Iterator[Path]:
+    """The model folder, with k as its default number of steps. A student of several k is a version for each."""
+    folder, description = source.folder / "model", source.model_description
+    if str(k) not in description.get("samplers", {}) or description["k"] == k:
+        yield folder
+        return
+    with TemporaryDirectory() as scratch:
+        own = Path(scratch) / folder.name
+        shutil.copytree(folder, own)
+        write_json(own / "model.json", description | {"k": k})
+        yield own
 
 
 def _alias(k: int) -> str:

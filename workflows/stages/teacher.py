@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from workflows.cluster.session import Workers, groups, let_go, run_together
 from workflows.config.assembly import method_of, network_of, options_in, schedule_of
-from workflows.config.schema import RunConfig, Training
+from workflows.config.schema import Distill, RunConfig, Teacher, Training
+from workflows.config.values import merge
 from workflows.dataset.sources import source_of
 from workflows.errors import UserError
 from workflows.session.context import Context, Done
 from workflows.session.stage import StageRun, run_stage, training_listener
 from workflows.storage.code import code_version
-from workflows.storage.integrity import check_model, identity_of
+from workflows.storage.integrity import check_model, identity_of, model_identity
 from workflows.storage.local import read_json
 from workflows.storage.store import fetch
 from workflows.storage.uri import is_remote
@@ -35,7 +36,7 @@ from workflows.training.events import EVENTS, interruptions
 from workflows.training.job import Job
 
 if TYPE_CHECKING:
-    from mmdistill_core.methods.base import About
+    from mmdistill_core.methods.base import About, Method
     from mmdistill_core.networks.config import NetworkConfig
 
 FITTED = "fitted"
@@ -91,7 +92,6 @@ def _train(run: StageRun, prepared: Done) -> dict[str, Any]:
     context, c = run.context, run.context.config
     exact, network = c.teacher.kind == "exact", network_in(c, prepared.result)
     folder = FITTED if exact else "model"
-    trained = (role.name for role in method_of(c.teacher, schedule_of(c)).roles if role.trained)
     job = Job(
         name=f"teacher-{run.folder.key}",
         output=run.folder.at(folder),
@@ -101,7 +101,7 @@ def _train(run: StageRun, prepared: Done) -> dict[str, Any]:
         network={"kind": network.kind} | asdict(network),
         schedule=c.schedule.as_dict(),
         prediction=c.prediction,
-        options=dict.fromkeys(trained, c.teacher.optimiser.model_dump()),
+        options=optimiser_options(c.teacher, method_of(c.teacher, schedule_of(c))),
         ks=(STEPS,),
         provenance={"role": "teacher", "recipe": c.recipe, **data_provenance(prepared.result)},
         **common_fields(c, c.teacher, prepared),
@@ -138,7 +138,7 @@ def _existing_teacher(context: Context, prepared: Done, model: str) -> Done:
     else:
         folder = fetch(model) if is_remote(model) else check_model(fetch(model))
         _read_description(folder, model)
-        identity = [identity_of(folder / "weights.safetensors", folder / "model.json")]
+        identity = [model_identity(folder)]
 
     def copy(run: StageRun) -> dict[str, Any]:
         with TemporaryDirectory() as scratch:
@@ -178,7 +178,7 @@ def about_model(folder: Path) -> About:
     from mmdistill_core.methods.base import About
 
     description = json.loads((folder / "model.json").read_text())
-    return About(description["network"]["num_classes"], bool(description["null_label"]), extra_names(folder))
+    return About(description["network"]["num_classes"], bool(description.get("null_label")), extra_names(folder))
 
 
 # What the trainings of teachers and students share
@@ -192,6 +192,16 @@ def common_fields(config: RunConfig, section: Training, prepared: Done) -> dict[
         "rows": config.data.trained,
         "window": window_of(config, prepared.result),
         "compute": config.compute.model_dump(),
+    }
+
+
+def optimiser_options(section: Teacher | Distill, method: Method) -> dict[str, dict[str, Any]]:
+    """The optimiser's options for each trained role. The method's options for the role override the recipe's common ones, and the
+    recipe's for the role override both.
+    """
+    common, own = section.optimiser.model_dump(), getattr(section, "optimisers", {})
+    return {
+        role.name: merge(common | dict(role.optimiser), own.get(role.name, {})) for role in method.roles if role.trained
     }
 
 
@@ -320,10 +330,12 @@ def training_result(run: StageRun, summary: str) -> dict[str, Any]:
     fitted = [FITTED] if (run.path / FITTED).is_dir() else []
     folders = (model, *(run.path / name for name in fitted))
     identity = identity_of(*(folder / name for folder in folders for name in ("weights.safetensors", "model.json")))
-    tracker.log_artifact(run.run_id, run.events.path)
+    events = [EVENTS] if run.events.path.exists() else []  # an existing teacher has none
+    for name in events:
+        tracker.log_artifact(run.run_id, run.path / name)
     stops = interruptions(run.events.rows)
     if stops["times"]:
         times = f"{stops['times']} time{'s' * (stops['times'] > 1)}"
         summary += f"; interrupted {times}, {stops['again']:,} images trained again"
-    artifacts = ["model", EVENTS, *fitted]
+    artifacts = ["model", *events, *fitted]
     return {"identity": identity, "artifacts": artifacts, "summary": summary, "interruptions": stops, **counts}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mmdistill_core.files import sha256_of
+from mmdistill_core.files import read_in_parts, sha256_of
 from workflows.errors import UserError
 
 
@@ -51,5 +51,12 @@ def identity_of(*paths: Path) -> str:
     """A hash of the files' names and contents."""
     content = hashlib.sha256()
     for path in paths:
-        content.update(path.name.encode() + b"\0" + path.read_bytes())
+        content.update(path.name.encode() + b"\0")
+        for part in read_in_parts(path):
+            content.update(part)
     return content.hexdigest()[:16]
+
+
+def model_identity(folder: Path) -> str:
+    """A hash of a model folder."""
+    return identity_of(folder / "weights.safetensors", folder / "model.json")

@@ -21,7 +21,7 @@ from workflows.session.metrics import read_metrics
 from workflows.session.stage import StageRun, open_stage
 from workflows.stages import distill, evaluate
 from workflows.storage.code import code_version
-from workflows.storage.integrity import identity_of
+from workflows.storage.integrity import identity_of, model_identity
 from workflows.storage.store import exists
 from workflows.storage.uri import join
 from workflows.storage.workspace import RESULT
@@ -220,7 +220,7 @@ class Ledger:
         if row["outcome"] == "finished":
             run.folder.collect("model")
             run.log_at(row["images"], {name: row[name] for name in (*evaluate.MEASURES, "seconds") if name in row})
-            identity = identity_of(run.path / "model" / "weights.safetensors", run.path / "model" / "model.json")
+            identity = model_identity(run.path / "model")
         tracker.set_tags(run.run_id, {"mmdistill.outcome": row["outcome"]})
         result = {"identity": identity, "summary": described(row, self.space.fields), "row": row}
         done = run.finish(result, ENDED[row["outcome"]])

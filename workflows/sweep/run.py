@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from workflows.cluster.session import run_together
 from workflows.config.assembly import method_of, schedule_of
+from workflows.config.places import with_absolute_places
 from workflows.config.schema import RunConfig
 from workflows.dataset.reference import check_inputs
 from workflows.errors import UserError
@@ -161,7 +162,7 @@ def _tune(ledger: Ledger, search: Search, scheduler: Any, shared: Shared, *, tot
                 search_alg=search,
                 scheduler=scheduler,
                 max_concurrent_trials=at_once,
-                time_budget_s=options.hours * 3600 if options.hours else None,
+                time_budget_s=options.hours and options.hours * 3600,
                 reuse_actors=True,
                 trial_name_creator=named,
                 trial_dirname_creator=named,
@@ -259,7 +260,7 @@ def run_sweep(
 
     how = check_sweep(space, how)
     distill = config.distill.model_copy(update={"warm_start": how.warm_start})
-    config = config.model_copy(update={"distill": distill})
+    config = with_absolute_places(config.model_copy(update={"distill": distill}))
     check_inputs(config)
     extra_key = (space.described, how.search, how.scheduler, how.warm_start)
     with open_context(config, options, screen, kind=name, extra_key=extra_key) as context:

@@ -42,18 +42,18 @@ def examine(workspace: str, tracking_uri: str | None, cluster: Path | None = Non
     marks = {True: "[green]OK[/]", False: "[red]to do[/]", None: "[dim]-[/]"}
     table = Table(box=None, show_header=False, pad_edge=False)
     fine = True
-    checks: list[Callable[[], Iterator[Line]]] = [
-        _packages,
-        _devices,
-        lambda: _workspace(workspace),
-        _ray,
-        lambda: _tracking(workspace, tracking_uri),
-        _object_store,
-    ]
+    checks: dict[str, Callable[[], Iterator[Line]]] = {
+        "packages": _packages,
+        "devices": _devices,
+        "workspace": lambda: _workspace(workspace),
+        "Ray": _ray,
+        "tracking store": lambda: _tracking(workspace, tracking_uri),
+        "object store": _object_store,
+    }
     if cluster is not None:
-        checks = [lambda: _cluster(cluster)]
-    for check in checks:
-        with console.status(check.__name__.strip("_<>")):
+        checks = {"cluster file": lambda: _cluster(cluster)}
+    for name, check in checks.items():
+        with console.status(name):
             for ok, subject, found in check():
                 table.add_row(marks[ok], f"[bold]{escape(subject)}[/]", escape(found))
                 fine = fine and ok is not False

@@ -77,7 +77,7 @@ def run_gc(
     space = Workspace(workspace, minimum_free=0)  # gc has to work on a full disk
     with space.lock():
         with screen.status("looking"), space.tree() as tree:
-            plan = make_plan(tree, tracking_uri, keep_days)
+            plan = make_plan(tree, tracking_uri, keep_days, own_store=space.default_tracking_uri)
             _tracking(space, keep_days or 0, plan)
             _copies(COPIES if keep_days is None else max(1.0, keep_days), plan)
         show(plan, screen)
@@ -94,8 +94,12 @@ def run_gc(
     return plan
 
 
-def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | None) -> Plan:
-    """The stages, checkpoints and half-written files of a local workspace that can be removed."""
+def make_plan(
+    space: Workspace, tracking_uri: str | None, keep_days: float | None, *, own_store: str | None = None
+) -> Plan:
+    """The stages, checkpoints and half-written files of a local workspace that can be removed. `own_store`: the address of its own
+    tracking store, if it is the copy of a remote workspace.
+    """
     plan, stages = Plan(), space.stages()
     trainings = {p.name: p for p in sorted((space.root / "ray").iterdir()) if p.is_dir() and p.name[0] != "."}
     oldest = None if keep_days is None else time.time() - keep_days * DAY
@@ -109,7 +113,9 @@ def make_plan(space: Workspace, tracking_uri: str | None, keep_days: float | Non
     plan.kept += [
         f"{s.path.name}: a training that can be resumed, {_size(size_of(trainings[s.path.name]))}" for s in resumable
     ]
-    wanted = _referenced(space, stages, resumable, tracking_uri, keep_days, plan)
+    wanted = _referenced(
+        space, stages, resumable, tracking_uri, keep_days, plan, own_store or space.default_tracking_uri
+    )
     given_up = [] if keep_days is None else [s for s in stages if s.result is None and s not in wanted]
     _trainings(space, stages, trainings, given_up, plan)
     for stage in (s for s in stages if s not in wanted):
@@ -141,7 +147,8 @@ def _trainings(
 
 
 def _checkpoints(training: Path | None) -> list[Path]:
-    return [p for p in sorted(training.glob("checkpoint-*")) if p.is_dir()] if training else []
+    # A trial's lie one folder deeper than those of a training.
+    return [p for p in sorted(training.rglob("checkpoint-*")) if p.is_dir()] if training else []
 
 
 def _referenced(
@@ -151,6 +158,7 @@ def _referenced(
     tracking_uri: str | None,
     keep_days: float | None,
     plan: Plan,
+    own_store: str,
 ) -> list[StageFolder]:
     """The stages to keep: those that a pipeline names, resumable trainings, the stages behind registered versions, and the inputs
     of all of these.
@@ -173,7 +181,7 @@ def _referenced(
     needed = set()
     for name, uri in sorted(stores.items()):
         tracked = {folder: str(ids[name]) for folder, ids in runs.items() if name in ids}
-        own = uri == space.default_tracking_uri  # gc removes deleted runs from it, so some may be missing
+        own = uri == own_store  # gc removes deleted runs from it, so some may be missing
         try:
             needed |= _registered(uri, set() if own else set(tracked.values()))
         except UserError:
@@ -211,8 +219,8 @@ def _made_from(stage: StageFolder) -> set[str]:
     """The identities of a stage's inputs."""
     depends = stage.read("depends.json")
     values = [depends.get(name) for name in ("prepare", "teacher", "start", "evaluate", "register")]
-    students = depends.get("students")
-    return {str(v) for v in [*values, *(students.values() if isinstance(students, dict) else [])] if isinstance(v, str)}
+    values += [v for name in ("students", "starts") for v in (depends.get(name) or {}).values()]
+    return {v for v in values if isinstance(v, str)}
 
 
 def _tracking(space: Workspace, keep_days: float, plan: Plan) -> None:

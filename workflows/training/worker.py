@@ -118,8 +118,8 @@ class Training:
     rank: int
 
     def close(self) -> None:
-        if self.job.window is not None:
-            self.batches.close()
+        if close := getattr(self.batches, "close", None):  # streamed ones hold a process
+            close()
 
 
 def set_up(config: dict[str, Any]) -> Training:

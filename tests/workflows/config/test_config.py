@@ -339,3 +339,32 @@ def test_without_labels_there_is_no_classifier(monkeypatch):
         ):
             load_config("digits", ["data.source=bare", f"data.extractor={kind}"])
     assert load_config("digits", ["data.source=bare", "data.extractor=pixels"]).data.extractor == "pixels"
+
+
+def test_places_are_absolute_and_addresses_stay(tmp_path, monkeypatch):
+    """Workers run in other folders."""
+    from workflows.config.places import local_places, with_absolute_places
+
+    monkeypatch.chdir(tmp_path)
+    here = [
+        "data.source=folder",
+        "data.path=pictures",
+        "data.image_size=8",
+        "evaluate.reference=file:///there/statistics",
+        "teacher=old/model",
+    ]
+    config = load_config("digits", [*here, "distill.given={features: nets/one, other: 's3://b/two'}"])
+    assert local_places(config) == {
+        "data.path": "pictures",
+        "teacher.model": "old/model",
+        "evaluate.reference": "file:///there/statistics",
+        "distill.given.features": "nets/one",
+    }
+    whole = with_absolute_places(config)
+    assert whole.data.path == str(tmp_path / "pictures")
+    assert whole.teacher.model == str(tmp_path / "old/model")
+    assert whole.evaluate.reference == "/there/statistics"
+    assert whole.distill.given == {"features": str(tmp_path / "nets/one"), "other": "s3://b/two"}
+    registered = with_absolute_places(load_config("digits", ["teacher=models:/a-teacher@best"]))
+    assert registered.teacher.model == "models:/a-teacher@best"
+    assert with_absolute_places(registered) == registered

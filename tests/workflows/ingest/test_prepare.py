@@ -312,6 +312,17 @@ def test_a_run_on_a_data_set_held_in_memory_and_streamed(grey, tmp_path, ray_clu
     assert {r["images"] for r in results} == {held["images"]} == {3840}
 
 
+def test_a_run_on_data_of_which_nothing_is_held_out(source, prepare, tmp_path, ray_cluster):
+    """Nothing tells how accurate the classifier is, and the report does not say it."""
+    prepare(source[0], tmp_path / "set", holdout=0.0, channels=1)
+    runner = Runner(tmp_path / "workspace")
+    short = ["distill.k=[1]", "teacher.images=1280", "distill.images=640", "data.classifier_epochs=1"]
+    runner(f"data.source=dataset://{tmp_path / 'set'}", *short)
+    page = (runner.workspace / "reports/digits/report.html").read_text()
+    assert "those of a classifier, each divided by" in page
+    assert "held-out" not in page
+
+
 def test_statistics_of_a_data_set_are_those_that_a_run_would_build(
     source, prepare, grey, measured, copied, tmp_path, ray_cluster
 ):

@@ -1,7 +1,8 @@
 """A method from outside: this file declares one, and the commands take it from a run to a sweep.
 
 It has what moment matching has not: a role that is trained beside the student to no end but its own, an average whose decay follows
-the training's progress, a curriculum, a round whose student is the next round's teacher, and a sampler of its own.
+the training's progress, a curriculum, a round whose student is the next round's teacher, a student of several k, and a sampler of
+its own.
 """
 
 from __future__ import annotations
@@ -75,11 +76,15 @@ class Mimic(Method):
         return (Phase(("rival",), self._rival_loss), pupil) if self.rival and progress.share < 0.5 else (pupil,)
 
     def rounds(self, methods, *, warm=()):
-        rounds = []
-        for k, method in methods.items():
-            rounds.append(Round(f"rough-k{k}", (), replace(method, k=k, rival=False), like=k))
-            rounds.append(Round(f"k{k}", (k,), replace(method, k=k), teacher=f"rough-k{k}"))
-        return tuple(rounds)
+        """One step by itself. All other numbers of steps share a student, whose teacher is a rough one."""
+        most, several = max(methods), tuple(k for k in methods if k > 1)
+        alone = [Round("k1", (1,), replace(methods[1], k=1))] if 1 in methods else []
+        rough = Round("rough-start", (), replace(methods[most], k=most, rival=False), like=most)
+        return (
+            *alone,
+            rough,
+            Round("of-several", several, replace(methods[most], k=most), teacher=rough.name, like=most),
+        )
 
     def sampler(self, k):
         return Sampler("test_outside_method:twice", times=tuple((1 - i / k) ** 2 for i in range(k + 1)))
@@ -113,7 +118,7 @@ data: {classifier_epochs: 1}
 teacher: {images: 640, batch: 64, log_every: 320, optimiser: {warmup_images: 64}}
 distill:
   method: mimic
-  k: [1, 3]
+  k: [1, 2, 3]
   images: 640
   batch: 64
   log_every: 128
@@ -139,20 +144,40 @@ def place(tmp_path_factory):
     return folder
 
 
-def mmdistill(place, *words, code=0):
+def python(place, *words):
+    """Runs Python in the folder, with the package installed."""
     paths = [str(place / "installed"), str(HERE), str(HERE.parents[2]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-m", "workflows", *words], cwd=place, capture_output=True, text=True, timeout=300,
+    return subprocess.run(
+        [sys.executable, *words], cwd=place, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "MLFLOW_TRACKING_URI": ""},
     )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+
+
+COMMANDS = [
+    "run -r mimics.yaml",
+    "sample models:/mmdistill-mimics-student/3 --n 4 --out grid.png",
+    "sweep -r mimics.yaml -k 3 --space strength=0.5,2.0 --no-register",
+]
+ONE_AFTER_ANOTHER = """
+import sys
+from workflows.cli.main import main
+from workflows.cluster.session import ray_session
+
+with ray_session():  # one for all of them
+    for line in sys.argv[1:]:
+        try:
+            main(line.split())
+        except SystemExit as end:
+            assert end.code == 0, line
+"""
 
 
 @pytest.fixture(scope="module")
 def finished(place):
-    mmdistill(place, "run", "-r", "mimics.yaml")
-    return place / ".mmdistill"
+    """(the workspace after the commands, what they said)."""
+    done = python(place, "-c", ONE_AFTER_ANOTHER, *COMMANDS)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place / ".mmdistill", done.stdout + done.stderr
 
 
 def stage(workspace, name):
@@ -162,10 +187,11 @@ def stage(workspace, name):
 
 @pytest.mark.ray
 def test_its_rounds_are_stages_and_its_sampler_is_in_the_model(finished):
-    rough, student = stage(finished, "distill-rough-k3"), stage(finished, "distill-k3")
+    workspace, _ = finished
+    rough, student = stage(workspace, "distill-rough-start"), stage(workspace, "distill-of-several")
     model = json.loads((student / "model/model.json").read_text())
     assert model["provenance"]["teacher"] == json.loads((rough / "result.json").read_text())["identity"]
-    assert model["k"] == 3
+    assert model["samplers"].keys() == {"2", "3"}
     assert model["samplers"]["3"]["name"] == "test_outside_method:twice"
     assert model["samplers"]["3"]["times"] == pytest.approx([1, 4 / 9, 1 / 9, 0])
     rows = [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()]
@@ -177,22 +203,23 @@ def test_its_rounds_are_stages_and_its_sampler_is_in_the_model(finished):
 
 @pytest.mark.ray
 def test_it_is_evaluated_registered_and_reported(finished):
-    table = json.loads((stage(finished, "evaluate") / "table.json").read_text())
+    workspace, _ = finished
+    table = json.loads((stage(workspace, "evaluate") / "table.json").read_text())
     students = {r["k"]: (r["sampler"], r["nfe"]) for r in table["rows"] if r["who"] == "student"}
-    assert students == {1: ("test_outside_method:twice", 2), 3: ("test_outside_method:twice", 4)}
-    page = (finished / "reports/mimics/report.html").read_text()
+    assert students == {k: ("test_outside_method:twice", k + 1) for k in (1, 2, 3)}
+    page = (workspace / "reports/mimics/report.html").read_text()
     assert "How far the pupil is from its master." in page
     assert "few-step students by mimic" in page
-    registered = json.loads((stage(finished, "register") / "result.json").read_text())
-    assert registered["students"] == {k: f"models:/mmdistill-mimics-student/{i}" for i, k in enumerate("13", 1)}
+    registered = json.loads((stage(workspace, "register") / "result.json").read_text())
+    assert registered["students"] == {k: f"models:/mmdistill-mimics-student/{k}" for k in "123"}
 
 
 @pytest.mark.ray
-def test_its_student_is_sampled_and_its_options_are_swept(finished, place):
-    said = mmdistill(place, "sample", "models:/mmdistill-mimics-student/2", "--n", "4", "--out", "grid.png")
+def test_its_student_is_sampled_and_its_options_are_swept(finished):
+    workspace, said = finished
     assert "4 samples of 3 steps" in said
-    mmdistill(place, "sweep", "-r", "mimics.yaml", "-k", "3", "--space", "strength=0.5,2.0", "--no-register")
-    trials = json.loads((finished / "reports/mimics-sweep/trials.json").read_text())["trials"]
+    assert (workspace.parent / "grid.png").exists()
+    trials = json.loads((workspace / "reports/mimics-sweep/trials.json").read_text())["trials"]
     assert {(t["point"]["strength"], t["outcome"], t["images"]) for t in trials} == {
         (0.5, "finished", 640),
         (2.0, "finished", 640),
@@ -200,9 +227,11 @@ def test_its_student_is_sampled_and_its_options_are_swept(finished, place):
 
 
 def test_a_wrong_option_of_its_is_a_line(place):
-    said = mmdistill(place, "run", "-r", "mimics.yaml", "-s", "distill.strenght=1", code=2)
-    assert "distill.strenght: no such option; did you mean strength?" in said
-    said = mmdistill(place, "run", "-r", "mimics.yaml", "-s", "distill.strength=0", code=2)
-    assert "distill.strength: 0 should be greater than 0" in said
-    said = mmdistill(place, "run", "-r", "mimics.yaml", "-s", "distill.optimisers={critic: {lr: 1}}", code=2)
-    assert "'critic' is none of the networks that mimic trains: pupil, rival" in said
+    for setting, said in (
+        ("strenght=1", "distill.strenght: no such option; did you mean strength?"),
+        ("strength=0", "distill.strength: 0 should be greater than 0"),
+        ("optimisers={critic: {lr: 1}}", "'critic' is none of the networks that mimic trains: pupil, rival"),
+    ):
+        done = python(place, "-m", "workflows", "run", "-r", "mimics.yaml", "-s", f"distill.{setting}")
+        assert done.returncode == 2
+        assert said in done.stderr

@@ -99,3 +99,29 @@ def test_copies_of_remote_files_that_nothing_uses_go(tmp_path, moto_server, monk
     assert [path.name for path in old.parent.iterdir()] == [used.name]
     assert storage.fetch(f"{place}/old") == old
     assert (old / "file").read_bytes() == b"x" * 100
+
+
+def test_an_interrupted_trial_can_be_resumed(halfway):
+    """Its checkpoints are in a folder for each of its rounds. No pipeline names it any more."""
+    name = f"trial-{'2' * 12}"
+    (halfway.stage("trial", "2" * 12).path / "depends.json").write_text("{}")
+    checkpoint = halfway.root / "ray" / name / "k2" / "checkpoint-000000000024"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.safetensors").write_bytes(b"x" * 1000)
+    plan = make_plan(halfway, None, None)
+    assert not plan.items
+    assert any(name in line and "can be resumed" in line for line in plan.kept)
+
+
+def test_what_a_kept_student_started_from_is_kept(halfway):
+    identities = {"distill-k2": "b" * 16, "distill-k4": "c" * 16}
+    for n, (name, identity) in enumerate(identities.items(), 3):
+        stage = halfway.stage(name, str(n) * 12).path
+        (stage / "result.json").write_text(json.dumps({"identity": identity}))
+        starts = {"student": identities["distill-k4"]} if name == "distill-k2" else {}
+        (stage / "depends.json").write_text(json.dumps({"starts": starts}))
+    record = halfway.root / "pipelines" / "digits-1.json"
+    record.write_text(json.dumps({"run_id": "a", "stages": {"teacher": "1" * 12, "distill-k2": "3" * 12}}))
+    assert names(halfway, None) == set()
+    (halfway.stage("distill-k2", "3" * 12).path / "depends.json").write_text(json.dumps({"starts": {}}))
+    assert names(halfway, None) == {f"stages/distill-k4-{'4' * 12}"}
