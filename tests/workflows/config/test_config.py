@@ -350,6 +350,7 @@ def test_places_are_absolute_and_addresses_stay(tmp_path, monkeypatch):
         "data.source=folder",
         "data.path=pictures",
         "data.image_size=8",
+        "data.num_classes=3",
         "evaluate.reference=file:///there/statistics",
         "teacher=old/model",
     ]
