@@ -6,7 +6,7 @@ TORCH  ?= torch
 
 BIN  := $(VENV)/bin
 DONE := $(VENV)/.installed
-PIP  := $(BIN)/python -m pip install -qq --constraint infra/constraints.txt
+PIP  := $(BIN)/python -m pip install -qq --no-compile --constraint infra/constraints.txt
 
 .PHONY: demo test test-all lint types docs lock clean install
 demo: $(DONE)
@@ -28,6 +28,8 @@ $(DONE): pyproject.toml infra/constraints.txt
 	@echo "Installing what mmdistill needs into $(VENV): about 2 GB, some minutes ..."
 	$(PIP) $(TORCH)
 	$(PIP) --editable '.[dev]'
+# Modules are compiled by all cores, where pip uses one. Some templates among them are no valid Python.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 	@touch $(DONE)
 
 lint: $(DONE)

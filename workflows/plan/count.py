@@ -1,6 +1,6 @@
 """Counts what trainings cost, by running their code on fake tensors (mmdistill_core/engine/cost.py).
 
-Every count is linear in the depth of the network, since all blocks cost the same. So the counts of two and three blocks give that
+Every count is linear in the depth of the network, since all blocks cost the same. So the counts of one and two blocks give that
 of any depth: exactly, and faster than counting the paper's networks themselves.
 """
 
@@ -21,7 +21,7 @@ from workflows.errors import ConfigError
 if TYPE_CHECKING:
     from mmdistill_core.methods.base import Method, Role, Round
 
-FEW, MORE = 2, 3
+FEW, MORE = 1, 2
 """The numbers of blocks that are counted in place of a deeper network."""
 
 

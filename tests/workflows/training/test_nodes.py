@@ -153,7 +153,7 @@ def test_without_room_it_says_so_goes_on_with_room_and_can_be_stopped(cluster, t
         cluster.kill(spots[0])
         kept = newest_checkpoint(tmp_path)
         spots.append(cluster.add(cpus=1))
-        wait_for(tmp_path, kept + 30_000, of=ENDLESS)
+        wait_for(tmp_path, kept + 15_000, of=ENDLESS)
         cluster.kill(spots[1])
         shown.until(f"{WAITS}(.|\n)*{WAITS}", 300)
         process.send_signal(signal.SIGTERM)
