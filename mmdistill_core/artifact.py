@@ -30,7 +30,6 @@ from mmdistill_core.samplers.samplers import (
     Denoise,
     clipped_denoiser,
     conditioned_denoiser,
-    evaluations,
     guided_denoiser,
     sample,
 )
@@ -90,12 +89,6 @@ class DiffusionModel:
             known = ", ".join(map(str, sorted(self.samplers)))
             raise ValueError(f"steps: {k} asked for; the model is sampled in {known}")
         return own
-
-    def evaluations(self, k: int | None = None, *, sampler: str | None = None, guidance: float | None = None) -> int:
-        """Network evaluations for one sample."""
-        own = self.sampler(k)
-        twice = bool(guidance) and "guidance" not in own.ranges
-        return evaluations(sampler or own.name, self.k if k is None else k) * (2 if twice else 1)
 
     def steered(self, sampler: Sampler, *, k: int, guidance: float | None, clip_x: bool) -> Denoise:
         """The denoiser with the sampler's conditions at each step, and with guidance: as a condition, or through the null label.

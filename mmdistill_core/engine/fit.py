@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmdistill_core.defaults import LEVEL_EDGES
 from mmdistill_core.engine.batches import BatchSource
 from mmdistill_core.engine.state import TrainState
 from mmdistill_core.engine.step import PhaseLog, train_step
 from mmdistill_core.methods.base import Statistic
-
-LEVEL_EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
-"""The logsnr edges of the 8 bins by noise level in the logs. Bin 0, below -6, is the noisiest."""
 
 
 @dataclass(frozen=True)

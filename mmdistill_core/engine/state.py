@@ -176,11 +176,9 @@ class TrainState:
             network.load_state_dict(self.best.weights)
         return network.requires_grad_(False).eval()
 
-    def keep_if_best(self, score: float) -> bool:
-        if not score < self.best.score:
-            return False
-        self.keep(score)
-        return True
+    def keep_if_best(self, score: float) -> None:
+        if score < self.best.score:
+            self.keep(score)
 
     def keep(self, score: float) -> None:
         """Keeps the current weights of the best role, in place of those kept before."""

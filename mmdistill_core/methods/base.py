@@ -57,10 +57,6 @@ class Batch:
     def label(self) -> Tensor | None:
         return self.columns.get("label")
 
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.columns.values())).device if self.columns else torch.device("cpu")
-
     @overload
     def __getitem__(self, part: str) -> Tensor: ...
 

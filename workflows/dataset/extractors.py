@@ -45,16 +45,22 @@ def check_extractor(
 ) -> None:
     """Checks what can be checked without the images. Raises UserError. option: the name of the option in the message."""
     from mmdistill_core.metrics.statistics import PIXELS
-    from mmdistill_core.networks.inception import NotInception, load_inception
 
     if kind == "pixels" and (dims := math.prod(shape)) > PIXELS:
         raise UserError(f"{option}: pixels is for at most {PIXELS:,} dimensions, but the images have {dims:,}")
     if kind == "inception":
-        try:
-            load_inception(str(weights))
-        except NotInception as error:
-            weights_option = f"{option}-weights" if option.startswith("--") else f"{option}_weights"
-            raise UserError(f"{weights_option}: {error}", hint=INCEPTION) from error
+        _inception(weights, option)
+
+
+def _inception(weights: str | None, option: str = "data.extractor") -> Any:
+    """Inception-v3 with the weights in a file. Raises UserError."""
+    from mmdistill_core.networks.inception import NotInception, load_inception
+
+    try:
+        return load_inception(str(weights))
+    except NotInception as error:
+        weights_option = f"{option}-weights" if option.startswith("--") else f"{option}_weights"
+        raise UserError(f"{weights_option}: {error}", hint=INCEPTION) from error
 
 
 def make_extractor(
@@ -68,13 +74,12 @@ def make_extractor(
     import torch
 
     from mmdistill_core.engine.batches import centred
-    from mmdistill_core.networks.inception import load_inception
     from mmdistill_core.networks.mixture import Mixture
     from mmdistill_core.networks.pixels import Pixels
 
-    check_extractor(wanted.kind, wanted.weights, manifest.shape)
     if wanted.kind == "inception":
-        return load_inception(str(wanted.weights)), None
+        return _inception(wanted.weights), None
+    check_extractor(wanted.kind, None, manifest.shape)
     if wanted.kind == "pixels":
         return Pixels(), None
     if wanted.kind == "mixture" and exact is not None:

@@ -21,7 +21,6 @@ from workflows.session.opening import open_context
 from workflows.session.options import RunOptions, every_of, workers_of
 from workflows.session.results import Results
 from workflows.storage.local import write_json
-from workflows.storage.uri import join
 
 STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
 
@@ -66,7 +65,7 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
         if options.until == STAGES[-1]:
             folder = context.workspace.report(config.recipe)
             shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
-            summary["report"] = join(context.workspace.uri, "reports", config.recipe, "report.html")
+            summary["report"] = context.workspace.report_uri(config.recipe)
             summary["report_here"] = str(folder / "report.html")
             write_json(folder / "summary.json", summary)
             context.workspace.share_report(config.recipe)

@@ -9,9 +9,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmdistill_core.defaults import LEVEL_EDGES
+
 if TYPE_CHECKING:
     from mmdistill_core.methods.base import Curve
 
+LEVELS = (
+    f"logsnr < {LEVEL_EDGES[0]:g}",
+    *(f"{low:g} to {high:g}" for low, high in itertools.pairwise(LEVEL_EDGES)),
+    f"logsnr > {LEVEL_EDGES[-1]:g}",
+)
+"""The legend of the curves by noise level."""
 STUDENT, TEACHER, FLOOR, INK = "#d1495b", "#2b6f9e", "#8a8f98", "#22262b"
 History = list[tuple[int, dict[str, float]]]
 """The metrics of a training: (images seen, metrics)."""
@@ -144,12 +152,12 @@ def curve_in_training(histories: dict[str, History], curve: Curve) -> str:
     first, last = next(iter(with_curve), ""), next(reversed(with_curve), "")
 
     def draw(axis: Any, title: str, history: History) -> None:
-        for level in range(8) if curve.by_level else ():
+        for level, name in enumerate(LEVELS) if curve.by_level else ():
             metric = f"{curve.metric}/level{level}"
             points = [(n / 1e3, m[metric]) for n, m in history if metric in m]
             if points:
-                name = ("logsnr < -6", *(f"{-6 + 2 * i} to {-4 + 2 * i}" for i in range(6)), "logsnr > 6")[level]
-                axis.plot(*zip(*points, strict=True), color=levels(level / 7.5), linewidth=1, alpha=0.8, label=name)
+                color = levels(level / (len(LEVELS) - 0.5))
+                axis.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.8, label=name)
         mean = [(n / 1e3, m[curve.metric]) for n, m in history if curve.metric in m]
         if mean:
             axis.plot(*zip(*mean, strict=True), color=INK, linewidth=2, label="mean")

@@ -266,11 +266,13 @@ class Workspace:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
-    def share_report(self, recipe: str) -> str:
-        """Uploads the report of a workspace in a store. Returns the report's address."""
+    def report_uri(self, recipe: str) -> str:
+        return join(self.uri, "reports", recipe, "report.html")
+
+    def share_report(self, recipe: str) -> None:
+        """Uploads the report of a workspace in a store."""
         if self.remote:
             store.publish(self.report(recipe), join(self.uri, "reports", recipe))
-        return join(self.uri, "reports", recipe, "report.html")
 
     @property
     def default_tracking_uri(self) -> str:

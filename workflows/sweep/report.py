@@ -9,7 +9,6 @@ from workflows.rendering.screen import clock
 from workflows.session.context import Done
 from workflows.session.results import Results
 from workflows.storage.local import write_json
-from workflows.storage.uri import join
 from workflows.sweep.best import Registered, best_recipe
 from workflows.sweep.ledger import Ledger
 from workflows.sweep.table import front, short_value, summarise, varied
@@ -28,7 +27,7 @@ def write_report(ledger: Ledger, prepared: Done, trained: Done, made: Registered
     context.workspace.share_report(name)
     for file in ("report.html", "best.yaml", "trials.json"):
         context.tracker.log_artifact(context.parent_run, folder / file)
-    return join(context.workspace.uri, "reports", name, "report.html")
+    return context.workspace.report_uri(name)
 
 
 def rows_of(ledger: Ledger) -> list[dict[str, Any]]:
