@@ -69,6 +69,29 @@ def eta_step(*, schedule: Schedule, z_t: Tensor, x: Tensor, t: Tensor, s: Tensor
     return expand(schedule.alpha(s), like=x) * x + expand(kept, like=x) * eps_hat + expand(g, like=x) * noise
 
 
+def diffused(*, schedule: Schedule, mean: Tensor, var: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """z_t ~ q(z_t | z_s) for a state z_s ~ N(mean, var), s <= t. var: [b]."""
+    a, more = _more_noise(schedule, s, t)
+    return expand(a, like=mean) * mean + expand((a**2 * var + more).sqrt(), like=mean) * noise
+
+
+def x_of_state(*, schedule: Schedule, mean: Tensor, var: Tensor, z_t: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """The x that explains a state z_s ~ N(mean, var) which was diffused to z_t: E[z_s | mean, z_t] = c_z z_t + c_x x, with the
+    coefficients of q(z_s | z_t, x). Averaged over the data and their noise it is E_q[x | z_t]; at s = 0 it is the mean. var: [b].
+    """
+    a, more = _more_noise(schedule, s, t)
+    gain = var * a / (a**2 * var + more)
+    z_s = mean + expand(gain, like=mean) * (z_t - expand(a, like=mean) * mean)
+    c_z, c_x, _ = posterior_coefficients(schedule=schedule, t=t, s=s)
+    return (z_s - expand(c_z, like=mean) * z_t) / expand(c_x, like=mean)
+
+
+def _more_noise(schedule: Schedule, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, var) of q(z_t | z_s) = N(a z_s, var I), each [b]."""
+    gain = -torch.expm1(schedule.logsnr(t) - schedule.logsnr(s))
+    return schedule.alpha(t) / schedule.alpha(s), schedule.sigma(t) ** 2 * gain
+
+
 def x_from_ddim_ends(*, schedule: Schedule, z_t: Tensor, z_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """x = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t): the x whose DDIM step ends at z_s."""
     ratio = schedule.sigma(s) / schedule.sigma(t)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mmdistill_core.diffusion.guidance import NULL_LABEL, guided, squeezed
+from mmdistill_core.diffusion.process import diffused, expand, posterior_coefficients, x_of_state
 from mmdistill_core.diffusion.times import Pairing, TimeDensity, sample_pairs
 from mmdistill_core.diffusion.weighting import Weighting, dmd_weight, weight
 from mmdistill_core.methods.base import (
@@ -53,7 +54,6 @@ from mmdistill_core.methods.parts import (
     Derivative,
     Transition,
     denoising_loss,
-    direction_gap,
     directional_derivative,
     noisy,
     parameters_of,
@@ -64,17 +64,20 @@ from mmdistill_core.methods.parts import (
 )
 from mmdistill_core.networks.preconditioner import Preconditioner
 from mmdistill_core.options import option
-from mmdistill_core.rng import Rng, uniform
+from mmdistill_core.rng import Rng, normal_like, uniform
 
 Update = Literal["alternating", "joint", "instant"]
 
 
 @dataclass(frozen=True)
 class _Draw:
-    """The draws of an update: t, s, z_t, the weight w(s), and the guidance [b] of each sample, if there is any."""
+    """The draws of an update: t, s, z_t, the weight w(s), and the guidance [b] of each sample, if there is any. `to`: the time to
+    which the student's sampler goes from t, if `matched` is state.
+    """
 
     t: Tensor
     s: Tensor
+    to: Tensor | None
     z_t: Tensor
     w: Tensor
     guidance: Tensor | None
@@ -93,6 +96,11 @@ class MomentMatching(Method):
         "joint: both from every batch, and they share the student's and the teacher's forwards: 7 forward-equivalents a pair of "
         "updates in place of 10; with auxiliary_updates > 1 only the last of them is shared. instant: no auxiliary, from the "
         "teacher's own gradient",
+    )
+    matched: Literal["step", "state"] = option(
+        "step",
+        "what is matched. step: x_tilde, at a z_s within the step (the paper's). state, an experiment: the state that the sampler "
+        "goes to, noised to s; its fixed point is the data's marginal after every step, at any k",
     )
     pairing: Pairing = option("grid", "how t goes with s (times.sample_pairs)")
     delta_power: float = option(
@@ -134,6 +142,10 @@ class MomentMatching(Method):
         low, high = self._guidance
         if not 0 <= low <= high:
             raise ValueError(f"guidance: {self.guidance} should be at least 0, or [low, high]")
+        if self.matched == "state" and (self.transition != "conditional" or self.eta != 1 or self.pairing != "grid"):
+            raise ValueError(
+                "matched: state needs the steps of the ancestral sampler: pairing grid, transition conditional, eta 1"
+            )
         if self.transition == "unconditional" and self.eta != 1:
             raise ValueError(f"eta: {self.eta} belongs to the conditional transition")
         if self.update == "instant" and (self.auxiliary_sees_t or self.auxiliary_updates > 1):
@@ -222,10 +234,13 @@ class MomentMatching(Method):
         return (
             Curve(
                 "moment_gap",
-                "moment gap",
-                "How far the auxiliary's prediction is from the teacher's on the same noised samples of the student. The gap "
-                "closes as the student's samples come to match the data. In symbols: w(s) ‖g_φ(z_s) − g_θ(z_s)‖², with g_φ the "
-                "auxiliary, g_θ the teacher, z_s the sample at noise level s, and w(s) that level's weight.",
+                "squared moment gap",
+                "How far the student's samples are from the data, as the teacher sees them: 0 once they match. The auxiliary "
+                "has not seen the samples that it is multiplied with, so its own noise adds nothing, and a converged student is "
+                "below 0 as often as above. In symbols: 2 w(s) (x − g_θ(z_s)) · (g_φ(z_s) − g_θ(z_s)), whose mean is "
+                "w(s) ‖E[x | z_s] − g_θ(z_s)‖² for an auxiliary g_φ that has learnt all it can; g_θ is the teacher, x the "
+                "student's prediction, z_s the sample at noise level s, and w(s) that level's weight.",
+                signed=True,
             ),
         )
 
@@ -254,6 +269,10 @@ class MomentMatching(Method):
             delta_power=self.delta_power,
             logsnr_shift=self.logsnr_shift,
         )
+        to = None
+        if self.matched == "state":
+            to = (t - 1 / self.k).clamp_min(0)
+            s = torch.maximum(s, to + 1e-3 / self.k)  # at `to` itself nothing is left to predict
         w = weight(
             weighting="flat" if self.w_s == "dmd" else self.w_s,
             logsnr=self.schedule.logsnr(s),
@@ -267,7 +286,7 @@ class MomentMatching(Method):
             guidance = torch.full_like(t, low)
             if high > low:
                 guidance += (high - low) * uniform(len(t), rng=rng)
-        return _Draw(t=t, s=s, z_t=z_t, w=w, guidance=guidance, label=batch.label)
+        return _Draw(t=t, s=s, to=to, z_t=z_t, w=w, guidance=guidance, label=batch.label)
 
     def _conditions(self, draw: _Draw) -> tuple[dict[str, Tensor], ...]:
         """The student's conditions as its last argument, or no argument if it has none."""
@@ -304,17 +323,26 @@ class MomentMatching(Method):
             modified = modified.clamp(-1, 1)
         return x_hat if modified is x_hat else straight_through(value=x_hat, modified=modified)
 
-    def _step(self, draw: _Draw, x_tilde: Tensor, rng: Rng) -> Tensor:
-        return transition(
-            schedule=self.schedule,
-            z_t=draw.z_t,
-            x_tilde=x_tilde,
-            t=draw.t,
-            s=draw.s,
-            rng=rng,
-            kind=self.transition,
-            eta=self.eta,
-        )
+    def _compared(self, draw: _Draw, x_tilde: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        """(x, sg[z_s]): the x that auxiliary and teacher predict at z_s. It has the student's gradient."""
+        schedule, t, s = self.schedule, draw.t, draw.s
+        if draw.to is None:
+            z_s = transition(
+                schedule=schedule,
+                z_t=draw.z_t,
+                x_tilde=x_tilde,
+                t=t,
+                s=s,
+                rng=rng,
+                kind=self.transition,
+                eta=self.eta,
+            )
+            return x_tilde, z_s
+        c_z, c_x, var = posterior_coefficients(schedule=schedule, t=t, s=draw.to)
+        mean = expand(c_z, like=x_tilde) * draw.z_t + expand(c_x, like=x_tilde) * x_tilde
+        noise = normal_like(x_tilde, rng=rng)
+        z_s = diffused(schedule=schedule, mean=mean.detach(), var=var, s=draw.to, t=s, noise=noise)
+        return x_of_state(schedule=schedule, mean=mean, var=var, z_t=z_s, s=draw.to, t=s), z_s
 
     def _push(self, draw: _Draw, x_tilde: Tensor, of_teacher: Tensor, direction: Tensor) -> Tensor:
         """L_eta, [b]."""
@@ -326,12 +354,16 @@ class MomentMatching(Method):
         loss = denoising_loss(x=x_tilde.detach(), x_hat=of_auxiliary, weight=draw.w)
         return loss + denoising_loss(x=of_teacher, x_hat=of_auxiliary, weight=draw.w) if self.pull else loss
 
-    def _losses(self, draw: _Draw, per_sample: dict[str, Tensor], direction: Tensor) -> Losses:
-        gap = direction_gap(direction=direction, weight=draw.w)
+    def _losses(
+        self, draw: _Draw, per_sample: dict[str, Tensor], x: Tensor, of_teacher: Tensor, direction: Tensor
+    ) -> Losses:
+        """With the curve: an unbiased estimate of the squared moments, since the auxiliary learnt from other batches."""
+        halved = 2 if self.pull else 1  # the pull halves the direction
+        squared = halved * push(x_hat=(x - of_teacher).detach(), direction=direction, weight=draw.w)
         return Losses(
             per_sample,
-            logs={"moment_gap": gap},
-            by_level={"moment_gap": gap},
+            logs={"moment_gap": squared},
+            by_level={"moment_gap": squared},
             logsnr=self.schedule.logsnr(draw.s),
             forwards=3 + (draw.guidance is not None),
         )
@@ -339,45 +371,41 @@ class MomentMatching(Method):
     def _auxiliary_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
         draw = self._draw(batch, rng)
         with torch.no_grad():
-            x_tilde = self._student(nets, draw)
-            z_s = self._step(draw, x_tilde, rng)
+            x, z_s = self._compared(draw, self._student(nets, draw), rng)
             of_teacher = self._teacher(nets, draw, z_s)
         of_auxiliary = self._auxiliary(nets, draw, z_s)
-        loss = self._fit_auxiliary(draw, x_tilde, of_auxiliary, of_teacher)
-        return self._losses(draw, {"auxiliary": loss}, of_auxiliary - of_teacher)
+        loss = self._fit_auxiliary(draw, x, of_auxiliary, of_teacher)
+        return self._losses(draw, {"auxiliary": loss}, x, of_teacher, of_auxiliary - of_teacher)
 
     def _student_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
         draw = self._draw(batch, rng)
-        x_tilde = self._student(nets, draw)
+        x, z_s = self._compared(draw, self._student(nets, draw), rng)
         with torch.no_grad():
-            z_s = self._step(draw, x_tilde, rng)
             of_teacher = self._teacher(nets, draw, z_s)
             direction = self._auxiliary(nets, draw, z_s) - of_teacher
-        return self._losses(draw, {"student": self._push(draw, x_tilde, of_teacher, direction)}, direction)
+        return self._losses(draw, {"student": self._push(draw, x, of_teacher, direction)}, x, of_teacher, direction)
 
     def _joint_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
         draw = self._draw(batch, rng)
-        x_tilde = self._student(nets, draw)
+        x, z_s = self._compared(draw, self._student(nets, draw), rng)
         with torch.no_grad():
-            z_s = self._step(draw, x_tilde, rng)
             of_teacher = self._teacher(nets, draw, z_s)
         of_auxiliary = self._auxiliary(nets, draw, z_s)
         direction = of_auxiliary - of_teacher
         per_sample = {
-            "student": self._push(draw, x_tilde, of_teacher, direction),
-            "auxiliary": self._fit_auxiliary(draw, x_tilde, of_auxiliary, of_teacher),
+            "student": self._push(draw, x, of_teacher, direction),
+            "auxiliary": self._fit_auxiliary(draw, x, of_auxiliary, of_teacher),
         }
-        return self._losses(draw, per_sample, direction)
+        return self._losses(draw, per_sample, x, of_teacher, direction)
 
     def _nu(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Statistic:
         """nu = -Lambda G: Algorithm 3's first half. It is linear in G, so it may be averaged over parts and workers."""
         draw, teacher = self._draw(batch, rng), nets["teacher"]
         with torch.no_grad():
-            x_tilde = self._student(nets, draw)
-            z_s = self._step(draw, x_tilde, rng)
+            x, z_s = self._compared(draw, self._student(nets, draw), rng)
         parameters = parameters_of(teacher)
         x_hat = functional_call(teacher, parameters, (z_s, draw.s, draw.label))
-        loss = -denoising_loss(x=x_tilde, x_hat=self._modified(nets, draw, z_s, x_hat), weight=draw.w).mean()
+        loss = -denoising_loss(x=x, x_hat=self._modified(nets, draw, z_s, x_hat), weight=draw.w).mean()
         falling = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
         nu: Statistic = nets["preconditioner"](dict(zip(parameters, falling, strict=True)))
         return nu
@@ -387,15 +415,14 @@ class MomentMatching(Method):
         curve of the squared moments at no cost. It is unbiased, since A and B are independent.
         """
         draw = self._draw(batch, rng)
-        x_tilde = self._student(nets, draw)
+        x, z_s = self._compared(draw, self._student(nets, draw), rng)
         with torch.no_grad():
-            z_s = self._step(draw, x_tilde, rng)
             arguments = (z_s, draw.s, draw.label)
             x_hat, direction = directional_derivative(nets["teacher"], arguments, direction=nu, by=self.derivative)
             of_teacher = self._modified(nets, draw, z_s, x_hat)
-            squared = 2 * draw.w * per_sample_mean((x_tilde - of_teacher) * direction)
+            squared = 2 * draw.w * per_sample_mean((x - of_teacher) * direction)
         return Losses(
-            {"student": self._push(draw, x_tilde, of_teacher, direction)},
+            {"student": self._push(draw, x, of_teacher, direction)},
             logs={"squared_moments": squared},
             by_level={"squared_moments": squared},
             logsnr=self.schedule.logsnr(draw.s),

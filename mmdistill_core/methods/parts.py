@@ -101,8 +101,3 @@ def directional_derivative(
                 (d,) = torch.autograd.grad(along, u)
             return g.detach(), d
     raise ValueError(f"derivative: {by!r} is not one of {', '.join(get_args(Derivative))}")
-
-
-def direction_gap(*, direction: Tensor, weight: Tensor) -> Tensor:
-    """w |g_phi - g_theta|^2, [b]: the moment gap, which is what moment matching drives to zero at every noise level."""
-    return weight * per_sample_mean(direction.detach().square())

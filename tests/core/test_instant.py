@@ -94,7 +94,7 @@ def test_it_descends_the_squared_moments_with_factor_two(kind):
     rng = generator(1)
     draw = method._draw(batch, rng)
     x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
-    z_s = method._step(draw, x_tilde.detach(), rng)
+    _, z_s = method._compared(draw, x_tilde.detach(), rng)
     theta = list(nets["teacher"].requires_grad_(True).parameters())
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         error = (x_tilde - nets["teacher"](z_s, draw.s, draw.label)).square().flatten(1).mean(1)
@@ -209,7 +209,7 @@ def test_a_modified_teacher_is_differentiated_straight_through(choice):
     rng = generator(1)
     draw = method._draw(batch, rng)
     x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
-    z_s = method._step(draw, x_tilde, rng)
+    _, z_s = method._compared(draw, x_tilde, rng)
     network = nets["teacher"].requires_grad_(True)
     x_hat = network(z_s, draw.s, draw.label)
     if "guidance" in choice:

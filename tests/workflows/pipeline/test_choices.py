@@ -72,7 +72,7 @@ def test_students_keep_how_they_are_sampled(chosen):
 def test_the_report_explains_each_methods_curve(chosen):
     page = next((chosen[0].workspace / "stages").glob("report-*/report.html")).read_text()
     assert "the squared moments of Algorithm 3" in page
-    assert "How far the auxiliary&#39;s prediction is from the teacher&#39;s" in page
+    assert "How far the student&#39;s samples are from the data" in page
 
 
 def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatch):
@@ -88,7 +88,10 @@ def test_the_figure_of_moments_draws_what_each_student_logged(chosen, monkeypatc
     histories = {k: read_metrics(folder) for k, folder in folders.items()}
     (n, last), *_ = histories[2][-1:]
     histories[2] = [*histories[2][:-1], (n, last | {"squared_moments": -last["squared_moments"]})]
-    for k, update, scale, label in ((1, "joint", "log", "moment gap"), (2, "instant", "symlog", "squared moments")):
+    for k, update, scale, label in (
+        (1, "joint", "symlog", "squared moment gap"),
+        (2, "instant", "symlog", "squared moments"),
+    ):
         (curve,) = MomentMatching(schedule=Cosine(), update=update).curves
         plots.curve_in_training({f"k = {k}": history for k, history in histories.items()}, curve)
         (axis,) = drawn["axes"]
