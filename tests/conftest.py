@@ -17,18 +17,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as under nohup
+sys.path.insert(0, str(Path(__file__).parent / "outside"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from services import in_stack, server, stack  # noqa: F401  the fixtures of the marker `services`
 from small import Runner
 from stores import KEYS, PLANTED, moto
 
+OUTSIDE = str(Path(__file__).parent / "outside")
+"""A package that is not mmdistill, as pip would install it: these tests and the workers of their Ray find it."""
+
 # By their minutes, of all tiers: the order in which streams of files end together.
 LONGEST = [
     "test_nodes", "test_ray_up", "test_team", "test_sweep", "test_recovery", "test_outage", "test_upgrade",
     "test_jobs", "test_terraform", "test_cluster", "test_backup", "test_moment_matching", "test_stack", "test_crew",
-    "test_outside_method", "test_prepare", "test_compose", "test_together", "test_recipes", "test_plan",
-    "test_promote", "test_tracking", "test_pipeline", "test_remote", "test_reference", "test_storage",
+    "test_prepare", "test_compose", "test_together", "test_recipes", "test_plan",
+    "test_promote", "test_tracking", "test_outside_method", "test_pipeline", "test_remote", "test_reference",
+    "test_storage",
 ]  # fmt: skip
 
 
@@ -82,6 +87,7 @@ def ray_cluster(moto_server):
         with pytest.MonkeyPatch.context() as patch:
             for name, value in (KEYS | {"AWS_ENDPOINT_URL": moto_server, "AWS_SECRET_ACCESS_KEY": PLANTED}).items():
                 patch.setenv(name, value)
+            patch.setenv("PYTHONPATH", OUTSIDE, prepend=os.pathsep)
             resources = held.enter_context(ray_session(cpus=2))
         yield resources
 

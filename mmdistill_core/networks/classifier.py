@@ -11,6 +11,9 @@ from torch.nn import functional as F
 
 from mmdistill_core.networks.extractor import Extractor
 
+LARGEST = 32
+"""Larger images are read in patches of several pixels, so that their cost does not grow with their size."""
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:
@@ -19,6 +22,12 @@ class ClassifierConfig:
     num_classes: int
     width: int = 32
     features: int = 32
+
+    @property
+    def patch(self) -> int:
+        """The side of a patch: the largest that leaves an image of at least LARGEST patches a side."""
+        sizes = range(1, max(1, self.image_size // LARGEST) + 1)
+        return max(size for size in sizes if self.image_size % size == 0)
 
 
 class Classifier(Extractor):
@@ -37,7 +46,7 @@ class Classifier(Extractor):
         w = config.width
         self.convs = nn.ModuleList(
             [
-                nn.Conv2d(config.channels, w, 3, padding=1),
+                nn.Conv2d(config.channels * config.patch**2, w, 3, padding=1),
                 nn.Conv2d(w, 2 * w, 3, padding=1),
                 nn.Conv2d(2 * w, 2 * w, 3, padding=1),
             ]
@@ -47,7 +56,7 @@ class Classifier(Extractor):
         self.register_buffer("scale", torch.ones(config.features))
 
     def _hidden(self, images: Tensor) -> Tensor:
-        h = F.gelu(self.convs[0](images))
+        h = F.gelu(self.convs[0](F.pixel_unshuffle(images, self.config.patch)))
         h = F.avg_pool2d(F.gelu(self.convs[1](h)), 2)
         h = F.adaptive_avg_pool2d(F.gelu(self.convs[2](h)), 2)
         return self.features(h.flatten(1))

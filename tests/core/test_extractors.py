@@ -285,3 +285,13 @@ def test_inception_is_the_network_of_the_table(inception):
     features, logits = inception.features_and_logits(images)
     torch.testing.assert_close(features, x.mean((2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, features @ state["fc.weight"].T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "patch"), [(8, 1), (32, 1), (37, 1), (48, 1), (64, 2), (100, 2), (128, 4)])
+def test_a_classifier_reads_large_images_in_patches(size, patch):
+    """All pixels are read, and the layers are no larger than for an image of LARGEST to 2 LARGEST pixels a side."""
+    config = ClassifierConfig(image_size=size, channels=3, num_classes=2)
+    assert config.patch == patch
+    images = torch.zeros(1, 3, size, size, requires_grad=True)
+    Classifier(config)(images).sum().backward()
+    assert (images.grad != 0).all()

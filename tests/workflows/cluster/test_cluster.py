@@ -140,7 +140,7 @@ print(sorted(device for device, _, _ in both), len({pid for _, pid, _ in both + 
 """
 
 
-@pytest.mark.parametrize("visible", [None, "4,7"])
+@pytest.mark.parametrize("visible", [None, pytest.param("4,7", marks=pytest.mark.slow)])
 def test_a_task_knows_its_gpu_though_its_process_had_another(visible):
     """Two GPUs that are not there, which Ray gives all the same."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CUDA_VISIBLE"))}
