@@ -40,7 +40,10 @@ class NetworkConfig(ABC):
         return Denoiser(backbone=self.build(), schedule=schedule, prediction=prediction)
 
 
-NETWORKS: dict[str, str] = {"dit": "mmdistill_core.networks.dit:DiTConfig"}
+NETWORKS: dict[str, str] = {
+    "dit": "mmdistill_core.networks.dit:DiTConfig",
+    "unet": "mmdistill_core.networks.unet:UNetConfig",
+}
 """Configurations by kind. Each is imported on first use, so that a new one changes no key of another."""
 EXACT: dict[str, str] = {"mixture": "mmdistill_core.networks.exact:MixtureConfig"}
 """Configurations of denoisers in closed form. A model may hold one, but nothing trains it."""

@@ -47,10 +47,12 @@ class Autocast(nn.Module):
 
 
 def blocks_of(network: nn.Module) -> Iterator[nn.Module]:
-    """The repeated blocks of a network: the members of its module lists."""
-    for module in network.modules():
+    """The blocks of a network: the members of its module lists, but not of lists within these."""
+    for module in network.children():
         if isinstance(module, nn.ModuleList):
             yield from module
+        else:
+            yield from blocks_of(module)
 
 
 def parallelize(state: Any, compute: Compute, *, world: int, device: torch.device) -> None:
