@@ -92,7 +92,7 @@ def run_ablation(
         }
         kept = page.with_suffix("") / f"{recipe}.json"
         new = kept.with_suffix(".new")
-        how = SweepOptions(register=False)
+        how = SweepOptions(register=False, reporting=True)
         run_sweep(config, options, screen, space=space_of(space, config), how=how, out=new, name="ablation")
         merge_rows(kept, new)
         write_table(page, recipe, json.loads(kept.read_text())["trials"])
@@ -124,14 +124,17 @@ def write_table(page: Path, recipe: str, trials: list[dict[str, Any]]) -> None:
 
 
 def table(trials: list[dict[str, Any]]) -> str:
-    """Distance by choice and k, mean ± standard deviation over seeds, the best of a column in bold; and the mean seconds."""
+    """Distance in the main features that report, by choice and k: mean ± standard deviation over seeds. The best of a column is in
+    bold. The last column has the mean seconds.
+    """
     named = [
         row | {"point": {"choice": row["point"]["setting"]["choice"], **row["point"]} | {"setting": ""}}
         for row in trials
     ]
+    main = "frechet_reported"
     lines = {(line["point"]["choice"], line["point"]["k"]): line for line in summarise(named)}
     ks = sorted({k for _, k in lines})
-    best = {k: min(line["frechet"]["mean"] for (_, other), line in lines.items() if other == k) for k in ks}
+    best = {k: min(line[main]["mean"] for (_, other), line in lines.items() if other == k) for k in ks}
     rows = ["| | " + " | ".join(f"k = {k}" for k in ks) + " | seconds |", "|---" * (len(ks) + 2) + "|"]
     for choice in dict.fromkeys(name for name in CHOICES if any(c == name for c, _ in lines)):
         cells, seconds = [], []
@@ -140,7 +143,7 @@ def table(trials: list[dict[str, Any]]) -> str:
             if line is None:
                 cells.append("")
                 continue
-            mean, spread = line["frechet"]["mean"], line["frechet"]["spread"]
+            mean, spread = line[main]["mean"], line[main]["spread"]
             cell = f"{mean:.3f} ± {spread:.3f}"
             cells.append(f"**{cell}**" if mean == best[k] else cell)
             seconds.append(line["seconds"]["mean"])

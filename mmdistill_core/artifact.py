@@ -42,6 +42,7 @@ EXTRACTORS: dict[str, str] = {
     "inception": "mmdistill_core.networks.inception:Inception",
     "mixture": "mmdistill_core.networks.mixture:Mixture",
     "pixels": "mmdistill_core.networks.pixels:Pixels",
+    "random": "mmdistill_core.networks.random_features:RandomFeatures",
 }
 """Extractors by kind, imported on first use."""
 

@@ -17,7 +17,8 @@ from workflows.training.events import EVENTS
 
 IMAGES, LOG_EVERY = 102_400, 2560
 LONG = [
-    "data.extractor=pixels",  # no classifier to train first
+    "data.extractor=pixels",
+    "data.reporting=[random]",  # no classifier to train first
     f"teacher.images={IMAGES}",
     "teacher.checkpoint_every=12800",
     f"teacher.log_every={LOG_EVERY}",

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from mmdistill_core.images import centred
 from mmdistill_core.methods.base import Batch
 from mmdistill_core.rng import generator
 
@@ -18,11 +19,6 @@ BatchSource = Callable[[int], Batch]
 def share_of(global_batch: int, *, rank: int, world: int) -> range:
     """The rows of a global batch that worker `rank` of `world` gets. Workers' shares differ by at most one row."""
     return range(global_batch * rank // world, global_batch * (rank + 1) // world)
-
-
-def centred(x: Tensor) -> Tensor:
-    """Images in [-1, 1]: bytes of 0 to 255 become x / 127.5 - 1, floats are left as they are."""
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
 class InMemoryBatches:

@@ -13,7 +13,6 @@ from torch import Tensor
 from mmdistill_core.metrics.frechet import Moments, moments
 from mmdistill_core.networks.extractor import Extractor
 
-PIXELS = 4096
 T = TypeVar("T")
 
 
@@ -22,14 +21,12 @@ class Statistics:
     """All tensors are on the CPU.
 
     features    moments of all features
-    pixels      moments of the images as vectors; None beyond PIXELS dimensions, or if the features are the pixels
     near        [m, d] features of some images, for measures of pairs: precision, recall, kernel distance
     logits      [n, classes] of an extractor with its own classes, else None
     predicted   [n] labels, of an extractor that predicts the data's labels, else None
     """
 
     features: Moments
-    pixels: Moments | None
     near: Tensor
     logits: Tensor | None
     predicted: Tensor | None
@@ -38,11 +35,14 @@ class Statistics:
     def count(self) -> int:
         return self.features.count
 
+    @property
+    def dims(self) -> int:
+        return len(self.features.mean)
+
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both sets together, with `other` last."""
         return Statistics(
             features=self.features.merge(other.features),
-            pixels=_both(Moments.merge, self.pixels, other.pixels),
             near=torch.cat([self.near, other.near]),
             logits=_both(_behind, self.logits, other.logits),
             predicted=_both(_behind, self.predicted, other.predicted),
@@ -60,19 +60,13 @@ def _both(join: Callable[[T, T], T], a: T | None, b: T | None) -> T | None:
 def statistics(extractor: Extractor, images: Tensor, *, near: Tensor) -> Statistics:
     """The statistics of images [n, c, h, w] in [-1, 1] on the extractor's device. `near` [m]: the images for measures of pairs."""
     features, logits = extractor.features_and_logits(images)
-    pixels = images.flatten(1)
     own, labels = extractor.classes == "own", extractor.classes == "labels"
     return Statistics(
         features=moments(features),
-        pixels=moments(pixels) if has_pixels(extractor, pixels.shape[1]) else None,
         near=features[near.to(features.device)].cpu(),
         logits=logits.cpu() if own and logits is not None else None,
         predicted=logits.argmax(1).cpu() if labels and logits is not None else None,
     )
-
-
-def has_pixels(extractor: Extractor, dims: int) -> bool:
-    return extractor.kind != "pixels" and dims <= PIXELS
 
 
 def merged(parts: list[Statistics]) -> Statistics:

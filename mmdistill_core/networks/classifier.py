@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdistill_core.networks.extractor import Extractor
+from mmdistill_core.images import centred
+from mmdistill_core.networks.extractor import AT_ONCE, Extractor, Making, ScaledExtractor
+from mmdistill_core.rng import generator
 
 LARGEST = 32
 """Larger images are read in patches of several pixels, so that their cost does not grow with their size."""
@@ -30,15 +31,11 @@ class ClassifierConfig:
         return max(size for size in sizes if self.image_size % size == 0)
 
 
-class Classifier(Extractor):
-    """images [b, c, h, w] in [-1, 1] -> logits [b, num_classes]. The features [b, features] are the input of the last layers.
+class Classifier(ScaledExtractor):
+    """images [b, c, h, w] in [-1, 1] -> logits [b, num_classes]. The features [b, features] are the input of the last layers."""
 
-    `scale` [features] divides the features. `fit_scale` sets it to their standard deviation on the data, so that all features
-    count alike in a distance.
-    """
-
-    kind, classes, Config = "classifier", "labels", ClassifierConfig
-    scale: Tensor
+    kind, classes, Config, needs_labels, twice = "classifier", "labels", ClassifierConfig, True, True
+    title = "a small classifier, trained on images that no other extractor learns from"
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -57,7 +54,8 @@ class Classifier(Extractor):
 
     def _hidden(self, images: Tensor) -> Tensor:
         h = F.gelu(self.convs[0](F.pixel_unshuffle(images, self.config.patch)))
-        h = F.avg_pool2d(F.gelu(self.convs[1](h)), 2)
+        h = F.gelu(self.convs[1](h))
+        h = F.avg_pool2d(h, 2) if min(h.shape[2:]) > 1 else h
         h = F.adaptive_avg_pool2d(F.gelu(self.convs[2](h)), 2)
         return self.features(h.flatten(1))
 
@@ -68,8 +66,42 @@ class Classifier(Extractor):
         hidden = self._hidden(images)
         return hidden / self.scale, self.out(F.gelu(hidden))
 
+    @classmethod
+    def made(cls, making: Making) -> tuple[Extractor, float | None]:
+        """Trained on the images that may be learnt from, with random shifts of up to one pixel."""
+        images, label, learnt, held = making.examples()
+        train_x, train_y, known = images[learnt], label[learnt], held & (label >= 0)
+        held_x, held_y = images[known], label[known]
+        if not len(train_x):
+            raise ValueError("classifier: there is no labelled image to train it on")
+        _, c, h, w = images.shape
+        rng, batch = generator(making.seed, 2), min(64, len(train_x))
+        torch.manual_seed(making.seed)
+        classifier = cls(ClassifierConfig(image_size=w, channels=c, num_classes=making.num_classes))
+        steps = making.epochs * (len(train_x) // batch)
+        optimiser = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
+        accuracy = None
+        for epoch in range(making.epochs):
+            classifier.train()
+            order = torch.randperm(len(train_x), generator=rng)
+            for part in order.split(batch)[: len(train_x) // batch]:
+                down, right = torch.randint(0, 3, (2,), generator=rng).tolist()
+                padded = F.pad(centred(train_x[part]), (1, 1, 1, 1), mode="replicate")
+                shifted = padded[:, :, down : down + h, right : right + w]
+                loss = F.cross_entropy(classifier(shifted), train_y[part], label_smoothing=0.05)
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+                schedule.step()
+            accuracy = classifier.eval().accuracy(held_x, held_y)
+            making.tick(epoch + 1, loss.item(), accuracy)
+        classifier.fit_scale(images)
+        return classifier, accuracy
+
     @torch.inference_mode()
-    def fit_scale(self, batches: Iterable[Tensor]) -> None:
-        """`batches` of images, all of the data."""
-        self.scale.fill_(1)
-        self.scale.copy_(torch.cat([self.extract(images) for images in batches]).std(0).clamp_min(1e-3))
+    def accuracy(self, images: Tensor, label: Tensor) -> float | None:
+        """The share of `images`, bytes or in [-1, 1], whose label is found. None if there are none."""
+        parts = zip(images.split(AT_ONCE), label.split(AT_ONCE), strict=True)
+        right = [self(centred(part)).argmax(1) == of for part, of in parts]
+        return torch.cat(right).double().mean().item() if len(images) else None

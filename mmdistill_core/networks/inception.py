@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdistill_core.networks.extractor import Extractor
+from mmdistill_core.networks.extractor import Extractor, Making
 
 SIZE = 299
 
@@ -146,7 +146,8 @@ class Inception(Extractor):
     Images are rounded to 8 bits, as in a file. Grey images are repeated over three channels.
     """
 
-    kind, classes, Config = "inception", "own", InceptionConfig
+    kind, classes, Config, needs_weights = "inception", "own", InceptionConfig, True
+    title = "the Inception-v3 of the FID, 2,048 of them"
     preprocessing = "8 bits, bilinear to 299x299 without antialiasing"
     batch = 50
 
@@ -165,6 +166,17 @@ class Inception(Extractor):
         self.Mixed_7a = BlockD(768)
         self.Mixed_7b, self.Mixed_7c = BlockE(1280, last=False), BlockE(2048, last=True)
         self.fc = nn.Linear(2048, config.classes)
+
+    @classmethod
+    def check(cls, *, shape: tuple[int, int, int], num_classes: int, weights: str | None = None) -> None:
+        if shape[0] not in (1, 3):
+            raise ValueError(f"inception takes 1 or 3 channels, and the images have {shape[0]}")
+        if weights is not None:
+            load_inception(weights)
+
+    @classmethod
+    def made(cls, making: Making) -> tuple[Extractor, float | None]:
+        return load_inception(str(making.weights)), None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, 3, 299, 299] in [-1, 1] -> the last block [b, 2048, 8, 8]."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmdistill_core.networks.extractor import Extractor
+from mmdistill_core.images import centred
+from mmdistill_core.networks.extractor import Extractor, Making
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,10 @@ class Mixture(Extractor):
     r_j(x) is the posterior weight of mode j under the density sum_j p_j N(m_j, S_j I). Images are treated as vectors of `dims`.
     """
 
-    kind, classes, Config = "mixture", "labels", MixtureConfig
+    kind, classes, Config, needs_labels = "mixture", "labels", MixtureConfig, True
+    title = (
+        "a Gaussian mixture: the posterior weights of its modes, and the offsets from their means times these weights"
+    )
     weights: Tensor
     means: Tensor
     variances: Tensor
@@ -33,6 +37,14 @@ class Mixture(Extractor):
         self.register_buffer("weights", torch.full((config.modes,), 1 / config.modes))
         self.register_buffer("means", torch.zeros(config.modes, config.dims))
         self.register_buffer("variances", torch.ones(config.modes))
+
+    @classmethod
+    def made(cls, making: Making) -> tuple[Extractor, float | None]:
+        if (exact := making.exact) is not None:
+            return cls.of(weights=exact.weights, means=exact.means, variances=exact.variances), None
+        images, label, _, _ = making.examples()
+        known = label >= 0
+        return cls.fitted(centred(images[known]), label[known], modes=making.num_classes), None
 
     @staticmethod
     def of(*, weights: Tensor, means: Tensor, variances: Tensor) -> Mixture:

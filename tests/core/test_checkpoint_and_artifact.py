@@ -116,7 +116,7 @@ def test_the_classifiers_features_have_unit_deviation_on_the_data():
     torch.manual_seed(0)
     images = torch.randn(40, 1, 8, 8)
     classifier = Classifier(ClassifierConfig(8, 1, 10)).eval()
-    classifier.fit_scale([images])
+    classifier.fit_scale(images)
     torch.testing.assert_close(classifier.extract(images).std(0), torch.ones(32))
     torch.testing.assert_close(classifier.logits(images), classifier(images))
 

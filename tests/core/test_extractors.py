@@ -11,6 +11,7 @@ from mmdistill_core.artifact import EXTRACTORS, NotAModel, load_extractor, save_
 from mmdistill_core.metrics.frechet import frechet_distance, moments
 from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
 from mmdistill_core.networks.exact import ring_of_gaussians
+from mmdistill_core.networks.extractor import Examples, Making
 from mmdistill_core.networks.inception import (
     BlockE,
     Inception,
@@ -22,6 +23,7 @@ from mmdistill_core.networks.inception import (
 )
 from mmdistill_core.networks.mixture import Mixture
 from mmdistill_core.networks.pixels import Pixels
+from mmdistill_core.networks.random_features import RandomFeatures, RandomFeaturesConfig
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +49,19 @@ def ring(modes=4):
 def test_round_trip(tmp_path, kind, inception):
     torch.manual_seed(0)
     classifier = Classifier(ClassifierConfig(8, 1, 10)).eval()
-    classifier.fit_scale([torch.randn(40, 1, 8, 8)])
-    before = {"classifier": classifier, "inception": inception, "mixture": ring()[0], "pixels": Pixels()}[kind]
+    classifier.fit_scale(torch.randn(40, 1, 8, 8))
+    random = RandomFeatures(RandomFeaturesConfig(8, 1))
+    random.fit_scale(torch.rand(40, 1, 8, 8))
+    before = {
+        "classifier": classifier, "inception": inception, "mixture": ring()[0], "pixels": Pixels(), "random": random
+    }[kind]  # fmt: skip
     assert before.kind == kind
     images = torch.rand(3, 2, 1, 1) if kind == "mixture" else torch.rand(3, 1, 8, 8) * 2 - 1
     save_extractor(tmp_path / "e", before, provenance={"from": "a test"})
     after = load_extractor(tmp_path / "e")
     assert after.fingerprint() == before.fingerprint()
     for a, b in zip(after.features_and_logits(images), before.features_and_logits(images), strict=True):
-        assert (a is None) == (b is None) == (a is None and kind == "pixels")
+        assert (a is None) == (b is None) == (a is None and kind in ("pixels", "random"))
         assert a is None or (torch.equal(a, b) and a.isfinite().all() and len(a) == 3)
     assert {p.name for p in (tmp_path / "e").iterdir()} == {"weights.safetensors", "model.json"}
     assert json.loads((tmp_path / "e" / "model.json").read_text())["provenance"] == {"from": "a test"}
@@ -64,7 +70,7 @@ def test_round_trip(tmp_path, kind, inception):
 def test_a_folder_of_another_kind_is_refused(tmp_path):
     save_extractor(tmp_path / "e", Pixels(), provenance={})
     (tmp_path / "e" / "model.json").write_text(json.dumps({"format": 1, "kind": "denoiser"}))
-    with pytest.raises(NotAModel, match="classifier or inception or mixture or pixels"):
+    with pytest.raises(NotAModel, match="classifier or inception or mixture or pixels or random"):
         load_extractor(tmp_path / "e")
 
 
@@ -295,3 +301,37 @@ def test_a_classifier_reads_large_images_in_patches(size, patch):
     images = torch.zeros(1, 3, size, size, requires_grad=True)
     Classifier(config)(images).sum().backward()
     assert (images.grad != 0).all()
+
+
+def test_a_classifier_sees_bytes_as_it_sees_floats_and_knows_when_it_can_not_be_tested():
+    values = torch.randint(0, 256, (120, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    label, held = torch.arange(120) % 3, torch.arange(120) < 30
+
+    def fit(images, held):
+        return Classifier.made(Making(lambda: Examples(images, label, ~held, held), num_classes=3, epochs=1))
+
+    assert fit(values, held)[0].fingerprint() == fit(values / 127.5 - 1, held)[0].fingerprint()
+    assert fit(values, held & False)[1] is None
+    with pytest.raises(ValueError, match="no labelled image to train it on"):
+        fit(values, held | True)
+
+
+def test_random_features_are_of_no_data_but_for_their_scale_and_see_what_is_wrong():
+    """Blurred, shifted or noisy images are far from the others, images of the same kind are not."""
+    rng = torch.Generator().manual_seed(0)
+    centre = torch.randint(2, 6, (2, 800), generator=rng)
+    y, x = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    squares = ((y - centre[0][:, None, None]).abs() < 2) & ((x - centre[1][:, None, None]).abs() < 2)
+    images = squares[:, None].float() * 2 - 1
+    network, accuracy = RandomFeatures.made(Making(lambda: Examples(images, None, None, None)))
+    again, _ = RandomFeatures.made(Making(lambda: Examples(images.flip(0) / 2, None, None, None)))
+    assert accuracy is None
+    assert torch.equal(network.projection, again.projection)
+    assert not torch.equal(network.scale, again.scale)
+
+    def distance(these):
+        return frechet_distance(moments(network.extract(these)), moments(network.extract(images[:400])))
+
+    same = distance(images[400:])
+    spoilt = [F.avg_pool2d(images, 3, 1, 1), images.roll(1, 2), images + 0.3 * torch.randn(images.shape, generator=rng)]
+    assert all(distance(one[400:]) > 3 * same for one in spoilt)

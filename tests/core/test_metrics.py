@@ -12,9 +12,8 @@ from mmdistill_core.metrics.frechet import Moments, frechet_distance, moments, p
 from mmdistill_core.metrics.inception_score import inception_score
 from mmdistill_core.metrics.kernel import kernel_distance
 from mmdistill_core.metrics.precision_recall import precision_recall
-from mmdistill_core.metrics.statistics import PIXELS, merged, statistics
+from mmdistill_core.metrics.statistics import merged, statistics
 from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
-from mmdistill_core.networks.pixels import Pixels
 
 
 def features(n, d, seed, shift=0.0):
@@ -103,20 +102,7 @@ def test_statistics_of_parts_merge_to_those_of_the_whole(sizes):
     assert torch.equal(joined.predicted, whole.predicted)
     assert joined.logits is whole.logits is None
     torch.testing.assert_close(joined.near, whole.near)
-    for a, b in ((joined.features, whole.features), (joined.pixels, whole.pixels)):
-        torch.testing.assert_close(a.scatter, b.scatter, atol=1e-5, rtol=1e-5)
-
-
-def test_pixel_moments_end_where_they_would_not_fit():
-    def of(*shape):
-        return statistics(
-            Classifier(ClassifierConfig(shape[1], shape[0], 10)), torch.zeros(3, *shape), near=torch.arange(1)
-        )
-
-    assert of(1, 64, 64).pixels is not None
-    assert PIXELS < 3 * 64 * 64
-    assert of(3, 64, 64).pixels is None
-    assert statistics(Pixels(), torch.zeros(3, 1, 2, 2), near=torch.arange(1)).pixels is None, "they are the features"
+    torch.testing.assert_close(joined.features.scatter, whole.features.scatter, atol=1e-5, rtol=1e-5)
 
 
 def naive_mmd(x, y):

@@ -81,6 +81,7 @@ def run(
     gpu: bool | None = Option(None, "--gpu/--no-gpu", help="Use GPUs or not; default: use them if there are any."),
     force: list[str] | None = Option(None, help="Redo this stage; may be repeated."),
     until: str = Option("report", help="Stop after this stage."),
+    trainings: int = Option(1, help="Repeat the run with so many seeds, for means and spreads over trainings.", min=1),
     as_json: bool = Option(False, "--json", help="Print the summary as JSON."),
 ) -> None:
     """Turn images into few-step students: prepare, teacher, distill, evaluate, register, report.
@@ -88,6 +89,7 @@ def run(
     Finished stages are reused; an interrupted run continues where it stopped.
     """
     from workflows.config.loading import load_config
+    from workflows.errors import ConfigError
     from workflows.pipeline.run import check_options, run_pipeline
     from workflows.rendering.screen import Screen
     from workflows.session.options import RunOptions
@@ -112,9 +114,18 @@ def run(
         screen.line(
             f"[yellow]smoke[/]  three training steps a stage, on {images}: this shows that it runs, not how well"
         )
-    summary = run_pipeline(config, options, screen)
+    if trainings > 1:
+        from workflows.pipeline.trainings import run_trainings, show
+
+        if until != "report":
+            raise ConfigError("--trainings: compares finished runs; leave out --until")
+        summary = run_trainings(config, options, screen, trainings=trainings)
+    else:
+        summary = run_pipeline(config, options, screen)
     if as_json:
         print(json.dumps(summary, indent=2))
+    elif trainings > 1:
+        show(summary, screen)
     elif "students" in summary:
         from workflows.stages.report import last_screen
 
@@ -147,11 +158,12 @@ def prepare(
         None, help="Folder of a transformers CLIP or T5 encoder: adds its embeddings of the captions."
     ),
     extractor: str | None = Option(
-        None, help="Add reference statistics for all runs on the data set: classifier, mixture, inception or pixels."
+        None,
+        help="Add reference statistics for all runs on the data set: inception, random, pixels, classifier or mixture.",
     ),
     extractor_weights: str | None = Option(None, help="File with the weights of inception."),
     shard_mb: float = Option(64, help="MB of images in a shard, before compression.", min=0.1, callback=finite),
-    seed: int = Option(0, help="Seed of random crops and of the extractor.", min=0),
+    seed: int = Option(0, help="Seed of random crops.", min=0),
     as_json: bool = Option(False, "--json", help="Print the manifest as JSON, without its shards."),
 ) -> None:
     """Turn images into a data set for `--set data.source=dataset://DEST`. Run again, it continues where it stopped."""

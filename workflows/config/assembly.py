@@ -17,6 +17,7 @@ from workflows.config.messages import one_line
 from workflows.config.schema import ONLY_SHOWN, Distill, Network, RunConfig, Teacher, Training
 from workflows.config.section import Section
 from workflows.config.values import merge
+from workflows.dataset.extractors import wanted_in
 from workflows.dataset.sources import Source, source_of
 from workflows.errors import ConfigError
 
@@ -176,7 +177,8 @@ class _Consistent(RunConfig):
                 "prediction: eps says nothing of the image at t = 1, where sampling starts and no signal is left; take v, x or flow"
             )
         if source is not None:
-            self._check_extractor(source)
+            with _errors_in("data."):
+                wanted_in(self.data, shape=source.shape, num_classes=source.num_classes)
         shape = (3, ANY_SIZE, ANY_SIZE) if source is None else source.shape
         network_of(self.network, shape=shape, num_classes=source.num_classes if source else 0)
         return self
@@ -225,13 +227,3 @@ class _Consistent(RunConfig):
                 )
             with _errors_in(f"distill.optimisers.{role}.", type(distill.optimiser)):
                 distill.optimiser_of(role)
-
-    def _check_extractor(self, source: Source) -> None:
-        kind = self.data.extractor
-        if kind in ("classifier", "mixture") and not source.num_classes:
-            raise ValueError(
-                f"data.extractor: {kind} needs labels, which {self.data.source} has not; use pixels, or inception and a file "
-                "of its weights in data.extractor_weights"
-            )
-        if kind == "inception" and (channels := source.shape[0]) not in (1, 3):
-            raise ValueError(f"data.extractor: inception takes 1 or 3 channels, {self.data.source} has {channels}")

@@ -22,7 +22,7 @@ from workflows.errors import ConfigError, brief, expanded
 RECIPES = Path(__file__).parent / "recipes"
 
 
-OF_THE_DATA = ("path", "image_size", "channels", "num_classes", "extractor", "extractor_weights")
+OF_THE_DATA = ("path", "image_size", "channels", "num_classes", "extractor", "reporting", "extractor_weights")
 """The fields that describe a recipe's own data. They are dropped for a source with a shape of its own."""
 
 

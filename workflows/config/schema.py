@@ -50,8 +50,16 @@ class Data(Section):
     reference: Literal["all", "holdout"] = Field(
         "all", description="what samples are measured against. holdout: the share held out, which no training then sees"
     )
-    extractor: Literal["classifier", "inception", "mixture", "pixels"] = Field(
-        "classifier", description="in whose features distances are measured"
+    extractor: str | None = Field(
+        None,
+        description="whose features choose the kept weights, and the best trials of a sweep; by default classifier, or random "
+        "for images without labels",
+    )
+    reporting: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="whose features are reported, the main ones first; none of them chooses. By default those of classifier, "
+        "random and pixels that suit the images",
     )
     extractor_weights: str | None = Field(None, description="the file of inception's weights: .pth or .safetensors")
     shard_rows: int = Field(512, ge=1)
@@ -96,13 +104,12 @@ class Data(Section):
             raise ValueError(f"image_size: the source {self.source} needs one, such as 64")
         return self
 
-    @model_validator(mode="after")
-    def _extractor_fits(self) -> Data:
-        if self.extractor == "inception" and self.extractor_weights is None:
-            raise ValueError("extractor_weights: the file of inception's weights is missing; see docs/evaluation.md")
-        if self.extractor != "inception" and self.extractor_weights is not None:
-            raise ValueError(f"extractor_weights: belongs to extractor inception, not to {self.extractor}")
-        return self
+    @field_validator("reporting")
+    @classmethod
+    def _once(cls, kinds: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if kinds and len(set(kinds)) < len(kinds):
+            raise ValueError(f"{brief(list(kinds))} has one of them twice")
+        return kinds
 
     @property
     def trained(self) -> Literal["all", "rest"]:

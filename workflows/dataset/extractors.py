@@ -1,11 +1,15 @@
-"""The feature extractor for Frechet distances: loaded from a file, fitted to the data, or trained on them."""
+"""The feature extractors of a data set: which ones a recipe asks for, and how one is made from the images.
+
+Features for choosing (`data.extractor`) choose the kept weights of a training and the trials of a sweep. Features for reporting
+(`data.reporting`) are those of tables and reports. They are other networks, so nothing is measured by what chose it.
+A classifier that chooses is trained on one half of the training images, and one that reports on the other half. Random features
+that choose have other weights than those that report.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,25 +18,77 @@ from workflows.dataset.readers.spread import evenly
 from workflows.dataset.shards import Arrays, read_rows
 from workflows.errors import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from workflows.config.schema import Data
+
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth, as pytorch-fid and torch-fidelity have it; see docs/evaluation.md"
-AT_ONCE = 1024
-"""Images per batch when a classifier is evaluated."""
 CLASSIFIED, MEMORY = 50_000, 2**30
-"""The most images, and bytes of images, that a classifier or a mixture is fitted to."""
+"""The most images, and bytes of images, that an extractor is made from."""
+USUAL = ("classifier", "random", "pixels")
+"""The features that report unless the recipe names others: those of these that suit the images and do not choose."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The extractor that is requested. weights: the file for "inception". epochs, seed: of the training of a "classifier"."""
+    """An extractor that is requested.
+
+    kind     its name in EXTRACTORS
+    reports  it is for reporting, not for choosing
+    weights  the file of its weights, if it needs one
+    epochs   of its training, if it is trained
+    """
 
     kind: str
-    weights: str | None
-    epochs: int
-    seed: int
+    reports: bool = False
+    weights: str | None = None
+    epochs: int = 25
+
+    @property
+    def place(self) -> str:
+        """Where the stage `prepare` keeps it and its statistics, below its own folder."""
+        return f"reporting/{self.kind.rpartition(':')[2]}" if self.reports else "choosing"
 
 
-Tick = Callable[[int, float, float | None], None]
-"""Called after each epoch of a classifier's training with the epoch, the loss, and the accuracy on held-out rows, if any."""
+def wanted_in(data: Data, *, shape: tuple[int, int, int], num_classes: int) -> tuple[Wanted, list[Wanted]]:
+    """The extractor that chooses, and those that report, the first of which is the main one.
+
+    Raises ValueError, which begins with the field at fault.
+    """
+    from mmdistill_core.artifact import extractor_class
+
+    chooses = data.extractor or ("classifier" if num_classes else "random")
+
+    def fits(kind: str) -> bool:
+        try:
+            extractor_class(kind).check(shape=shape, num_classes=num_classes)
+        except ValueError:
+            return False
+        return kind != chooses or extractor_class(kind).twice
+
+    def wanted(kind: str, *, reports: bool) -> Wanted:
+        weights = data.extractor_weights if extractor_class(kind).needs_weights else None
+        return Wanted(kind, reports, weights, data.classifier_epochs)
+
+    kinds = data.reporting or tuple(filter(fits, USUAL))
+    for field, names in (("extractor", (chooses,)), ("reporting", kinds)):
+        for kind in names:
+            try:
+                extractor_class(kind).check(shape=shape, num_classes=num_classes)
+            except ValueError as error:
+                raise ValueError(f"{field}: {error}") from None
+            if extractor_class(kind).needs_weights and data.extractor_weights is None:
+                raise ValueError(f"extractor_weights: the file of {kind}'s weights is missing; see docs/evaluation.md")
+    if chooses in kinds and not extractor_class(chooses).twice:
+        raise ValueError(
+            f"reporting: {chooses} chooses already (data.extractor); figures of what chose are too good, so take other features"
+        )
+    if data.extractor_weights and not any(extractor_class(kind).needs_weights for kind in (chooses, *kinds)):
+        raise ValueError(
+            f"extractor_weights: belongs to inception, not to {', '.join(dict.fromkeys((chooses, *kinds)))}"
+        )
+    return wanted(chooses, reports=False), [wanted(kind, reports=True) for kind in kinds]
 
 
 def progress_text(loss: float, accuracy: float | None) -> str:
@@ -41,72 +97,49 @@ def progress_text(loss: float, accuracy: float | None) -> str:
 
 
 def check_extractor(
-    kind: str, weights: str | None, shape: tuple[int, int, int], option: str = "data.extractor"
+    kind: str, weights: str | None, *, shape: tuple[int, int, int], num_classes: int, option: str = "data.extractor"
 ) -> None:
     """Checks what can be checked without the images. Raises UserError. option: the name of the option in the message."""
-    from mmdistill_core.metrics.statistics import PIXELS
-
-    if kind == "pixels" and (dims := math.prod(shape)) > PIXELS:
-        raise UserError(f"{option}: pixels is for at most {PIXELS:,} dimensions, but the images have {dims:,}")
-    if kind == "inception":
-        _inception(weights, option)
-
-
-def _inception(weights: str | None, option: str = "data.extractor") -> Any:
-    """Inception-v3 with the weights in a file. Raises UserError."""
-    from mmdistill_core.networks.inception import NotInception, load_inception
+    from mmdistill_core.artifact import extractor_class
 
     try:
-        return load_inception(str(weights))
-    except NotInception as error:
-        weights_option = f"{option}-weights" if option.startswith("--") else f"{option}_weights"
-        raise UserError(f"{weights_option}: {error}", hint=INCEPTION) from error
+        extractor_class(kind).check(shape=shape, num_classes=num_classes, weights=weights)
+    except ValueError as error:
+        of_file = f"{option}-weights" if option.startswith("--") else "data.extractor_weights"
+        raise UserError(f"{of_file if weights else option}: {error}", hint=INCEPTION if weights else "") from error
 
 
 def make_extractor(
-    wanted: Wanted, root: str, manifest: Manifest, *, exact: Any = None, tick: Tick
+    wanted: Wanted,
+    root: str,
+    manifest: Manifest,
+    *,
+    exact: Any = None,
+    tick: Callable[[int, float, float | None], None],
 ) -> tuple[Any, float | None]:
-    """Returns the extractor for a data set, and the accuracy of a classifier on the held-out rows (None for other kinds).
+    """Returns the extractor for a data set, and its accuracy on the held-out rows (None if it predicts no labels).
 
     exact: the optimal denoiser, if the data are drawn from a known mixture. Raises UserError if the extractor can't be made from
     these images.
     """
-    import torch
+    from mmdistill_core.artifact import extractor_class
+    from mmdistill_core.networks.extractor import Making
 
-    from mmdistill_core.engine.batches import centred
-    from mmdistill_core.networks.mixture import Mixture
-    from mmdistill_core.networks.pixels import Pixels
-
-    if wanted.kind == "inception":
-        return _inception(wanted.weights), None
-    check_extractor(wanted.kind, None, manifest.shape)
-    if wanted.kind == "pixels":
-        return Pixels(), None
-    if wanted.kind == "mixture" and exact is not None:
-        return Mixture.of(weights=exact.weights, means=exact.means, variances=exact.variances), None
-    if not manifest.num_classes:
-        raise UserError(
-            f"extractor {wanted.kind} needs labels, but the images have none", hint="pixels and inception need none"
-        )
-    arrays = some_rows(root, manifest)
-    images = torch.from_numpy(arrays.images)
-    if wanted.kind == "mixture":
-        known = torch.from_numpy(arrays.labels >= 0)
-        try:
-            return Mixture.fitted(
-                centred(images[known]), torch.from_numpy(arrays.labels)[known], modes=manifest.num_classes
-            ), None
-        except ValueError as error:
-            raise UserError(f"extractor mixture needs some images of every label ({error})") from error
-    return train_classifier(
-        images,
-        arrays.labels,
-        arrays.holdout,
+    check_extractor(wanted.kind, None, shape=manifest.shape, num_classes=manifest.num_classes)
+    making = Making(
+        lambda: examples(some_rows(root, manifest), half=int(wanted.reports)),
         num_classes=manifest.num_classes,
+        exact=exact,
+        weights=wanted.weights,
         epochs=wanted.epochs,
-        seed=wanted.seed,
+        seed=int(wanted.reports),
         tick=tick,
     )
+    try:
+        made: tuple[Any, float | None] = extractor_class(wanted.kind).made(making)
+    except ValueError as error:
+        raise UserError(f"extractor {error}", hint=INCEPTION if wanted.weights else "") from error
+    return made
 
 
 def some_rows(root: str, manifest: Manifest) -> Arrays:
@@ -115,57 +148,16 @@ def some_rows(root: str, manifest: Manifest) -> Arrays:
     return read_rows(root, manifest, evenly(manifest.count, most))
 
 
-def train_classifier(
-    images: Any,
-    labels: np.ndarray,
-    holdout: np.ndarray,
-    *,
-    num_classes: int,
-    epochs: int,
-    seed: int,
-    tick: Tick,
-) -> tuple[Any, float | None]:
-    """Trains a Classifier on the rows that are not held out, with random shifts of up to one pixel.
-
-    images: [n, c, h, w], uint8 or in [-1, 1]. Returns the classifier and its accuracy on the held-out rows, None if there are none.
-    Raises UserError if no labelled row is left to train on.
+def examples(arrays: Arrays, *, half: int) -> Any:
+    """The rows as Examples. An extractor may learn from half of those that are labelled and not held out: by label, and within a
+    label in their order, the first, the third, ... if `half` is 0, the others if it is 1.
     """
     import torch
-    from torch.nn import functional as F
 
-    from mmdistill_core.engine.batches import centred
-    from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
-    from mmdistill_core.rng import generator
+    from mmdistill_core.networks.extractor import Examples
 
-    x, y = images, torch.tensor(labels)
-    known, held = y >= 0, torch.from_numpy(holdout)
-    train_x, train_y, held_x, held_y = x[known & ~held], y[known & ~held], x[known & held], y[known & held]
-    if not len(train_x):
-        raise UserError("extractor classifier: there is no image to train it on, because all are held out")
-    rng, batch = generator(seed, 2), min(64, len(train_x))
-    torch.manual_seed(seed)
-    classifier = Classifier(ClassifierConfig(image_size=x.shape[-1], channels=x.shape[1], num_classes=num_classes))
-    steps = epochs * (len(train_x) // batch)
-    optimiser = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 4e-3, total_steps=steps)
-    accuracy = None
-    for epoch in range(epochs):
-        classifier.train()
-        order = torch.randperm(len(train_x), generator=rng)
-        for part in order.split(batch)[: len(train_x) // batch]:
-            down, right = torch.randint(0, 3, (2,), generator=rng).tolist()
-            padded = F.pad(centred(train_x[part]), (1, 1, 1, 1), mode="replicate")
-            shifted = padded[:, :, down : down + x.shape[2], right : right + x.shape[3]]
-            loss = F.cross_entropy(classifier(shifted), train_y[part], label_smoothing=0.05)
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        classifier.eval()
-        with torch.inference_mode():
-            parts = zip(held_x.split(AT_ONCE), held_y.split(AT_ONCE), strict=True)
-            correct = [classifier(centred(images)).argmax(1) == of for images, of in parts]
-            accuracy = torch.cat(correct).double().mean().item() if len(held_x) else None
-        tick(epoch + 1, loss.item(), accuracy)
-    classifier.fit_scale(centred(part) for part in x.split(AT_ONCE))
-    return classifier, accuracy
+    labels, held = arrays.labels, np.asarray(arrays.holdout, bool)
+    by_label = np.argsort(labels, kind="stable")
+    learnt = np.zeros(len(labels), bool)
+    learnt[by_label[((labels >= 0) & ~held)[by_label]][half::2]] = True
+    return Examples(torch.from_numpy(arrays.images), *map(torch.tensor, (labels, learnt, held)))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workflows.cluster.session import device_of_task, task_options
-from workflows.dataset.extractors import check_extractor
+from workflows.dataset.extractors import check_extractor, wanted_in
 from workflows.dataset.manifest import Manifest, Shard
 from workflows.dataset.shards import REPAIR, read_shards, split_by_shard
 from workflows.dataset.sources import source_of
@@ -53,7 +53,7 @@ class Reference:
 
     statistics: Statistics
     fingerprint: dict[str, Any]
-    floor: dict[str, float]
+    floor: float
 
 
 def save_reference(folder: Path, reference: Reference) -> None:
@@ -61,12 +61,10 @@ def save_reference(folder: Path, reference: Reference) -> None:
     from safetensors.torch import save_file
 
     s, tensors = reference.statistics, {"near": reference.statistics.near.contiguous()}
-    for name, m in (("features", s.features), ("pixels", s.pixels)):
-        if m is not None:
-            tensors |= {f"{name}.mean": m.mean, f"{name}.scatter": m.scatter}
+    tensors |= {"features.mean": s.features.mean, "features.scatter": s.features.scatter}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSORS)
-    about = {"format": FORMAT, "count": s.count, "near": len(s.near), "floor": reference.floor}
+    about = {"format": FORMAT, "count": s.count, "near": len(s.near), "floor": {"frechet": reference.floor}}
     write_json(folder / ABOUT, about | {"fingerprint": reference.fingerprint})
 
 
@@ -93,26 +91,20 @@ def load_reference(folder: Path) -> Reference:
 
     about, tensors = read_about(folder), load_file(folder / TENSORS)
 
-    def moments(name: str) -> Moments:
-        return Moments(about["count"], tensors[f"{name}.mean"], tensors[f"{name}.scatter"])
-
-    pixels = moments("pixels") if "pixels.mean" in tensors else None
-    statistics = Statistics(moments("features"), pixels, tensors["near"], logits=None, predicted=None)
-    return Reference(statistics, about["fingerprint"], about["floor"])
+    moments = Moments(about["count"], tensors["features.mean"], tensors["features.scatter"])
+    statistics = Statistics(moments, tensors["near"], logits=None, predicted=None)
+    return Reference(statistics, about["fingerprint"], about["floor"]["frechet"])
 
 
-def reference_folder(config: RunConfig, statistics: str) -> Path:
-    """Returns the folder of the statistics to measure against: `evaluate.reference`, else the run's own below `statistics`."""
-    return fetch(config.evaluate.reference or join(statistics, config.data.reference))
+def check_reference(config: RunConfig, prepared: str, result: dict[str, Any]) -> Path:
+    """Returns the folder of the statistics that the main figures are measured against: `evaluate.reference`, else the run's own.
 
-
-def check_reference(config: RunConfig, statistics: str, result: dict[str, Any]) -> Path:
-    """Returns `reference_folder` if its fingerprint matches `result`, which the stage `prepare` returned.
-
-    Raises a UserError that names the fields that differ, or if too few features are kept for `evaluate.neighbours`.
+    prepared, result: the folder of the stage `prepare`, and what it returned. Raises a UserError that names the fields in which
+    `evaluate.reference` and the run's own differ, or if too few features are kept for `evaluate.neighbours`.
     """
-    folder, own = reference_folder(config, statistics), result["statistics"][config.data.reference]["fingerprint"]
-    about, neighbours = read_about(folder), config.evaluate.neighbours
+    main, rows, neighbours = result["reporting"][0], config.data.reference, config.evaluate.neighbours
+    folder = fetch(config.evaluate.reference or join(prepared, main["place"], "statistics", rows))
+    about, own = read_about(folder), main["statistics"][rows]["fingerprint"]
     found = about["fingerprint"]
     fields = AGREE if config.evaluate.reference else tuple(own)
     if wrong := [f"{f} {found.get(f)!r} where this run has {own[f]!r}" for f in fields if found.get(f) != own[f]]:
@@ -131,13 +123,16 @@ def check_inputs(config: RunConfig) -> None:
     """Checks the files and folders that the configuration names, before anything starts. Raises UserError."""
     if config.data.source == "folder":
         checked(config.data.path)
-    check_extractor(config.data.extractor, config.data.extractor_weights, source_of(config.data).shape)
+    source = source_of(config.data)
+    chooses, reporting = wanted_in(config.data, shape=source.shape, num_classes=source.num_classes)
+    for one in (chooses, *reporting):
+        check_extractor(one.kind, one.weights, shape=source.shape, num_classes=source.num_classes)
     if config.evaluate.reference:
-        found = read_about(reference_folder(config, ""))["fingerprint"]["extractor"]
-        if found != config.data.extractor:
+        found, main = read_about(fetch(config.evaluate.reference))["fingerprint"]["extractor"], reporting[0].kind
+        if found != main:
             raise UserError(
-                f"evaluate.reference: its features come from extractor {found!r}, those of this run from {config.data.extractor!r}",
-                hint=f"set data.extractor={found}, or leave out evaluate.reference",
+                f"evaluate.reference: its features come from extractor {found!r}, the main ones of this run from {main!r}",
+                hint=f"set data.reporting=[{found}], or leave out evaluate.reference",
             )
 
 
@@ -202,14 +197,12 @@ def build_reference(
     here = device == "cpu" and fingerprint["extractor"] != "inception" and manifest.in_memory() <= AT_HAND
     about = manifest if here else ray.put(manifest)
     calls = [(extractor, root, about, shard, which, rows, device) for shard, rows in zip(shards, kept, strict=True)]
-    parts: dict[int, tuple[Any, Any]] = {}
+    parts: dict[int, Any] = {}
     for i, part in _here(calls) if here else _spread(calls, task or task_options(use_gpu=False), at_once=cpus + 2):
         parts[i] = part
         tick(sum(counts[i] for i in parts))
-    ordered = [parts[i] for i in range(len(shards))]
-    statistics = merged([part for part, _ in ordered])
-    pixels = torch.cat([images for _, images in ordered]).flatten(1) if statistics.pixels else None
-    return Reference(statistics, fingerprint, floor(statistics.near, pixels))
+    statistics = merged([parts[i] for i in range(len(shards))])
+    return Reference(statistics, fingerprint, floor(statistics.near))
 
 
 def _here(calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
@@ -240,16 +233,15 @@ def _spread(calls: Sequence[tuple[Any, ...]], options: dict[str, Any], *, at_onc
 
 def statistics_of(
     extractor: str, root: str, manifest: Manifest, shard: Shard, which: str, near: np.ndarray, device: str = "cpu"
-) -> tuple[Any, Any]:
+) -> Any:
     """The body of a Ray task, on one thread: the statistics of a shard, with the extractor loaded from its folder.
 
-    Logits and predictions are dropped, because only samples need them. Also returns the images [len(near), c, h, w] whose features
-    are kept, or None if pixels are not compared.
+    Logits and predictions are dropped, because only samples need them.
     """
     import torch
 
     from mmdistill_core.artifact import load_extractor
-    from mmdistill_core.engine.batches import centred
+    from mmdistill_core.images import centred
     from mmdistill_core.metrics.statistics import merged, statistics
 
     torch.set_num_threads(1)
@@ -259,23 +251,20 @@ def statistics_of(
     for first in range(0, len(values), ROWS):
         part = centred(values[first : first + ROWS].to(device))
         parts.append(statistics(network, part, near=kept[(kept >= first) & (kept < first + ROWS)] - first))
-    whole = replace(merged(parts), logits=None, predicted=None)
-    return whole, centred(values[kept]) if whole.pixels else None
+    return replace(merged(parts), logits=None, predicted=None)
 
 
-def floor(features: Any, pixels: Any) -> dict[str, float]:
-    """The Frechet distance between two random halves, averaged over FLOORS splits, for the features and for the pixels."""
+def floor(features: Any) -> float:
+    """The Frechet distance between two random halves, averaged over FLOORS splits."""
     import torch
 
     from mmdistill_core.metrics.frechet import frechet_distance, moments
     from mmdistill_core.rng import generator
 
-    out: dict[str, list[float]] = {}
+    out = []
     for seed in range(FLOORS):
         order = torch.randperm(len(features), generator=generator(seed, 4))
         half = len(order) // 2
-        for name, values in (("frechet", features), ("frechet_pixels", pixels)):
-            if values is not None:
-                a, b = values[order[:half]], values[order[half : 2 * half]]
-                out.setdefault(name, []).append(frechet_distance(moments(a), moments(b)))
-    return {name: float(np.mean(values)) for name, values in out.items()}
+        a, b = features[order[:half]], features[order[half : 2 * half]]
+        out.append(frechet_distance(moments(a), moments(b)))
+    return float(np.mean(out))

@@ -338,12 +338,13 @@ def write_shards(
     holdout: float,
     rows: int,
     classes: Sequence[str] = (),
+    groups: Sequence[str] | None = None,
     preprocessing: str = "whole images",
 ) -> Manifest:
     """Writes images in memory, [n, c, h, w] in [0, 1], and labels [n] as a data set. Returns its manifest.
 
-    A shard has at most `rows` rows. holdout: the share of rows, chosen by a hash of their index, that are marked as held out.
-    A data set that `root` holds already is replaced.
+    A shard has at most `rows` rows. holdout: the share of rows that are marked as held out, chosen by a hash of their index, or of
+    their group if there are `groups` [n]. A data set that `root` holds already is replaced.
 
     Raises UserError for images of another shape or range, or fewer than FEWEST.
     """
@@ -354,12 +355,13 @@ def write_shards(
     for start in range(0, len(images), rows):
         part = slice(start, start + rows)
         keys = [str(i) for i in range(start, min(start + rows, len(images)))]
+        held = held_out(keys if groups is None else groups[part], holdout)
         pixels = images[part].astype(np.float32) * 2 - 1
         made.append(
             save_shard(
                 root,
                 f"shards/{start // rows:05d}.parquet",
-                Rows(pixels, labels[part], held_out(keys, holdout), keys),
+                Rows(pixels, labels[part], held, keys),
                 "float32",
             )
         )

@@ -176,7 +176,7 @@ class StreamedBatches:
 
         import torch
 
-        from mmdistill_core.engine.batches import centred
+        from mmdistill_core.images import centred
         from mmdistill_core.methods.base import Batch
 
         since = time.perf_counter()

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mmdistill_core.files import sha256_of
-from workflows.config.schema import Data
 from workflows.config.values import digest
 from workflows.dataset.readers import Listing
 from workflows.errors import ConfigError, expanded
 from workflows.storage.code import code_version
 from workflows.storage.uri import check_name
 
-EXTRACTORS = get_args(Data.model_fields["extractor"].annotation)
 CODE = (
     "workflows/ingest/options.py",
     "workflows/ingest/prepare.py",
@@ -59,10 +57,7 @@ class Preparation:
             raise ConfigError(f"--crop: {self.crop!r} is not one of center, random")
         if self.encoding not in ("png", "uint8"):
             raise ConfigError(f"--encoding: {self.encoding!r} is not one of png, uint8")
-        if self.extractor not in (None, *EXTRACTORS):
-            raise ConfigError(f"--extractor: {self.extractor!r} is not one of {', '.join(EXTRACTORS)}")
-        if (self.extractor == "inception") != (self.extractor_weights is not None):
-            raise ConfigError("--extractor inception and --extractor-weights, the file of its weights, belong together")
+        self._check_extractor()
         if self.extractor_weights and not expanded(self.extractor_weights).is_file():
             raise ConfigError(f"--extractor-weights: {self.extractor_weights} is not a file")
         if not 0 <= self.max_bad < 1:
@@ -70,6 +65,18 @@ class Preparation:
         check_name("DEST", self.dest)
         if self.latents and self.channels != 3:
             raise ConfigError("--latents: a VAE takes images of 3 channels")
+
+    def _check_extractor(self) -> None:
+        needs_weights = False
+        if self.extractor is not None:
+            from mmdistill_core.artifact import extractor_class
+
+            try:
+                needs_weights = extractor_class(self.extractor).needs_weights
+            except ValueError as error:
+                raise ConfigError(f"--extractor: {error}") from None
+        if needs_weights != (self.extractor_weights is not None):
+            raise ConfigError("--extractor inception and --extractor-weights, the file of its weights, belong together")
 
     @property
     def shape(self) -> tuple[int, int, int]:

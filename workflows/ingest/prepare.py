@@ -121,13 +121,10 @@ def prepare_data_set(preparation: Preparation, screen: Screen) -> Manifest:
         columns = Encoders(p.latents, p.text_encoder, size=p.size).columns() if p.encoded else {}
     if p.text_encoder and not listing.captioned:
         raise UserError(f"--text-encoder: {shown(p.source)} has no captions", hint="name them with --captions")
-    if p.extractor in ("classifier", "mixture") and not listing.labelled:
-        raise UserError(
-            f"--extractor: {p.extractor} needs labels, and {shown(p.source)} has none",
-            hint="pixels or inception need none",
-        )
     if p.extractor:
-        check_extractor(p.extractor, p.extractor_weights, p.shape, "--extractor")
+        # How many classes there are is not always known yet.
+        classes = int(bool(listing.labelled))
+        check_extractor(p.extractor, p.extractor_weights, shape=p.shape, num_classes=classes, option="--extractor")
     plan = p.key(listing, columns)
     if is_data_set(p.dest) and (existing := _existing(p, listing, columns, screen)):
         return existing

@@ -39,7 +39,7 @@ def statistics_for(p: Preparation, manifest: Manifest, screen: Screen) -> dict[s
 
     from mmdistill_core.artifact import save_extractor
 
-    wanted = Wanted(str(p.extractor), p.extractor_weights, Data().classifier_epochs, p.seed)
+    wanted = Wanted(str(p.extractor), weights=p.extractor_weights, epochs=Data().classifier_epochs)
     resources, which = ray.cluster_resources(), [w for w in ("all", "holdout", "rest") if _enough(manifest, w)]
     use_gpu = resources.get("GPU", 0) >= 1
     with TemporaryDirectory() as scratch, screen.bars():

@@ -22,6 +22,8 @@ from workflows.session.options import RunOptions, every_of, workers_of
 from workflows.session.results import Results
 from workflows.storage.local import write_json
 
+AS_MEASURED = ("samples", "seeds", "features", "chosen_by", "compared_by", "spaces", "rows", "counts", "warnings")
+"""What the summary takes from the evaluation as it is."""
 STAGES = ("prepare", "teacher", "distill", "evaluate", "register", "report")
 
 
@@ -84,7 +86,7 @@ def stages_of(context: Context) -> Iterator[tuple[str, list[Done]]]:
     from workflows.stages.teacher import teacher
 
     prepared = prepare(context)
-    check_reference(context.config, str(prepared.folder / "statistics"), prepared.result)
+    check_reference(context.config, str(prepared.folder), prepared.result)
     yield "prepare", [prepared]
     trained = teacher(context, prepared)
     yield "teacher", [trained]
@@ -123,7 +125,9 @@ def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, An
     rounds = {k: r.name for r in rounds_of(config.distill, schedule_of(config)) for k in r.ks}
     return summary | {
         "floor": result["floor"]["frechet"],
-        **{name: result[name] for name in ("samples", "seeds", "features", "counts", "warnings")},
+        "floors": result["floor"],
+        "reference_rows": result["reference"]["fingerprint"]["rows"],
+        **{name: result[name] for name in AS_MEASURED},
         "teacher_longest": {"k": longest["k"], "frechet": longest["frechet"]["mean"]},
         "teacher_best": {"sampler": best["sampler"], "k": best["k"], "frechet": best["frechet"]["mean"]},
         "students": [

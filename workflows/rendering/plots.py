@@ -94,13 +94,10 @@ def _styles(table: dict[str, Any]) -> dict[tuple[str, str | None], dict[str, str
 
 
 def distance_against_steps(table: dict[str, Any]) -> str:
-    """A log-log plot of the teacher with each sampler, the students and the floor. The first panel is in features. The
-    second is in pixels, if that was measured.
-    """
+    """A log-log plot of the teacher with each sampler, the students and the floor: a panel for each of the features that report."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    titles = {"frechet": f"in {table['features']} features", "frechet_pixels": "in raw pixels"}
-    titles = {measure: title for measure, title in titles.items() if measure in table["measures"]}
+    titles = {f"frechet{space['suffix']}": space["kind"] for space in table["spaces"]}
     figure, axes = blank(len(titles), width=10.4, height=4.3)
     for axis, (measure, title) in zip(axes[0], titles.items(), strict=True):
         for (who, sampler), style in _styles(table).items():
@@ -127,7 +124,8 @@ def distance_against_steps(table: dict[str, Any]) -> str:
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("network evaluations per sample")
-        axis.set_title(f"Frechet distance {title}")
+        axis.set_title(f"in features of {title}" if title != "pixels" else "in pixels")
+    axes[0, 0].set_ylabel("Frechet distance")
     axes[0, 0].legend(loc="upper right")
     return svg(figure)
 
@@ -171,10 +169,8 @@ def curve_in_training(histories: dict[str, History], curve: Curve) -> str:
     return _panels(with_curve or histories, draw, 3.2)
 
 
-def distance_in_training(histories: dict[str, History], teacher: float, most: int) -> str:
-    """A panel for each training: the distance of the student as training continues, a ring at its lowest point, and the distance of
-    the teacher with its `most` steps.
-    """
+def distance_in_training(histories: dict[str, History]) -> str:
+    """A panel for each training: the distance of the student as training continues, and a ring at its lowest point."""
 
     def draw(axis: Any, title: str, history: History) -> None:
         points = [(n / 1e3, m["score"]) for n, m in history if "score" in m]
@@ -182,7 +178,6 @@ def distance_in_training(histories: dict[str, History], teacher: float, most: in
             axis.plot(*zip(*points, strict=True), color=STUDENT, linewidth=2, marker="D", markersize=4)
             best = min(points, key=lambda p: p[1])
             axis.plot(*best, marker="o", markersize=11, markerfacecolor="none", markeredgecolor=INK)
-        _level(axis, teacher, f"teacher, {most} steps", TEACHER, linewidth=1.2)
         if title == next(iter(histories)):
             axis.set_ylabel("Frechet distance")
 

@@ -151,7 +151,7 @@ def round_depends(
     return {
         "prepare": prepared.identity,
         "window": window_of(config, prepared.result),
-        "extractor": prepared.result["extractor"],
+        "extractor": prepared.result["choosing"]["weights"],
         "teacher": teacher.identity,
         "starts": {role: start.identity for role, start in start_from.items()},
         "given": {name: model_identity(fetch(place)) for name, place in section.given.items()},
@@ -159,13 +159,16 @@ def round_depends(
         "distill": section.model_dump(exclude={"k", "overrides", "warm_start", "given"}),
         "precision": config.compute.precision,
         "code": training_code(
-            section.method, *CODE, networks=teacher.networks, modules=(*VALIDATION, *_named_modules(config, round_))
+            section.method,
+            *CODE,
+            networks=teacher.networks,
+            modules=(*VALIDATION, *_named_modules(round_, prepared.result["choosing"]["kind"])),
         ),
     }
 
 
-def _named_modules(config: RunConfig, round_: Round) -> list[str]:
-    """The modules that a training finds by name: of its new networks, of its samplers and of the extractor."""
+def _named_modules(round_: Round, chooses: str) -> list[str]:
+    """The modules that a training finds by name: of its new networks, of its samplers and of the extractor that chooses."""
     from mmdistill_core.artifact import extractor_class
     from mmdistill_core.methods.base import New
     from mmdistill_core.networks.config import network_class
@@ -174,7 +177,7 @@ def _named_modules(config: RunConfig, round_: Round) -> list[str]:
     origins = [role.origin for role in round_.method.roles]
     found = {network_class(o.network).__module__ for o in origins if isinstance(o, New) and o.network}
     found |= {sampler_function(round_.method.sampler(k).name).__module__ for k in round_.ks or (round_.method.k,)}
-    return sorted(found | {extractor_class(config.data.extractor).__module__})
+    return sorted(found | {extractor_class(chooses).__module__})
 
 
 def _summary(run: StageRun) -> str:
@@ -215,8 +218,8 @@ def job_of(
     validate = None
     if section.validate_every and method.validate(round_.ks):
         validate = {
-            "extractor": prepared.at("extractor"),
-            "reference": prepared.at(f"statistics/{config.data.trained}"),
+            "extractor": prepared.at("choosing/extractor"),
+            "reference": prepared.at(f"choosing/statistics/{config.data.trained}"),
             "samples": section.validate_samples,
             "every": section.validate_every,
         }
@@ -226,7 +229,7 @@ def job_of(
         storage=storage,
         seed=seed,
         arguments=arguments_of(method),
-        given=given_of(section, method, teacher=teacher.uri, extractor=prepared.at("extractor")),
+        given=given_of(section, method, teacher=teacher.uri, extractor=prepared.at("choosing/extractor")),
         starts=starts,
         network=teacher.model["network"],
         schedule=teacher.model["schedule"],

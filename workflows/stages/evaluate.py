@@ -2,6 +2,9 @@
 
 Ray tasks draw the samples and compute statistics of their features. The statistics merge exactly. A row of the table is written to
 disk for each seed, so an interrupted evaluation resumes with the rows that are missing.
+
+The features are those of `data.reporting`, which chose nothing. Measures in the first, main ones have plain names. The names of the
+others end with the features: frechet_random. Against all images, beside the held-out ones: frechet_all, frechet_random_all.
 """
 
 from __future__ import annotations
@@ -46,7 +49,33 @@ CHUNK = 600
 """Samples per batch of a model, and per Ray task unless the features have more dimensions."""
 GRID_COLUMNS, STRIP = 10, 40
 """The samples that the report shows of each row: so many per line, so many in all."""
-MEASURES = ("frechet", "frechet_pixels", "kid", "inception_score", "precision", "recall", "accuracy")
+MEASURES = ("frechet", "kid", "inception_score", "precision", "recall", "accuracy")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Features in which samples are measured.
+
+    kind        of the extractor; `extractor` is its folder or URI
+    suffix      ends the names of the measures: "" for the main features, else _<kind>
+    references  rows -> what samples are measured against. Every measure is against the first, the Frechet distance against all
+    """
+
+    kind: str
+    extractor: str
+    suffix: str
+    references: dict[str, Reference]
+
+    @property
+    def main(self) -> Reference:
+        return next(iter(self.references.values()))
+
+    @property
+    def statistics(self) -> dict[str, Statistics]:
+        """What samples are measured against, by the end of the measures' names."""
+        first = next(iter(self.references))
+        ends = {rows: self.suffix if rows == first else f"{self.suffix}_{rows}" for rows in self.references}
+        return {ends[rows]: reference.statistics for rows, reference in self.references.items()}
 
 
 @dataclass(frozen=True)
@@ -90,30 +119,44 @@ class Row:
 
 def evaluate(context: Context, prepared: Done, trained: Done, students: dict[int, Done]) -> Done:
     params = {"evaluate": context.config.evaluate.model_dump()}
-    reference = check_reference(context.config, str(prepared.folder / "statistics"), prepared.result)
+    reference = check_reference(context.config, str(prepared.folder), prepared.result)
     depends = {
         "prepare": prepared.identity,
-        "reference": identity_of(reference / TENSORS, reference / ABOUT),
+        "reporting": [prepared.result["reporting"], identity_of(reference / TENSORS, reference / ABOUT)],
         "teacher": trained.identity,
         "students": {k: s.identity for k, s in students.items()},
         "seed": context.config.seed,
-        "code": measuring_code(context.config, trained, students),
+        "code": measuring_code(context.config, prepared, trained, students),
         **params,
     }
 
     def body(run: StageRun) -> dict[str, Any]:
-        return _evaluate(run, load_reference(reference), prepared, trained, students)
+        return _evaluate(run, spaces_of(context.config, prepared), prepared, trained, students)
 
     return run_stage(context, "evaluate", depends=depends, params=params, body=body)
 
 
-def measuring_code(config: RunConfig, trained: Done, students: dict[int, Done]) -> str:
+def spaces_of(config: RunConfig, prepared: Done) -> list[Space]:
+    """The features that report, and what samples are measured against in them."""
+    spaces = []
+    for i, one in enumerate(prepared.result["reporting"]):
+        places = {rows: prepared.at(f"{one['place']}/statistics/{rows}") for rows in one["statistics"]}
+        if i == 0 and config.evaluate.reference:
+            places[config.data.reference] = config.evaluate.reference
+        references = {rows: load_reference(fetch(place)) for rows, place in places.items()}
+        kind = one["kind"].rpartition(":")[2]
+        suffix = f"_{kind}" if i else ""
+        spaces.append(Space(kind, prepared.at(f"{one['place']}/extractor"), suffix, references))
+    return spaces
+
+
+def measuring_code(config: RunConfig, prepared: Done, trained: Done, students: dict[int, Done]) -> str:
     """The version of the code that samples these models and measures the samples."""
     from mmdistill_core.artifact import extractor_class, samplers_in
     from mmdistill_core.networks.config import network_config
     from mmdistill_core.samplers.samplers import sampler_function
 
-    modules = {*MODULES, extractor_class(config.data.extractor).__module__}
+    modules = {*MODULES, *(extractor_class(one["kind"]).__module__ for one in prepared.result["reporting"])}
     samplers = {*config.evaluate.samplers}
     for done in (trained, *students.values()):
         description = done.model_description
@@ -147,7 +190,7 @@ def rows_of(config: RunConfig, teacher: str, students: dict[int, str], samplers:
 
 
 def _evaluate(
-    run: StageRun, reference: Reference, prepared: Done, trained: Done, students: dict[int, Done]
+    run: StageRun, spaces: list[Space], prepared: Done, trained: Done, students: dict[int, Done]
 ) -> dict[str, Any]:
     from mmdistill_core.artifact import samplers_in
 
@@ -155,14 +198,13 @@ def _evaluate(
     samplers = {k: samplers_in(student.model_description)[k] for k, student in students.items()}
     rows = rows_of(config, trained.at("model"), {k: s.at("model") for k, s in students.items()}, samplers)
     with run.context.screen.bars():
-        _measure_rows(run, rows, reference, prepared)
+        _measure_rows(run, rows, spaces, prepared)
     table = [_summarise(row, [json.loads(file.read_text()) for file in _files(run, row)]) for row in rows]
     result = {
         "rows": table,
         "compared_by": rows[0].label,
-        "measures": [name for name in MEASURES if name in table[0]],
-        **_comparison(config, reference, prepared),
-        "classifier_accuracy": prepared.result["classifier_accuracy"],
+        "measures": [name for space in spaces for name in measures_in(space) if name in table[0]],
+        **_comparison(config, spaces, prepared),
     }
     write_json(run.path / "table.json", result)
     for text in result["warnings"]:
@@ -187,7 +229,13 @@ def _files(run: StageRun, row: Row) -> list[Path]:
     return [run.path / "rows" / f"{row.name}-{seed}.json" for seed in range(run.context.config.evaluate.seeds)]
 
 
-def _measure_rows(run: StageRun, rows: list[Row], reference: Reference, prepared: Done) -> None:
+def measures_in(space: Space) -> list[str]:
+    """The names of all measures that there may be in the space."""
+    own, *others = space.statistics
+    return [f"frechet{own}", *(f"frechet{other}" for other in others), *(f"{name}{own}" for name in MEASURES[1:])]
+
+
+def _measure_rows(run: StageRun, rows: list[Row], spaces: list[Space], prepared: Done) -> None:
     """Writes the `_files` that do not exist yet, and a grid of samples for each row."""
     import ray
     import torch
@@ -197,14 +245,14 @@ def _measure_rows(run: StageRun, rows: list[Row], reference: Reference, prepared
     from workflows.rendering.grids import image_grid
 
     config, options, placement = run.context.config, run.context.config.evaluate, run.context.placement
-    grids, extractor = run.path / "grids", prepared.at("extractor")
+    grids, extractors = run.path / "grids", tuple(space.extractor for space in spaces)
     grids.mkdir(exist_ok=True)
     most = int(config.data.memory_gib * 2**30)
     labels = torch.from_numpy(label_pool(data_uri(prepared), config.data.reference, most=most))
     sample_task = ray.remote(**placement.task)(sample_chunk)
     strip_task = ray.remote(**placement.task)(sample_strip)
     measure_task = ray.remote(**task_options(use_gpu=False))(measure_chunks)
-    real, width = ray.put(reference.statistics), samples_per_task(reference)
+    real, width = ray.put([space.statistics for space in spaces]), samples_per_task(spaces)
 
     # Longest first, so that the last tasks to end are short.
     longest_first = sorted(rows, key=lambda row: -row.nfe)
@@ -220,7 +268,7 @@ def _measure_rows(run: StageRun, rows: list[Row], reference: Reference, prepared
         chunks = []
         for first in range(0, options.samples, width):
             part, near = drawn[first : first + width], options.neighbour_samples - first
-            chunks.append(sample_task.remote(row, extractor, placement.device, part, seed, first, near))
+            chunks.append(sample_task.remote(row, extractors, placement.device, part, seed, first, near))
             sampling[chunks[-1]] = row.nfe * len(part)
         measuring[measure_task.remote(real, drawn, options, seed, *chunks)] = file
     strips = {strip_task.remote(row, placement.device): row for row in rows}
@@ -239,14 +287,35 @@ def _measure_rows(run: StageRun, rows: list[Row], reference: Reference, prepared
         bar.update(done, f"{short(rate)} evaluations/s")
 
 
-def _comparison(config: RunConfig, reference: Reference, prepared: Done) -> dict[str, Any]:
-    """What the rows are measured against, the counts of both sides, and warnings if the counts are too small."""
-    options, statistics, about = config.evaluate, reference.statistics, reference.fingerprint
+def _comparison(config: RunConfig, spaces: list[Space], prepared: Done) -> dict[str, Any]:
+    """The features that the rows are measured in, what they are measured against, the counts of both sides, and warnings if the
+    counts are too small.
+    """
+    from mmdistill_core.artifact import extractor_class
+
+    options, main = config.evaluate, spaces[0].main
+    statistics, about = main.statistics, main.fingerprint
     sides = {"samples": options.samples, "images of the reference": statistics.count}
-    spaces = {"features": statistics.features, "pixels": statistics.pixels}
     return {
-        "features": about["extractor"],
-        "floor": reference.floor,
+        "features": spaces[0].kind,
+        "chosen_by": prepared.result["choosing"]["kind"],
+        "spaces": [
+            {
+                "kind": space.kind,
+                "suffix": space.suffix,
+                "title": extractor_class(made["kind"]).title,
+                "accuracy": made["accuracy"],
+                "weights": made["weights"],
+                "measures": measures_in(space),
+                "beside": list(space.references)[1:],
+            }
+            for space, made in zip(spaces, prepared.result["reporting"], strict=True)
+        ],
+        "floor": {
+            f"frechet{end}": reference.floor
+            for space in spaces
+            for end, reference in zip(space.statistics, space.references.values(), strict=True)
+        },
         "samples": options.samples,
         "seeds": options.seeds,
         "reference_count": statistics.count,
@@ -260,20 +329,19 @@ def _comparison(config: RunConfig, reference: Reference, prepared: Done) -> dict
         "kid_subsets": options.kid_subsets,
         "inception_splits": options.inception_splits,
         "warnings": [
-            f"{n:,} {side} are not more than the {len(m.mean):,} dimensions of {space}: a singular covariance, a biased "
+            f"{n:,} {side} are not more than the {dims:,} dimensions of {space.kind}: a singular covariance, a biased "
             "Frechet distance"
-            for space, m in spaces.items()
-            if m is not None
+            for space in spaces
+            for dims in [space.main.statistics.dims]
             for side, n in sides.items()
-            if n <= len(m.mean)
+            if n <= dims
         ],
     }
 
 
-def samples_per_task(reference: Reference) -> int:
+def samples_per_task(spaces: list[Space]) -> int:
     """CHUNK, or for more than CHUNK dimensions a multiple of it, so that a task's moments are not larger than its samples."""
-    s = reference.statistics
-    widest = max(len(m.mean) for m in (s.features, s.pixels) if m is not None)
+    widest = max(space.main.statistics.dims for space in spaces)
     return CHUNK * -(-widest // CHUNK)
 
 
@@ -289,7 +357,7 @@ def _model(folder: str, device: str) -> Any:
     return model
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _extractor(folder: str, device: str) -> Any:
     from mmdistill_core.artifact import load_extractor
 
@@ -297,15 +365,15 @@ def _extractor(folder: str, device: str) -> Any:
 
 
 def sample_chunk(
-    row: Row, extractor: str, device: str, label: np.ndarray, seed: int, first: int, near: int
-) -> Statistics:
-    """The body of a Ray task, on one thread: `sample_statistics` with the model and the extractor loaded from their folders."""
+    row: Row, extractors: tuple[str, ...], device: str, label: np.ndarray, seed: int, first: int, near: int
+) -> list[Statistics]:
+    """The body of a Ray task, on one thread: `sample_statistics` with the model and the extractors loaded from their folders."""
     import torch
 
     torch.set_num_threads(1)
     device, drawn = device_of_task(device), torch.from_numpy(label.copy())
-    model, network = _model(row.model, device), _extractor(extractor, device)
-    return sample_statistics(model, network, row.sample_options, row.k, drawn, seed, first, near)
+    model, networks = _model(row.model, device), [_extractor(extractor, device) for extractor in extractors]
+    return sample_statistics(model, networks, row.sample_options, row.k, drawn, seed, first, near)
 
 
 def sample_strip(row: Row, device: str) -> np.ndarray:
@@ -321,31 +389,49 @@ def sample_strip(row: Row, device: str) -> np.ndarray:
 
 
 def measure_chunks(
-    real: Statistics, label: np.ndarray, options: Evaluate, seed: int, *chunks: Statistics
+    real: list[dict[str, Statistics]], label: np.ndarray, options: Evaluate, seed: int, *chunks: list[Statistics]
 ) -> dict[str, float]:
-    """The body of a Ray task: `measure` of the merged chunks."""
+    """The body of a Ray task, on one thread: `measure_spaces` of the merged chunks."""
     import torch
 
     from mmdistill_core.metrics.statistics import merged
 
     torch.set_num_threads(1)
-    return measure(real, merged(list(chunks)), torch.from_numpy(label.copy()), options, seed)
+    fakes = [merged(list(parts)) for parts in zip(*chunks, strict=True)]
+    return measure_spaces(real, fakes, torch.from_numpy(label.copy()), options, seed)
 
 
 # Samples and measures
 
 
 def sample_statistics(
-    model: Any, extractor: Any, options: dict[str, Any], k: int, label: Any, seed: int, first: int, near: int
-) -> Statistics:
-    """Statistics of the samples `first` to `first + len(label)` of a seed. Keeps the features of the first `near` of them."""
+    model: Any, extractors: list[Any], options: dict[str, Any], k: int, label: Any, seed: int, first: int, near: int
+) -> list[Statistics]:
+    """Statistics of the samples `first` to `first + len(label)` of a seed, by each extractor. The features of the first `near` of
+    them are kept.
+    """
     import torch
 
     from mmdistill_core.metrics.statistics import statistics
 
     labels = label if model.network.num_classes else None
     images = model.sample(len(label), label=labels, seed=seed, k=k, batch=CHUNK, first=first, **options)
-    return statistics(extractor, images, near=torch.arange(min(max(near, 0), len(images))))
+    kept = torch.arange(min(max(near, 0), len(images)))
+    return [statistics(extractor, images, near=kept) for extractor in extractors]
+
+
+def measure_spaces(
+    real: list[dict[str, Statistics]], fakes: list[Statistics], label: Any, options: Evaluate, seed: int
+) -> dict[str, float]:
+    """Every measure in every space. real: each one's `Space.statistics`. fakes: the statistics of the same samples in each."""
+    from mmdistill_core.metrics.frechet import frechet_distance
+
+    values: dict[str, float] = {}
+    for references, fake in zip(real, fakes, strict=True):
+        (own, first), *others = references.items()
+        values |= {f"{name}{own}": value for name, value in measure(first, fake, label, options, seed).items()}
+        values |= {f"frechet{end}": frechet_distance(fake.features, other.features) for end, other in others}
+    return values
 
 
 def measure(real: Statistics, fake: Statistics, label: Any, options: Evaluate, seed: int) -> dict[str, float]:
@@ -360,8 +446,6 @@ def measure(real: Statistics, fake: Statistics, label: Any, options: Evaluate, s
     kid = kernel_distance(real=real.near, fake=fake.near, subsets=options.kid_subsets, rng=generator(seed, 5))
     frechet = frechet_distance(fake.features, real.features)
     values = {"frechet": frechet, "kid": kid, "precision": precision, "recall": recall}
-    if fake.pixels is not None and real.pixels is not None:
-        values["frechet_pixels"] = frechet_distance(fake.pixels, real.pixels)
     if fake.logits is not None:
         values["inception_score"] = inception_score(fake.logits, splits=options.inception_splits)
     if fake.predicted is not None and (known := label >= 0).any():
@@ -373,8 +457,7 @@ def _summarise(row: Row, values: list[dict[str, float]]) -> dict[str, Any]:
     """The row of the table: each measure's mean and spread (standard deviation) over seeds."""
     measures = {
         name: {"mean": float(np.mean([v[name] for v in values])), "spread": float(np.std([v[name] for v in values]))}
-        for name in MEASURES
-        if name in values[0]
+        for name in values[0]
     }
     return {
         "who": row.who,

@@ -11,7 +11,7 @@ from typing import Any
 from mmdistill_core.files import sha256_of
 from workflows.config.schema import Data
 from workflows.config.values import digest
-from workflows.dataset.extractors import Wanted, make_extractor, progress_text
+from workflows.dataset.extractors import Wanted, make_extractor, progress_text, wanted_in
 from workflows.dataset.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from workflows.dataset.reference import (
     ABOUT,
@@ -57,7 +57,10 @@ CODE = (
     "mmdistill_core/networks/inception.py",
     "mmdistill_core/networks/mixture.py",
     "mmdistill_core/networks/pixels.py",
+    "mmdistill_core/networks/random_features.py",
 )
+FEW = 50_000
+"""Up to so many images, samples are measured against all of them too, beside the held-out ones."""
 
 
 def prepare(context: Context) -> Done:
@@ -69,37 +72,31 @@ def prepare(context: Context) -> Done:
         "data set": digest(asdict(read_manifest(data_set(data)))) if data.source == "dataset" else None,
         "weights": sha256_of(data.extractor_weights) if data.extractor_weights else None,
         "near": context.config.evaluate.neighbour_samples,
-        "seed": context.config.seed,
         "code": code_version(*CODE, *(FOLDER_CODE if is_folder else ())),
     }
     return run_stage(context, "prepare", depends=depends, params={"data": data.model_dump()}, body=_prepare)
 
 
 def _prepare(run: StageRun) -> dict[str, Any]:
-    from mmdistill_core.artifact import save_extractor
-
     config, source, placement = run.context.config.data, source_of(run.context.config.data), run.context.placement
     if not placement.use_gpu:
         workers, at_once = placement.teacher_workers, min(placement.at_once, len(run.context.config.distill.k))
         CREWS.expect(mailbox=run.context.monitor.actor, workers=workers, at_once=at_once)
     root, manifest = _data_set(run, source)
-    held_out = manifest.held_out
+    chooses, reporting = wanted_in(config, shape=manifest.shape, num_classes=manifest.num_classes)
+    beside = ["all"] if config.reference == "holdout" and manifest.count <= FEW else []
     with run.context.screen.bars():
-        extractor, accuracy = _extractor(run, root, manifest, source)
-        provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy, "held_out": held_out}
-        save_extractor(run.path / "extractor", extractor, provenance=provenance)
-        about = about_of(manifest, extractor)
-        rows = {config.reference, config.trained}
-        statistics = {which: _statistics(run, root, manifest, which, about) for which in sorted(rows)}
+        choosing = _space(run, root, manifest, source, chooses, rows=[config.trained])
+        spaces = [_space(run, root, manifest, source, one, rows=[config.reference, *beside]) for one in reporting]
     write_manifest(run.path, manifest)
     run.context.tracker.log_artifact(run.run_id, run.path / MANIFEST)
     artifacts = [MANIFEST]
-    if extractor.kind != "inception":  # whose weights are the user's file
-        run.context.tracker.log_artifact(run.run_id, run.path / "extractor", "extractor")
-        artifacts.append("extractor")
-    measured = f"features of {extractor.kind}"
-    if accuracy is not None:
-        measured = f"classifier {accuracy:.1%} on {held_out} held-out images"
+    for wanted in (chooses, *reporting):
+        if not wanted.weights:  # else they are the user's file
+            folder = f"{wanted.place}/extractor"
+            run.context.tracker.log_artifact(run.run_id, run.path / folder, folder)
+            artifacts.append(folder)
+    measured = f"reported in features of {', '.join(space['kind'] for space in spaces)}"
     trained_rows = config.trained if config.trained == "all" else manifest.held_fingerprint
     return {
         # A hash of the images, not of the names of their shards: if they are prepared again, the teacher is reused.
@@ -112,10 +109,9 @@ def _prepare(run: StageRun) -> dict[str, Any]:
         "num_classes": manifest.num_classes,
         "classes": list(manifest.classes),
         "fingerprint": manifest.fingerprint,
-        "extractor": about["weights"],
-        "classifier_accuracy": accuracy,
-        "held_out": held_out,
-        "statistics": statistics,
+        "held_out": manifest.held_out,
+        "choosing": choosing,
+        "reporting": spaces,
         "summary": f"{manifest.count:,} images {'x'.join(map(str, manifest.shape))}, {manifest.num_classes} classes, {measured}",
     }
 
@@ -137,6 +133,7 @@ def _data_set(run: StageRun, source: Source) -> tuple[str, Manifest]:
         labels=labels,
         num_classes=source.num_classes,
         classes=source.classes() if source.classes else (),
+        groups=source.groups() if source.groups else None,
         holdout=config.holdout,
         rows=config.shard_rows,
     )
@@ -179,14 +176,33 @@ def folder_fingerprint(data: Data, dest: str) -> str:
     return listing.fingerprint
 
 
-def _extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> tuple[Any, float | None]:
-    """The extractor, and the accuracy of a classifier on held-out images. Takes the extractor stored with the data set if it is of
-    the recipe's kind, so that all runs on the data set measure in the same features. Makes one otherwise.
+def _space(
+    run: StageRun, root: str, manifest: Manifest, source: Source, wanted: Wanted, *, rows: list[str]
+) -> dict[str, Any]:
+    """Saves an extractor, and the statistics of these sets of rows in its features. Returns what other stages need to know."""
+    from mmdistill_core.artifact import save_extractor
+
+    extractor, accuracy = _extractor(run, root, manifest, source, wanted)
+    provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy}
+    save_extractor(run.path / wanted.place / "extractor", extractor, provenance=provenance)
+    about = about_of(manifest, extractor)
+    return {
+        "kind": wanted.kind,
+        "place": wanted.place,
+        "weights": about["weights"],
+        "accuracy": accuracy,
+        "statistics": {which: _statistics(run, root, manifest, which, about, wanted.place) for which in rows},
+    }
+
+
+def _extractor(
+    run: StageRun, root: str, manifest: Manifest, source: Source, wanted: Wanted
+) -> tuple[Any, float | None]:
+    """The extractor, and its accuracy on held-out images if it predicts labels. Takes the one stored with the data set if it is the
+    same, so that all runs on the data set measure in the same features. Makes one otherwise.
     """
-    config = run.context.config.data
-    wanted = Wanted(config.extractor, config.extractor_weights, config.classifier_epochs, run.context.config.seed)
     stored = manifest.statistics
-    if stored.get("extractor") == wanted.kind and wanted.weights is None:  # inception's weights are the user's file
+    if stored.get("extractor") == wanted.kind and not wanted.weights and not wanted.reports:
         from mmdistill_core.artifact import NotAModel, load_extractor
 
         try:
@@ -202,43 +218,48 @@ def _extractor(run: StageRun, root: str, manifest: Manifest, source: Source) -> 
 
         exact = source.exact(schedule=Cosine()).requires_grad_(False)
     bars: list[Bar] = []
+    role = "reports" if wanted.reports else "chooses"
 
     def tick(epoch: int, loss: float, accuracy: float | None) -> None:
-        bars[:] = bars or [run.context.screen.bar("prepare", wanted.epochs, unit="epochs")]
-        held_out = {} if accuracy is None else {"classifier/accuracy": accuracy}
-        run.log(epoch, {"step": epoch, "classifier/loss": loss} | held_out)
-        bars[0].update(epoch, f"classifier: {progress_text(loss, accuracy)}")
+        bars[:] = bars or [run.context.screen.bar(f"prepare, what {role}", wanted.epochs, unit="epochs")]
+        held_out = {} if accuracy is None else {f"{role}/accuracy": accuracy}
+        run.log(epoch, {"step": epoch, f"{role}/loss": loss} | held_out)
+        bars[0].update(epoch, f"{wanted.kind}: {progress_text(loss, accuracy)}")
 
     return make_extractor(wanted, root, manifest, exact=exact, tick=tick)
 
 
-def _statistics(run: StageRun, root: str, manifest: Manifest, which: str, about: dict[str, Any]) -> dict[str, Any]:
+def _statistics(
+    run: StageRun, root: str, manifest: Manifest, which: str, about: dict[str, Any], place: str
+) -> dict[str, Any]:
     """Saves the statistics of the rows `which`: those stored with the data set if they fit, else new ones. Returns the fingerprint
     and the hash of the files.
     """
     context, options = run.context, run.context.config.evaluate
-    folder, count = run.path / "statistics" / which, manifest.rows(which)
+    folder, count = run.path / place / "statistics" / which, manifest.rows(which)
+    extractor = f"{place}/extractor"
     if count <= options.neighbours + 1 or count < 4:
-        raise UserError(f"data.reference: {which} has {count} images, too few to measure against")
+        hint = "" if which == "all" else "data.reference=all measures against all images"
+        raise UserError(f"data.reference: {which} has {count} images, too few to measure against", hint=hint)
     fingerprint = about | {"rows": which, "count": count}
     stored = kept_reference(root, manifest, which, near=options.neighbour_samples, fingerprint=fingerprint)
     if stored:
         reference = load_reference(stored)
     else:
         if context.workspace.remote:
-            publish(run.path / "extractor", run.folder.at("extractor"))
+            publish(run.path / extractor, run.folder.at(extractor))
         reference = build_reference(
             root,
             manifest,
             which,
-            extractor=run.folder.at("extractor"),
+            extractor=run.folder.at(extractor),
             near=options.neighbour_samples,
-            seed=context.config.seed,
+            seed=0,
             fingerprint=fingerprint,
             cpus=int(context.resources.get("CPU", 1)),
             task=context.placement.task,
             device=context.placement.device,
-            tick=context.screen.bar(f"statistics of {which}", count, unit="images").update,
+            tick=context.screen.bar(f"statistics of {which}, {about['extractor']}", count, unit="images").update,
         )
     save_reference(folder, reference)
     return {"fingerprint": reference.fingerprint, "identity": identity_of(folder / TENSORS, folder / ABOUT)}

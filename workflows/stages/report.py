@@ -35,12 +35,7 @@ CODE = (
     "workflows/registry/drawing.py",
     "workflows/training/events.py",
 )
-TITLES = {
-    "frechet": "Frechet, features",
-    "frechet_pixels": "Frechet, pixels",
-    "kid": "kernel distance",
-    "inception_score": "Inception score",
-}
+TITLES = {"frechet": "Frechet", "kid": "kernel distance", "inception_score": "Inception score"}
 """The headers of the table for measures that are not shown by their name."""
 
 
@@ -93,13 +88,13 @@ def _write(
         headline=headline(results, ks),
         most=results.longest["k"],
         table=table,
-        titles=TITLES,
+        tables=_tables(table),
         ks=ks,
         shown={k: (results.teachers[k]["name"], results.students[k]["name"]) for k in ks},
         longest=results.longest["name"],
         distance_plot=plots.distance_against_steps(table),
         curve_plots=[(plots.curve_in_training(histories, curve), curve) for curve in curves],
-        progress_plot=plots.distance_in_training(histories, results.longest["frechet"]["mean"], results.longest["k"]),
+        progress_plot=plots.distance_in_training(histories),
         grids={file.stem: _data_uri(file) for file in (measured.folder / "grids").glob("*.png")},
         costs=_costs(prepared, trainings, measured),
         causes=CAUSES,
@@ -116,6 +111,17 @@ def _write(
     path.write_text(html)
     tracker.log_artifact(run.run_id, path)
     return {"identity": identity_of(path), "artifacts": ["report.html"], "summary": "one HTML file"}
+
+
+def _tables(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables of all figures, one for each space: its description, and the header of each of its measures."""
+    tables = []
+    for space in table["spaces"]:
+        own = [name for name in space["measures"] if name in table["measures"]]
+        headers = {name: name.removesuffix(space["suffix"]) for name in own}
+        headers |= {f"frechet{space['suffix']}_{rows}": f"Frechet, {rows} images" for rows in space["beside"]}
+        tables.append(space | {"headers": {name: TITLES.get(header, header) for name, header in headers.items()}})
+    return tables
 
 
 def _title(round_: Round) -> str:
@@ -191,8 +197,8 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
     show_table(screen.console, table)
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] > 1)}"
     screen.line(
-        f"Frechet distance in {summary['features']} features, {summary['counts']}, {seeds}; teacher at {longest['k']} steps "
-        f"{longest['frechet']:.3f}; half the data against the other half {summary['floor']:.3f}."
+        f"Frechet distance in {summary['features']} features, which chose nothing; {summary['counts']}, {seeds}; teacher at "
+        f"{longest['k']} steps {longest['frechet']:.3f}; half the data against the other half {summary['floor']:.3f}."
     )
     screen.line(f"The teacher's best row: {best['frechet']:.3f}, {best['sampler']}, {best['k']} steps.")
     if stops := summary.get("interruptions"):

@@ -14,14 +14,13 @@ from rich.markup import escape
 
 from workflows.config.assembly import rounds_of
 from workflows.config.values import digest
-from workflows.dataset.reference import ABOUT, TENSORS, check_reference
 from workflows.errors import ConfigError, UserError
 from workflows.session.context import Context, Done
 from workflows.session.metrics import read_metrics
 from workflows.session.stage import StageRun, open_stage
 from workflows.stages import distill, evaluate
 from workflows.storage.code import code_version
-from workflows.storage.integrity import identity_of, model_identity
+from workflows.storage.integrity import model_identity
 from workflows.storage.store import exists
 from workflows.storage.uri import join
 from workflows.storage.workspace import RESULT
@@ -75,12 +74,11 @@ class Ledger:
     def _depends(self, prepared: Done, trained: Done) -> dict[str, Any]:
         """What the result of every trial depends on, apart from its own point."""
         c, o = self.context.config, self.options
-        folder = check_reference(c, str(prepared.folder / "statistics"), prepared.result)
         return {
             "prepare": prepared.identity,
-            "extractor": prepared.result["extractor"],
-            "reference": identity_of(folder / TENSORS, folder / ABOUT),
+            "choosing": prepared.result["choosing"],
             "evaluate": c.evaluate.model_dump(),
+            "reporting": prepared.result["reporting"] if o.reporting else None,
             "teacher": trained.identity,
             "code": code_version(*CODE, modules=evaluate.MODULES),
             # With a scheduler, whether a trial is stopped depends on the others.

@@ -21,6 +21,7 @@ class SweepOptions:
     register    the best student of each k goes through the promotion gate
     hours       after which running trials are interrupted; the next sweep resumes them
     cpus, gpus  of each trial
+    reporting   trials are measured in the features that report too. Nothing is chosen by them: they are for tables
     """
 
     search: str | None = None
@@ -31,6 +32,7 @@ class SweepOptions:
     hours: float | None = None
     cpus: float = 1
     gpus: float = 0
+    reporting: bool = False
 
 
 def check_sweep(space: Space, options: SweepOptions) -> SweepOptions:

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from workflows.rendering.plots import FLOOR, INK, STUDENT, TEACHER, blank, steps_axis, svg
+from workflows.rendering.plots import FLOOR, INK, STUDENT, blank, steps_axis, svg
 from workflows.sweep.table import front, short_value
 
 COLOURS = ("#d1495b", "#e28413", "#3f8f5f", "#2b6f9e", "#7a5aa6", "#8a8f98")
@@ -14,8 +14,8 @@ COLOURS = ("#d1495b", "#e28413", "#3f8f5f", "#2b6f9e", "#7a5aa6", "#8a8f98")
 COLUMNS = 4
 
 
-def pareto(rows: list[dict[str, Any]], teacher: dict[int, float]) -> str:
-    """A log-log plot of every trial at its k, the Pareto front, and the teacher at the same steps."""
+def pareto(rows: list[dict[str, Any]]) -> str:
+    """A log-log plot of every trial at its k, and the Pareto front."""
     figure, axes = blank(1, width=10.4, height=4.6)
     axis, ks = axes[0, 0], {row["point"]["k"] for row in rows}
     for outcome, marker, label in (("finished", "o", "a trial"), ("stopped", "x", "stopped early")):
@@ -25,12 +25,9 @@ def pareto(rows: list[dict[str, Any]], teacher: dict[int, float]) -> str:
             axis.scatter(*zip(*points, strict=True), label=label, **look)
     points = [_at(row) for row in rows if row["outcome"] == "finished"]
     _front(axis, sorted(points[i] for i in front(points)))
-    beside = {k: distance for k, distance in teacher.items() if k <= 2 * max(ks, default=1)}
-    if beside:
-        _teacher(axis, beside, teacher)
     axis.set_yscale("log")
     _decimal(axis.yaxis)
-    steps_axis(axis, sorted({*ks, *beside}))
+    steps_axis(axis, sorted(ks))
     axis.set_xlabel("k, steps of a sample")
     axis.set_ylabel("Frechet distance")
     axis.legend(loc="upper right")
@@ -43,14 +40,6 @@ def _front(axis: Any, on: list[tuple[int, float]]) -> None:
         axis.plot(*zip(*on, strict=True), label="Pareto front", **look)
     for point in on:
         axis.annotate(f"{point[1]:.3f}", point, xytext=(7, 5), textcoords="offset points", color=STUDENT)
-
-
-def _teacher(axis: Any, beside: dict[int, float], teacher: dict[int, float]) -> None:
-    """Draws the teacher at the students' steps, and a level at its lowest distance."""
-    look: dict[str, Any] = {"color": TEACHER, "linestyle": "--", "marker": "o", "zorder": 4}
-    axis.plot(list(beside), list(beside.values()), label="teacher, same steps", **look)
-    k = min(teacher, key=lambda k: teacher[k])
-    axis.axhline(teacher[k], color=TEACHER, linewidth=1, linestyle=(0, (2, 3)), label=f"teacher, {k} steps")
 
 
 def by_field(rows: list[dict[str, Any]], fields: list[str]) -> str:

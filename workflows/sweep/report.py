@@ -60,7 +60,6 @@ def render(ledger: Ledger, rows: list[dict[str, Any]], prepared: Done, made: Reg
     finished = [row for row in rows if row["outcome"] == "finished"]
     on = front([(row["point"]["k"], row["frechet"]) for row in finished])
     fields = varied([row["point"] for row in rows])
-    teacher = _teacher(made)
     return environment.get_template("sweep.html").render(
         recipe=context.config.recipe,
         options=ledger.options,
@@ -71,12 +70,12 @@ def render(ledger: Ledger, rows: list[dict[str, Any]], prepared: Done, made: Reg
         ),
         on_front={finished[i]["name"] for i in on},
         best=best,
-        pixels=any("frechet_pixels" in row for row in rows),
+        chooses=prepared.result["choosing"]["kind"],
         fields=fields,
         counts={outcome: sum(r["outcome"] == outcome for r in rows) for outcome in ("finished", "stopped", "failed")},
         seconds=sum(row["seconds"] for row in rows),
-        teacher=teacher,
-        front_plot=plots.pareto(rows, teacher),
+        reported=_reported(made),
+        front_plot=plots.pareto(rows),
         field_plot=plots.by_field(rows, fields),
         moved=made.registered.result["moved"] if made else {},
         lineage_drawing=_lineage(ledger, made),
@@ -86,12 +85,12 @@ def render(ledger: Ledger, rows: list[dict[str, Any]], prepared: Done, made: Reg
     )
 
 
-def _teacher(made: Registered | None) -> dict[int, float]:
-    """The teacher's distance by steps, or {} if the best students were not measured beside it."""
+def _reported(made: Registered | None) -> dict[int, tuple[float, float]]:
+    """k -> the best student's distance in the features that report, and its teacher's at the same steps. {} if there are none."""
     if made is None:
         return {}
     results = Results.of(made.measured.result)
-    return {k: row["frechet"]["mean"] for k, row in results.teachers.items()}
+    return {k: (row["frechet"]["mean"], results.teachers[k]["frechet"]["mean"]) for k, row in results.students.items()}
 
 
 def _lineage(ledger: Ledger, made: Registered | None) -> str:

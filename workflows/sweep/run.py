@@ -233,6 +233,7 @@ def _share(context: Context, prepared: Done, trained: Done, options: SweepOption
         mailbox=context.monitor.actor,
         cpus=options.cpus,
         use_gpu=options.gpus > 0,
+        reporting=options.reporting,
     )
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from workflows.rendering.screen import Screen, show_table
 from workflows.stages.evaluate import MEASURES
 
-SHOWN = {"frechet": "distance", "frechet_pixels": "in pixels", "recall": "recall"}
+REPORTED = "_reported"
+"""In the names of measures in the features that report, which only sweeps with SweepOptions.reporting have: frechet_reported."""
+SHOWN = {"frechet": "distance", "recall": "recall"}
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -23,7 +25,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     out = []
     for text, members in groups.items():
         line: dict[str, Any] = {"point": json.loads(text), "seeds": len(members)}
-        for name in (n for n in (*MEASURES, "seconds") if n in members[0]):
+        for name in (n for n in members[0] if n in (*MEASURES, "seconds") or REPORTED in n):
             values = [m[name] for m in members]
             line[name] = {"mean": statistics.mean(values), "spread": statistics.pstdev(values)}
         out.append(line)
@@ -60,8 +62,7 @@ def described(row: dict[str, Any], fields: tuple[str, ...]) -> str:
         return f"{point}  failed: {row['why']}"
     if row["outcome"] == "stopped":
         return f"{point}  stopped at {row['images']:,} images, distance {row['score']:.3f}"
-    pixels = f", pixels {row['frechet_pixels']:.3f}" if "frechet_pixels" in row else ""
-    return f"{point}  distance {row['frechet']:.3f}{pixels}"
+    return f"{point}  distance {row['frechet']:.3f}"
 
 
 def show(rows: list[dict[str, Any]], screen: Screen) -> None:

@@ -21,6 +21,7 @@ from workflows.storage.store import exists, fetch
 from workflows.storage.uri import join
 from workflows.sweep.shelf import Shelf, tensor
 from workflows.sweep.space import Point, section
+from workflows.sweep.table import REPORTED
 from workflows.training.checkpoints import Checkpoints
 from workflows.training.job import Job, Place, Validator, export, model_of
 
@@ -43,6 +44,7 @@ class Shared:
     mailbox: Any
     cpus: float = 1
     use_gpu: bool = False
+    reporting: bool = False
 
     @property
     def device(self) -> str:
@@ -230,22 +232,29 @@ def batches_of(job: Job, shared: Shared) -> tuple[Any, Any]:
 
 
 def measured(job: Job, k: int, network: Any, shared: Shared) -> dict[str, float]:
-    """Measures the kept student with the counts, seeds, labels and reference of `evaluate`. Returns means over seeds."""
+    """Measures the kept student with the counts and seeds of `evaluate`, in the features that choose, against the images that
+    trainings see. If the sweep is to tell it, also in the features that report. Returns means over seeds.
+    """
     import ray
 
     from mmdistill_core.artifact import load_extractor
     from mmdistill_core.samplers.labels import data_labels
-    from workflows.dataset.reference import check_reference, load_reference
-    from workflows.stages.evaluate import measure, sample_statistics
+    from workflows.dataset.reference import load_reference
+    from workflows.stages.evaluate import measure_spaces, sample_statistics, spaces_of
 
     config, prepared, model = config_of(shared.config), shared.prepared, model_of(job, network)
     options, labels = config.evaluate, tensor(ray.get(shared.data)[2])
-    extractor = load_extractor(fetch(prepared.at("extractor"))).to(shared.device)
-    real = load_reference(check_reference(config, prepared.at("statistics"), prepared.result)).statistics
+    places = [prepared.at("choosing/extractor")]
+    real = [{"": load_reference(fetch(prepared.at(f"choosing/statistics/{config.data.trained}"))).statistics}]
+    if shared.reporting:
+        for space in spaces_of(config, prepared):
+            places.append(space.extractor)
+            real.append({f"{REPORTED}{end}": statistics for end, statistics in space.statistics.items()})
+    extractors = [load_extractor(fetch(place)).to(shared.device) for place in places]
     values = []
     for seed in range(options.seeds):
         label = data_labels(labels, options.samples, config.seed, 3, seed)
-        fake = sample_statistics(model, extractor, {}, k, label, seed, 0, options.neighbour_samples)
-        values.append(measure(real, fake, label, options, seed))
+        fakes = sample_statistics(model, extractors, {}, k, label, seed, 0, options.neighbour_samples)
+        values.append(measure_spaces(real, fakes, label, options, seed))
     means = {name: statistics.mean(v[name] for v in values) for name in values[0]}
     return means | {"frechet_spread": statistics.pstdev(v["frechet"] for v in values)}

@@ -132,19 +132,26 @@ BAD = {
     "no weights": (
         "digits",
         ["data.extractor=inception"],
-        "data: extractor_weights: the file of inception's weights is missing",
+        "data.extractor_weights: the file of inception's weights is missing",
     ),
     "weights of nothing": (
         "digits",
         ["data.extractor_weights=x.pth"],
-        "belongs to extractor inception, not to classifier",
+        "data.extractor_weights: belongs to inception, not to classifier",
     ),
+    "what chooses reports": (
+        "gmm",
+        ["data.reporting=[mixture]"],
+        "data.reporting: mixture chooses already (data.extractor); figures of what chose are too good, so take other features",
+    ),
+    "features twice": ("digits", ["data.reporting=[random,random]"], "has one of them twice"),
+    "unknown features": ("digits", ["data.reporting=[pixel]"], "did you mean pixels?"),
     "neighbours": ("digits", ["evaluate.neighbour_samples=10", "evaluate.neighbours=10"], "should be at most 9"),
     "splits": ("digits", ["evaluate.inception_splits=5000"], "is more than the 1797 samples"),
     "guidance without the null label": ("digits", ["distill.guidance=1"], "never learns the null label"),
     "guidance without labels": (
         "photos",
-        ["data.source=made", "data.image_size=8", "distill.guidance=1", "data.extractor=pixels"],
+        ["data.source=made", "data.image_size=8", "distill.guidance=1"],
         "the data have no labels",
     ),
     "guidance in disorder": ("digits", ["distill.guidance=[2,1]"], "[low, high]"),
@@ -334,11 +341,9 @@ def test_without_labels_there_is_no_classifier(monkeypatch):
 
     monkeypatch.setitem(SOURCES, "bare", replace(SOURCES["digits"], num_classes=0))
     for kind in ("classifier", "mixture"):
-        with pytest.raises(
-            ConfigError, match=rf"data\.extractor: {kind} needs labels, which bare has not; use pixels, or"
-        ):
+        with pytest.raises(ConfigError, match=rf"data\.extractor: {kind} needs labels, and the images have none"):
             load_config("digits", ["data.source=bare", f"data.extractor={kind}"])
-    assert load_config("digits", ["data.source=bare", "data.extractor=pixels"]).data.extractor == "pixels"
+    load_config("digits", ["data.source=bare"])
 
 
 def test_places_are_absolute_and_addresses_stay(tmp_path, monkeypatch):

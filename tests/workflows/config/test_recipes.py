@@ -80,7 +80,7 @@ def test_colour_images_from_a_folder_to_the_report(labels, tmp_path, ray_cluster
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (12, 10, 3), np.uint8)).save(file)
     data = [f"data.path={tmp_path / 'images'}", "data.image_size=8", "data.num_classes=2"]
-    data += [] if labels else ["data.num_classes=0", "data.extractor=pixels"]
+    data += [] if labels else ["data.num_classes=0"]
     space = tmp_path / "a%20b ?y[v2]#c"
     summary = run(load_config("cifar10", [*data, "distill.k=[2]"], smoke=True), space, "report")
     assert summary["stages"][-1]["name"] == "report"

@@ -401,7 +401,7 @@ def test_a_data_set_serves_any_recipe_in_small(tmp_path):
     for recipe in recipe_names():
         config = load_config(recipe, [f"data.source=dataset://{tmp_path}"], smoke=True)
         assert (config.data.source, config.data.limit, config.data.image_size) == ("dataset", None, None)
-        assert config.data.extractor == "classifier"
+        assert config.data.extractor is None
     with pytest.raises(ConfigError, match="limit: belongs to the preparation"):
         load_config("digits", [f"data.source=dataset://{tmp_path}", "data.limit=100"], smoke=True)
     with pytest.raises(ConfigError, match="exact is not known for dataset"):

@@ -1,6 +1,7 @@
 """Reference statistics: kept whole, refused where they do not fit, and measured against."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,12 @@ from safetensors.torch import save_file
 
 from mmdistill_core.artifact import save_extractor
 from mmdistill_core.metrics.frechet import moments
+from mmdistill_core.metrics.statistics import Statistics
 from mmdistill_core.networks.inception import Inception
 from mmdistill_core.networks.pixels import Pixels
 from workflows.config.loading import load_config
 from workflows.dataset import reference
-from workflows.dataset.extractors import Wanted, make_extractor
+from workflows.dataset.extractors import make_extractor, wanted_in
 from workflows.dataset.reference import (
     ABOUT,
     Reference,
@@ -28,12 +30,23 @@ from workflows.dataset.reference import (
 )
 from workflows.dataset.shards import Arrays, Rows, manifest_of, save_shard
 from workflows.errors import UserError
-from workflows.stages.evaluate import CHUNK, _comparison, measure, sample_statistics, samples_per_task
+from workflows.stages.evaluate import (
+    CHUNK,
+    Space,
+    _comparison,
+    measure,
+    measure_spaces,
+    measures_in,
+    sample_statistics,
+    samples_per_task,
+)
 
 ABOUT_PIXELS = {
     "data": "d", "resolution": [1, 4, 4], "preprocessing": "whole; none", "extractor": "pixels", "weights": "w",
     "rows": "all", "count": 30,
 }  # fmt: skip
+
+ALL = ["data.reference=all"]
 
 
 def data_set(root, values, rows=40):
@@ -66,8 +79,14 @@ def built(folder, extractor, n=30, near=20, **about):
 
 @pytest.fixture
 def prepared(tmp_path, ray_cluster):
-    reference = built(tmp_path, Pixels())
-    return tmp_path, {"statistics": {"all": {"fingerprint": reference.fingerprint}}}
+    """(the folder of a stage `prepare`, its result)."""
+    return tmp_path, reported(built(tmp_path / "reporting" / "pixels", Pixels()).fingerprint)
+
+
+def reported(fingerprint):
+    """A result of the stage `prepare`."""
+    statistics = {"all": {"fingerprint": fingerprint}}
+    return {"reporting": [{"kind": "pixels", "place": "reporting/pixels", "statistics": statistics}]}
 
 
 @pytest.mark.ray
@@ -86,57 +105,52 @@ def test_statistics_by_tasks_or_at_once_are_those_of_all_images_and_are_kept(
     whole = moments(torch.from_numpy(noise(30)).flatten(1))
     assert back.statistics.count == 30
     torch.testing.assert_close(back.statistics.features.covariance, whole.covariance, atol=1e-10, rtol=0)
-    assert back.statistics.pixels is None
     assert back.fingerprint == ABOUT_PIXELS
     rows = {tuple(row) for row in noise(30).reshape(30, -1).tolist()}
     near = [tuple(row) for row in back.statistics.near.tolist()]
     assert len(set(near)) == 20
     assert set(near) <= rows
-    assert set(back.floor) == {"frechet"}
-    assert back.floor["frechet"] > 0
+    assert back.floor > 0
 
 
 @pytest.mark.ray
 def test_its_own_statistics_must_agree_in_everything(prepared):
     folder, result = prepared
-    config = load_config("digits")
-    assert check_reference(config, str(folder / "statistics"), result) == folder / "statistics" / "all"
+    config = load_config("digits", ALL)
+    assert check_reference(config, str(folder), result) == folder / "reporting/pixels/statistics/all"
     for field, other in (("data", "e"), ("count", 31), ("resolution", [3, 4, 4]), ("extractor", "inception")):
-        wrong = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
         with pytest.raises(UserError) as caught:
-            check_reference(config, str(folder / "statistics"), wrong)
+            check_reference(config, str(folder), reported(ABOUT_PIXELS | {field: other}))
         assert f"{field} {ABOUT_PIXELS[field]!r} where this run has {other!r}" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.ray
 def test_the_users_statistics_may_be_of_other_data_and_counts_but_not_of_other_features(prepared):
-    folder, _ = prepared
-    config = load_config("digits", ["data.extractor=pixels", f"evaluate.reference={folder}/statistics/all"])
+    named = prepared[0] / "reporting/pixels/statistics/all"
+    config = load_config("digits", [*ALL, "data.reporting=[pixels,random]", f"evaluate.reference={named}"])
     check_inputs(config)
     for field, other in (("data", "e"), ("count", 31), ("rows", "holdout")):
-        result = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
-        assert check_reference(config, str(folder / "elsewhere"), result) == folder / "statistics" / "all"
+        assert check_reference(config, "elsewhere", reported(ABOUT_PIXELS | {field: other})) == named
     for field, other in (("resolution", [1, 8, 8]), ("preprocessing", "cropped; none"), ("weights", "v")):
-        result = {"statistics": {"all": {"fingerprint": ABOUT_PIXELS | {field: other}}}}
         with pytest.raises(UserError, match=f"are of {field} "):
-            check_reference(config, str(folder / "statistics"), result)
-    with pytest.raises(UserError, match="come from extractor 'pixels', those of this run from 'classifier'"):
-        check_inputs(load_config("digits", [f"evaluate.reference={folder}/statistics/all"]))
+            check_reference(config, "elsewhere", reported(ABOUT_PIXELS | {field: other}))
+    with pytest.raises(UserError, match="come from extractor 'pixels', the main ones of this run from 'classifier'"):
+        check_inputs(load_config("digits", [f"evaluate.reference={named}"]))
 
 
 @pytest.mark.ray
 def test_a_reference_with_fewer_features_than_neighbours_is_refused(prepared):
     folder, result = prepared
-    check_reference(load_config("digits", ["evaluate.neighbours=19"]), str(folder / "statistics"), result)
+    check_reference(load_config("digits", [*ALL, "evaluate.neighbours=19"]), str(folder), result)
     with pytest.raises(UserError, match="neighbours: 20 is too many for the 20 features"):
-        check_reference(load_config("digits", ["evaluate.neighbours=20"]), str(folder / "statistics"), result)
+        check_reference(load_config("digits", [*ALL, "evaluate.neighbours=20"]), str(folder), result)
 
 
 @pytest.mark.ray
 @pytest.mark.parametrize("damage", ["gone", "no json", "other format", "no tensors"])
 def test_what_is_not_a_folder_of_statistics_is_refused(prepared, damage):
-    folder = prepared[0] / "statistics" / "all"
+    folder = prepared[0] / "reporting/pixels/statistics/all"
     about = folder / ABOUT
     if damage == "gone":
         about.unlink()
@@ -150,14 +164,17 @@ def test_what_is_not_a_folder_of_statistics_is_refused(prepared, damage):
         load_reference(folder)
 
 
+def space(count, dims, *, suffix="", rows=("all",)):
+    features = torch.randn(count, dims, generator=torch.Generator().manual_seed(0))
+    about = Reference(Statistics(moments(features), features, None, None), ABOUT_PIXELS, 0.1)
+    return Space("pixels", "nowhere", suffix, dict.fromkeys(rows, about))
+
+
 def test_counts_that_differ_are_shown_and_a_singular_covariance_is_warned_of():
     def against(samples, count, dims=16):
-        rng = torch.Generator().manual_seed(0)
-        features = torch.randn(count, dims, generator=rng)
-        statistics = SimpleNamespace(features=moments(features), pixels=None, near=features, count=count)
-        about = Reference(statistics, ABOUT_PIXELS, {"frechet": 0.1})
-        config = load_config("digits", [f"evaluate.samples={samples}"])
-        return _comparison(config, about, SimpleNamespace(result={"fingerprint": "other"}))
+        config, made = load_config("digits", [f"evaluate.samples={samples}"]), {"kind": "pixels", "accuracy": None}
+        result = {"fingerprint": "other", "choosing": {"kind": "random"}, "reporting": [made | {"weights": "w"}]}
+        return _comparison(config, [space(count, dims)], SimpleNamespace(result=result))
 
     fine = against(10_000, 50_000)
     assert fine["counts"] == "10,000 samples against 50,000 images"
@@ -169,12 +186,20 @@ def test_counts_that_differ_are_shown_and_a_singular_covariance_is_warned_of():
 
 
 def test_a_task_draws_as_many_samples_as_its_moments_are_wide():
-    def wide(*dims):
-        parts = [SimpleNamespace(mean=torch.zeros(d)) for d in dims]
-        return samples_per_task(SimpleNamespace(statistics=SimpleNamespace(features=parts[0], pixels=parts[1])))
+    assert samples_per_task([space(2, 32), space(2, 64)]) == CHUNK
+    assert samples_per_task([space(2, 1100), space(2, 32)]) == 2 * CHUNK
 
-    assert wide(32, 64) == CHUNK
-    assert wide(2048, 3072) == 6 * CHUNK
+
+def test_every_space_and_all_rows_are_measured_by_names_of_their_own():
+    """Against further rows, the Frechet distance alone: of samples that are these rows, nothing."""
+    spaces = [space(40, 3, rows=("holdout", "all")), space(40, 2, suffix="_random", rows=("holdout", "all"))]
+    fakes = [replace(s.main.statistics, near=s.main.statistics.near[:30]) for s in spaces]
+    options, label = load_config("digits").evaluate, torch.full((40,), -1)
+    values = measure_spaces([s.statistics for s in spaces], fakes, label, options, 0)
+    own = ["frechet", "kid", "precision", "recall"]
+    assert {*values} == {*own, "frechet_all", *(f"{name}_random" for name in own), "frechet_random_all"}
+    assert {name for s in spaces for name in measures_in(s)} >= values.keys()
+    assert all(values[name] == pytest.approx(0, abs=1e-6) for name in values if name.startswith("frechet"))
 
 
 def test_held_out_rows_and_the_rest_share_nothing():
@@ -191,15 +216,14 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
     """Weights from a file, statistics by Ray tasks, and every measure of a model's samples; random weights."""
     torch.manual_seed(0)
     save_file(Inception().state_dict(), tmp_path / "w.safetensors")
-    config = load_config("digits", ["data.extractor=inception", f"data.extractor_weights={tmp_path}/w.safetensors"])
+    config = load_config("digits", ["data.reporting=[inception]", f"data.extractor_weights={tmp_path}/w.safetensors"])
     check_inputs(config)
-    wanted = Wanted("inception", config.data.extractor_weights, 1, 0)
-    extractor, accuracy = make_extractor(wanted, "", SimpleNamespace(shape=(1, 4, 4)), tick=None)
+    _, [wanted] = wanted_in(config.data, shape=(1, 4, 4), num_classes=10)
+    extractor, accuracy = make_extractor(wanted, "", SimpleNamespace(shape=(1, 4, 4), num_classes=10), tick=None)
     assert accuracy is None
     built(tmp_path, extractor, n=12, near=10)
     reference = load_reference(tmp_path / "statistics" / "all")
     assert reference.statistics.features.mean.shape == (2048,)
-    assert reference.statistics.pixels.mean.shape == (16,)
 
     class Model:
         network = SimpleNamespace(num_classes=0)
@@ -211,24 +235,25 @@ def test_measures_in_inceptions_features(tmp_path, ray_cluster):
     label = torch.full((10,), -1)
     values = measure(
         reference.statistics,
-        sample_statistics(Model(), extractor, {"sampler": "ddim"}, 1, label, 0, 0, 8),
+        *sample_statistics(Model(), [extractor], {"sampler": "ddim"}, 1, label, 0, 0, 8),
         label,
         options,
         0,
     )
-    assert values.keys() == {"frechet", "frechet_pixels", "kid", "precision", "recall", "inception_score"}
+    assert values.keys() == {"frechet", "kid", "precision", "recall", "inception_score"}
     assert values["inception_score"] >= 1
     assert np.isfinite(list(values.values())).all()
 
 
 @pytest.mark.ray
 def test_a_run_against_images_never_trained_on(runner):
-    """Teacher and student leave out what is held out; few samples are warned of; no label is asked for."""
+    """Teacher and student leave out what is held out, and their weights are chosen by the rest. Few samples are warned of."""
     from workflows.dataset.manifest import read_manifest
 
     few = (
         "data.reference=holdout",
-        "data.extractor=pixels",
+        "data.extractor=mixture",
+        "data.reporting=[pixels]",
         "distill.k=[1]",
         "evaluate.samples=50",
         "evaluate.seeds=1",
@@ -236,14 +261,16 @@ def test_a_run_against_images_never_trained_on(runner):
     summary = runner(*few, until="evaluate")
     folders = {p.name.rsplit("-", 1)[0]: p for p in (runner.workspace / "stages").iterdir()}
     count = read_manifest(folders["prepare"] / "data").count
-    statistics = {p.name: load_reference(p) for p in (folders["prepare"] / "statistics").iterdir()}
-    assert set(statistics) == {"holdout", "rest"}
-    held = statistics["holdout"].statistics.count
-    assert held + statistics["rest"].statistics.count == count
+    [chooses] = (folders["prepare"] / "choosing/statistics").iterdir()
+    reported = {p.name: load_reference(p) for p in (folders["prepare"] / "reporting/pixels/statistics").iterdir()}
+    assert (chooses.name, set(reported)) == ("rest", {"holdout", "all"})
+    held = reported["holdout"].statistics.count
+    assert held + load_reference(chooses).statistics.count == reported["all"].statistics.count == count
     table = json.loads((folders["evaluate"] / "table.json").read_text())
     assert table["reference"]["fingerprint"]["rows"] == "holdout"
     assert table["reference_count"] == held
-    assert table["measures"] == ["frechet", "kid", "precision", "recall"]
+    assert table["measures"] == ["frechet", "frechet_all", "kid", "precision", "recall"]
+    assert (table["features"], table["chosen_by"]) == ("pixels", "mixture")
     assert [text.split(" are")[0] for text in table["warnings"]] == ["50 samples"]
     assert "50 samples are not more than the 64 dimensions" in runner.text
     assert summary["counts"] == f"50 samples against {held} images"

@@ -299,7 +299,7 @@ def test_a_run_on_a_data_set_held_in_memory_and_streamed(grey, tmp_path, ray_clu
     data = [f"data.source=dataset://{grey[0]}", "data.extractor=pixels", "distill.k=[1]", "teacher.images=3840"]
     runner = Runner(tmp_path / "workspace")
     summary = runner(*data, until="evaluate")
-    assert summary["counts"] == "100 samples against 240 images"
+    assert summary["counts"] == f"100 samples against {grey[1].held_out} images"
     prepared = next((runner.workspace / "stages").glob("prepare-*"))
     assert json.loads((prepared / "result.json").read_text())["classes"] == ["class0", "class1", "class2"]
     assert not (prepared / "data").exists(), "the data set is used where it is"
@@ -316,11 +316,19 @@ def test_a_run_on_data_of_which_nothing_is_held_out(source, prepare, tmp_path, r
     """Nothing tells how accurate the classifier is, and the report does not say it."""
     prepare(source[0], tmp_path / "set", holdout=0.0, channels=1)
     runner = Runner(tmp_path / "workspace")
-    short = ["distill.k=[1]", "teacher.images=1280", "distill.images=640", "data.classifier_epochs=1"]
+    with pytest.raises(UserError, match="holdout has 0 images, too few to measure against"):
+        runner(f"data.source=dataset://{tmp_path / 'set'}", until="prepare")
+    short = [
+        "data.reference=all",
+        "distill.k=[1]",
+        "teacher.images=1280",
+        "distill.images=640",
+        "data.classifier_epochs=1",
+    ]
     runner(f"data.source=dataset://{tmp_path / 'set'}", *short)
     page = (runner.workspace / "reports/digits/report.html").read_text()
-    assert "those of a classifier, each divided by" in page
-    assert "held-out" not in page
+    assert "those of a small classifier, trained on" in page
+    assert "right on" not in page
 
 
 def test_statistics_of_a_data_set_are_those_that_a_run_would_build(
@@ -340,10 +348,10 @@ def test_statistics_of_a_data_set_are_those_that_a_run_would_build(
         runner = Runner(tmp_path / f"runs-{name}")
         runner(f"data.source=dataset://{folder}", "data.extractor=pixels", until="prepare")
         result = json.loads(next((runner.workspace / "stages").glob("prepare-*/result.json")).read_text())
-        identities.append(result["statistics"]["all"]["identity"])
-    assert identities == [manifest.statistics["rows"]["all"]["identity"]] * 2
+        identities.append(result["choosing"]["statistics"]["rest"]["identity"])
+    assert identities == [manifest.statistics["rows"]["rest"]["identity"]] * 2
     there = copied(measured)
-    path = there / "statistics/all/statistics.safetensors"
+    path = there / "statistics/rest/statistics.safetensors"
     for damage in (lambda: path.write_bytes(path.read_bytes()[:-1] + b"x"), path.unlink):
         damage()
         with pytest.raises(UserError, match="statistics differ from the manifest"):
@@ -356,9 +364,11 @@ def test_runs_on_a_data_set_measure_in_its_own_features(source, prepare, classif
     runner = Runner(tmp_path / "runs")
     runner(f"data.source=dataset://{there}", "seed=5", until="prepare")
     result = json.loads(next((runner.workspace / "stages").glob("prepare-*/result.json")).read_text())
-    assert result["extractor"] == manifest.statistics["weights"]
-    assert result["statistics"]["all"]["identity"] == manifest.statistics["rows"]["all"]["identity"]
-    assert "classifier" in result["summary"]
+    choosing = result["choosing"]
+    assert choosing["weights"] == manifest.statistics["weights"]
+    assert choosing["statistics"]["rest"]["identity"] == manifest.statistics["rows"]["rest"]["identity"]
+    assert [one["kind"] for one in result["reporting"]] == ["classifier", "random", "pixels"]
+    assert result["reporting"][0]["weights"] != choosing["weights"], "it reports nothing that it chose"
     with pytest.raises(UserError, match="needs labels"):
         prepare(source[0], tmp_path / "none", labels="none", extractor="mixture")
     with pytest.raises(ConfigError, match="belong together"):

@@ -111,12 +111,13 @@ def test_the_best_of_each_k_are_registered_with_their_lineage(swept):
     }
     students = {v.tags["k"]: v for v in registry.versions("mmdistill-digits-student")}
     assert set(students) == {"1", "2"}
+    table = json.loads(next((sweep.workspace / "stages").glob("evaluate-*/table.json")).read_text())
     for k, row in best.items():
         version = students[str(k)]
         assert version.run_id == row["run_id"]
-        assert float(version.tags["frechet"]) == pytest.approx(
-            row["frechet"], rel=1e-4
-        )  # evaluate's, by the same protocol
+        reported = next(r for r in table["rows"] if (r["who"], r["k"]) == ("student", k))["frechet"]["mean"]
+        assert float(version.tags["frechet"]) == pytest.approx(reported, rel=1e-5)
+        assert reported != row["frechet"], "other features chose it"
         assert registry.alias("mmdistill-digits-student", f"k{k}-champion") == version.version
     found = lineage(registry, "mmdistill-digits-student")
     assert len(found["data"]) == len(found["data"][0]["teachers"]) == 1

@@ -129,7 +129,7 @@ def test_what_a_run_registers_is_its_whole_lineage(left):
         measured = student["evaluation"]
         assert measured["frechet"] == pytest.approx(rows["student", "ancestral", k], rel=1e-5)
         assert measured["teacher_frechet"] == pytest.approx(rows["teacher", "ancestral", k], rel=1e-5)
-        assert (measured["samples"], measured["seeds"], measured["reference_count"]) == (20, 1, 240)
+        assert (measured["samples"], measured["seeds"], measured["reference_count"]) == (20, 1, 48)
     assert [(m["alias"], m["before"], m["by"]) for m in found["moves"]] == [
         ("k1-champion", None, "gate"),
         ("k2-champion", None, "gate"),
@@ -218,7 +218,7 @@ def test_a_folder_that_a_setting_names_stays(workspace):
     source = next((workspace / "stages").glob("prepare-*"))
     other = Path(shutil.copytree(source, source.with_name(f"prepare-{'0' * 12}")))
     assert names(collect(workspace, agree=False)[0]) >= {f"stages/{other.name}"}
-    run(workspace, f"evaluate.reference={other / 'statistics' / 'all'}", until="evaluate")
+    run(workspace, f"evaluate.reference={other / 'reporting/classifier/statistics/holdout'}", until="evaluate")
     assert f"stages/{other.name}" not in names(collect(workspace, agree=False)[0])
 
 

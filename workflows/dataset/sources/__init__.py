@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from workflows.dataset.manifest import known_manifest
 from workflows.dataset.readers.spread import evenly
 from workflows.dataset.sources.drawn import RING, gmm, made, ring
+from workflows.dataset.sources.emoji import CATEGORIES, emoji, emoji_groups
 from workflows.dataset.sources.packaged import PHOTOGRAPHS, digits, photograph_names, photos
 from workflows.storage.uri import resolved
 
@@ -31,6 +32,7 @@ class Source:
                    not fit in memory
     exact          exact(schedule=...) returns the optimal denoiser, where the distribution of the data is known
     classes        classes() returns the class names in the order of their labels, if they have names
+    groups         groups() returns a name for each image. Images of one name are held out together, as they are nearly the same
     """
 
     shape: tuple[int, int, int]
@@ -38,10 +40,14 @@ class Source:
     load: Load | None
     exact: Callable[..., Any] | None = None
     classes: Callable[[], tuple[str, ...]] | None = None
+    groups: Callable[[], Sequence[str]] | None = None
 
 
 SOURCES: dict[str, Source] = {
     "digits": Source((1, 8, 8), 10, digits, classes=lambda: tuple("0123456789")),
+    "emoji32": Source(
+        (3, 32, 32), len(CATEGORIES), partial(emoji, size=32), classes=lambda: CATEGORIES, groups=emoji_groups
+    ),
     "gmm": Source((2, 1, 1), RING["modes"], gmm, exact=ring),
     "photos32": Source((3, 32, 32), len(PHOTOGRAPHS), partial(photos, size=32, each=1000), classes=photograph_names),
     "photos64": Source((3, 64, 64), len(PHOTOGRAPHS), partial(photos, size=64, each=400), classes=photograph_names),
@@ -80,7 +86,7 @@ SHAPED: dict[str, Callable[[Data], Source]] = {"folder": _folder, "made": _made,
 def source_of(data: Data) -> Source:
     """Returns the source that the section `data` names. Its `load` returns at most `data.limit` images."""
     source = SOURCES[data.source] if data.source in SOURCES else SHAPED[data.source](data)
-    limit, whole = data.limit, source.load
+    limit, whole, groups = data.limit, source.load, source.groups
     if limit is None or whole is None:
         return source
 
@@ -89,4 +95,9 @@ def source_of(data: Data) -> Source:
         index = evenly(len(images), limit)
         return images[index], labels[index]
 
-    return replace(source, load=load)
+    def some() -> Sequence[str]:
+        assert groups is not None
+        names = groups()
+        return [names[i] for i in evenly(len(names), limit)]
+
+    return replace(source, load=load, groups=groups and some)
