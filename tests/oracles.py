@@ -128,14 +128,21 @@ class AffineInTime(nn.Module):
 
 
 def population_fixed_point(
-    *, pairing: str, k: int, knots: int, delta_power: float = 1.0, n: int = 160, schedule: Schedule = COSINE
+    *,
+    pairing: str,
+    k: int,
+    knots: int,
+    delta_power: float = 1.0,
+    n: int = 160,
+    rollout: bool = False,
+    schedule: Schedule = COSINE,
 ) -> Tensor:
     """The slopes [knots + 2] of an AffineInTime student at which Algorithm 2 stands still on N(MEAN, VARIANCE), with s uniform,
     w = 1 and an auxiliary that is the best linear predictor of x_tilde from z_s at every s, blind to t. By quadrature,
     descent from the teacher's slopes and Newton's method.
 
     phi(s) = E[Cov(x_tilde, z_s)] / E[Var(z_s)], expectations over t given s; the student's gradient at t is that of
-    E[(phi(s) - beta(s)) Cov(z_t, z_s)].
+    E[(phi(s) - beta(s)) Cov(z_t, z_s)]. rollout: z_t comes from the student's own sampler, so its variance follows from the slopes.
     """
     s = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     if pairing == "uniform":
@@ -146,13 +153,21 @@ def population_fixed_point(
         s = t[:, 0] - ((t[:, 0] - s) * k) ** delta_power / k
     wide = s[:, None].expand_as(t)
     c_z, c_x, var = (c.view_as(t) for c in posterior_coefficients(schedule=schedule, t=t.flatten(), s=wide.reshape(-1)))
-    v_t = schedule.alpha(t) ** 2 * VARIANCE + schedule.sigma(t) ** 2
+    of_data = schedule.alpha(t) ** 2 * VARIANCE + schedule.sigma(t) ** 2
     beta = torch.tensor([teacher_slope(u.item(), schedule) for u in s], dtype=torch.float64)
+    grid = torch.tensor([1 - i / k for i in range(k)], dtype=torch.float64)
+    below = torch.round((1 - t) * k).long()
     student = AffineInTime(knots).double()
-    basis = student.basis(t.flatten()).view(*t.shape, -1)
+    basis, of_grid = student.basis(t.flatten()).view(*t.shape, -1), student.basis(grid)
+    on = posterior_coefficients(schedule=schedule, t=grid[:-1], s=grid[1:])
 
     def gradient(slope: Tensor) -> Tensor:
-        a = basis @ slope
+        a, v_t = basis @ slope, of_data
+        if rollout:
+            variances = [schedule.sigma(grid[0]) ** 2]
+            for c_z_on, c_x_on, var_on, slope_on in zip(*on, of_grid @ slope, strict=False):
+                variances.append((c_z_on + c_x_on * slope_on) ** 2 * variances[-1] + var_on)
+            v_t = torch.stack(variances)[below]
         onto = c_z + c_x * a
         phi = (a * onto * v_t).mean(1) / (onto**2 * v_t + var).mean(1)
         return ((phi - beta)[:, None, None] * (onto * v_t)[..., None] * basis).mean((0, 1))

@@ -36,12 +36,17 @@ class Points(Draws):
 
 
 class Expected:
-    """The expectation of a method's losses over x, eps and noise, for fixed uniform numbers `uniforms`, each [m]."""
+    """The expectation of a method's losses over x, eps and noise, for fixed uniform numbers `uniforms`, each [m]. A method with
+    rollouts draws k + 1 normal numbers in place of two.
+    """
 
     def __init__(self, method: MomentMatching, uniforms: Sequence[Tensor]) -> None:
+        signs = SIGNS
+        if method.z_t == "rollout":
+            signs = torch.cartesian_prod(*[at(-1.0, 1.0)] * (method.k + 2))
         self.method, self.n = method, len(uniforms[0])
-        self.uniforms = [u.repeat_interleave(len(SIGNS)) for u in uniforms]
-        x, *self.normals = (column.repeat(self.n)[:, None] for column in SIGNS.T)
+        self.uniforms = [u.repeat_interleave(len(signs)) for u in uniforms]
+        x, *self.normals = (column.repeat(self.n)[:, None] for column in signs.T)
         self.batch = Batch(MEAN + math.sqrt(VARIANCE) * x)
 
     def gradients(self, nets: Mapping[str, nn.Module], step: int = 0) -> dict[str, Tensor]:

@@ -42,19 +42,23 @@ def sample_pairs(
     rng: Rng,
     delta_power: float = 1.0,
     logsnr_shift: float = 0.0,
+    times_per_step: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(t, s), each [b], s < t <= 1 and t - s <= 1/k.
 
     `uniform`: t = min(s + delta, 1), delta = u^delta_power / k, u ~ U[0, 1]. delta_power 1 is the paper's (2406.04103, section 3).
     Below 1, long steps are more frequent; those are the steps of sampling.
     `grid`: t is the next point above s of the sampler's grid {i/k}, so that training only sees the t that sampling uses. Then s
-    moves within its interval in the same way, from t - u/k to t - u^delta_power / k.
+    moves within its interval in the same way, from t - u/k to t - u^delta_power / k. With
+    `times_per_step`, s is one of the middles of so many equal parts of its interval, before that move.
     """
     s = sample_s(density=density, schedule=schedule, b=b, rng=rng, logsnr_shift=logsnr_shift)
     if pairing == "uniform":
         delta = uniform(b, rng=rng) ** delta_power / k
         return (s + delta.clamp_min(1e-6)).clamp_max(1), s
     if pairing == "grid":
+        if times_per_step:
+            s = (torch.floor(s * k * times_per_step) + 0.5) / (k * times_per_step)
         t = (torch.floor(s * k) + 1) / k
         return t, s if delta_power == 1 else (t - ((t - s) * k) ** delta_power / k).clamp_min(0)
     raise ValueError(f"pairing: {pairing!r} is not one of {', '.join(PAIRINGS)}")

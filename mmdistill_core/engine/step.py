@@ -83,7 +83,7 @@ def backward(state: TrainState, phase: Phase, batch: Batch, rng: Draws, world: i
             # A non-finite loss poisons the gradient, so that under DDP every worker sees it and skips the same step.
             (total * torch.where(total.isfinite(), 1.0, float("nan"))).backward()
         done.append(losses)
-    state.forwards += losses.forwards * images
+    state.forwards += round(losses.forwards * images)
     return Losses.join(done)
 
 

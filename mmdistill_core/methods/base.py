@@ -166,7 +166,7 @@ class Losses:
     logs: dict[str, Tensor] = field(default_factory=dict)
     by_level: dict[str, Tensor] = field(default_factory=dict)
     logsnr: Tensor | None = None
-    forwards: int = 0
+    forwards: float = 0
 
     @classmethod
     def join(cls, parts: Sequence[Losses]) -> Losses:

@@ -21,7 +21,7 @@ With this sign, which is not the printed one, L_eta has the gradient of 1/4 E[G]
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -84,6 +84,10 @@ class _Draw:
     label: Tensor | None
 
 
+def _rows(value: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if value is None else value[rows]
+
+
 @dataclass(frozen=True)
 class MomentMatching(Method):
     """The paper keeps no average of the student, since its learning rate decays to 0 over 200k steps, which averages too. A short
@@ -106,7 +110,15 @@ class MomentMatching(Method):
     delta_power: float = option(
         0.35, "below 1: t - s is more often as long as the sampler's steps; 1 is the paper's (times.sample_pairs)", gt=0
     )
+    times_per_step: int = option(
+        0, "s is one of so many times in a step of the sampler, the middles of equal parts of it; 0: any time", ge=0
+    )
     p_s: TimeDensity = option("uniform", "density of s")
+    z_t: Literal["data", "rollout"] = option(
+        "data",
+        "where z_t comes from. data: a noised image (the paper's). rollout: the student's own sampler, from noise at t = 1, so "
+        "that it learns where it will be; (k - 1) / 2 evaluations more for an image",
+    )
     w_s: Literal[Weighting, "dmd"] = option(
         "flat", "weight at s; dmd: flat, but the student's gradient by DMD's adaptive weight"
     )
@@ -146,6 +158,10 @@ class MomentMatching(Method):
             raise ValueError(
                 "matched: state needs the steps of the ancestral sampler: pairing grid, transition conditional, eta 1"
             )
+        if self.z_t == "rollout" and self.pairing != "grid":
+            raise ValueError("z_t: rollout needs the times of the sampler: pairing grid")
+        if self.times_per_step and (self.p_s != "uniform" or self.pairing != "grid"):
+            raise ValueError("times_per_step: it needs pairing grid and p_s uniform")
         if self.transition == "unconditional" and self.eta != 1:
             raise ValueError(f"eta: {self.eta} belongs to the conditional transition")
         if self.update == "instant" and (self.auxiliary_sees_t or self.auxiliary_updates > 1):
@@ -258,7 +274,7 @@ class MomentMatching(Method):
             return (Phase(("student", "auxiliary"), self._joint_loss),)
         return (Phase(("student",), self._student_loss),)
 
-    def _draw(self, batch: Batch, rng: Rng) -> _Draw:
+    def _draw(self, nets: Networks, batch: Batch, rng: Rng) -> _Draw:
         t, s = sample_pairs(
             pairing=self.pairing,
             density=self.p_s,
@@ -268,6 +284,7 @@ class MomentMatching(Method):
             rng=rng,
             delta_power=self.delta_power,
             logsnr_shift=self.logsnr_shift,
+            times_per_step=self.times_per_step,
         )
         to = None
         if self.matched == "state":
@@ -279,14 +296,47 @@ class MomentMatching(Method):
             sigma_data=self.sigma_data,
             logsnr_shift=self.logsnr_shift,
         )
-        z_t = noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng)
+        rollout = self.z_t == "rollout"
+        z_t = batch.x if rollout else noisy(schedule=self.schedule, x=batch.x, t=t, rng=rng)
         low, high = self._guidance
         guidance = None
         if high > 0:
             guidance = torch.full_like(t, low)
             if high > low:
                 guidance += (high - low) * uniform(len(t), rng=rng)
-        return _Draw(t=t, s=s, to=to, z_t=z_t, w=w, guidance=guidance, label=batch.label)
+        draw = _Draw(t=t, s=s, to=to, z_t=z_t, w=w, guidance=guidance, label=batch.label)
+        return self._rolled_out(nets, draw, rng) if rollout else draw
+
+    @torch.no_grad()
+    def _rolled_out(self, nets: Networks, draw: _Draw, rng: Rng) -> _Draw:
+        """With z_t as the student's sampler reaches it, from noise at t = 1 in steps of 1/k."""
+        level = (draw.t * self.k).round()
+        z = self.schedule.sigma(torch.ones_like(draw.t[:1])) * normal_like(draw.z_t, rng=rng)
+        for i in range(self.k, 1, -1):
+            noise = normal_like(z, rng=rng)
+            going = (level < i).nonzero()[:, 0]
+            # With none of them, the first goes on in vain: sharded workers need as many calls as the others.
+            rows = going if len(going) else going.new_zeros(1)
+            t, s = (torch.full_like(draw.t[rows], step / self.k) for step in (i, i - 1))
+            some = replace(draw, t=t, z_t=z[rows], guidance=_rows(draw.guidance, rows), label=_rows(draw.label, rows))
+            x_tilde = self._student(nets, some)
+            on = transition(
+                schedule=self.schedule,
+                z_t=some.z_t,
+                x_tilde=x_tilde,
+                t=t,
+                s=s,
+                noise=noise[rows],
+                kind=self.transition,
+                eta=self.eta,
+            )
+            z = z.index_copy(0, going, on[: len(going)])
+        return replace(draw, z_t=z)
+
+    @property
+    def _more(self) -> float:
+        """Evaluations of a rollout for one image."""
+        return (self.k - 1) / 2 if self.z_t == "rollout" else 0
 
     def _conditions(self, draw: _Draw) -> tuple[dict[str, Tensor], ...]:
         """The student's conditions as its last argument, or no argument if it has none."""
@@ -333,7 +383,7 @@ class MomentMatching(Method):
                 x_tilde=x_tilde,
                 t=t,
                 s=s,
-                rng=rng,
+                noise=normal_like(x_tilde, rng=rng),
                 kind=self.transition,
                 eta=self.eta,
             )
@@ -365,11 +415,11 @@ class MomentMatching(Method):
             logs={"moment_gap": squared},
             by_level={"moment_gap": squared},
             logsnr=self.schedule.logsnr(draw.s),
-            forwards=3 + (draw.guidance is not None),
+            forwards=3 + (draw.guidance is not None) + self._more,
         )
 
     def _auxiliary_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
-        draw = self._draw(batch, rng)
+        draw = self._draw(nets, batch, rng)
         with torch.no_grad():
             x, z_s = self._compared(draw, self._student(nets, draw), rng)
             of_teacher = self._teacher(nets, draw, z_s)
@@ -378,7 +428,7 @@ class MomentMatching(Method):
         return self._losses(draw, {"auxiliary": loss}, x, of_teacher, of_auxiliary - of_teacher)
 
     def _student_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
-        draw = self._draw(batch, rng)
+        draw = self._draw(nets, batch, rng)
         x, z_s = self._compared(draw, self._student(nets, draw), rng)
         with torch.no_grad():
             of_teacher = self._teacher(nets, draw, z_s)
@@ -386,7 +436,7 @@ class MomentMatching(Method):
         return self._losses(draw, {"student": self._push(draw, x, of_teacher, direction)}, x, of_teacher, direction)
 
     def _joint_loss(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Losses:
-        draw = self._draw(batch, rng)
+        draw = self._draw(nets, batch, rng)
         x, z_s = self._compared(draw, self._student(nets, draw), rng)
         with torch.no_grad():
             of_teacher = self._teacher(nets, draw, z_s)
@@ -400,7 +450,7 @@ class MomentMatching(Method):
 
     def _nu(self, nets: Networks, batch: Batch, rng: Rng, progress: Progress) -> Statistic:
         """nu = -Lambda G: Algorithm 3's first half. It is linear in G, so it may be averaged over parts and workers."""
-        draw, teacher = self._draw(batch, rng), nets["teacher"]
+        draw, teacher = self._draw(nets, batch, rng), nets["teacher"]
         with torch.no_grad():
             x, z_s = self._compared(draw, self._student(nets, draw), rng)
         parameters = parameters_of(teacher)
@@ -414,7 +464,7 @@ class MomentMatching(Method):
         """L_eta: Algorithm 3's second half. Along nu, the teacher's own loss on B changes by -G_A^T Lambda G_B. This gives the
         curve of the squared moments at no cost. It is unbiased, since A and B are independent.
         """
-        draw = self._draw(batch, rng)
+        draw = self._draw(nets, batch, rng)
         x, z_s = self._compared(draw, self._student(nets, draw), rng)
         with torch.no_grad():
             arguments = (z_s, draw.s, draw.label)
@@ -426,5 +476,5 @@ class MomentMatching(Method):
             logs={"squared_moments": squared},
             by_level={"squared_moments": squared},
             logsnr=self.schedule.logsnr(draw.s),
-            forwards=5 + 2 * (draw.guidance is not None),
+            forwards=5 + 2 * (draw.guidance is not None) + 2 * self._more,
         )

@@ -45,16 +45,16 @@ def transition(
     x_tilde: Tensor,
     t: Tensor,
     s: Tensor,
-    rng: Rng,
+    noise: Tensor,
     kind: str = "conditional",
     eta: float = 1.0,
 ) -> Tensor:
-    """sg[z_s]: where the student's sampler goes from z_t with x_tilde (2406.04103, Algorithm 2).
+    """sg[z_s]: where the student's sampler goes from z_t with x_tilde and this normal noise (2406.04103, Algorithm 2).
 
     conditional    z_s ~ q(z_s | z_t, x_tilde); eta < 1: less noise, and 0 is DDIM
     unconditional  z_s ~ q(z_s | x_tilde), with fresh noise: the paper's comparison
     """
-    x, noise = x_tilde.detach(), normal_like(x_tilde, rng=rng)
+    x = x_tilde.detach()
     if kind == "unconditional":
         return q_sample(schedule=schedule, x=x, eps=noise, t=s)
     if eta != 1:

@@ -12,6 +12,7 @@ from oracles import (
     Affine,
     AffineInTime,
     Corrected,
+    Perceptron,
     S,
     T,
     at,
@@ -261,6 +262,43 @@ class TestChoices:
             module.sample_pairs = original
         assert torch.equal(seen[0], draws[0][0])
 
+    @pytest.mark.parametrize("kind", ["conditional", "unconditional"])
+    def test_a_rollout_is_where_the_sampler_comes(self, kind):
+        """Each row stops at its own t. The network sees no row more often than it has to."""
+        k, b, seen = 4, 32, []
+
+        class Student(Perceptron):
+            def forward(self, z, t, label=None):
+                seen.append(len(z))
+                return super().forward(z, t)
+
+        torch.manual_seed(0)
+        student = Student(dimensions=2)
+        nets = {"teacher": student, "student": student, "auxiliary": student}
+        method = matching(schedule=COSINE, k=k, z_t="rollout", pairing="grid", transition=kind)
+        batch = Batch(torch.full((b, 2), torch.nan))
+        draw = method._draw(nets, batch, generator(3))
+
+        rng = generator(3)
+        level = (torch.floor(torch.rand(b, generator=rng) * k) + 1).long()
+        assert torch.equal(draw.t, level / k)
+        state = torch.randn(b, 2, generator=rng)
+        states = {k: state}
+        for i in range(k, 1, -1):
+            t, s = torch.full((b,), i / k), torch.full((b,), (i - 1) / k)
+            x, noise = student(state, t), torch.randn(b, 2, generator=rng)
+            if kind == "conditional":
+                state = posterior(schedule=COSINE, z_t=state, x=x, t=t, s=s, noise=noise)
+            else:
+                state = q_sample(schedule=COSINE, x=x, eps=noise, t=s)
+            states[i - 1] = state
+        expected = torch.stack([states[int(own)][row] for row, own in enumerate(level)])
+        torch.testing.assert_close(draw.z_t, expected.detach(), atol=1e-6, rtol=1e-5)
+        assert not draw.z_t.requires_grad
+        assert sum(seen[: k - 1]) == int((k - level).sum())
+        losses = method.phases(at_step(1))[0].loss(nets, batch, generator(3), START)
+        assert losses.forwards == 3 + (k - 1) / 2
+
     def test_guidance_is_of_the_teacher_alone(self):
         """An auxiliary that predicts what the guided teacher predicts gives the student no gradient; a plain one does."""
         exact = ring_of_gaussians(modes=3, radius=1.0, variance=0.1, schedule=COSINE).requires_grad_(False)
@@ -373,14 +411,20 @@ def sampled(knots, k, slopes):
     return sampled_variance((AffineInTime(knots).basis(times).double() @ slopes).tolist())
 
 
-def population_variance(pairing, k, knots, delta_power=1.0, n=80):
+def population_variance(pairing, k, knots, delta_power=1.0, n=80, **more):
     """The same at the fixed point of Algorithm 2, from its population equations."""
-    return sampled(knots, k, population_fixed_point(pairing=pairing, k=k, knots=knots, delta_power=delta_power, n=n))
+    slopes = population_fixed_point(pairing=pairing, k=k, knots=knots, delta_power=delta_power, n=n, **more)
+    return sampled(knots, k, slopes)
 
 
 @pytest.mark.parametrize("k", GRID_VARIANCES)
 def test_the_fixed_points_of_grid(k):
     assert population_variance("grid", k, k, n=160) == pytest.approx(GRID_VARIANCES[k], abs=1e-3)
+
+
+@pytest.mark.parametrize(("k", "variance"), [(1, 0.3), (2, 0.2057), (4, 0.2463)])
+def test_the_fixed_points_of_grid_with_rollouts(k, variance):
+    assert population_variance("grid", k, k, n=160, rollout=True) == pytest.approx(variance, abs=1e-3)
 
 
 @pytest.mark.parametrize(("k", "knots", "variance"), [(2, 4, 0.229), (4, 4, 0.279), (8, 4, 0.288), (4, 8, 0.274)])
@@ -406,18 +450,24 @@ CASES += [("uniform", 2, 1.0), ("uniform", 4, 1.0), ("uniform", 8, 1.0)]
 CASES += [("grid", 2, 0.5), ("grid", 8, 0.7), ("uniform", 8, 0.5)]
 """(pairing, k, delta_power). `uniform` at k = 1 is left out: its condition leaves the slope at t = 1 free, and that alone
 is sampled."""
+CASES = [(*case, {}) for case in CASES]
+CASES += [("grid", k, 1.0, {"z_t": "rollout"}) for k in (1, 2, 4)]
+CASES += [("grid", 4, 1.0, {"times_per_step": 10}), ("grid", 2, 1.0, {"times_per_step": 20, "z_t": "rollout"})]
 
 
-@pytest.mark.parametrize(("pairing", "k", "delta_power"), CASES)
-def test_the_whole_algorithms_losses_stand_still_there(pairing, k, delta_power):
+@pytest.mark.parametrize(("pairing", "k", "delta_power", "more"), CASES)
+def test_the_whole_algorithms_losses_stand_still_there(pairing, k, delta_power, more):
     """With all its random times, at midpoints of their uniform numbers, and an auxiliary that has learnt all it can: the student's
     expected gradient is 0 where the population equations say, and descent along it ends there.
     """
     knots, n = k if pairing == "grid" else 4, 40
-    slopes = population_fixed_point(pairing=pairing, k=k, knots=knots, delta_power=delta_power, n=n)
+    rollout = more.get("z_t") == "rollout"
+    slopes = population_fixed_point(pairing=pairing, k=k, knots=knots, delta_power=delta_power, n=n, rollout=rollout)
     middles = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    if "times_per_step" in more:  # any number within a part stands for its middle
+        middles = middles + 0.4 / n * torch.sin(torch.arange(n, dtype=torch.float64))
     uniforms = [middles] if pairing == "grid" else [middles.repeat_interleave(n), middles.repeat(n)]
-    expected = Expected(matching(schedule=COSINE, k=k, pairing=pairing, delta_power=delta_power), uniforms)
+    expected = Expected(matching(schedule=COSINE, k=k, pairing=pairing, delta_power=delta_power, **more), uniforms)
     student, auxiliary = AffineInTime(knots).double(), Lines(n)
     nets = {"teacher": gaussian_teacher().double(), "student": student, "auxiliary": auxiliary}
 
@@ -434,7 +484,7 @@ def test_the_whole_algorithms_losses_stand_still_there(pairing, k, delta_power):
     step[used] = torch.linalg.solve(by, field(row)[used])
     slope_step, offset_step = step.chunk(2)
     assert sampled(knots, k, slopes - slope_step) == pytest.approx(sampled(knots, k, slopes), rel=1e-5)
-    assert offset_step.abs().max() < 1e-5
+    assert offset_step.abs().max() < 3e-5
 
 
 @pytest.mark.parametrize(("pairing", "k", "steps"), [("grid", 2, 700), ("uniform", 4, 1000)])
