@@ -37,6 +37,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "instant, identity": {"update": "instant", "optimiser.lr": 1.5e-4, "preconditioner": "identity"},
     "uniform pairs": {"pairing": "uniform"},
     "delta_power 1": {"delta_power": 1.0},
+    "rollout": {"z_t": "rollout"},
+    "rollout, delta_power 1": {"z_t": "rollout", "delta_power": 1.0},
+    "4 times in a step": {"times_per_step": 4},
     "unconditional z_s": {"transition": "unconditional"},
     "no pull": {"pull": False},
     "auxiliary sees t": {"pairing": "uniform", "auxiliary_sees_t": True},
@@ -46,6 +49,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "w sigmoid": {"w_s": "sigmoid"},
     "w dmd": {"w_s": "dmd"},
     "p(s) karras": {"p_s": "karras"},
+    "last weights": {"validate_every": 0},
 }
 """name -> what differs from BASE."""
 IMAGES = {"gmm": 96_000, "digits": 48_000}

@@ -92,7 +92,7 @@ def test_it_descends_the_squared_moments_with_factor_two(kind):
 
     # The same squared norm, written out: the gradient by theta of the loss, then by eta, through x_tilde alone.
     rng = generator(1)
-    draw = method._draw(batch, rng)
+    draw = method._draw(nets, batch, rng)
     x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
     _, z_s = method._compared(draw, x_tilde.detach(), rng)
     theta = list(nets["teacher"].requires_grad_(True).parameters())
@@ -207,7 +207,7 @@ def test_a_modified_teacher_is_differentiated_straight_through(choice):
     got = method.phases(START)[0].statistic(nets, batch, generator(1), START)
 
     rng = generator(1)
-    draw = method._draw(batch, rng)
+    draw = method._draw(nets, batch, rng)
     x_tilde = nets["student"](draw.z_t, draw.t, draw.label)
     _, z_s = method._compared(draw, x_tilde, rng)
     network = nets["teacher"].requires_grad_(True)

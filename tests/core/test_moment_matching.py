@@ -199,7 +199,7 @@ class TestGradients:
         got = {role: [p.grad.clone() for p in nets[role].parameters()] for role in ("student", "auxiliary")}
 
         fresh, rng = self.nets(), generator(1)
-        draw = method._draw(batch, rng)
+        draw = method._draw(nets, batch, rng)
         x_tilde = fresh["student"](draw.z_t, draw.t)
         _, z_s = method._compared(draw, x_tilde, rng)
         g_theta, g_phi = fresh["teacher"](z_s, draw.s), fresh["auxiliary"](z_s, draw.s)
