@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from workflows.dataset.manifest import known_manifest
 from workflows.dataset.readers.spread import evenly
 from workflows.dataset.sources.drawn import RING, gmm, made, ring
-from workflows.dataset.sources.emoji import CATEGORIES, emoji, emoji_groups
+from workflows.dataset.sources.emoji import CATEGORIES, emoji_groups, twemoji
 from workflows.dataset.sources.packaged import PHOTOGRAPHS, digits, photograph_names, photos
 from workflows.storage.uri import resolved
 
@@ -46,7 +46,7 @@ class Source:
 SOURCES: dict[str, Source] = {
     "digits": Source((1, 8, 8), 10, digits, classes=lambda: tuple("0123456789")),
     "emoji32": Source(
-        (3, 32, 32), len(CATEGORIES), partial(emoji, size=32), classes=lambda: CATEGORIES, groups=emoji_groups
+        (3, 32, 32), len(CATEGORIES), partial(twemoji, size=32), classes=lambda: CATEGORIES, groups=emoji_groups
     ),
     "gmm": Source((2, 1, 1), RING["modes"], gmm, exact=ring),
     "photos32": Source((3, 32, 32), len(PHOTOGRAPHS), partial(photos, size=32, each=1000), classes=photograph_names),

@@ -40,7 +40,7 @@ LEFT_OUT = ("Component",)
 """Five swatches of skin."""
 
 
-def emoji(*, size: int) -> tuple[np.ndarray, np.ndarray]:
+def twemoji(*, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns 3,781 emoji over white, with skin tones as images of their own. The label is the category. Raises UserError."""
     import numpy as np
     from PIL import Image
@@ -86,10 +86,15 @@ def _listing() -> list[dict[str, Any]]:
     return listing
 
 
+def kept() -> Path:
+    """Where the package's file is in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdistill" / ARCHIVE
+
+
 def archive() -> Path:
     """Returns the package's file, which npm downloads if it is not in the cache (62 MB). Raises UserError."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmdistill"
-    path, by_hand = cache / ARCHIVE, f"npm pack {PACKAGE} --pack-destination {cache}"
+    path, cache = kept(), kept().parent
+    by_hand = f"npm pack {PACKAGE} --pack-destination {cache}"
     if not path.exists():
         npm = shutil.which("npm")
         if npm is None:
