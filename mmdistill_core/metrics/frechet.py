@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """count, mean [d] and scatter [d, d] = sum (f - mean)(f - mean)^T, in float64, on the CPU."""
+    """count, mean [d] and scatter [d, d] = sum w (f - mean)(f - mean)^T, in float64, on the CPU. w is 1, or the weight of a sample;
+    then the count is the sum of the weights.
+    """
 
-    count: int
+    count: float
     mean: Tensor
     scatter: Tensor
 
@@ -32,12 +35,17 @@ class Moments:
         return Moments(count, mean, self.scatter + other.scatter + outer)
 
 
-def moments(features: Tensor) -> Moments:
-    """features [n, d], on any device."""
+def moments(features: Tensor, weight: Tensor | None = None) -> Moments:
+    """features [n, d], and the weights [n] of the samples, on any device."""
     f = features.double()
-    mean = f.mean(0)
+    if weight is None:
+        mean = f.mean(0)
+        centred = f - mean
+        return Moments(len(f), mean.cpu(), (centred.T @ centred).cpu())
+    w = weight.to(f)[:, None]
+    mean = (w * f).sum(0) / w.sum()
     centred = f - mean
-    return Moments(len(f), mean.cpu(), (centred.T @ centred).cpu())
+    return Moments(w.sum().item(), mean.cpu(), ((w * centred).T @ centred).cpu())
 
 
 def pooled(own: Moments, summed: Callable[[Tensor], Tensor]) -> Moments:
@@ -53,7 +61,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
     The trace of the root is the sum of roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric: no complex
     part to discard. With n samples of d features, C_a has rank n - 1. If that is small, both matrices are
-    projected on its range first. The result is the same, and takes a tenth of the time for 100 images of 3072 pixels.
+    projected on few dimensions that hold its range. The result is the same, and takes a tenth of the time for 100 images of 3072
+    pixels.
     """
     few, many = (a, b) if a.count <= b.count else (b, a)
     if few.count - 1 < len(a.mean) // 2:
@@ -69,6 +78,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _basis(m: Moments) -> Tensor:
-    """An orthonormal basis [d, count - 1] of the covariance's range: its product with random vectors, made orthonormal."""
-    draws = torch.randn(len(m.mean), m.count - 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """An orthonormal basis of a space that holds the covariance's range: its product with random vectors, made orthonormal."""
+    # Weights may sum to less than the number of samples, which bounds the rank.
+    columns = min(len(m.mean), math.ceil(1.25 * m.count))
+    draws = torch.randn(len(m.mean), columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.linalg.qr(m.covariance @ draws).Q

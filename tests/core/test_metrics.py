@@ -14,6 +14,7 @@ from mmdistill_core.metrics.kernel import kernel_distance
 from mmdistill_core.metrics.precision_recall import precision_recall
 from mmdistill_core.metrics.statistics import merged, statistics
 from mmdistill_core.networks.classifier import Classifier, ClassifierConfig
+from mmdistill_core.samplers.labels import data_labels, label_weights
 
 
 def features(n, d, seed, shift=0.0):
@@ -180,3 +181,28 @@ def test_precision_and_recall_tell_fidelity_from_diversity():
 def test_precision_recall_does_not_depend_on_the_chunk():
     a, b = features(300, 4, 0), features(200, 4, 1)
     assert precision_recall(real=a, fake=b, rows=7) == precision_recall(real=a, fake=b, rows=10_000)
+
+
+def test_weights_give_the_moments_of_a_set_with_as_many_copies():
+    """Merged in parts; and of fewer samples than dimensions, the distance is that of the copies."""
+    rng = torch.Generator().manual_seed(0)
+    features, times = torch.randn(30, 4, generator=rng), torch.randint(0, 4, (30,), generator=rng)
+    copies = moments(features.repeat_interleave(times, dim=0))
+    parts = [moments(f, w) for f, w in zip(features.split(10), times.split(10), strict=True)]
+    weighted = parts[0].merge(parts[1]).merge(parts[2])
+    assert weighted.count == copies.count
+    torch.testing.assert_close(weighted.mean, copies.mean)
+    torch.testing.assert_close(weighted.scatter, copies.scatter)
+    wide, other = torch.randn(12, 60, generator=rng), moments(torch.randn(200, 60, generator=rng))
+    some = torch.randint(1, 3, (12,), generator=rng)
+    expected = frechet_distance(moments(wide.repeat_interleave(some, dim=0)), other)
+    assert frechet_distance(moments(wide, some), other) == pytest.approx(expected, rel=1e-6)
+
+
+def test_label_weights_carry_one_distribution_of_labels_to_another():
+    labels, others = torch.tensor([0, 0, 0, 1, -1]), torch.tensor([0, 1, 1, 2, -1, 1])
+    drawn = data_labels(labels, 10, 0)
+    weights = label_weights(labels, others, drawn)
+    by_label = [weights[drawn == label].sum().item() / 10 for label in (0, 1, -1)]
+    assert by_label == pytest.approx([1 / 6, 3 / 6, 1 / 6])
+    assert label_weights(torch.full((3,), -1), torch.full((5,), -1), torch.full((2,), -1)).tolist() == [1, 1]

@@ -92,7 +92,7 @@ def load_reference(folder: Path) -> Reference:
     about, tensors = read_about(folder), load_file(folder / TENSORS)
 
     moments = Moments(about["count"], tensors["features.mean"], tensors["features.scatter"])
-    statistics = Statistics(moments, tensors["near"], logits=None, predicted=None)
+    statistics = Statistics(moments, None, tensors["near"], logits=None, predicted=None)
     return Reference(statistics, about["fingerprint"], about["floor"]["frechet"])
 
 

@@ -71,6 +71,10 @@ class Space:
         return next(iter(self.references.values()))
 
     @property
+    def main_statistics(self) -> dict[str, Statistics]:
+        return {self.suffix: self.main.statistics}
+
+    @property
     def statistics(self) -> dict[str, Statistics]:
         """What samples are measured against, by the end of the measures' names."""
         first = next(iter(self.references))
@@ -240,7 +244,7 @@ def _measure_rows(run: StageRun, rows: list[Row], spaces: list[Space], prepared:
     import ray
     import torch
 
-    from mmdistill_core.samplers.labels import data_labels
+    from mmdistill_core.samplers.labels import data_labels, label_weights
     from workflows.dataset.shards import label_pool
     from workflows.rendering.grids import image_grid
 
@@ -248,7 +252,8 @@ def _measure_rows(run: StageRun, rows: list[Row], spaces: list[Space], prepared:
     grids, extractors = run.path / "grids", tuple(space.extractor for space in spaces)
     grids.mkdir(exist_ok=True)
     most = int(config.data.memory_gib * 2**30)
-    labels = torch.from_numpy(label_pool(data_uri(prepared), config.data.reference, most=most))
+    pools = {rows: torch.from_numpy(label_pool(data_uri(prepared), rows, most=most)) for rows in spaces[0].references}
+    labels = pools.pop(config.data.reference)
     sample_task = ray.remote(**placement.task)(sample_chunk)
     strip_task = ray.remote(**placement.task)(sample_strip)
     measure_task = ray.remote(**task_options(use_gpu=False))(measure_chunks)
@@ -264,11 +269,13 @@ def _measure_rows(run: StageRun, rows: list[Row], spaces: list[Space], prepared:
     sampling: dict[Any, int] = {}  # task -> its network evaluations
     measuring: dict[Any, Path] = {}
     for row, seed, file in missing:
-        drawn = data_labels(labels, options.samples, config.seed, 3, seed).numpy()
-        chunks = []
+        draws = data_labels(labels, options.samples, config.seed, 3, seed)
+        drawn, chunks = draws.numpy(), []
+        weights = next((label_weights(labels, others, draws).numpy() for others in pools.values()), None)
         for first in range(0, options.samples, width):
             part, near = drawn[first : first + width], options.neighbour_samples - first
-            chunks.append(sample_task.remote(row, extractors, placement.device, part, seed, first, near))
+            weight = None if weights is None else weights[first : first + width]
+            chunks.append(sample_task.remote(row, extractors, placement.device, part, weight, seed, first, near))
             sampling[chunks[-1]] = row.nfe * len(part)
         measuring[measure_task.remote(real, drawn, options, seed, *chunks)] = file
     strips = {strip_task.remote(row, placement.device): row for row in rows}
@@ -365,15 +372,23 @@ def _extractor(folder: str, device: str) -> Any:
 
 
 def sample_chunk(
-    row: Row, extractors: tuple[str, ...], device: str, label: np.ndarray, seed: int, first: int, near: int
+    row: Row,
+    extractors: tuple[str, ...],
+    device: str,
+    label: np.ndarray,
+    weight: np.ndarray | None,
+    seed: int,
+    first: int,
+    near: int,
 ) -> list[Statistics]:
     """The body of a Ray task, on one thread: `sample_statistics` with the model and the extractors loaded from their folders."""
     import torch
 
     torch.set_num_threads(1)
     device, drawn = device_of_task(device), torch.from_numpy(label.copy())
+    weights = None if weight is None else torch.from_numpy(weight.copy())
     model, networks = _model(row.model, device), [_extractor(extractor, device) for extractor in extractors]
-    return sample_statistics(model, networks, row.sample_options, row.k, drawn, seed, first, near)
+    return sample_statistics(model, networks, row.sample_options, row.k, drawn, seed, first, near, weights)
 
 
 def sample_strip(row: Row, device: str) -> np.ndarray:
@@ -405,10 +420,18 @@ def measure_chunks(
 
 
 def sample_statistics(
-    model: Any, extractors: list[Any], options: dict[str, Any], k: int, label: Any, seed: int, first: int, near: int
+    model: Any,
+    extractors: list[Any],
+    options: dict[str, Any],
+    k: int,
+    label: Any,
+    seed: int,
+    first: int,
+    near: int,
+    weight: Any = None,
 ) -> list[Statistics]:
     """Statistics of the samples `first` to `first + len(label)` of a seed, by each extractor. The features of the first `near` of
-    them are kept.
+    them are kept. weight: of each sample, for `reweighed`.
     """
     import torch
 
@@ -417,7 +440,7 @@ def sample_statistics(
     labels = label if model.network.num_classes else None
     images = model.sample(len(label), label=labels, seed=seed, k=k, batch=CHUNK, first=first, **options)
     kept = torch.arange(min(max(near, 0), len(images)))
-    return [statistics(extractor, images, near=kept) for extractor in extractors]
+    return [statistics(extractor, images, near=kept, weight=weight) for extractor in extractors]
 
 
 def measure_spaces(
@@ -430,7 +453,8 @@ def measure_spaces(
     for references, fake in zip(real, fakes, strict=True):
         (own, first), *others = references.items()
         values |= {f"{name}{own}": value for name, value in measure(first, fake, label, options, seed).items()}
-        values |= {f"frechet{end}": frechet_distance(fake.features, other.features) for end, other in others}
+        alike = fake.reweighed or fake.features  # with labels in the proportions of the other rows
+        values |= {f"frechet{end}": frechet_distance(alike, other.features) for end, other in others}
     return values
 
 

@@ -243,18 +243,21 @@ def measured(job: Job, k: int, network: Any, shared: Shared) -> dict[str, float]
     from workflows.stages.evaluate import measure_spaces, sample_statistics, spaces_of
 
     config, prepared, model = config_of(shared.config), shared.prepared, model_of(job, network)
-    options, labels = config.evaluate, tensor(ray.get(shared.data)[2])
-    places = [prepared.at("choosing/extractor")]
-    real = [{"": load_reference(fetch(prepared.at(f"choosing/statistics/{config.data.trained}"))).statistics}]
+    options = config.evaluate
+    trained, reference = (tensor(one) for one in ray.get(shared.data)[1:3])
+    chosen = load_reference(fetch(prepared.at(f"choosing/statistics/{config.data.trained}")))
+    # (labels to draw from, the extractors' folders, what they are measured against)
+    groups = [(trained, [prepared.at("choosing/extractor")], [{"": chosen.statistics}])]
     if shared.reporting:
-        for space in spaces_of(config, prepared):
-            places.append(space.extractor)
-            real.append({f"{REPORTED}{end}": statistics for end, statistics in space.statistics.items()})
-    extractors = [load_extractor(fetch(place)).to(shared.device) for place in places]
-    values = []
-    for seed in range(options.seeds):
-        label = data_labels(labels, options.samples, config.seed, 3, seed)
-        fakes = sample_statistics(model, extractors, {}, k, label, seed, 0, options.neighbour_samples)
-        values.append(measure_spaces(real, fakes, label, options, seed))
+        spaces = spaces_of(config, prepared)
+        named = [{f"{REPORTED}{end}": own for end, own in space.main_statistics.items()} for space in spaces]
+        groups.append((reference, [space.extractor for space in spaces], named))
+    values: list[dict[str, float]] = [{} for _ in range(options.seeds)]
+    for labels, places, real in groups:
+        extractors = [load_extractor(fetch(place)).to(shared.device) for place in places]
+        for seed, own in enumerate(values):
+            label = data_labels(labels, options.samples, config.seed, 3, seed)
+            fakes = sample_statistics(model, extractors, {}, k, label, seed, 0, options.neighbour_samples)
+            own |= measure_spaces(real, fakes, label, options, seed)
     means = {name: statistics.mean(v[name] for v in values) for name in values[0]}
     return means | {"frechet_spread": statistics.pstdev(v["frechet"] for v in values)}

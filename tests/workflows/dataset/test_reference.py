@@ -166,7 +166,7 @@ def test_what_is_not_a_folder_of_statistics_is_refused(prepared, damage):
 
 def space(count, dims, *, suffix="", rows=("all",)):
     features = torch.randn(count, dims, generator=torch.Generator().manual_seed(0))
-    about = Reference(Statistics(moments(features), features, None, None), ABOUT_PIXELS, 0.1)
+    about = Reference(Statistics(moments(features), None, features, None, None), ABOUT_PIXELS, 0.1)
     return Space("pixels", "nowhere", suffix, dict.fromkeys(rows, about))
 
 
