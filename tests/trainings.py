@@ -16,8 +16,8 @@ CONFIG = DiTConfig(image_size=8, channels=1, num_classes=3, patch=4, width=16, d
 MAKE = {
     "denoising": lambda: Denoising(schedule=COSINE),
     "moment_matching": lambda: matching(schedule=COSINE, k=4, update="joint", ema=True),
-    "moment_matching alternating": lambda: matching(schedule=COSINE, k=4, update="alternating", pairing="uniform"),
-    "moment_matching instant": lambda: matching(schedule=COSINE, k=4, update="instant"),
+    "moment_matching alternating": lambda: matching(schedule=COSINE, k=4, update="alternating", z_t="rollout"),
+    "moment_matching instant": lambda: matching(schedule=COSINE, k=4, update="instant", pairing="uniform"),
 }
 
 
