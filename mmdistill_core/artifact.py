@@ -25,7 +25,7 @@ from mmdistill_core.methods.base import Sampler
 from mmdistill_core.networks.config import NetworkConfig, network_config
 from mmdistill_core.networks.denoiser import Denoiser
 from mmdistill_core.networks.extractor import Extractor
-from mmdistill_core.plugins import named
+from mmdistill_core.plugins import named, names
 from mmdistill_core.samplers.samplers import (
     Denoise,
     clipped_denoiser,
@@ -280,7 +280,7 @@ def save_extractor(directory: str | Path, extractor: Extractor, *, provenance: d
 
 def load_extractor(directory: str | Path) -> Extractor:
     """Raises NotAModel for a folder that is not one."""
-    d, weights = _read(Path(directory), *EXTRACTORS)
+    d, weights = _read(Path(directory), *names(table=EXTRACTORS, group="extractors"))
     kind = extractor_class(d["kind"])
     extractor = kind(kind.Config(**d["network"]))
     extractor.load_state_dict(weights)

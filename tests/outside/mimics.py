@@ -1,8 +1,8 @@
-"""A method of a package that is not mmdistill. tests/workflows/pipeline/test_outside_method.py takes it through the commands.
+"""A method and an extractor of a package that is not mmdistill. tests/workflows/pipeline/test_outside_method.py runs them.
 
-It has what moment matching has not: a role that is trained beside the student to no end but its own, an average whose decay follows
-the training's progress, a curriculum, a round whose student is the next round's teacher, a student of several k, and a sampler of
-its own.
+The method has what moment matching has not: a role that is trained beside the student to no end but its own, an average whose decay
+follows the training's progress, a curriculum, a round whose student is the next round's teacher, a student of several k, and a
+sampler of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import ClassVar
+
+import torch
 
 from mmdistill_core.diffusion.process import ddim
 from mmdistill_core.methods.base import (
@@ -25,6 +27,7 @@ from mmdistill_core.methods.base import (
     Sampler,
 )
 from mmdistill_core.methods.parts import denoising_loss, noisy
+from mmdistill_core.networks.extractor import Extractor
 from mmdistill_core.options import option
 from mmdistill_core.rng import uniform
 
@@ -101,3 +104,32 @@ class Mimic(Method):
         x = nets["pupil"](z, t, batch.label).detach()
         loss = denoising_loss(x=x, x_hat=nets["rival"](z, t, batch.label), weight=1 + 0 * t)
         return Losses({"rival": loss}, forwards=2)
+
+
+@dataclass(frozen=True)
+class CornersConfig:
+    side: int
+
+
+class Corners(Extractor):
+    """The four corners of an image, `side` pixels each."""
+
+    kind, title, classes, Config = "corners", "the corners of the images", "none", CornersConfig
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def made(cls, making):
+        return cls(CornersConfig(making.examples().images.shape[-1] // 4)), None
+
+    def read(self, images):
+        side = self.config.side
+        parts = [
+            images[..., :side, :side],
+            images[..., :side, -side:],
+            images[..., -side:, :side],
+            images[..., -side:, -side:],
+        ]
+        return torch.cat([part.flatten(1) for part in parts], dim=1), None

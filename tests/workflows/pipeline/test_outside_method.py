@@ -1,4 +1,4 @@
-"""A method from outside (tests/outside, as pip would install it), from a run to a sweep."""
+"""A method and an extractor from outside (tests/outside, as pip would install it), from a run to a sweep."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from workflows.cli.main import main
 
 RECIPE = """
 network: {width: 16, depth: 1, heads: 2}
-data: {classifier_epochs: 1}
+data: {classifier_epochs: 1, reporting: [corners, random]}
 teacher: {images: 640, batch: 64, log_every: 320, optimiser: {warmup_images: 64}}
 distill:
   method: mimic
@@ -84,6 +84,9 @@ def test_it_is_evaluated_registered_and_reported(finished):
     page = (finished / "reports/mimics/report.html").read_text()
     assert "How far the pupil is from its master." in page
     assert "few-step students by mimic" in page
+    assert table["features"] == "corners"
+    assert {"frechet", "frechet_random", "kid", "kid_random"} <= set(table["measures"])
+    assert "Features of corners are those of the corners of the images." in page
     registered = json.loads((stage(finished, "register") / "result.json").read_text())
     assert registered["students"] == {k: f"models:/mmdistill-mimics-student/{k}" for k in "123"}
 
