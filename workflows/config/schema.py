@@ -288,11 +288,11 @@ class Gate(Section):
 
     teacher_ratio  1: a student no nearer to the data than its teacher at the same steps is no better than the teacher's sampler.
                    One value fits every k, since the teacher's distance falls with k: on the digits the students of 1, 2, 4, 8 steps
-                   stand at .03, .10, .12, .13 of it.
+                   stand at .06, .20, .41, .58 of it.
     frechet        none: distances compare only within one set of features and one count of samples. Set it for a recipe's goal.
     recall         .3 stops a student that has lost most of the data. In the ablations (docs/ablation) the failed trainings end
-                   below it (digits at 1 and 2 steps with a distance above .99: 0 to .29). One other training does too. The recipes'
-                   own settings stand above it (.46 to .88 on the digits, .66 and more on the mixture).
+                   below it (digits at 1 and 2 steps with a distance above .99: 0 to .29). One other training does too. The recipe
+                   `digits` stands at .67 and more.
     spreads        1: sampling with other seeds changes the distance by about one spread, so a difference within it is no loss. With
                    one seed there is no spread, and any distance above the champion's counts as worse.
     overrides      per k, the fields that differ, as in distill.

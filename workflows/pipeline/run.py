@@ -126,6 +126,7 @@ def _summary(context: Context, done: list[Done], seconds: float) -> dict[str, An
     return summary | {
         "floor": result["floor"]["frechet"],
         "floors": result["floor"],
+        "floor_of": result["floor_of"],
         "reference_rows": result["reference"]["fingerprint"]["rows"],
         **{name: result[name] for name in AS_MEASURED},
         "teacher_longest": {"k": longest["k"], "frechet": longest["frechet"]["mean"]},

@@ -323,6 +323,7 @@ def _comparison(config: RunConfig, spaces: list[Space], prepared: Done) -> dict[
             for space in spaces
             for end, reference in zip(space.statistics, space.references.values(), strict=True)
         },
+        "floor_of": "the held-out images" if about["rows"] == "holdout" else "the data",
         "samples": options.samples,
         "seeds": options.seeds,
         "reference_count": statistics.count,
