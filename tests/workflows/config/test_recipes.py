@@ -67,7 +67,7 @@ def space(tmp_path_factory):
 @pytest.mark.ray
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_runs_three_steps(name, space, ray_cluster):
-    summary = run(load_config(name, ["distill.k=[8]", "data.limit=120"], smoke=True), space, "distill")
+    summary = run(load_config(name, ["distill.k=[8]", "data.limit=100"], smoke=True), space, "distill")
     assert [s["name"] for s in summary["stages"]] == ["prepare", "teacher", "distill-k8"]
 
 

@@ -296,7 +296,8 @@ def test_options_that_can_not_be():
 
 def test_a_run_on_a_data_set_held_in_memory_and_streamed(grey, tmp_path, ray_cluster):
     """From the manifest alone: shape and classes are its own. Streamed, two workers each decode what they are to see."""
-    data = [f"data.source=dataset://{grey[0]}", "data.extractor=pixels", "distill.k=[1]", "teacher.images=3840"]
+    short = ["distill.k=[1]", "distill.images=1280", "teacher.images=3840", "evaluate.teacher_steps=[1]"]
+    data = [f"data.source=dataset://{grey[0]}", "data.extractor=pixels", "data.reporting=[random]", *short]
     runner = Runner(tmp_path / "workspace")
     summary = runner(*data, until="evaluate")
     assert summary["counts"] == f"100 samples against {grey[1].held_out} images"
@@ -323,7 +324,7 @@ def test_a_run_on_data_of_which_nothing_is_held_out(source, prepare, tmp_path, r
         "distill.k=[1]",
         "teacher.images=1280",
         "distill.images=640",
-        "data.classifier_epochs=1",
+        "evaluate.teacher_steps=[1]",
     ]
     runner(f"data.source=dataset://{tmp_path / 'set'}", *short)
     page = (runner.workspace / "reports/digits/report.html").read_text()

@@ -18,6 +18,7 @@ def chosen(tmp_path_factory, ray_cluster):
     """
     runner = Runner(tmp_path_factory.mktemp("chosen"))
     summary = runner(
+        "data.reporting=[random]",
         "teacher.label_dropout=0.1",
         "teacher.images=6400",
         "distill.images=2560",

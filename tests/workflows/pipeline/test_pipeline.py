@@ -8,6 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 from rich.console import Console
+from small import Runner
 
 from workflows.cli.main import main
 from workflows.registry.versions import Registry
@@ -254,3 +255,37 @@ def test_what_the_demo_shows_at_its_end(finished, capsys):
     )
     assert "https://team:8443  is MLflow's page" in shown.getvalue()
     assert "mmdistill ui --workspace x" not in shown.getvalue()
+
+
+# A teacher that is there already takes the place of a trained one
+
+
+ONE_STUDENT = ["distill.k=[1]", "distill.images=1280", "distill.validate_every=1280"]
+
+
+def stage_of(runner, name):
+    (found,) = (runner.workspace / "stages").glob(f"{name}-*")
+    return found
+
+
+def test_a_folder_by_its_relative_path(finished, tmp_path, monkeypatch):
+    """The run goes to its end from another folder than its workers'; the students are of this very teacher."""
+    trained = stage_of(finished[0], "teacher")
+    monkeypatch.chdir(trained.parent)
+    runner = Runner(tmp_path / "workspace")
+    summary = runner(*ONE_STUDENT, f"teacher={trained.name}/model")
+    assert f"{trained}/model, as it is" in runner.text
+    taken = json.loads((stage_of(runner, "teacher") / "result.json").read_text())
+    assert taken["identity"] == json.loads((trained / "result.json").read_text())["identity"]
+    model = json.loads((stage_of(runner, "distill-k1") / "model/model.json").read_text())
+    assert model["provenance"]["teacher"] == taken["identity"]
+    assert [s["name"] for s in summary["stages"]][-1] == "report"
+    assert summary["students"][0]["frechet"] > 0
+
+
+def test_a_registered_version(finished, tmp_path):
+    store = f"sqlite:///{finished[0].workspace}/mlflow.db"
+    runner = Runner(tmp_path / "workspace")
+    summary = runner(*ONE_STUDENT, "teacher=models:/mmdistill-digits-teacher/1", until="distill", tracking_uri=store)
+    assert "models:/mmdistill-digits-teacher/1, as it is" in runner.text
+    assert [s["name"] for s in summary["stages"]] == ["prepare", "teacher", "distill-k1"]

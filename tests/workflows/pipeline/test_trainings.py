@@ -57,7 +57,8 @@ def test_figures_are_means_and_spreads_over_trainings():
 def test_trainings_share_the_features_and_nothing_that_is_trained(tmp_path, ray_cluster):
     shown = io.StringIO()
     screen = Screen(Console(file=shown, width=200, highlight=False))
-    config = load_config("digits", [*SMALL, "distill.k=[1]", "teacher.images=3840", "seed=4"])
+    short = ["distill.k=[1]", "distill.images=1280", "teacher.images=3840", "evaluate.teacher_steps=[1]", "seed=4"]
+    config = load_config("digits", [*SMALL, *short])
     result = run_trainings(config, RunOptions(workspace=tmp_path), screen, trainings=2)
     show(result, screen)
     stages = [path.name.rpartition("-")[0] for path in (tmp_path / "stages").iterdir()]

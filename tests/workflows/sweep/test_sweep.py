@@ -198,6 +198,7 @@ def test_a_trial_that_diverges_is_a_row(swept):
     assert tracker_of(workspace).client.get_run(failed["run_id"]).info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_trial_that_an_error_ends_costs_none_of_the_others(swept, monkeypatch):
     """Its checkpoints can't be written, as a file is in their place. Students of 1 step wait for those of 2, and begin."""
     from pathlib import Path
