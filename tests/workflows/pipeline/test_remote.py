@@ -23,7 +23,14 @@ from workflows.storage.workspace import RUNS, Workspace
 from workflows.tracking.tracker import Tracker
 
 pytestmark = pytest.mark.ray
-SHORT = ("teacher.images=3840", "distill.k=[1]", "distill.images=1920", "distill.validate_every=1920")
+SHORT = (
+    "teacher.images=3840",
+    "distill.k=[1]",
+    "distill.images=1920",
+    "distill.validate_every=1920",
+    "data.reporting=[classifier]",
+    "evaluate.teacher_steps=[1]",
+)
 
 
 @pytest.fixture

@@ -189,12 +189,12 @@ def test_a_wrong_option_is_a_line(words, said, capsys):
 def test_the_command_shows_a_table_or_json(capsys):
     words = ["plan", "cifar10", "--gpus", "2", "--gpu-memory", "4", "--bench", "docs/bench/laptop.json"]
     words += [word for text in SIZES for word in ("--set", text)]
-    for extra in ([], ["--json", "--only", "joint"]):
+    for extra in (["--only", "alternating", "--only", "instant"], ["--json", "--only", "joint"]):
         with pytest.raises(SystemExit) as caught:
             main([*words, *extra])
         assert caught.value.code == 0
         shown = capsys.readouterr().out
-        if extra:
+        if "--json" in extra:
             assert list(json.loads(shown)["memory"]) == ["teacher", "joint"]
         else:
             for text in (

@@ -244,6 +244,7 @@ def test_hours_are_over_and_the_next_sweep_goes_on(swept):
     assert len(sweep(hours=None)) == 2
 
 
+@pytest.mark.slow
 def test_in_a_bucket_and_again_from_another_machine(swept, moto_server, monkeypatch, tmp_path):
     use(monkeypatch, moto_server, AWS_SECRET_ACCESS_KEY=PLANTED)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
