@@ -17,7 +17,7 @@ import numpy as np
 from workflows.cluster.session import device_of_task, task_options
 from workflows.dataset.extractors import check_extractor, wanted_in
 from workflows.dataset.manifest import Manifest, Shard
-from workflows.dataset.shards import REPAIR, read_shards, split_by_shard
+from workflows.dataset.shards import REPAIR, read_labels, read_shards, split_by_shard
 from workflows.dataset.sources import source_of
 from workflows.dataset.sources.folder import checked
 from workflows.errors import UserError
@@ -48,7 +48,7 @@ AT_HAND = 4 * 2**20
 class Reference:
     """
     fingerprint  data, rows, count, resolution, preprocessing, extractor, weights
-    floor        Frechet distance between random halves of `near`: no sampler does much better with so few samples
+    floor        Frechet distance between random halves of `near`
     """
 
     statistics: Statistics
@@ -178,11 +178,13 @@ def build_reference(
     tick: Callable[[int], None],
     task: dict[str, Any] | None = None,
     device: str = "cpu",
+    like: str | None = None,
 ) -> Reference:
     """Computes the statistics of the rows `which` of a data set, and keeps the features of `near` random rows.
 
     Each shard is a Ray task, and at most `cpus` + 2 run at once. A small data set is processed in this process instead. task: the
-    options of a Ray task. device: where it computes. tick: called with the number of images done.
+    options of a Ray task. device: where it computes. tick: called with the number of images done. like: rows whose proportions of
+    labels the images have in `reweighed`.
     """
     import ray
     import torch
@@ -196,13 +198,27 @@ def build_reference(
     kept = split_by_shard(chosen.numpy(), counts)
     here = device == "cpu" and fingerprint["extractor"] != "inception" and manifest.in_memory() <= AT_HAND
     about = manifest if here else ray.put(manifest)
-    calls = [(extractor, root, about, shard, which, rows, device) for shard, rows in zip(shards, kept, strict=True)]
+    weights = _weights(root, manifest, which, like) if like else None
+    calls = [
+        (extractor, root, about, shard, which, rows, device, weights) for shard, rows in zip(shards, kept, strict=True)
+    ]
     parts: dict[int, Any] = {}
     for i, part in _here(calls) if here else _spread(calls, task or task_options(use_gpu=False), at_once=cpus + 2):
         parts[i] = part
         tick(sum(counts[i] for i in parts))
     statistics = merged([parts[i] for i in range(len(shards))])
     return Reference(statistics, fingerprint, floor(statistics.near))
+
+
+def _weights(root: str, manifest: Manifest, which: str, like: str) -> np.ndarray:
+    """The weight of an image by its label + 1, so that the rows `which` have the proportions of the rows `like`."""
+    import torch
+
+    from mmdistill_core.samplers.labels import label_weights
+
+    own, others = (torch.from_numpy(read_labels(root, manifest, rows)).long() for rows in (which, like))
+    by_label: np.ndarray = label_weights(own, others, torch.arange(-1, manifest.num_classes)).numpy()
+    return by_label
 
 
 def _here(calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
@@ -232,9 +248,17 @@ def _spread(calls: Sequence[tuple[Any, ...]], options: dict[str, Any], *, at_onc
 
 
 def statistics_of(
-    extractor: str, root: str, manifest: Manifest, shard: Shard, which: str, near: np.ndarray, device: str = "cpu"
+    extractor: str,
+    root: str,
+    manifest: Manifest,
+    shard: Shard,
+    which: str,
+    near: np.ndarray,
+    device: str = "cpu",
+    weights: np.ndarray | None = None,
 ) -> Any:
-    """The body of a Ray task, on one thread: the statistics of a shard, with the extractor loaded from its folder.
+    """The body of a Ray task, on one thread: the statistics of a shard, with the extractor loaded from its folder. weights: of
+    `_weights`.
 
     Logits and predictions are dropped, because only samples need them.
     """
@@ -246,11 +270,13 @@ def statistics_of(
 
     torch.set_num_threads(1)
     device = device_of_task(device)
-    images, network = read_shards(root, manifest, [shard], which).images, load_extractor(fetch(extractor)).to(device)
-    values, kept, parts = torch.from_numpy(images.copy()), torch.from_numpy(near.copy()), []
+    rows, network = read_shards(root, manifest, [shard], which), load_extractor(fetch(extractor)).to(device)
+    values, kept, parts = torch.from_numpy(rows.images.copy()), torch.from_numpy(near.copy()), []
+    weight = None if weights is None else torch.from_numpy(weights[np.asarray(rows.labels) + 1])
     for first in range(0, len(values), ROWS):
-        part = centred(values[first : first + ROWS].to(device))
-        parts.append(statistics(network, part, near=kept[(kept >= first) & (kept < first + ROWS)] - first))
+        part, here = centred(values[first : first + ROWS].to(device)), kept[(kept >= first) & (kept < first + ROWS)]
+        weighed = None if weight is None else weight[first : first + ROWS]
+        parts.append(statistics(network, part, near=here - first, weight=weighed))
     return replace(merged(parts), logits=None, predicted=None)
 
 

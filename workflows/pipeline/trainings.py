@@ -40,10 +40,11 @@ def run_trainings(config: RunConfig, options: RunOptions, screen: Screen, *, tra
 def compared(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """Means and standard deviations over trainings, in each of the features that report.
 
-    spaces    by the ends of the measures' names ("" are the main features): what the features are, the distance between halves of
-              the reference, the teacher's best row of each training (any sampler, any number of steps), and for each k the
-              student's distance, the teacher's at the same steps, and the ratio of the student's to the teacher's best
-    trainings the rows of each training's table
+    floor_of   what the floor is the distance of: samples can hope to reach it
+    spaces     by the ends of the measures' names ("" are the main features): what the features are, the floor, the teacher's best
+               row of each training (any sampler, any number of steps), and for each k the student's distance, the teacher's at the
+               same steps, and the ratio of the student's to the teacher's best
+    trainings  the rows of each training's table
     """
     first = summaries[0]
     ends = [
@@ -56,6 +57,7 @@ def compared(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "counts": first["counts"],
         "sampling_seeds": first["seeds"],
         "chosen_by": first["chosen_by"],
+        "floor_of": first["floor_of"],
         "spaces": {end: _space(summaries, space, end) for space, end in ends},
         "trainings": [summary["rows"] for summary in summaries],
     }
@@ -112,6 +114,7 @@ def show(result: dict[str, Any], screen: Screen) -> None:
         show_table(screen.console, table)
         best = space["teachers_best"]
         screen.line(f"The teacher's best row: {_shown(best)} ({'; '.join(dict.fromkeys(best['rows']))}).")
+        screen.line(f"{result['floor_of'][0].upper()}{result['floor_of'][1:]}: {space['floor']:.3f}.")
     screen.line(
         f"Mean ± standard deviation of {n} trainings, each of a teacher and its students; {result['counts']}. These features chose "
         f"nothing: weights were kept by those of {result['chosen_by']}."

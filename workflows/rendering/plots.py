@@ -116,10 +116,7 @@ def distance_against_steps(table: dict[str, Any]) -> str:
                 zorder=4 if who == "student" else 3,
                 **style,
             )
-        floor = table["floor"][measure]
-        _level(
-            axis, floor, f"half {table['floor_of']} against the other half", FLOOR, linewidth=1, linestyle=(0, (2, 3))
-        )
+        _level(axis, table["floor"][measure], table["floor_of"], FLOOR, linewidth=1, linestyle=(0, (2, 3)))
         axis.set_yscale("log")
         steps_axis(axis, sorted({r["nfe"] for r in table["rows"]}))
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))

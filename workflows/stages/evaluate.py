@@ -318,12 +318,7 @@ def _comparison(config: RunConfig, spaces: list[Space], prepared: Done) -> dict[
             }
             for space, made in zip(spaces, prepared.result["reporting"], strict=True)
         ],
-        "floor": {
-            f"frechet{end}": reference.floor
-            for space in spaces
-            for end, reference in zip(space.statistics, space.references.values(), strict=True)
-        },
-        "floor_of": "the held-out images" if about["rows"] == "holdout" else "the data",
+        **_floors(spaces, [] if options.reference else prepared.result["reporting"]),
         "samples": options.samples,
         "seeds": options.seeds,
         "reference_count": statistics.count,
@@ -345,6 +340,20 @@ def _comparison(config: RunConfig, spaces: list[Space], prepared: Done) -> dict[
             if n <= dims
         ],
     }
+
+
+def _floors(spaces: list[Space], reporting: list[dict[str, Any]]) -> dict[str, Any]:
+    """What samples can hope to reach, by measure: the distances of the training images if they are known, else of half the
+    reference to the other half. reporting: of the stage `prepare`, if the references are its own.
+    """
+    known = bool(reporting) and all(made["training_images"] for made in reporting)
+    floors = {
+        f"frechet{end}": reporting[i]["training_images"][rows] if known else reference.floor
+        for i, space in enumerate(spaces)
+        for end, (rows, reference) in zip(space.statistics, space.references.items(), strict=True)
+    }
+    name = "the held-out images" if spaces[0].main.fingerprint["rows"] == "holdout" else "the data"
+    return {"floor": floors, "floor_of": "the training images" if known else f"half {name} against the other half"}
 
 
 def samples_per_task(spaces: list[Space]) -> int:

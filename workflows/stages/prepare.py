@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mmdistill_core.files import sha256_of
@@ -16,6 +17,7 @@ from workflows.dataset.manifest import MANIFEST, Manifest, read_manifest, write_
 from workflows.dataset.reference import (
     ABOUT,
     TENSORS,
+    Reference,
     about_of,
     build_reference,
     kept_reference,
@@ -58,9 +60,10 @@ CODE = (
     "mmdistill_core/networks/mixture.py",
     "mmdistill_core/networks/pixels.py",
     "mmdistill_core/networks/random_features.py",
+    "mmdistill_core/samplers/labels.py",
 )
 FEW = 50_000
-"""Up to so many images, samples are measured against all of them too, beside the held-out ones."""
+"""Up to so many images, samples are measured against all of them too, beside the held-out ones, and so are the training images."""
 
 
 def prepare(context: Context) -> Done:
@@ -186,13 +189,39 @@ def _space(
     provenance = {"data_fingerprint": manifest.fingerprint, "held_out_accuracy": accuracy}
     save_extractor(run.path / wanted.place / "extractor", extractor, provenance=provenance)
     about = about_of(manifest, extractor)
+    references = {which: _reference(run, root, manifest, which, about, wanted.place) for which in rows}
     return {
         "kind": wanted.kind,
         "place": wanted.place,
         "weights": about["weights"],
         "accuracy": accuracy,
-        "statistics": {which: _statistics(run, root, manifest, which, about, wanted.place) for which in rows},
+        "statistics": {
+            which: _saved(run.path / wanted.place / "statistics" / which, one) for which, one in references.items()
+        },
+        "training_images": _training_images(run, root, manifest, about, wanted.place, references)
+        if set(rows) == {"holdout", "all"}
+        else {},
     }
+
+
+def _training_images(
+    run: StageRun, root: str, manifest: Manifest, about: dict[str, Any], place: str, references: dict[str, Reference]
+) -> dict[str, float]:
+    """The Frechet distances of the training images to these references, with the held-out images' proportions of labels: what
+    samples would have that are distributed as the training images.
+    """
+    from mmdistill_core.metrics.frechet import frechet_distance
+
+    images = _built(run, root, manifest, "rest", about, place, like="holdout").statistics
+    assert images.reweighed is not None
+    alike = {"holdout": images.reweighed, "all": images.features}
+    return {which: frechet_distance(alike[which], one.statistics.features) for which, one in references.items()}
+
+
+def _saved(folder: Path, reference: Reference) -> dict[str, Any]:
+    """Saves the reference. Returns its fingerprint and the hash of its files."""
+    save_reference(folder, reference)
+    return {"fingerprint": reference.fingerprint, "identity": identity_of(folder / TENSORS, folder / ABOUT)}
 
 
 def _extractor(
@@ -229,37 +258,44 @@ def _extractor(
     return make_extractor(wanted, root, manifest, exact=exact, tick=tick)
 
 
-def _statistics(
+def _reference(
     run: StageRun, root: str, manifest: Manifest, which: str, about: dict[str, Any], place: str
-) -> dict[str, Any]:
-    """Saves the statistics of the rows `which`: those stored with the data set if they fit, else new ones. Returns the fingerprint
-    and the hash of the files.
-    """
-    context, options = run.context, run.context.config.evaluate
-    folder, count = run.path / place / "statistics" / which, manifest.rows(which)
-    extractor = f"{place}/extractor"
+) -> Reference:
+    """The statistics of the rows `which`: those stored with the data set if they fit, else new ones."""
+    options, count = run.context.config.evaluate, manifest.rows(which)
     if count <= options.neighbours + 1 or count < 4:
         hint = "" if which == "all" else "data.reference=all measures against all images"
         raise UserError(f"data.reference: {which} has {count} images, too few to measure against", hint=hint)
     fingerprint = about | {"rows": which, "count": count}
     stored = kept_reference(root, manifest, which, near=options.neighbour_samples, fingerprint=fingerprint)
-    if stored:
-        reference = load_reference(stored)
-    else:
-        if context.workspace.remote:
-            publish(run.path / extractor, run.folder.at(extractor))
-        reference = build_reference(
-            root,
-            manifest,
-            which,
-            extractor=run.folder.at(extractor),
-            near=options.neighbour_samples,
-            seed=0,
-            fingerprint=fingerprint,
-            cpus=int(context.resources.get("CPU", 1)),
-            task=context.placement.task,
-            device=context.placement.device,
-            tick=context.screen.bar(f"statistics of {which}, {about['extractor']}", count, unit="images").update,
-        )
-    save_reference(folder, reference)
-    return {"fingerprint": reference.fingerprint, "identity": identity_of(folder / TENSORS, folder / ABOUT)}
+    return load_reference(stored) if stored else _built(run, root, manifest, which, about, place)
+
+
+def _built(
+    run: StageRun,
+    root: str,
+    manifest: Manifest,
+    which: str,
+    about: dict[str, Any],
+    place: str,
+    *,
+    like: str | None = None,
+) -> Reference:
+    """New statistics of the rows `which`, in features of the extractor that is saved at `place`."""
+    context, count, extractor = run.context, manifest.rows(which), f"{place}/extractor"
+    if context.workspace.remote:
+        publish(run.path / extractor, run.folder.at(extractor))
+    return build_reference(
+        root,
+        manifest,
+        which,
+        extractor=run.folder.at(extractor),
+        near=context.config.evaluate.neighbour_samples,
+        seed=0,
+        fingerprint=about | {"rows": which, "count": count},
+        cpus=int(context.resources.get("CPU", 1)),
+        task=context.placement.task,
+        device=context.placement.device,
+        tick=context.screen.bar(f"statistics of {which}, {about['extractor']}", count, unit="images").update,
+        like=like,
+    )

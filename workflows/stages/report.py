@@ -198,7 +198,7 @@ def last_screen(summary: dict[str, Any], screen: Screen, workspace: str, trackin
     seeds = f"{summary['seeds']} seed{'s' * (summary['seeds'] > 1)}"
     screen.line(
         f"Frechet distance in {summary['features']} features, which chose nothing; {summary['counts']}, {seeds}; teacher at "
-        f"{longest['k']} steps {longest['frechet']:.3f}; half {summary['floor_of']} against the other half {summary['floor']:.3f}."
+        f"{longest['k']} steps {longest['frechet']:.3f}; {summary['floor_of']} {summary['floor']:.3f}."
     )
     screen.line(f"The teacher's best row: {best['frechet']:.3f}, {best['sampler']}, {best['k']} steps.")
     if stops := summary.get("interruptions"):

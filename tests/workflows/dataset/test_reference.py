@@ -12,7 +12,8 @@ from oracles import together
 from safetensors.torch import save_file
 
 from mmdistill_core.artifact import save_extractor
-from mmdistill_core.metrics.frechet import moments
+from mmdistill_core.images import centred
+from mmdistill_core.metrics.frechet import frechet_distance, moments
 from mmdistill_core.metrics.statistics import Statistics
 from mmdistill_core.networks.inception import Inception
 from mmdistill_core.networks.pixels import Pixels
@@ -28,7 +29,7 @@ from workflows.dataset.reference import (
     load_reference,
     save_reference,
 )
-from workflows.dataset.shards import Arrays, Rows, manifest_of, save_shard
+from workflows.dataset.shards import Arrays, Rows, manifest_of, read_shards, save_shard
 from workflows.errors import UserError
 from workflows.stages.evaluate import (
     CHUNK,
@@ -173,12 +174,17 @@ def space(count, dims, *, suffix="", rows=("all",)):
 def test_counts_that_differ_are_shown_and_a_singular_covariance_is_warned_of():
     def against(samples, count, dims=16):
         config, made = load_config("digits", [f"evaluate.samples={samples}"]), {"kind": "pixels", "accuracy": None}
-        result = {"fingerprint": "other", "choosing": {"kind": "random"}, "reporting": [made | {"weights": "w"}]}
+        result = {
+            "fingerprint": "other",
+            "choosing": {"kind": "random"},
+            "reporting": [made | {"weights": "w", "training_images": {}}],
+        }
         return _comparison(config, [space(count, dims)], SimpleNamespace(result=result))
 
     fine = against(10_000, 50_000)
     assert fine["counts"] == "10,000 samples against 50,000 images"
     assert fine["warnings"] == []
+    assert fine["floor_of"] == "half the data against the other half"
     assert not fine["reference"]["own_data"]
     few = against(16, 15)["warnings"]
     assert [text.split(" are")[0] for text in few] == ["16 samples", "15 images of the reference"]
@@ -274,6 +280,14 @@ def test_a_run_against_images_never_trained_on(runner):
     assert [text.split(" are")[0] for text in table["warnings"]] == ["50 samples"]
     assert "50 samples are not more than the 64 dimensions" in runner.text
     assert summary["counts"] == f"50 samples against {held} images"
+    root, manifest = folders["prepare"] / "data", read_manifest(folders["prepare"] / "data")
+    rest, out = (read_shards(root, manifest, manifest.shards, which) for which in ("rest", "holdout"))
+    shares = [np.bincount(rows.labels, minlength=10) / len(rows.labels) for rows in (rest, out)]
+    pixels = [centred(torch.from_numpy(rows.images.copy())).flatten(1).double() for rows in (rest, out)]
+    weight = torch.from_numpy((shares[1] / shares[0])[rest.labels])
+    assert summary["floor_of"] == "the training images"
+    assert summary["floor"] == pytest.approx(frechet_distance(moments(pixels[0], weight), moments(pixels[1])), rel=1e-6)
+    assert summary["floors"]["frechet_all"] < summary["floor"], "most of all images are the training images"
 
 
 @pytest.mark.ray

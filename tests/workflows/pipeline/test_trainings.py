@@ -25,7 +25,7 @@ def summary(student, teacher):
     return {
         "samples": 100, "seeds": 3, "counts": "100 samples against 50 images", "chosen_by": "mixture",
         "compared_by": "ancestral", "reference_rows": "holdout", "students": [{"k": 4}],
-        "floors": {"frechet": 1.0, "frechet_all": 2.0, "frechet_random": 3.0},
+        "floor_of": "the training images", "floors": {"frechet": 1.0, "frechet_all": 2.0, "frechet_random": 3.0},
         "spaces": [
             {"kind": "pixels", "title": "p", "suffix": "", "beside": ["all"]},
             {"kind": "random", "title": "r", "suffix": "_random", "beside": []},

@@ -48,7 +48,7 @@ SUMMARY = {
     "features": "classifier",
     "counts": "1,797 samples against 1,797 images",
     "floor": 0.01,
-    "floor_of": "the held-out images",
+    "floor_of": "the training images",
     "warnings": ["few [rows]"],
     "seconds": 99,
     "report": "/w[v2]/report.html",
