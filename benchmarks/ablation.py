@@ -22,6 +22,7 @@ from workflows.sweep.table import summarise
 BASE: dict[str, Any] = {
     "update": "joint",
     "pairing": "grid",
+    "z_t": "data",
     "delta_power": 0.35,
     "p_s": "uniform",
     "w_s": "flat",
@@ -39,6 +40,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "delta_power 1": {"delta_power": 1.0},
     "rollout": {"z_t": "rollout"},
     "rollout, delta_power 1": {"z_t": "rollout", "delta_power": 1.0},
+    "rollout, delta_power 0.6": {"z_t": "rollout", "delta_power": 0.6},
+    "rollout, w sigmoid": {"z_t": "rollout", "w_s": "sigmoid"},
     "4 times in a step": {"times_per_step": 4},
     "unconditional z_s": {"transition": "unconditional"},
     "no pull": {"pull": False},

@@ -31,7 +31,7 @@ def sweep(
     set_: Set = None,
     space: list[str] | None = Option(
         None,
-        help="Values to try: a space's name, a YAML file, or a field of distill: pairing=uniform,grid, "
+        help="Values to try: a space's name, a YAML file, or a field of distill: w_s=flat,sigmoid, "
         "optimiser.lr=loguniform(1e-4,1e-2), seed=0,1. May be repeated.",
     ),
     k: list[int] | None = Option(

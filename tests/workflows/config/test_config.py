@@ -43,29 +43,19 @@ def test_overrides_hold_for_their_k_alone():
     assert config.distill.for_k(2).w_s == "snr"
     assert config.distill.for_k(2).optimiser.lr == 0.5
     assert config.distill.for_k(2).optimiser.beta1 == 0.0
-    assert config.distill.for_k(1).w_s == "flat"
+    assert config.distill.for_k(1).w_s == "sigmoid"
 
 
 def test_the_command_line_holds_for_every_k():
     """Also where the recipe has something else for one; what it says of a k itself comes before both."""
     recipe = load_config("digits").distill
-    assert (recipe.for_k(8).pairing, recipe.for_k(8).optimiser.lr, recipe.for_k(8).images) == (
-        "uniform",
-        1.5e-4,
-        76_800,
-    )
-    words = [
-        "distill.pairing=grid",
-        "distill.optimiser.lr=1e-3",
-        "distill.images=200000",
-        "distill.overrides.4.images=9000",
-    ]
+    assert [recipe.for_k(k).images for k in (1, 2, 4, 8)] == [160_000, 128_000, 128_000, 76_800]
+    assert [recipe.for_k(k).optimiser.lr for k in (1, 2, 4, 8)] == [1e-3, 3e-4, 3e-4, 3e-4]
+    words = ["distill.optimiser.lr=1e-3", "distill.images=200000", "distill.overrides.4.images=9000"]
     own = load_config("digits", words).distill
     assert [own.for_k(k).images for k in (1, 2, 4, 8)] == [200_000, 200_000, 9_000, 200_000]
     assert {own.for_k(k).optimiser.lr for k in (1, 2, 4, 8)} == {1e-3}
-    assert own.for_k(8).pairing == "grid"
-    assert own.for_k(8).optimiser_of("auxiliary").lr == recipe.for_k(8).optimiser_of("auxiliary").lr == 1e-3
-    assert own.for_k(2).w_s == "sigmoid"
+    assert own.for_k(8).optimiser_of("auxiliary").lr == recipe.for_k(8).optimiser_of("auxiliary").lr == 2e-3
 
 
 def written(folder, **files):
@@ -92,16 +82,18 @@ def test_what_a_recipe_extends_lies_beside_it(tmp_path, monkeypatch):
 
 def test_a_later_file_holds_for_every_k(tmp_path):
     """As the command line does; what it says of one k itself comes before."""
-    house = load_config("digits").distill
+    (tmp_path / "house.yaml").write_text(
+        "extends: digits\ndistill: {overrides: {8: {optimisers: {auxiliary: {lr: 1.0e-3}}}}}\n"
+    )
+    house = load_config(str(tmp_path / "house.yaml")).distill
     mine = written(
         tmp_path,
-        base="extends: digits\ndistill: {images: 19200, optimiser: {lr: 1.0e-3}, overrides: {8: {images: 640}}}\n",
+        base="extends: house.yaml\ndistill: {images: 19200, optimiser: {lr: 1.0e-3}, overrides: {8: {images: 640}}}\n",
         mine="extends: base.yaml\ngate: {recall: 0.5}\ndistill: {overrides: {'2': {images: 1280}}}\n",
     )
     own = load_config(mine).distill
     assert [own.for_k(k).images for k in (1, 2, 4, 8)] == [19_200, 1_280, 19_200, 640]
     assert {own.for_k(k).optimiser.lr for k in (1, 2, 4, 8)} == {1e-3}
-    assert own.for_k(2).w_s == house.for_k(2).w_s == "sigmoid"
     assert own.for_k(8).optimiser_of("auxiliary").lr == house.for_k(8).optimiser_of("auxiliary").lr == 1e-3
     assert load_config(mine, ["distill.images=320"]).distill.for_k(2).images == 320
     above = written(

@@ -10,7 +10,7 @@ from workflows.errors import ConfigError
 from workflows.sweep.options import SweepOptions, check_sweep
 from workflows.sweep.space import Domain, read_space, section, shares, space_names, space_of
 
-DIGITS = load_config("digits")
+DIGITS = load_config("digits", ["distill.z_t=data"])
 
 
 def of(*texts, k=8):
@@ -94,7 +94,7 @@ def test_the_trials_are_shared_by_the_ks():
 
 
 def test_a_trial_wins_over_the_recipes_own_setting_for_its_k():
-    config = load_config("digits", ["distill.overrides.8.pairing=uniform"])
+    config = load_config("digits", ["distill.z_t=data", "distill.overrides.8.pairing=uniform"])
     assert section(config, 8, {"k": 8}).pairing == "uniform"
     own = section(config, 8, {"pairing": "grid", "optimiser.lr": 0.5, "seed": 3, "k": 8})
     assert (own.pairing, own.optimiser.lr, own.k) == ("grid", 0.5, (8,))
