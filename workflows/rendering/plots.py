@@ -74,10 +74,12 @@ def steps_axis(axis: Any, values: list[int]) -> None:
 
 
 def _level(axis: Any, y: float, text: str, color: str, **line: Any) -> None:
-    """Draws a horizontal line, with its name above the right end."""
+    """Draws a horizontal line on a log scale, with its name below the right end, and makes room for the name."""
     axis.axhline(y, color=color, **line)
-    at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (0, 4), "textcoords": "offset points"}
-    axis.annotate(text, (0.98, y), ha="right", color=color, fontsize=8.5, **at)
+    at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "xytext": (0, -4), "textcoords": "offset points"}
+    axis.annotate(text, (0.98, y), ha="right", va="top", color=color, fontsize=8.5, **at)
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, y * (low / high) ** 0.08), high)
 
 
 def _styles(table: dict[str, Any]) -> dict[tuple[str, str | None], dict[str, str]]:
@@ -116,8 +118,8 @@ def distance_against_steps(table: dict[str, Any]) -> str:
                 zorder=4 if who == "student" else 3,
                 **style,
             )
-        _level(axis, table["floor"][measure], table["floor_of"], FLOOR, linewidth=1, linestyle=(0, (2, 3)))
         axis.set_yscale("log")
+        _level(axis, table["floor"][measure], table["floor_of"], FLOOR, linewidth=1, linestyle=(0, (2, 3)))
         steps_axis(axis, sorted({r["nfe"] for r in table["rows"]}))
         axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
