@@ -160,8 +160,10 @@ def curve_in_training(histories: dict[str, History], curve: Curve) -> str:
         mean = [(n / 1e3, m[curve.metric]) for n, m in history if curve.metric in m]
         if mean:
             axis.plot(*zip(*mean, strict=True), color=INK, linewidth=2, label="mean")
-            if curve.signed:
-                axis.set_yscale("symlog", linthresh=max(abs(v) for _, v in mean) / 1e3)
+            if curve.signed and (largest := max(abs(v) for _, v in mean)):
+                axis.set_yscale("symlog", linthresh=largest / 1e3)
+            elif max(v for _, v in mean) <= 0:
+                axis.set_yscale("linear")  # a log scale has no place for zeros
         if title == first:
             axis.set_ylabel(curve.label)
         if title == last and axis.lines:
