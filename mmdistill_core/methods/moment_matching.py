@@ -59,6 +59,7 @@ from mmdistill_core.methods.parts import (
     parameters_of,
     per_sample_mean,
     push,
+    rows_where,
     straight_through,
     transition,
 )
@@ -314,7 +315,7 @@ class MomentMatching(Method):
         z = self.schedule.sigma(torch.ones_like(draw.t[:1])) * normal_like(draw.z_t, rng=rng)
         for i in range(self.k, 1, -1):
             noise = normal_like(z, rng=rng)
-            going = (level < i).nonzero()[:, 0]
+            going = rows_where(level < i, share=(i - 1) / self.k)
             # With none of them, the first goes on in vain: sharded workers need as many calls as the others.
             rows = going if len(going) else going.new_zeros(1)
             t, s = (torch.full_like(draw.t[rows], step / self.k) for step in (i, i - 1))

@@ -35,6 +35,17 @@ def noisy(*, schedule: Schedule, x: Tensor, t: Tensor, rng: Rng) -> Tensor:
     return q_sample(schedule=schedule, x=x, eps=normal_like(x, rng=rng), t=t)
 
 
+def rows_where(holds: Tensor, *, share: float) -> Tensor:
+    """The numbers of the rows where `holds` [b] is true. share: the expected one, which stands for it in a fake tensor, with which
+    `engine.cost` counts: it has no values.
+    """
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    if isinstance(holds, FakeTensor):
+        return torch.arange(round(share * len(holds)), device=holds.device)
+    return holds.nonzero()[:, 0]
+
+
 Transition = Literal["conditional", "unconditional"]
 
 

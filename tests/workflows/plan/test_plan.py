@@ -56,6 +56,12 @@ def test_deep_networks_cost_what_two_shallow_ones_tell(monkeypatch):
     assert told == count(config, ["joint"])
 
 
+def test_rollouts_are_counted_with_the_evaluations_that_they_take():
+    rolled = ["distill.pairing=grid", "distill.z_t=rollout", "distill.k=[8]"]
+    config = load_config("cifar10", [*SIZES, *rolled])
+    assert count(config, ["joint"]).trainings["joint"]["k8"].evaluations == pytest.approx(7 + 3.5, rel=0.01)
+
+
 @pytest.mark.parametrize("gpus", [1, 4, 8])
 @pytest.mark.parametrize("gib", [1, 2, 80])
 def test_the_micro_batch_is_the_largest_that_fits_and_makes_up_the_batch(cifar, gpus, gib):
@@ -90,7 +96,7 @@ def test_evaluations_are_the_recipes():
 def test_a_k_with_options_of_its_own_is_counted_with_them():
     own = {"auxiliary_updates": 3, "batch": 256, "guidance": 1.0}
     small = ["network.width=64", "network.depth=2", "network.heads=2", "teacher.label_dropout=0.1", "distill.k=[1,8]"]
-    config = load_config("digits", [*small, f"distill.overrides={{1: {own}}}"])
+    config = load_config("digits", [*small, "distill.z_t=data", f"distill.overrides={{1: {own}}}"])
     counted = count(config, ["joint", "instant"])
     figures = plan(config, counted, gpus=1, gib=2)
     # Of three steps two train the auxiliary alone: 3 forwards and a backward, which counts as 2. The guided teacher takes 2.

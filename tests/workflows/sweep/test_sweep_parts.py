@@ -199,5 +199,5 @@ def test_the_front_is_what_no_smaller_k_beats():
 
 
 def test_the_fields_that_vary():
-    space = read_space(["k=8,4", "pairing=grid,uniform", "images=1000"], load_config("digits"))
-    assert varied([p for k in space.ks for p in space.grid(k)]) == ["k", "pairing"]
+    space = read_space(["k=8,4", "w_s=flat,snr", "images=1000"], load_config("digits"))
+    assert varied([p for k in space.ks for p in space.grid(k)]) == ["k", "w_s"]
