@@ -272,14 +272,16 @@ def _republish(context: Context, folder: StageFolder, params: dict[str, Any], re
 
 def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], None]:
     """Returns a function that takes the rows of a training, logs them as metrics or events, and updates `bar`."""
-    latest, distance = 0, ""
+    latest, resumed_at, distance = 0, 0, ""
 
     def listen_to_event(row: dict[str, Any]) -> None:
+        nonlocal resumed_at
         event = run.record_event(row)
         if event and (text := _event_text(event)):
             run.context.screen.line(f"  {run.folder.name}: {text}")
         if event and "cause" in event:
-            bar.update(event["n_images"], "resumed from its checkpoint")
+            resumed_at = event["n_images"]
+            bar.update(resumed_at, "resumed from its checkpoint")
         if row["event"] in FAILED and FATAL.search(row["why"]):
             raise training_failed(run.folder.path.name, row["why"])
 
@@ -289,7 +291,7 @@ def training_listener(run: StageRun, bar: Bar) -> Callable[[dict[str, float]], N
             listen_to_event(row)
             return
         run.log(int(row["n_images"]), row)
-        if row["time"] <= latest:
+        if row["time"] <= latest or row["n_images"] <= resumed_at:
             return  # a row from before the checkpoint that the training resumed from
         latest = row["time"]
         if "score" in row:

@@ -116,7 +116,12 @@ def test_the_screen_tells_of_it_whatever_gloo_has_to_say(events):
     for one in (metrics[0], metrics[2]):  # the first is said again, from the checkpoint
         hear(one)
     assert updates == [500, 1500, 1000, 2500]
-    first, second = out.getvalue().splitlines()
+    hear = training_listener(run, SimpleNamespace(update=lambda n, *_: updates.append(n)))  # of the next command
+    hear(row("begun", 50, n_images=2000, workers=2))
+    for one in metrics:
+        hear(one)
+    assert updates[4:] == [2000, 2500], "the time left is estimated from where it resumed"
+    first, second, _ = out.getvalue().splitlines()
     assert first.endswith(
         "workers were lost: [/__w/pytorch/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.3]:1"
     )
