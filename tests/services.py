@@ -117,7 +117,23 @@ def running(group: int) -> list[int]:
 
 
 class CommandLines:
-    """Collects the command lines of all processes while it is open, as any user of the machine can."""
+    """Collects the command lines of all processes while it is open, as any user of the machine can. Programs of `brief` may end
+    between two looks: what runs with `env` meets a wrapper of each, which writes its command line down.
+    """
+
+    def __init__(self, *brief: str) -> None:
+        self._wrappers = Path(tempfile.mkdtemp(prefix="mmdistill-wrappers-"))
+        self._wrappers.chmod(0o755)
+        self._lines = self._wrappers / "lines"
+        self._lines.touch()
+        self._lines.chmod(0o666)
+        for name in brief:
+            wrapper = self._wrappers / name
+            wrapper.write_text(
+                f'#!/bin/sh\nprintf "%s\\0" {name} "$@" >>{self._lines}\nexec {shutil.which(name)} "$@"\n'
+            )
+            wrapper.chmod(0o755)
+        self.env = {"PATH": f"{self._wrappers}:{os.environ['PATH']}"}
 
     def __enter__(self) -> CommandLines:
         self.seen: set[bytes] = set()
@@ -129,6 +145,8 @@ class CommandLines:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self.seen.add(self._lines.read_bytes())
+        shutil.rmtree(self._wrappers)
 
     def _watch(self) -> None:
         while not self._stop.is_set():
@@ -145,8 +163,10 @@ def server() -> Iterator[Server]:
     """The stack that all tests of this process share. A test may stop it if it starts it again."""
     one = Server()
     try:
-        with CommandLines() as lines:
+        with CommandLines("ceph-authtool", "radosgw-admin", "openssl") as lines:
+            one.env_before = lines.env
             one.start()
+        one.env_before = None
         one.lines = lines.seen  # type: ignore[attr-defined]
         yield one
     finally:

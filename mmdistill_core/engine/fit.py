@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def fit(
     report: Callable[[dict[str, float]], None],
     save: Callable[[TrainState], None] | None = None,
     validate: Callable[[TrainState], dict[str, float]] | None = None,
-    judge: Callable[[nn.Module], float] | None = None,
+    judge: Callable[[nn.Module], Sequence[float]] | None = None,
     poll: Callable[[], str] = lambda: "",
 ) -> TrainState:
     """Trains until state.total_images.
@@ -105,8 +106,8 @@ def fit(
     report    takes the losses, gradient norms and means by noise level of a log window, what `validate` returned, and n_images,
               images_per_second, lr, forwards (network evaluations so far, over samples and networks), skipped (phases so far)
     validate  -> metrics; if their "score" is the lowest so far, the best role's weights are kept
-    judge     a network -> its score on draws that `validate` does not use. At the end it scores the kept weights and the last ones,
-              and the last ones replace the kept ones if they are no worse
+    judge     a network -> its scores, each on a draw that `validate` does not use. At the end it scores the kept weights and the
+              last ones, and the last ones replace the kept ones unless these are better on every draw
     save      called every checkpoint_every images and at the end
     poll      called after every step: "" to go on, "save" for a checkpoint, "stop" for a checkpoint and the end of this run
     """
@@ -153,13 +154,14 @@ def fit(
     return state
 
 
-def _judged(state: TrainState, score: float, judge: Callable[[nn.Module], float]) -> dict[str, float]:
+def _judged(state: TrainState, score: float, judge: Callable[[nn.Module], Sequence[float]]) -> dict[str, float]:
     """Compares the kept weights with the last ones on new draws. The lowest of many validation scores is biased low, and the last
-    score is not, so a comparison of the two would be unfair. `score`: the last weights' validation score.
+    score is not, so a comparison of the two would be unfair. One draw says little, so the kept weights have to be better on each.
+    `score`: the last weights' validation score. Returns the means.
     """
     if not state.best.weights or state.best.n_images == state.n_images:
         return {}
     kept, last = judge(state.best_network()), judge(state.current_network())
-    if last <= kept:
+    if any(b <= a for a, b in zip(kept, last, strict=True)):
         state.keep(score)
-    return {"judged/kept": kept, "judged/last": last}
+    return {"judged/kept": fmean(kept), "judged/last": fmean(last)}

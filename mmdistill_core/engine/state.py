@@ -22,7 +22,9 @@ from mmdistill_core.networks.denoiser import Denoiser
 
 @dataclass
 class Best:
-    """The weights of `role` at the lowest validation score so far. At the end, the last weights replace them if judged no worse."""
+    """The weights of `role` at the lowest validation score so far. At the end, the last weights replace them unless they are worse
+    on every new draw.
+    """
 
     role: str
     score: float = float("inf")

@@ -137,6 +137,7 @@ class Role:
     conditions  its inputs beyond t and label (Denoiser.conditioned_on)
     whole       a loss differentiates with respect to its parameters, so workers neither wrap nor shard it
     optimiser   fields of OptimiserOptions that differ from the recipe's
+    lr_ratio    its learning rate over the recipe's. A rate that the recipe states for the role is taken as it is
     """
 
     name: str
@@ -145,6 +146,7 @@ class Role:
     conditions: tuple[str, ...] = ()
     whole: bool = False
     optimiser: Mapping[str, Any] = field(default_factory=dict)
+    lr_ratio: float = 1.0
 
 
 # Who learns, when

@@ -135,6 +135,12 @@ class MomentMatching(Method):
         True,
         "the auxiliary's second term, towards the teacher: its optimum is then halfway between E_g[x_tilde | z_s] and the teacher",
     )
+    auxiliary_lr_ratio: float = option(
+        7.0,
+        "the auxiliary's learning rate over the student's, unless the recipe states one (optimisers.auxiliary.lr); it has to "
+        "follow the student",
+        gt=0,
+    )
     auxiliary_updates: int = option(1, "updates of the auxiliary to one of the student", ge=1)
     auxiliary_sees_t: bool = option(
         False, "an experiment: the auxiliary is conditioned on t, and averages over step lengths no longer"
@@ -189,7 +195,8 @@ class MomentMatching(Method):
             roles.append(Role("preconditioner", Prepared(), whole=True))
         else:
             seen = ("t",) if self.auxiliary_sees_t else ()
-            roles.append(Role("auxiliary", Copy("teacher"), trained=True, conditions=(*conditions, *seen)))
+            told, ratio = (*conditions, *seen), self.auxiliary_lr_ratio
+            roles.append(Role("auxiliary", Copy("teacher"), trained=True, conditions=told, lr_ratio=ratio))
         if self.ema:
             roles.append(Role("student_ema", Average("student")))
         return tuple(roles)

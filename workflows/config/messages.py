@@ -45,8 +45,8 @@ def one_line(error: ValueError, model: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         names = _fields_at(model, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{where}: no such option; {hint}valid: {', '.join(names)}"
+        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(names)}"
+        return f"{where}: no such option; {hint}"
     if first["type"] == "literal_error":
         return f"{where}: {brief(value)} is not one of {first['ctx']['expected']}"
     if first["type"] == "value_error":

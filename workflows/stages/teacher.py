@@ -36,7 +36,7 @@ from workflows.training.events import EVENTS, interruptions
 from workflows.training.job import Job
 
 if TYPE_CHECKING:
-    from mmdistill_core.methods.base import About, Method
+    from mmdistill_core.methods.base import About, Method, Role
     from mmdistill_core.networks.config import NetworkConfig
 
 FITTED = "fitted"
@@ -200,9 +200,13 @@ def optimiser_options(section: Teacher | Distill, method: Method) -> dict[str, d
     recipe's for the role override both.
     """
     common, own = section.optimiser.model_dump(), getattr(section, "optimisers", {})
-    return {
-        role.name: merge(common | dict(role.optimiser), own.get(role.name, {})) for role in method.roles if role.trained
-    }
+
+    def options(role: Role) -> dict[str, Any]:
+        declared = common | dict(role.optimiser)
+        declared["lr"] *= role.lr_ratio
+        return merge(declared, own.get(role.name, {}))
+
+    return {role.name: options(role) for role in method.roles if role.trained}
 
 
 def data_uri(prepared: Done) -> str:

@@ -31,6 +31,10 @@ TRIES_OF_A_REQUEST = 8
 """For calls of many requests, such as reading an archive: retrying them as a whole would fail again at another request. s3fs
 counts the request and the reading of its answer apart, so a store that is down is given up after about 80 seconds.
 """
+TRIES_OF_A_KEY = 5
+"""Calls with an access key that the server says it doesn't know. Ceph says so as well when it can't read the account for now, and
+AWS of a key that is seconds old. The pauses add up to about two seconds.
+"""
 
 SHARED = (
     "AWS_ENDPOINT_URL",
@@ -192,7 +196,8 @@ def retry(call: Callable[[], T], uri: str | Path, *, tries: int | None = None) -
                 raise
             if isinstance(error, UserError):  # of a call within this one, which was retried already
                 raise
-            if not _is_transient(error) or attempt == tries - 1:
+            unknown = code_of(error) == "InvalidAccessKeyId" and attempt < TRIES_OF_A_KEY - 1
+            if not (unknown or _is_transient(error)) or attempt == tries - 1:
                 raise explained(error, uri) from error
         time.sleep(random.uniform(0.5, 1) * min(0.2 * 2**attempt, 10))
     raise AssertionError

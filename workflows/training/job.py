@@ -287,9 +287,9 @@ class Validator:
     def __call__(self, state: Any) -> dict[str, float]:
         return {"score": self._distance(state.current_network())}
 
-    def judge(self, network: Any) -> float:
-        """The mean distance over JUDGED further draws."""
-        return sum(self._distance(network, draw) for draw in range(1, JUDGED + 1)) / JUDGED
+    def judge(self, network: Any) -> list[float]:
+        """The distances of JUDGED further draws."""
+        return [self._distance(network, draw) for draw in range(1, JUDGED + 1)]
 
     def _distance(self, network: Any, draw: int = 0) -> float:
         from mmdistill_core.metrics.frechet import frechet_distance, pooled

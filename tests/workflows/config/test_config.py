@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from workflows.config.assembly import config_of
+from workflows.config.assembly import config_of, method_of, schedule_of
 from workflows.config.loading import RECIPES, load_config, recipe_names
 from workflows.config.values import digest
 from workflows.errors import ConfigError
@@ -56,6 +56,23 @@ def test_the_command_line_holds_for_every_k():
     assert [own.for_k(k).images for k in (1, 2, 4, 8)] == [200_000, 200_000, 9_000, 200_000]
     assert {own.for_k(k).optimiser.lr for k in (1, 2, 4, 8)} == {1e-3}
     assert own.for_k(8).optimiser_of("auxiliary").lr == recipe.for_k(8).optimiser_of("auxiliary").lr == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [
+        ([], {"student": 1e-5, "auxiliary": 1e-5}),
+        (["optimiser.lr=1e-3", "auxiliary_lr_ratio=2"], {"student": 1e-3, "auxiliary": 2e-3}),
+        (["optimisers={auxiliary: {lr: 5.0e-4}}"], {"student": 1e-5, "auxiliary": 5e-4}),
+    ],
+)
+def test_a_role_learns_at_the_ratio_that_the_method_declares_unless_the_recipe_states_its_rate(words, rates):
+    from workflows.stages.teacher import optimiser_options
+
+    config = load_config("imagenet64", [f"distill.{word}" for word in words])
+    section = config.distill.for_k(4)
+    found = optimiser_options(section, method_of(section, schedule_of(config)))
+    assert {role: options["lr"] for role, options in found.items()} == pytest.approx(rates)
 
 
 def written(folder, **files):

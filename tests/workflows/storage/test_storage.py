@@ -92,6 +92,29 @@ def test_other_bytes_than_were_written_are_found(place, monkeypatch):
         storage.write(join(place, "a"), b"hello")
 
 
+def test_an_access_key_is_believed_unknown_only_after_some_calls(monkeypatch):
+    """Ceph answers so too while it can't read the account."""
+    from botocore.exceptions import ClientError
+
+    monkeypatch.setattr(s3.time, "sleep", lambda seconds: None)
+    refused = ClientError(
+        {"Error": {"Code": "InvalidAccessKeyId"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "PutObject"
+    )
+    answers = [refused, refused, "done"]
+
+    def call():
+        answer = answers.pop(0)
+        if answer is refused:
+            raise refused
+        return answer
+
+    assert s3.retry(call, "s3://bucket/key") == "done"
+    answers = [refused] * 10
+    with pytest.raises(UserError, match="does not know the access key"):
+        s3.retry(call, "s3://bucket/key")
+    assert len(answers) == 10 - s3.TRIES_OF_A_KEY
+
+
 def test_a_folder_goes_there_and_back(place, tmp_path):
     for name in ("a", "deep/er/b", "result.json", ".c.1.partial"):
         (tmp_path / "from" / name).parent.mkdir(parents=True, exist_ok=True)
