@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmdistill_core.diffusion.guidance import NULL_LABEL
 from mmdistill_core.networks.config import NetworkConfig
@@ -27,6 +28,9 @@ class UNetConfig(NetworkConfig):
 
     width: int = option(64, "channels of the first level, a multiple of 8", ge=8)
     levels: tuple[int, ...] = option((1, 2, 2), "channels of each level over those of the first")
+    patch: int = option(
+        1, "the first level's pixels are patches of so many pixels a side, as channels (2301.11093, section 3.3)", ge=1
+    )
     layers: int = option(1, "residual blocks of a level", ge=1)
     attention: int = option(8, "levels of at most so many pixels a side have attention", ge=0)
     dropout: float = option(0.0, "of the residual blocks, in the teacher's training; distill has its own", ge=0, lt=1)
@@ -43,9 +47,10 @@ class UNetConfig(NetworkConfig):
             raise ValueError(f"network.width: {self.width} is not a multiple of 8")
         if not self.levels or min(self.levels) < 1:
             raise ValueError(f"network.levels: {list(self.levels)} should be whole numbers, at least 1")
-        if self.image_size % 2 ** (len(self.levels) - 1):
+        if self.image_size % (self.patch * 2 ** (len(self.levels) - 1)):
             raise ValueError(
-                f"network.levels: {len(self.levels)} levels halve the image size {self.image_size} to no whole number"
+                f"network.levels: {len(self.levels)} levels and patch {self.patch} divide the image size {self.image_size} to no "
+                "whole number"
             )
 
     def build(self) -> UNet:
@@ -62,12 +67,12 @@ class UNet(nn.Module):
 
         super().__init__()
         self.config = config
-        sides = [config.image_size // 2**level for level in range(len(config.levels))]
+        sides = [config.image_size // config.patch // 2**level for level in range(len(config.levels))]
         attended = ["Attn" if side <= config.attention else "" for side in sides]
         self.unet = UNet2DModel(
-            sample_size=config.image_size,
-            in_channels=config.channels,
-            out_channels=config.channels,
+            sample_size=sides[0],
+            in_channels=config.channels * config.patch**2,
+            out_channels=config.channels * config.patch**2,
             block_out_channels=tuple(config.width * factor for factor in config.levels),
             down_block_types=tuple(f"{kind}DownBlock2D" for kind in attended),
             up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attended)),
@@ -106,5 +111,6 @@ class UNet(nn.Module):
         for name, value in (conditions or {}).items():
             embedded = embedded + self.conditions[name](value)
         unet: Any = self.unet
-        out: Tensor = unet(z, STEPS * t, class_labels=embedded, return_dict=False)[0]
-        return out
+        patches = F.pixel_unshuffle(z, c.patch)
+        out: Tensor = unet(patches, STEPS * t, class_labels=embedded, return_dict=False)[0]
+        return F.pixel_shuffle(out, c.patch)

@@ -1,5 +1,7 @@
 """The U-Net: what it is told reaches its output, and what is added to it changes nothing at first."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -49,6 +51,21 @@ def test_an_added_condition_changes_nothing_at_first():
     assert torch.equal(network(z, t), more.eval()(z, t, None, {"t": t}))
 
 
+def test_patches_are_channels_and_each_pixel_stays_where_it_is():
+    """The network sees a patch as a pixel, and its output goes back to the same place."""
+    network = trained(replace(SMALL, patch=2))
+    unet = network.unet
+    assert unet.conv_in.in_channels == unet.conv_out.out_channels == 3 * 2**2
+    z, t = torch.randn(1, 3, 8, 8), torch.rand(1)
+    assert network(z, t).shape == z.shape
+    seen = []
+    unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(z, t)
+    assert torch.equal(seen[0][0, :, 1, 2].reshape(3, 2, 2), z[0, :, 2:4, 4:6])
+    unet.forward = lambda patches, *_, **__: (patches,)
+    assert torch.equal(network(z, t), z)
+
+
 def test_only_small_levels_attend():
     def attentions(network):
         return sum("to_q.weight" in name for name, _ in network.named_parameters())
@@ -62,7 +79,8 @@ def test_only_small_levels_attend():
     ("fields", "said"),
     [
         ({"width": 12}, "network.width: 12 is not a multiple of 8"),
-        ({"levels": (1, 2, 4, 4, 4)}, "5 levels halve the image size 8"),
+        ({"levels": (1, 2, 4, 4, 4)}, "5 levels and patch 1 divide the image size 8 to no whole number"),
+        ({"levels": (1, 2), "patch": 8}, "2 levels and patch 8 divide"),
         ({"levels": ()}, "network.levels"),
     ],
 )
