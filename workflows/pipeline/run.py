@@ -66,12 +66,13 @@ def run_pipeline(config: RunConfig, options: RunOptions, screen: Screen) -> dict
         summary = _summary(context, done, time.monotonic() - began)
         if options.until == STAGES[-1]:
             folder = context.workspace.report(config.recipe)
-            shutil.copyfile(done[-1].folder / "report.html", folder / "report.html")
+            for name in done[-1].result["artifacts"]:
+                shutil.copyfile(done[-1].folder / name, folder / name)
             summary["report"] = context.workspace.report_uri(config.recipe)
             summary["report_here"] = str(folder / "report.html")
             write_json(folder / "summary.json", summary)
             context.workspace.share_report(config.recipe)
-            for name in ("report.html", "summary.json"):
+            for name in (*done[-1].result["artifacts"], "summary.json"):
                 context.tracker.log_artifact(context.parent_run, folder / name)
     return summary
 

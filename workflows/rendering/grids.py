@@ -1,7 +1,9 @@
-"""Arranges samples as a grid in one picture."""
+"""Arranges samples in one picture: a grid, or one line for each model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,3 +36,25 @@ def image_grid(images: np.ndarray, *, columns: int, pixel: int | None = None, ga
         top, left = gap + (i // columns) * cell_h, gap + (i % columns) * cell_w
         sheet[top : top + height * scale, left : left + width * scale] = image
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+
+
+def lines(grids: Mapping[str, Path], *, of: int, width: int, gap: int = 2) -> Any:
+    """Grids by title -> a PIL image with the first samples of each in one line, behind its title. A cell of all these grids holds
+    the sample of the same noise, so the samples in a column belong together.
+
+    of     lines of each grid that become one line
+    width  of an image, in its own pixels
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    cell, sheets = cell_of(width, gap), [Image.open(path).convert("RGB") for path in grids.values()]
+    columns, font = (sheets[0].width - gap) // cell, ImageFont.load_default(size=15)
+    left = 24 + round(max(font.getlength(title) for title in grids))
+    picture = Image.new("RGB", (left + of * columns * cell + gap, len(sheets) * cell + gap), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, (title, sheet) in enumerate(zip(grids, sheets, strict=True)):
+        draw.text((left - 12, round((i + 0.5) * cell)), title, "#22262b", font, anchor="rm")
+        for j in range(of):
+            line = sheet.crop((gap, gap + j * cell, sheet.width, gap + (j + 1) * cell))
+            picture.paste(line, (left + j * columns * cell, gap + i * cell))
+    return picture

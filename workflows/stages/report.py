@@ -31,6 +31,7 @@ CODE = (
     "workflows/rendering/templates/report.html",
     "workflows/rendering/templates/style.css",
     "workflows/rendering/plots.py",
+    "workflows/rendering/grids.py",
     "workflows/registry/lineage.py",
     "workflows/registry/drawing.py",
     "workflows/training/events.py",
@@ -71,6 +72,7 @@ def _write(
     from workflows.registry.lineage import lineage_of
     from workflows.registry.versions import Registry
     from workflows.rendering import plots
+    from workflows.rendering.grids import lines
 
     config, tracker, table = run.context.config, run.context.tracker, measured.result
     results, ks, trainings = Results.of(table), sorted(distilled.students), [trained, *distilled.rounds.values()]
@@ -80,6 +82,11 @@ def _write(
     curves = {curve.metric: curve for r in rounds for curve in r.method.curves}.values()
     timelines = {done.name: _timeline(done) for done in trainings if done.result["interruptions"]["times"]}
     registry, uris = Registry(tracker), [registered.result["teacher"], *registered.result["students"].values()]
+    grids = {file.stem: file for file in (measured.folder / "grids").glob("*.png")}
+    picture = run.path / "samples.png"
+    shown = {_who(results.longest): grids[results.longest["name"]]}
+    shown |= {_who(results.students[k]): grids[results.students[k]["name"]] for k in reversed(ks)}
+    lines(shown, of=2, width=prepared.result["shape"][-1]).save(picture)
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"short": short, "clock": clock}
     html = environment.get_template("report.html").render(
@@ -95,7 +102,8 @@ def _write(
         distance_plot=plots.distance_against_steps(table),
         curve_plots=[(plots.curve_in_training(histories, curve), curve) for curve in curves],
         progress_plot=plots.distance_in_training(histories),
-        grids={file.stem: _data_uri(file) for file in (measured.folder / "grids").glob("*.png")},
+        picture=_data_uri(picture),
+        grids={name: _data_uri(file) for name, file in grids.items()},
         costs=_costs(prepared, trainings, measured),
         causes=CAUSES,
         interrupted={name: (one.events, interruptions(one.events)) for name, one in timelines.items()},
@@ -109,8 +117,13 @@ def _write(
     )
     path = run.path / "report.html"
     path.write_text(html)
-    tracker.log_artifact(run.run_id, path)
-    return {"identity": identity_of(path), "artifacts": ["report.html"], "summary": "one HTML file"}
+    for file in (path, picture):
+        tracker.log_artifact(run.run_id, file)
+    return {"identity": identity_of(path), "artifacts": ["report.html", "samples.png"], "summary": "one HTML file"}
+
+
+def _who(row: dict[str, Any]) -> str:
+    return f"{row['who']}, {row['k']} step{'s' * (row['k'] > 1)}"
 
 
 def _tables(table: dict[str, Any]) -> list[dict[str, Any]]:

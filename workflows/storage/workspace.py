@@ -3,7 +3,7 @@
 .mmdistill/
     stages/<stage>-<key>/   result.json (last: the stage is done), config.yaml, metrics.jsonl, runs.json, its outputs
     pipelines/<name>.json   a configuration that was run: its tracking run, and the stages that it refers to
-    reports/<recipe>/       report.html, summary.json
+    reports/<recipe>/       report.html, samples.png, summary.json
     ray/                    checkpoints of trainings
     mlflow.db, mlartifacts/ the default tracking store
     outbox/<store>/         what was logged, until the tracking store has it
