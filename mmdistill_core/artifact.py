@@ -193,7 +193,9 @@ def _read(directory: Path, *kinds: str) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def save_model(directory: str | Path, model: DiffusionModel) -> None:
+    """Raises ValueError for a network that its configuration can't build again."""
     denoiser = model.denoiser
+    model.network.check_stored()
     description = {
         "kind": "denoiser",
         "network": {"kind": model.network.kind, **asdict(model.network)},

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -81,16 +82,26 @@ class ShiftedCosine(Schedule):
 
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """alpha_t = 1 - t, sigma_t = t: the straight path of flow matching; logsnr_t = 2 log((1 - t) / t)."""
+    """alpha_t = 1 - sigma_t, the straight path of flow matching. sigma_t = t, or with a shift for larger images
+    sigma_t = shift t / (1 + (shift - 1) t) (2403.03206, eq. 23): logsnr_t = 2 log((1 - t) / t) - 2 log(shift).
+    """
 
+    shift: float = 1.0
     name: ClassVar[str] = "linear"
     variance_preserving: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ValueError(f"schedule.shift: {self.shift} should be above 0")
+
+    def _shift(self) -> float:
+        return 2 * math.log(self.shift)
+
     def logsnr(self, t: Tensor) -> Tensor:
-        return (2 * (torch.log1p(-t) - torch.log(t))).clamp(-LOGSNR_MAX, LOGSNR_MAX)
+        return (2 * (torch.log1p(-t) - torch.log(t)) - self._shift()).clamp(-LOGSNR_MAX, LOGSNR_MAX)
 
     def t_from_logsnr(self, logsnr: Tensor) -> Tensor:
-        return torch.sigmoid(-logsnr / 2)
+        return torch.sigmoid(-(logsnr + self._shift()) / 2)
 
     # From logsnr rather than 1 - t and t, so that the three agree at the clipped ends.
     def alpha(self, t: Tensor) -> Tensor:
@@ -128,7 +139,92 @@ class Karras(Schedule):
         return (low + t * (high - low)) ** self.rho
 
 
-SCHEDULES: dict[str, type[Schedule]] = {c.name: c for c in (Cosine, ShiftedCosine, Linear, Karras)}
+@dataclass(frozen=True)
+class Betas(Schedule):
+    """DDPM's: alpha_t^2 = prod_(i < tN) (1 - beta_i) at t = 1/N, ..., 1 (2006.11239, section 2). Between these times logsnr is
+    linear in t; t = 0 is the data. Diffusers' timestep i is t = (i + 1) / N.
+
+    betas          linear, scaled_linear (linear in the square root), squaredcos_cap_v2 (2102.09672, eq. 17) or sigmoid
+    values         the N betas themselves, if no formula gives them
+    zero_terminal  alpha_1 = 0: sqrt(alpha) is shifted and scaled (2305.08891, algorithm 1)
+    """
+
+    steps: int = 1000
+    betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    zero_terminal: bool = False
+    values: tuple[float, ...] = ()
+    name: ClassVar[str] = "betas"
+    variance_preserving: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))  # JSON gives a list
+        if self.steps < 2 or len(self.values) not in (0, self.steps):
+            raise ValueError(
+                f"schedule.steps: {self.steps} should be at least 2, and the number of values if there are any"
+            )
+        if self.betas not in BETAS:
+            raise ValueError(f"schedule.betas: {self.betas!r} is not one of {', '.join(BETAS)}")
+        betas = _betas(self)
+        if not ((betas > 0) & (betas <= 1)).all() or not (betas[:-1] < 1).all():
+            raise ValueError("schedule: betas should be above 0 and at most 1, and only the last may be 1")
+
+    def with_signal(self, least: float) -> Betas:
+        """The first steps of this schedule, up to the last at which alpha is at least `least`."""
+        alpha = _alphas(self)
+        steps = int((alpha >= least).sum())
+        squares = torch.cat([torch.ones(1, dtype=torch.float64), alpha[:steps] ** 2])
+        return self if steps == self.steps else Betas(steps, values=tuple((1 - squares[1:] / squares[:-1]).tolist()))
+
+    def logsnr(self, t: Tensor) -> Tensor:
+        nodes = _logsnr_nodes(self).to(t)
+        place = (t * self.steps).clamp(0, self.steps)
+        below = place.long().clamp(max=self.steps - 1)
+        return torch.lerp(nodes[below], nodes[below + 1], place - below)
+
+    def t_from_logsnr(self, logsnr: Tensor) -> Tensor:
+        nodes = _logsnr_nodes(self).to(logsnr)
+        wanted = logsnr.clamp(nodes[-1], nodes[0])
+        above = torch.searchsorted(-nodes, -wanted).clamp(1, self.steps)
+        low, high = nodes[above - 1], nodes[above]
+        return (above - 1 + (wanted - low) / (high - low)) / self.steps
+
+
+BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+
+
+def _betas(schedule: Betas) -> Tensor:
+    """[N] in float64."""
+    n, first, last = schedule.steps, schedule.beta_start, schedule.beta_end
+    if schedule.values:
+        return torch.tensor(schedule.values, dtype=torch.float64)
+    if schedule.betas == "squaredcos_cap_v2":
+        t = torch.arange(n + 1, dtype=torch.float64) / n
+        kept = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - kept[1:] / kept[:-1]).clamp(max=0.999)
+    if schedule.betas == "sigmoid":
+        return torch.sigmoid(torch.linspace(-6, 6, n, dtype=torch.float64)) * (last - first) + first
+    if schedule.betas == "scaled_linear":
+        return torch.linspace(first**0.5, last**0.5, n, dtype=torch.float64) ** 2
+    return torch.linspace(first, last, n, dtype=torch.float64)
+
+
+def _alphas(schedule: Betas) -> Tensor:
+    """[N]: alpha at t = 1/N, ..., 1."""
+    alpha = (1 - _betas(schedule)).cumprod(0).sqrt()
+    return (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]) if schedule.zero_terminal else alpha
+
+
+@cache
+def _logsnr_nodes(schedule: Betas) -> Tensor:
+    """[N + 1]: logsnr at t = 0, 1/N, ..., 1, clipped."""
+    alpha = _alphas(schedule)
+    inside = torch.log(alpha**2) - torch.log1p(-(alpha**2))
+    return torch.cat([torch.tensor([LOGSNR_MAX], dtype=torch.float64), inside.clamp(-LOGSNR_MAX, LOGSNR_MAX)])
+
+
+SCHEDULES: dict[str, type[Schedule]] = {c.name: c for c in (Cosine, ShiftedCosine, Linear, Karras, Betas)}
 
 
 def schedule_to_dict(schedule: Schedule) -> dict[str, Any]:

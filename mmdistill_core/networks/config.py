@@ -35,6 +35,9 @@ class NetworkConfig(ABC):
     def build(self) -> nn.Module:
         """A new network."""
 
+    def check_stored(self) -> None:  # noqa: B027
+        """Raises ValueError if the network can't be built from this configuration alone."""
+
     def denoiser(self, *, schedule: Schedule, prediction: str) -> nn.Module:
         """A new denoiser around such a network."""
         return Denoiser(backbone=self.build(), schedule=schedule, prediction=prediction)
@@ -45,6 +48,11 @@ NETWORKS: dict[str, str] = {
     "unet": "mmdistill_core.networks.unet:UNetConfig",
 }
 """Configurations by kind. Each is imported on first use, so that a new one changes no key of another."""
+FOREIGN: dict[str, str] = {
+    "diffusers": "mmdistill_core.networks.foreign:DiffusersConfig",
+    "module": "mmdistill_core.networks.foreign:ModuleConfig",
+}
+"""Configurations of networks from elsewhere. They come with a teacher, and no recipe names one."""
 EXACT: dict[str, str] = {"mixture": "mmdistill_core.networks.exact:MixtureConfig"}
 """Configurations of denoisers in closed form. A model may hold one, but nothing trains it."""
 
@@ -58,5 +66,7 @@ def network_class(kind: str) -> type[NetworkConfig]:
 def network_config(values: Mapping[str, Any]) -> NetworkConfig:
     """The configuration from plain values with a "kind", by default "dit". Raises ValueError."""
     options = dict(values)
-    declared: type[NetworkConfig] = named(options.pop("kind", "dit"), table=NETWORKS | EXACT, group="networks")
+    declared: type[NetworkConfig] = named(
+        options.pop("kind", "dit"), table=NETWORKS | FOREIGN | EXACT, group="networks"
+    )
     return declared(**options)

@@ -172,7 +172,10 @@ def sample(
     """
     step = sampler_function(sampler)
     times = times.to(device)
-    sigma_1 = schedule.sigma(torch.ones(1, device=device))
+    ones = torch.ones(1, device=device)
+    sigma_1 = (
+        ones if schedule.variance_preserving else schedule.sigma(ones)
+    )  # DDPM's start, if some signal is left at t = 1
     out = []
     for start in range(0, shape[0], batch):
         b = min(batch, shape[0] - start)

@@ -8,6 +8,7 @@ import torch
 from mmdistill_core.diffusion.schedules import (
     LOGSNR_MAX,
     SCHEDULES,
+    Betas,
     Cosine,
     Karras,
     Linear,
@@ -16,7 +17,15 @@ from mmdistill_core.diffusion.schedules import (
     schedule_to_dict,
 )
 
-ALL = [Cosine(), ShiftedCosine(resolution=128, reference=32), Linear(), Karras()]
+ALL = [
+    Cosine(),
+    ShiftedCosine(resolution=128, reference=32),
+    Linear(),
+    Linear(shift=3),
+    Karras(),
+    Betas(),
+    Betas(200, "squaredcos_cap_v2"),
+]
 INSIDE = torch.linspace(0.02, 0.98, 97, dtype=torch.float64)
 WHOLE = torch.linspace(0, 1, 101)
 

@@ -71,6 +71,8 @@ def run(
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
     tracking_wait: TrackingWait = None,
+    teacher: str | None = Option(None, help="Teacher to distil, with --data, in place of a recipe: as for init."),
+    data: str | None = Option(None, help="Images for --teacher: a folder, dataset://..., or the name of a source."),
     workers: str | None = Option(
         None, help="Workers of each training, or fewest:most such as 2:8; default: as many as fit now."
     ),
@@ -94,6 +96,10 @@ def run(
     from workflows.rendering.screen import Screen
     from workflows.session.options import RunOptions
 
+    if teacher or data:
+        from workflows.tools.init import recipe_of_command
+
+        recipe = str(recipe_of_command(workspace, teacher, data))
     config = load_config(recipe, set_, smoke=smoke)
     options = RunOptions(
         workspace=workspace,
@@ -130,6 +136,18 @@ def run(
         from workflows.stages.report import last_screen
 
         last_screen(summary, screen, workspace, tracking_uri)
+
+
+@command(app)
+def init(
+    file: Path = Argument(..., help="New .yaml file for the recipe."),
+    teacher: str = Option(..., help="Teacher: a folder or s3://... of diffusers or of mmdistill."),
+    data: str = Option(..., help="Images: a folder, dataset://..., or the name of a source."),
+) -> None:
+    """Write a recipe that distils a teacher of yours on images of yours."""
+    from workflows.tools.init import write_recipe
+
+    print(write_recipe(file, teacher, data))
 
 
 @command(app, continues=True)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from workflows.config.schema import RunConfig
 from workflows.storage.uri import is_remote, resolved
 
 FIELDS = (("data", "path"), ("data", "extractor_weights"), ("teacher", "model"), ("evaluate", "reference"))
+
+
+CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def names_code(place: str) -> bool:
+    """Whether it names a function, as package.module:function, and not a file."""
+    return CODE.fullmatch(place) is not None and not Path(place).exists()
 
 
 def local_places(config: RunConfig) -> dict[str, str]:
@@ -33,4 +43,4 @@ def _absolute(place: str | None) -> str | None:
 
 
 def _is_local(place: str) -> bool:
-    return not is_remote(place) and not place.startswith("models:/")
+    return not (is_remote(place) or place.startswith("models:/") or names_code(place))

@@ -180,14 +180,34 @@ class Training(Section):
     ema_ramp: float = Field(0.05, gt=0, le=1, description="the half-life is at most this share of the images seen")
 
 
+class Reading(Section):
+    """How the output of a teacher from elsewhere is read. A pipeline of diffusers says it itself; otherwise prediction and schedule
+    are needed.
+    """
+
+    prediction: Literal["x", "eps", "v", "flow"] | None = None
+    schedule: dict[str, Any] | None = Field(
+        None, description="such as {name: betas, betas: linear}; schedules.SCHEDULES"
+    )
+    time: Literal["index", "one_based", "unit", "sigma", "log_sigma"] | None = Field(
+        None, description="what the network is told of the time (foreign.TIMES); by default t"
+    )
+    sigma_data: float | None = Field(None, gt=0, description="of EDM's preconditioning; prediction is then x")
+    classes: int | None = Field(None, ge=0, description="real ones, if the embedding has one more for no label")
+    weights: str | None = Field(None, description="a safetensors file with the weights of a function's network")
+    options: dict[str, Any] = Field(default_factory=dict, description="arguments of the function")
+
+
 class Teacher(Training):
     """The teacher. `kind: exact` uses the optimal denoiser, for data whose distribution is known; students then start from the
-    trained network. `model` names an existing teacher: a folder, s3://..., or models:/NAME@ALIAS. `teacher: NAME` is short for it.
+    trained network. `model` names an existing teacher: a folder or s3://... of ours or of diffusers, models:/NAME@ALIAS, or
+    package.module:function, which makes a network. `teacher: NAME` is short for it.
     """
 
     method: str = TEACHER
     kind: Literal["trained", "exact"] = "trained"
     model: str | None = Field(None, description="an existing teacher, which is not trained")
+    read: Reading = Reading()
     optimiser: Optimiser = Optimiser(lr=1e-3)
 
     @model_validator(mode="after")

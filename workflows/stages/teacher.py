@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from workflows.config.schema import Distill, RunConfig, Teacher, Training
 from workflows.config.values import merge
 from workflows.dataset.sources import source_of
 from workflows.errors import UserError
+from workflows.ingest.teachers import as_json, identity_of_source, is_foreign, prove_on_data, read_teacher
 from workflows.session.context import Context, Done
 from workflows.session.stage import StageRun, run_stage, training_listener
 from workflows.storage.code import code_version
@@ -55,6 +57,9 @@ TRAINING_CODE = (
 )
 ENGINE = ("mmdistill_core.engine", "mmdistill_core.engine.preparation", "mmdistill_core.artifact")
 """The modules that every training runs, apart from its method and its networks."""
+
+
+IMPORTS = ("mmdistill_core.imports", "mmdistill_core.metrics.proof")
 
 
 def training_code(method: str, *parts: str, networks: Sequence[Any], modules: tuple[str, ...] = ()) -> str:
@@ -127,7 +132,7 @@ def _save_exact(run: StageRun, job: Job) -> None:
 
 
 def _existing_teacher(context: Context, prepared: Done, model: str) -> Done:
-    """Copies an existing model into the stage. It must fit the data."""
+    """Copies an existing model into the stage, or makes it of one from elsewhere. It must fit the data."""
     from workflows.registry.versions import Registry
 
     registered = model.startswith("models:/")
@@ -135,6 +140,8 @@ def _existing_teacher(context: Context, prepared: Done, model: str) -> Done:
         context.settle()
         version = Registry(context.tracker).one(model)
         identity = [version.uri, version.tags.get("identity", "")]
+    elif is_foreign(model):
+        return _imported_teacher(context, prepared, model)
     else:
         folder = fetch(model) if is_remote(model) else check_model(fetch(model))
         _read_description(folder, model)
@@ -149,6 +156,37 @@ def _existing_teacher(context: Context, prepared: Done, model: str) -> Done:
 
     depends = {"model": identity, "prepare": prepared.identity, "code": code_version("workflows/stages/teacher.py")}
     return run_stage(context, "teacher", depends=depends, params={"teacher": model}, body=copy)
+
+
+def _imported_teacher(context: Context, prepared: Done, place: str) -> Done:
+    """Makes a model of a teacher from elsewhere, after a proof on the images of the run."""
+    from mmdistill_core.artifact import save_model
+
+    config, read = context.config, context.config.teacher.read
+
+    def make(run: StageRun) -> dict[str, Any]:
+        data = prepared.result
+        model = read_teacher(place, read, shape=tuple(data["shape"]), num_classes=data["num_classes"])
+        model.provenance |= {"role": "teacher", "recipe": config.recipe, **data_provenance(data)}
+        with TemporaryDirectory() as scratch:
+            save_model(scratch, model)
+            _check_fits(config, prepared, _read_description(Path(scratch), place), place)
+        proof = prove_on_data(place, model, data_uri(prepared))
+        model.provenance["proof"] = as_json(proof)
+        save_model(run.path / "model", model)
+        over = math.exp(fmean(math.log(one.ratio) for one in proof.levels))
+        said = f"{place}, read as {model.denoiser.prediction} of {model.schedule.name}"
+        return training_result(run, f"{said}; its error is {over:.2f} of the best simple denoiser's") | {
+            "images": None,
+            "forwards": None,
+        }
+
+    depends = {
+        "model": identity_of_source(place, read),
+        "prepare": prepared.identity,
+        "code": code_version("workflows/stages/teacher.py", "workflows/ingest/teachers.py", modules=IMPORTS),
+    }
+    return run_stage(context, "teacher", depends=depends, params={"teacher": place}, body=make)
 
 
 def _read_description(folder: Path, model: str) -> dict[str, Any]:
