@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from torch.optim import Adam, AdamW, Optimizer, RAdam
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mmdistill_core.methods.base import Progress
+from mmdistill_core.methods.base import Progress, Role
 
 OPTIMISERS: dict[str, Callable[..., Optimizer]] = {"Adam": Adam, "AdamW": AdamW, "RAdam": RAdam}
 
@@ -31,6 +31,11 @@ class OptimiserOptions:
     clip_norm: float = 1.0
     warmup_images: int = 128_000
     decay: str = "linear"
+
+    def of_role(self, role: Role) -> OptimiserOptions:
+        """With what the method declares for the role: other fields, and a rate in proportion."""
+        own = replace(self, **role.optimiser)
+        return replace(own, lr=own.lr * role.lr_ratio)
 
     def build(self, network: nn.Module) -> Optimizer:
         """Raises ValueError for a name that is not one of OPTIMISERS."""

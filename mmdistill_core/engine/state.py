@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -122,7 +122,7 @@ class TrainState:
             networks[role.name].train(role.trained)
         trained = [r.name for r in method.roles if r.trained]
         by_role: Mapping[str, OptimiserOptions] = (
-            {role.name: replace(options, **role.optimiser) for role in method.roles if role.trained}
+            {role.name: options.of_role(role) for role in method.roles if role.trained}
             if isinstance(options, OptimiserOptions)
             else options
         )
