@@ -56,15 +56,21 @@ def promote(
 def export(
     model: Model,
     destination: Path = Argument(..., help="New or empty folder."),
+    form: str = Option(
+        "mmdistill", "--format", help="mmdistill, or diffusers for a folder that stock diffusers samples."
+    ),
     who: Who = None,
     workspace: Workspace_ = DEFAULT_WORKSPACE,
     tracking_uri: Tracking = None,
 ) -> None:
-    """Write a registered model to a folder, with hashes; the export is recorded in the registry."""
-    from workflows.registry.export import run_export
+    """Write a registered model to a folder, with hashes and a model card; the export is recorded in the registry."""
+    from workflows.errors import ConfigError
+    from workflows.registry.export import FORMATS, run_export
     from workflows.registry.lineage import open_registry
 
-    print(run_export(open_registry(workspace, tracking_uri), model, destination, who=who))
+    if form not in FORMATS:
+        raise ConfigError(f"--format: {form!r} is not one of {', '.join(FORMATS)}")
+    print(run_export(open_registry(workspace, tracking_uri), model, destination, form=form, who=who))
 
 
 @command(app)

@@ -239,16 +239,33 @@ def test_an_export_is_whole_hashed_and_recorded(shelf, tmp_path, capsys):
             main(["export", uri, str(there), "--tracking-uri", shelf.uri, "--who", "ada"])
         assert caught.value.code == code
     assert "exists and is not an empty folder" in capsys.readouterr().err
-    assert sorted(p.name for p in there.iterdir()) == ["SHA256SUMS", "model.json", "weights.safetensors"]
+    assert sorted(p.name for p in there.iterdir()) == ["README.md", "SHA256SUMS", "model.json", "weights.safetensors"]
     checked = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=there, capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
     assert load_model(there).k == 4
+    shown = (there / "README.md").read_text()
+    assert "samples in 4 steps: images of" in shown
+    assert "{{" not in shown
     (teacher,) = stage.lineage(shelf.registry, uri)["data"][0]["teachers"]
     (recorded,) = teacher["students"][0]["exports"]
     assert recorded["sha256"] == hashlib.sha256((there / "SHA256SUMS").read_bytes()).hexdigest()
     assert (recorded["format"], recorded["who"]) == ("mmdistill", "ada")
     assert recorded["where"].endswith(f":{there}")
     assert len(shelf.registry.one(uri).tags) == before + 1
+
+
+def test_a_format_that_is_not_known_or_can_not_say_it_leaves_no_folder(shelf, tmp_path, capsys):
+    for form, code, said in (
+        ("onyx", 2, "'onyx' is not one of mmdistill, diffusers"),
+        ("diffusers", 1, "dit is no network of"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(
+                ["export", f"models:/{STUDENT}/2", str(tmp_path / "out"), "--format", form, "--tracking-uri", shelf.uri]
+            )
+        assert caught.value.code == code
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

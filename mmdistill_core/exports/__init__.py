@@ -1,0 +1,1 @@
+"""Models as files of other libraries, which load and sample them without any code of ours."""
