@@ -19,7 +19,7 @@ from mmdistill_core.methods import method_class
 from mmdistill_core.networks.dit import DiTConfig
 
 NETWORK = DiTConfig(image_size=8, channels=1, num_classes=10, patch=2, width=32, depth=2, heads=4)
-PLAIN = {"k": 4, "delta_power": 1.0, "ema": False, "preconditioner": "identity"}
+PLAIN = {"k": 4, "delta_power": 1.0, "ema": False, "preconditioner": "identity", "auxiliary_lr_ratio": 1.0}
 CASES = {
     "denoising": {},
     "denoising, labels dropped": {"label_dropout": 0.2, "p_t": "karras", "w_t": "edm"},
