@@ -40,6 +40,11 @@ class Reading:
     network: Mapping[str, Any]
 
 
+def preconditioning(deviation: float | None) -> dict[str, float]:
+    """The fields of ForeignConfig for EDM's preconditioning of data of this deviation; none without one."""
+    return {} if deviation is None else {"sigma_data": deviation}
+
+
 def reading_of(scheduler: Mapping[str, Any]) -> Reading:
     """From the scheduler_config.json of diffusers. A DDPM-like scheduler has betas; FlowMatch..., the straight path; EDM..., Karras
     sigmas and a preconditioning. Raises NotATeacher for any other.

@@ -77,12 +77,12 @@ class Level:
 
 @dataclass(frozen=True)
 class Proof:
-    """levels   of the denoiser as it is read
+    """errors   of the denoiser as it is read
     refused  it is worse than the constant or the identity at a level that decides, or another reading is better
     reason   the change of reading that makes it a good denoiser, such as "prediction: eps"; None if none that was tried does
     """
 
-    levels: list[Level]
+    errors: list[Level]
     refused: bool
     reason: str | None = None
 

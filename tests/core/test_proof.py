@@ -135,7 +135,7 @@ def test_a_network_that_learnt_nothing_is_bad_and_no_reading_helps():
     assert (proof.refused, proof.reason) == (True, None)
     with torch.no_grad():
         denoiser.backbone.network.scale.fill_(float("nan"))
-    assert all(one.worse == one.judged for one in prove(denoiser, *data).levels)
+    assert all(one.worse == one.judged for one in prove(denoiser, *data).errors)
 
 
 def test_the_denoiser_itself_is_left_as_it_was():

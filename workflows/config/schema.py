@@ -192,7 +192,9 @@ class Reading(Section):
     time: Literal["index", "one_based", "unit", "sigma", "log_sigma"] | None = Field(
         None, description="what the network is told of the time (foreign.TIMES); by default t"
     )
-    sigma_data: float | None = Field(None, gt=0, description="of EDM's preconditioning; prediction is then x")
+    preconditioned: float | None = Field(
+        None, gt=0, description="the data's deviation in EDM's preconditioning; prediction is then x"
+    )
     classes: int | None = Field(None, ge=0, description="real ones, if the embedding has one more for no label")
     weights: str | None = Field(None, description="a safetensors file with the weights of a function's network")
     options: dict[str, Any] = Field(default_factory=dict, description="arguments of the function")

@@ -79,6 +79,7 @@ def _reading(read: Reading) -> Read | None:
     """As the recipe says; None if it says nothing."""
     from mmdistill_core.diffusion.schedules import schedule_from_dict
     from mmdistill_core.imports import Reading as Read
+    from mmdistill_core.imports import preconditioning
 
     named = {name: getattr(read, name) for name in ("prediction", "schedule")}
     if not any(named.values()):
@@ -86,12 +87,8 @@ def _reading(read: Reading) -> Read | None:
     if missing := [name for name, value in named.items() if value is None]:
         raise ValueError(f"teacher.read.{missing[0]} is needed beside the other")
     schedule = schedule_from_dict(dict(read.schedule or {}))
-    steps = getattr(schedule, "steps", 1000)
-    return Read(schedule, str(read.prediction), {"time": read.time or "unit", "steps": steps, **_edm(read)})
-
-
-def _edm(read: Reading) -> dict[str, float]:
-    return {} if read.sigma_data is None else {"sigma_data": read.sigma_data}
+    told: dict[str, Any] = {"time": read.time or "unit", "steps": getattr(schedule, "steps", 1000)}
+    return Read(schedule, str(read.prediction), told | preconditioning(read.preconditioned))
 
 
 def prove_on_data(place: str, model: DiffusionModel, data: str) -> Proof:
@@ -111,7 +108,7 @@ def prove_on_data(place: str, model: DiffusionModel, data: str) -> Proof:
     proof = prove(model.denoiser, centred(torch.from_numpy(found.images)), label)  # type: ignore[arg-type]
     if not proof.refused:
         return proof
-    worst = max((one for one in proof.levels if one.judged), key=lambda one: one.ratio)
+    worst = max((one for one in proof.errors if one.judged), key=lambda one: one.ratio)
     simple = {"the mean image": worst.constant, "z / alpha": worst.identity, "the best linear denoiser": worst.linear}
     name = min(simple, key=lambda one: simple[one])
     why = f"at logsnr {worst.logsnr:.1f} the error of its x_hat is {worst.model:.3g}, and that of {name} {simple[name]:.3g}"
@@ -128,4 +125,4 @@ def _hint(reason: str | None) -> str:
 
 
 def as_json(proof: Proof) -> list[dict[str, float]]:
-    return [asdict(level) for level in proof.levels]
+    return [asdict(level) for level in proof.errors]

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mmdistill_core", "workflows", "benchmarks")
-KINDS = {".py", ".yaml", ".html", ".css"}
+KINDS = {".py", ".yaml", ".html", ".css", ".j2"}
 PRIVATE = re.compile(r"secret|token|credential|passw|(^|/)\.", re.IGNORECASE)
 """Files whose path matches are never sent."""
 

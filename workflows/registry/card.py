@@ -23,7 +23,7 @@ def card(version: Version, folder: Path, form: str) -> str:
     model, tags = json.loads((folder / "model.json").read_text()), version.tags
     teacher = f"{tags['teacher_name']} v{tags['teacher_version']}" if "teacher_name" in tags else None
     data = [tags.get("data_source"), tags.get("data_count", "?") + " images", tags.get("data_fingerprint")]
-    template = Environment(loader=FileSystemLoader(TEMPLATES), keep_trailing_newline=True).get_template("card.md")
+    template = Environment(loader=FileSystemLoader(TEMPLATES), keep_trailing_newline=True).get_template("card.md.j2")
     return template.render(
         form=form,
         title=version.title,

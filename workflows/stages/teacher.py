@@ -174,7 +174,7 @@ def _imported_teacher(context: Context, prepared: Done, place: str) -> Done:
         proof = prove_on_data(place, model, data_uri(prepared))
         model.provenance["proof"] = as_json(proof)
         save_model(run.path / "model", model)
-        over = math.exp(fmean(math.log(one.ratio) for one in proof.levels))
+        over = math.exp(fmean(math.log(one.ratio) for one in proof.errors))
         said = f"{place}, read as {model.denoiser.prediction} of {model.schedule.name}"
         return training_result(run, f"{said}; its error is {over:.2f} of the best simple denoiser's") | {
             "images": None,

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -314,7 +315,7 @@ def test_workers_share_a_validation_and_agree_on_its_score(world, count, tmp_pat
 
     def scores(validator, state):
         """By the draw of the validations, and by others."""
-        return [validator(state)["score"], validator.judge(state.networks["teacher_ema"])]
+        return [validator(state)["score"], fmean(validator.judge(state.networks["teacher_ema"]))]
 
     alone = scores(Validator(job, labels), state())
     assert alone[0] != pytest.approx(alone[1], rel=1e-6)
