@@ -15,11 +15,11 @@ UNET = {
     "sample_size": 8,
     "in_channels": 1,
     "out_channels": 1,
-    "block_out_channels": (32, 32),
+    "block_out_channels": (16, 16),
     "down_block_types": ("DownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "UpBlock2D"),
     "layers_per_block": 1,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
 }
 SCHEDULERS = {
     "eps, linear betas": lambda: diffusers.DDPMScheduler(clip_sample=False),
@@ -55,13 +55,13 @@ def loss_of(network, scheduler, x):
     return (network(z, 1000 * sigma).sample - (eps - x)).square().mean()
 
 
-def trained(loss, network, steps=1200):
+def trained(loss, network, steps=600):
     x = images()
     optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         optimiser.zero_grad()
-        loss(x[torch.randint(0, len(x), (128,))]).backward()
+        loss(x[torch.randint(0, len(x), (64,))]).backward()
         optimiser.step()
         rates.step()
     return network.eval()
@@ -72,8 +72,8 @@ def distance(samples):
 
 
 def student_of(teacher):
-    rates = OptimiserOptions(lr=2e-4, decay="linear", warmup_images=6400)
-    return distill(teacher, images(), k=K, images=64_000, batch=128, optimiser=rates, z_t="rollout", w_s="sigmoid")
+    rates = OptimiserOptions(lr=2e-4, decay="linear", warmup_images=3200)
+    return distill(teacher, images(), k=K, images=25_600, batch=64, optimiser=rates, z_t="rollout", w_s="sigmoid")
 
 
 @pytest.fixture(autouse=True)
