@@ -228,7 +228,7 @@ def test_the_report_renders_without_network(finished, browser, tmp_path):
         done = subprocess.run([*command, *extra, path.as_uri()], capture_output=True, text=True, timeout=120)
     assert "few-step students by moment matching" in done.stdout
     assert done.stdout.count("<svg") == 4
-    assert done.stdout.count("data:image/png") == 2 * 2 + 1
+    assert done.stdout.count("data:image/png") == 1 + 2 * 2 + 1  # all at the top, a pair for each k, the longest
     picture = np.asarray(Image.open(shot).convert("L"), dtype=float)
     assert picture.shape[1] == 1200
     for top in range(0, 2400, 400):  # something is drawn all the way down
