@@ -306,5 +306,7 @@ def _kind(directory: Path) -> str:
 
 def extractor_class(kind: str) -> type[Extractor]:
     """Raises ValueError for an unknown kind."""
-    found: type[Extractor] = named(kind, table=EXTRACTORS, group="extractors")
+    found = named(kind, table=EXTRACTORS, group="extractors")
+    if not (isinstance(found, type) and issubclass(found, Extractor)):
+        raise ValueError(f"extractor: {kind!r} is no Extractor")
     return found

@@ -66,7 +66,8 @@ def network_class(kind: str) -> type[NetworkConfig]:
 def network_config(values: Mapping[str, Any]) -> NetworkConfig:
     """The configuration from plain values with a "kind", by default "dit". Raises ValueError."""
     options = dict(values)
-    declared: type[NetworkConfig] = named(
-        options.pop("kind", "dit"), table=NETWORKS | FOREIGN | EXACT, group="networks"
-    )
+    kind = options.pop("kind", "dit")
+    declared = named(kind, table=NETWORKS | FOREIGN | EXACT, group="networks")
+    if not (isinstance(declared, type) and issubclass(declared, NetworkConfig)):  # a stored model may name anything
+        raise ValueError(f"network.kind: {kind!r} is no NetworkConfig")
     return declared(**options)

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,11 @@ class ModuleConfig(ForeignConfig):
             function = getattr(importlib.import_module(package), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"network.factory: {self.factory!r}: {error}") from error
+        if not _makes_a_module(function):
+            raise ValueError(
+                f"network.factory: {self.factory} should be a class of torch modules, or a function annotated to return one: "
+                "a stored model names it, and must not make anything else run"
+            )
         made = function(**self.options)
         if not isinstance(made, nn.Module):
             raise ValueError(f"network.factory: {self.factory} returned {type(made).__name__}, not a torch module")
@@ -130,6 +135,15 @@ class ModuleConfig(ForeignConfig):
     def call(self, network: nn.Module, z: Tensor, time: Tensor, label: Tensor | None) -> Tensor:
         out: Tensor = network(z, time) if label is None else network(z, time, label)
         return out
+
+
+def _makes_a_module(function: Any) -> bool:
+    """Whether it is a class of torch modules, or says that it returns one."""
+    try:
+        made = function if isinstance(function, type) else get_type_hints(function).get("return")
+    except (TypeError, NameError):
+        return False
+    return isinstance(made, type) and issubclass(made, nn.Module)
 
 
 class Foreign(nn.Module):

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmdistill_core.artifact import load_model, save_model
+from mmdistill_core.artifact import extractor_class, load_model, save_model
 from mmdistill_core.diffusion.schedules import Betas
 from mmdistill_core.imports import NotATeacher, Reading, read_diffusers, read_module, reading_of
+from mmdistill_core.networks.config import network_config
 from mmdistill_core.networks.foreign import DiffusersConfig
 
 diffusers = pytest.importorskip("diffusers")
@@ -142,7 +143,7 @@ def test_it_is_stored_as_a_model_and_sampled_as_ours(tmp_path):
     assert torch.equal(again.sample(3, k=4, seed=1), model.sample(3, k=4, seed=1))
 
 
-def module(width=4):
+def module(width=4) -> torch.nn.Module:
     """A network of another package: it is told t, and takes no label."""
 
     class Plain(torch.nn.Module):
@@ -155,6 +156,23 @@ def module(width=4):
             return self.out(torch.nn.functional.silu(self.conv(z) + t[:, None, None, None]))
 
     return Plain()
+
+
+def test_a_stored_model_makes_nothing_else_run(tmp_path):
+    """A model folder is data. Whatever function its description names, only what makes networks is called."""
+    never = tmp_path / "never"
+    for place in ("subprocess:check_output", "os:system"):
+        with pytest.raises(ValueError, match="is no NetworkConfig"):
+            network_config({"kind": place, "args": ["touch", str(never)]})
+        with pytest.raises(ValueError, match="is no Extractor"):
+            extractor_class(place)
+        options = {"args": ["touch", str(never)]}
+        config = network_config(
+            {"kind": "module", "image_size": 8, "channels": 3, "factory": place, "options": options}
+        )
+        with pytest.raises(ValueError, match="annotated to return one"):
+            config.inner()
+    assert not never.exists()
 
 
 READING = Reading(Betas(), "v", {"time": "unit"})
@@ -174,7 +192,7 @@ def test_any_module_by_its_factory(tmp_path):
         read_module(f"{__name__}:module", **shape, weights=tmp_path / "w.pt")
     for factory, said in (
         ("nowhere.at:all", "No module named"),
-        (f"{__name__}:states", "returned Tensor, not a torch module"),
+        (f"{__name__}:states", "annotated to return one"),
     ):
         with pytest.raises(NotATeacher, match=said):
             read_module(factory, **shape)

@@ -47,7 +47,7 @@ class Exact(torch.nn.Module):
         return (grid[place - 1] + part * (grid[1] - grid[0])).clamp(1e-4, 1 - 1e-4)
 
 
-def exact(**options):
+def exact(**options) -> torch.nn.Module:
     return Exact(**options)
 
 
